@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schema of the top-level ``"grass"`` block of a DeepSpeed JSON, and its one parser.
+
+Defaults marked [ours] are measured on the project's own tasks (``benchmarks/``), not taken from the paper: the paper's values
+could not be read.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import Field, ValidationError, model_validator
+
+BLOCK = "grass"
+SCORED_SAMPLERS = ("grass", "static")
+
+
+class GrassConfigError(ValueError):
+    """A mistake in the ``"grass"`` block, or a DeepSpeed setting that cannot work beside it."""
+
+
+class OffloadConfig(DeepSpeedConfigModel):
+    """Where optimizer state (fp32 master weights and moments of a layer) lives while its layer is not being stepped."""
+
+    device: Literal["none", "cpu"] = "cpu"
+    """``cpu`` (the paper's way): in host memory; the device holds one unit's state, for the length of its step. ``none``: the
+    state of every layer that was ever active stays on the device (LISA's way)."""
+
+    pin_memory: bool = True
+    """Page-lock the host copies: faster transfers. No effect on the CPU accelerator."""
+
+
+class GrassConfig(DeepSpeedConfigModel):
+    """The ``"grass"`` block. Every field may be left out or null: the default then applies."""
+
+    enabled: bool = True
+    """False: the engine is stock DeepSpeed."""
+
+    sampler: Literal["grass", "static", "uniform", "cyclic", "full"] = "grass"
+    """How layers are chosen. ``grass``: by measured gradient norm, re-measured while training. ``static``: by gradient norm,
+    measured once (the paper's ablation GRASS*). ``uniform``: at random (LISA). ``cyclic``: in turn (BAdam). ``full``: every
+    layer, embeddings and head, always: plain fine-tuning."""
+
+    num_active_layers: int = Field(2, ge=1)
+    """Layers trained at a time (paper: gamma). At least the number of layers: all of them train, nothing is sampled."""
+
+    probe_steps: int = Field(20, ge=1)
+    """Steps of measuring before training starts (paper: T_p): forward and backward through all layers, no update. Only the
+    samplers that use gradient norms (grass, static) probe. [ours]"""
+
+    sample_period: int = Field(25, ge=1)
+    """Optimizer steps between two draws (paper: T_s; 25 to 50 were best there). [ours]"""
+
+    refresh_period: int = Field(50, ge=1)
+    """Optimizer steps between two updates of the scores (paper: T_u). Only ``grass``. [ours]"""
+
+    temperature: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Softmax temperature of the draw (paper: tau). Low: the layers with the largest gradients nearly always; high: nearly
+    uniform. Without a unit when ``score_normalization`` is ``mean``. [ours]"""
+
+    ema_alpha: float = Field(0.5, gt=0, le=1)
+    """Weight of the new measurement when scores are refreshed (paper: alpha). [ours]"""
+
+    score_normalization: Literal["mean", "none"] = "mean"
+    """``mean`` [ours]: scores are divided by their mean before the softmax, so that ``temperature`` has no unit. ``none``: raw
+    gradient RMS (the paper's formula; values far below 1, so the temperature must be of their size)."""
+
+    always_active: list[Literal["embed", "norm", "head", "other"]] = ["norm"]
+    """Modules outside the decoder blocks that train all the time. Default: the final norm only [ours]. With ``embed`` the
+    backward pass can never stop early, and embeddings plus head are most of what would train (70 % at 8B). ``other``: whatever
+    is neither block, embedding, final norm nor head. Tied embeddings: ``embed`` and ``head`` are the same."""
+
+    layers_path: str | None = None
+    """Dotted path of the decoder's ``ModuleList`` (``"model.layers"``). Null: found by inspection."""
+
+    cyclic_order: Literal["random", "ascending", "descending"] = "random"
+    """Order of the ``cyclic`` sampler; ``random``: a new permutation every cycle."""
+
+    seed: int = Field(42, ge=0, lt=2**63)
+    """Seed of the sampler's own generator; global generators are neither read nor moved."""
+
+    state_on_switch: Literal["keep", "reset"] = "keep"
+    """What becomes of a layer's optimizer state when it leaves the active set. ``keep`` (paper): moments, step count and master
+    weights wait for its return. ``reset`` (BAdam): dropped, and rebuilt from the weights."""
+
+    offload: OffloadConfig = Field(default_factory=OffloadConfig)
+    """See :class:`OffloadConfig`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _no_duplicates(self) -> "GrassConfig":
+        if len(set(self.always_active)) != len(self.always_active):
+            raise ValueError(f"always_active names a module twice: {self.always_active}; name each once")
+        return self
+
+    @property
+    def probes(self) -> bool:
+        """Whether training starts with a probing phase."""
+        return self.sampler in SCORED_SAMPLERS
+
+    def policy_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :class:`grass_ds.policy.controller.Controller` (all but the number of layers)."""
+        names = ("sampler", "num_active_layers", "probe_steps", "sample_period", "refresh_period", "temperature", "ema_alpha")
+        return {name: getattr(self, name) for name in (*names, "score_normalization", "cyclic_order", "seed")}
+
+
+def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
+    """Return the validated ``"grass"`` block of a DeepSpeed config, or None when there is none or it is disabled.
+
+    Raises:
+        GrassConfigError: naming every bad key with its value, what is allowed and what to do.
+    """
+    for parent, section in ds_config.items():
+        if parent != BLOCK and isinstance(section, Mapping) and BLOCK in section:
+            raise GrassConfigError(f'"{parent}.{BLOCK}" is not read by anything: move the "{BLOCK}" block to the top level')
+    block = ds_config.get(BLOCK)
+    if block is None:
+        return None
+    if not isinstance(block, Mapping):
+        raise GrassConfigError(f'"{BLOCK}" must be an object {{...}}, got {block!r}')
+    _refuse_auto(block)
+    try:
+        config = GrassConfig(**block)
+    except ValidationError as error:
+        raise GrassConfigError(_explain(error)) from None
+    return config if config.enabled else None
+
+
+def _refuse_auto(block: Mapping[str, Any], path: str = BLOCK) -> None:
+    """``"auto"`` means "filled in from TrainingArguments" elsewhere; nothing can fill these keys in."""
+    for key, value in block.items():
+        if value == "auto":
+            raise GrassConfigError(f'{path}.{key}: "auto" is not possible here; leave the key out or write null for its default')
+        if isinstance(value, Mapping):
+            _refuse_auto(value, f"{path}.{key}")
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for detail in error.errors():
+        path = ".".join((BLOCK, *map(str, detail["loc"])))
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"{path}: unknown key. {_nearest(detail['loc'])}")
+        else:
+            lines.append(f"{path}: got {detail['input']!r}; {detail['msg']}")
+    return f'the "{BLOCK}" block of the DeepSpeed config is wrong:\n  - ' + "\n  - ".join(lines)
+
+
+def _nearest(loc: Sequence[int | str]) -> str:
+    model = OffloadConfig if len(loc) > 1 else GrassConfig
+    close = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known keys: {', '.join(model.model_fields)}"

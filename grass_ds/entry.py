@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways into DeepSpeed: :func:`initialize` for own loops, :func:`enable` for accelerate, HF Trainer and TRL."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+
+from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.policy.layers import discover_layers
+from grass_ds.runtime.engine import GrassEngine
+from grass_ds.support import check_ds_config, check_model
+
+_STOCK_INITIALIZE = deepspeed.initialize
+_SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
+
+
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` with the same arguments and the same 4-tuple, whose engine is a :class:`GrassEngine`.
+
+    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock otherwise.
+
+    Raises:
+        GrassConfigError: the block, the rest of the config or the model cannot be used; before anything is allocated or any
+            process group is made, and alike on every rank.
+    """
+    bound = _SIGNATURE.bind(*args, **kwargs).arguments
+    _check(bound)
+    with _engine_class():
+        return _STOCK_INITIALIZE(*args, **kwargs)
+
+
+class enable:  # noqa: N801 - reads as a function; a class only so that it can also be a context manager
+    """Make every later ``deepspeed.initialize`` honour a ``"grass"`` block: HF Trainer, accelerate and TRL then work unchanged.
+
+    ``grass_ds.enable()`` once, before the Trainer is built, is all; calling it again changes nothing. As a context manager it
+    ends with the block: ``with grass_ds.enable(): trainer.train()``. Code that did ``from deepspeed import initialize`` earlier
+    keeps the stock function; call :func:`initialize` there.
+    """
+
+    def __init__(self) -> None:
+        self._previous = deepspeed.initialize
+        deepspeed.initialize = _initialize_if_asked
+
+    def __enter__(self) -> "enable":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        deepspeed.initialize = self._previous
+
+
+def _initialize_if_asked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    config = _ds_config(_SIGNATURE.bind(*args, **kwargs).arguments)
+    wanted = config is not None and parse_grass_block(config) is not None
+    return initialize(*args, **kwargs) if wanted else _STOCK_INITIALIZE(*args, **kwargs)
+
+
+@contextmanager
+def _engine_class() -> Iterator[None]:
+    """``deepspeed.initialize`` looks the engine class up in its module: for the length of the call it finds ours."""
+    stock, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, GrassEngine
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine = stock
+
+
+def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    config = arguments.get("config") or arguments.get("config_params")
+    config = config or getattr(arguments.get("args"), "deepspeed_config", None)
+    return config if config is None or isinstance(config, Mapping) else load_ds_config(config)
+
+
+def _check(arguments: Mapping[str, Any]) -> GrassConfig | None:
+    """Everything that can be refused before DeepSpeed starts."""
+    config = _ds_config(arguments)
+    block = None if config is None else parse_grass_block(config)
+    if config is None or block is None:
+        return None
+    check_ds_config(config)
+    model = arguments.get("model")
+    if model is not None:
+        check_model(model)
+        layers = discover_layers(model, block.layers_path)
+        layers.resolve_always_active(block.always_active)
+    return block

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GrassCallback`: metrics, history and plots of a GRASS run under the HF Trainer (and TRL's trainers).
+
+The sampling itself happens in the engine; the callback only watches, so a run without it trains the same. This is the
+only module of the library that imports transformers.
+"""
+
+import importlib.util
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, is_initialized
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
+
+from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
+from grass_ds.plots import save_plots
+
+logger = logging.get_logger(__name__)
+
+HISTORY_FILE = "grass_history.jsonl"
+PLOTS_FOLDER = "plots"
+
+
+class GrassCallback(TrainerCallback):
+    """Report a GRASS run through the HF Trainer.
+
+        grass_ds.enable()
+        trainer = Trainer(model, args, callbacks=[GrassCallback()], ...)
+
+    - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
+      is not a `GrassEngine`: the block would be ignored and every layer trained.
+    - Every training log gets the values of `grass_metrics` and `tokens_per_second`. The callback moves itself to the
+      front of the Trainer's callbacks, so that wandb, TensorBoard and the console all see them (the HF integrations
+      prefix them with `train/`).
+    - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
+      rows after it; a file that cannot be continued is set aside as `grass_history.jsonl.old`.
+    - When training ends, `<output_dir>/plots/*.png` are drawn on global rank 0 and sent to wandb if a run is active.
+
+    Without DeepSpeed or without a `"grass"` block only `tokens_per_second` is reported, so one script serves every
+    method that is to be compared.
+
+    `tokens_per_second` counts the input tokens of all ranks over training time (no evaluation, no saving). With
+    `TrainingArguments(include_num_input_tokens_seen="non_padding" | "all")` it uses the Trainer's own count. By default
+    it counts the tokens, padding included, that this rank's model reads, and multiplies by the number of ranks: no
+    synchronisation, and exact when all ranks have batches of the same shape.
+
+    Pickling or copying keeps none of the run's objects: the copy is as good as new. It is not an `ExportableState`:
+    what a resume needs is in the engine's checkpoint and in the history file, and the Trainer would replace the
+    user's instance by a new one.
+
+    Attributes:
+        history: the recorded steps on global rank 0 of a GRASS run, else None.
+        plot_paths: the PNG files, once drawn.
+    """
+
+    def __init__(self) -> None:
+        self.history: History | None = None
+        self.plot_paths: list[Path] = []
+        self._handle: Any = None
+        self._row: HistoryRow | None = None
+        self._throughput: Throughput | None = None
+        self._token_counter: _TokenCounter | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **GrassCallback().__dict__}
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Average over the run so far, all ranks together; None before the first step."""
+        return None if self._throughput is None else self._throughput.average
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the engine and open the history. The Trainer has built the engine and loaded the checkpoint by now.
+
+        Raises:
+            RuntimeError: the config asks for GRASS and the engine does not do it.
+        """
+        self._release()
+        self._handle = _find_handle(kwargs.get("model"), kwargs.get("optimizer"))
+        config = _grass_config(args)
+        if config is not None and self._handle is None:
+            raise RuntimeError(
+                'the DeepSpeed config has an enabled "grass" block, but the engine in use is not a GrassEngine and '
+                "would train every layer at every step; call grass_ds.enable() before building the Trainer, or remove "
+                "the block"
+            )
+        self._move_to_front()
+        self._token_counter = _TokenCounter(kwargs.get("model"), state, args)
+        self._throughput = Throughput()
+        self.history = None
+        self.plot_paths = []
+        if config is not None and state.is_world_process_zero:
+            path = Path(str(args.output_dir)) / HISTORY_FILE
+            self.history = _open_history(self._handle, config, path, state.global_step)
+            if importlib.util.find_spec("matplotlib") is None:
+                logger.warning("matplotlib is not installed: no plots will be drawn at the end of training")
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note what this step trains, before the engine draws the next set at its end."""
+        if self._throughput is not None and self._throughput.average is None:
+            self._throughput.start()  # a resumed run may have spent minutes on skipping data
+        if self.history is not None:
+            self._row = HistoryRow.observe(self._handle, state.global_step + 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Record the step. An accumulation window is one step."""
+        if self._throughput is not None and self._token_counter is not None:
+            self._throughput.step(self._token_counter.take(state))
+        if self.history is not None and self._row is not None:
+            self.history.append(self._row)
+            self._row = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to the training logs; evaluation logs and the closing summary stay as they are."""
+        if logs is None or "loss" not in logs or self._throughput is None:
+            return
+        rate = self._throughput.interval()
+        if rate is not None:
+            logs["tokens_per_second"] = rate
+        if self._handle is not None:
+            logs.update(grass_metrics(self._handle))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Evaluation is not training time."""
+        self._resume_clock()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Saving is not training time."""
+        self._resume_clock()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the plots and let go of the engine."""
+        if self.history is not None and importlib.util.find_spec("matplotlib") is not None:
+            try:
+                self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
+                _log_to_wandb(self.plot_paths)
+            except Exception:
+                # The trained weights are not saved yet and the other ranks wait for this one to save them.
+                logger.exception("could not draw or upload the plots; training itself is complete")
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of the engine: a second `train()` builds another, and both would not fit."""
+        self._handle = self._row = None
+        if self._token_counter is not None:
+            self._token_counter.remove()
+            self._token_counter = None
+
+    def _resume_clock(self) -> None:
+        if self._throughput is not None:
+            self._throughput.start()
+
+    def _move_to_front(self) -> None:
+        """Run before the reporting integrations, which the Trainer puts ahead of the user's callbacks."""
+        handler = _calling_handler()
+        if handler is None or self not in handler.callbacks:
+            logger.warning("GrassCallback is not in a Trainer's callback list: callbacks before it miss its metrics")
+            return
+        # Safe inside the handler's loop over this list: only callbacks that were already called move back.
+        handler.callbacks.remove(self)
+        handler.callbacks.insert(0, self)
+
+
+class _TokenCounter:
+    """Input tokens of all ranks per optimizer step: the Trainer's own count if it keeps one, else a forward hook's."""
+
+    def __init__(self, model: torch.nn.Module | None, state: TrainerState, args: TrainingArguments) -> None:
+        self._tracked = str(args.include_num_input_tokens_seen) != "no"
+        self._seen = state.num_input_tokens_seen if self._tracked else 0
+        self._ranks = args.world_size
+        self._counted = 0
+        self._hook = None
+        if not self._tracked and model is not None:
+            self._input_name = getattr(model, "main_input_name", "input_ids")
+            self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def take(self, state: TrainerState) -> int:
+        """Tokens since the previous call."""
+        if self._tracked:
+            tokens = state.num_input_tokens_seen - self._seen
+            self._seen = state.num_input_tokens_seen
+        else:
+            tokens = self._counted * self._ranks
+            self._counted = 0
+        return tokens
+
+    def remove(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get(self._input_name, inputs[0] if inputs else None)
+        if module.training and isinstance(tokens, torch.Tensor):
+            self._counted += tokens.numel()
+
+
+def _calling_handler() -> CallbackHandler | None:
+    """The handler that is running the current event.
+
+    A callback is handed no reference to the Trainer or to its callback list, and holding one would make it unpicklable,
+    so the handler is taken from the call stack.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _find_handle(model: Any, optimizer: Any) -> Any:
+    """`engine.grass` of the engine in use, or None.
+
+    The Trainer hands its callbacks neither the engine nor the accelerator, but the engine's optimizer inside
+    accelerate's wrapper, and that carries the handle too. A hand-written loop may pass the engine as `model`.
+    """
+    for owner in (model, optimizer):
+        while owner is not None:
+            handle = getattr(owner, "grass", None)
+            if hasattr(handle, "active_layers"):
+                return handle
+            owner = getattr(owner, "optimizer", None)
+    return None
+
+
+def _grass_config(args: TrainingArguments) -> GrassConfig | None:
+    """The enabled block in the DeepSpeed config of `--deepspeed` or of `accelerate launch`; None if there is none."""
+    source = getattr(args, "hf_deepspeed_config", None)
+    if source is None and is_initialized():
+        source = getattr(AcceleratorState().deepspeed_plugin, "hf_ds_config", None)
+    return None if source is None else parse_grass_block(source.config)
+
+
+def _open_history(handle: Any, config: GrassConfig, path: Path, step: int) -> History:
+    layers = handle.layers
+    gamma = len(layers) if config.sampler == "full" else min(config.num_active_layers, len(layers))
+    if step:
+        try:
+            return History.resume(path, step, layers=layers, sampler=config.sampler, num_active_layers=gamma)
+        except ValueError as error:
+            # Only this rank reads the file: raising here would leave the others waiting in their next collective.
+            aside = path.with_name(path.name + ".old")
+            logger.warning(f"{error}; it is kept as {aside.name} and a new one is started")
+            os.replace(path, aside)
+    return History.create(path, layers=layers, sampler=config.sampler, num_active_layers=gamma)
+
+
+def _log_to_wandb(paths: list[Path]) -> None:
+    """Add the pictures to the active wandb run, if there is one; wandb is never imported for this."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None and paths:
+        wandb.log({f"grass/{path.stem}": wandb.Image(os.fspath(path)) for path in paths})

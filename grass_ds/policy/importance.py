@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer importance: the mean gradient norm (MGN) of each layer and the sampling distribution made of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NORMALIZATIONS = ("mean", "none")
+
+
+def softmax(logits: Sequence[float]) -> tuple[float, ...]:
+    """Softmax in float64; safe for any finite or ``-inf`` logits as long as one is finite."""
+    top = max(logits)
+    weights = [math.exp(x - top) for x in logits]
+    total = math.fsum(weights)
+    return tuple(w / total for w in weights)
+
+
+def sampling_logits(scores: Sequence[float], temperature: float, normalization: str) -> tuple[float, ...]:
+    """The logits m_l / tau of the draw, shifted so that the largest is 0 (which leaves the softmax as it is).
+
+    Args:
+        scores: m_l >= 0 per layer, finite.
+        temperature: tau > 0. With ``normalization="mean"`` it has no unit; with ``"none"`` its unit is the gradient's.
+        normalization: ``"mean"`` divides every score by their mean (ours), ``"none"`` takes them raw.
+
+    All-zero scores have no mean to divide by; they give equal logits, as any other equal scores do.
+
+    Raises:
+        ValueError: a score is NaN, infinite or negative; it is never replaced by a uniform distribution.
+    """
+    for layer, score in enumerate(scores):
+        check_measurement("score", layer, score)
+    top = max(scores)
+    if normalization == "none" or top == 0.0:
+        return tuple((m - top) / temperature for m in scores)
+    relative = [m / top for m in scores]  # by the largest first: the sum of large finite scores may overflow
+    mean = math.fsum(relative) / len(relative)
+    return tuple((r - 1.0) / mean / temperature for r in relative)
+
+
+def probabilities(scores: Sequence[float], temperature: float, normalization: str) -> tuple[float, ...]:
+    """p_l = exp(m_l / tau) / sum_i exp(m_i / tau), in float64; arguments and errors as in :func:`sampling_logits`."""
+    return softmax(sampling_logits(scores, temperature, normalization))
+
+
+def check_measurement(what: str, layer: int, value: float) -> None:
+    """Raise ``ValueError`` naming the layer unless ``value`` is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(
+            f"the {what} of layer {layer} is {value!r}: expected a finite number >= 0. Layers are not drawn from "
+            "broken gradients: lower the learning rate, clip gradients, or look for broken samples in the data"
+        )
+
+
+class Importance:
+    """The score m_l of every layer and the measurements that will go into it.
+
+    ``scores`` is None until the first :meth:`settle`. A measurement is one step's sqrt(||g_l||^2 / N_l), float64.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.scores: tuple[float, ...] | None = None
+        self._sums = [0.0] * num_layers
+        self._counts = [0] * num_layers
+
+    def measure(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
+        """Add one step's gradient RMS for each layer of ``expected``.
+
+        Raises:
+            ValueError: other layers than ``expected`` were measured, or a value is not finite; nothing was added then.
+        """
+        measured = {} if rms is None else {layer: float(value) for layer, value in rms.items()}
+        if set(measured) != set(expected):
+            raise ValueError(f"gradient RMS is wanted for layers {list(expected)}, got layers {sorted(measured)}")
+        for layer, value in measured.items():
+            check_measurement("gradient RMS", layer, value)
+        for layer, value in measured.items():
+            self._sums[layer] += value
+            self._counts[layer] += 1
+
+    def settle(self, alpha: float) -> None:
+        """Fold the measurements into the scores and start anew: m_l <- alpha * mean + (1 - alpha) * m_l.
+
+        Layers without a measurement keep their score. The first call, at the end of probing, takes the plain means.
+        """
+        means = [s / n if n else None for s, n in zip(self._sums, self._counts, strict=True)]
+        old = self.scores
+        if old is None:
+            self.scores = tuple(0.0 if mean is None else mean for mean in means)
+        else:
+            self.scores = tuple(
+                m if mean is None else alpha * mean + (1.0 - alpha) * m for m, mean in zip(old, means, strict=True)
+            )
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the measurements not yet folded in."""
+        self._sums = [0.0] * len(self._sums)
+        self._counts = [0] * len(self._counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists of floats and ints; exact."""
+        scores = None if self.scores is None else list(self.scores)
+        return {"scores": scores, "sums": list(self._sums), "counts": list(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave for the same number of layers."""
+        self.scores = None if state["scores"] is None else tuple(state["scores"])
+        self._sums, self._counts = list(state["sums"]), list(state["counts"])

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the decoder blocks of a model and name every parameter's place, by structure alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import nn
+
+OUTSIDE_KINDS = ("embed", "norm", "head", "other")
+DOMINANCE = 3  # a stack is taken over another without further evidence if it holds this many times its parameters
+
+
+class LayerDiscoveryError(ValueError):
+    """The block stack cannot be told; the message lists the candidates."""
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """Where every parameter of a model belongs. Names are those of ``model.named_parameters()``, each listed once.
+
+    Attributes:
+        path: of the block stack, for example ``model.layers``.
+        names: of the blocks, in module order.
+        block_params: parameter names of each block.
+        outside: parameter names by kind (``embed``, ``norm``, ``head``, ``other``); an empty kind is missing.
+        tied: the head shares a parameter with the embeddings; all of both is then listed under ``embed``.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    block_params: tuple[tuple[str, ...], ...]
+    outside: dict[str, tuple[str, ...]]
+    tied: bool
+
+    def resolve_always_active(self, kinds: Sequence[str]) -> tuple[str, ...]:
+        """The keys of ``outside`` that ``kinds`` stand for, each once, in order.
+
+        ``head`` becomes ``embed`` when they are tied. Kinds this model has no parameters for are left out, so that the
+        default ``norm`` also serves a model without a final norm.
+
+        Raises:
+            ValueError: an unknown kind.
+        """
+        for kind in kinds:
+            if kind not in OUTSIDE_KINDS:
+                raise ValueError(
+                    f"grass.always_active has {kind!r}: expected any of {', '.join(map(repr, OUTSIDE_KINDS))}"
+                )
+        resolved = ("embed" if kind == "head" and self.tied else kind for kind in kinds)
+        return tuple(kind for kind in dict.fromkeys(resolved) if kind in self.outside)
+
+
+def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLayers:
+    """Find the decoder stack, the embeddings, the final norm, the head and their ties.
+
+    The stack is the ``nn.ModuleList`` of same-typed, parameter-holding blocks with the most parameters, looked for
+    inside ``get_decoder()`` where the model has one. ``requires_grad`` plays no part; parameters that ZeRO-3 has
+    partitioned count with their full size.
+
+    Args:
+        model: any module; wrappers that add a name prefix are fine.
+        layers_path: name of the stack in ``model.named_modules()``; overrides the search.
+
+    Raises:
+        LayerDiscoveryError: no stack, several alike, a wrong ``layers_path``, or blocks that share parameters.
+        ValueError: the model is wrapped by PEFT.
+    """
+    _refuse_adapters(model)
+    candidates = _stack_candidates(model)
+    path = _best_stack(model, candidates) if layers_path is None else _explicit_stack(model, layers_path, candidates)
+    stack = model.get_submodule(path)
+    names = tuple(f"{path}.{child}" for child, _ in stack.named_children())
+    block_params = _block_parameters(model, names)
+    outside, tied = _Outside(model, path, candidates, {name for block in block_params for name in block}).sort()
+    return ModelLayers(path, names, block_params, outside, tied)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    adapted = any(hasattr(module, "peft_config") for module in model.modules())
+    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "the model is wrapped by PEFT (it has adapter parameters): GRASS is full-parameter training. Pass the "
+            'plain model, for example peft_model.merge_and_unload(), or drop the "grass" block to train the adapter'
+        )
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The full shape, also of a parameter that ZeRO-3 has partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(prod(_shape(p)) for p in module.parameters())
+
+
+def _inside(path: str, parent: str) -> bool:
+    return not parent or path == parent or path.startswith(parent + ".")
+
+
+def _stack_candidates(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Outermost module lists whose entries all hold parameters, by path."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and _holding(module) and not any(_inside(path, outer) for outer in found):
+            found[path] = module
+    return found
+
+
+def _holding(blocks: nn.ModuleList | nn.Sequential) -> bool:
+    return len(blocks) > 0 and all(next(block.parameters(), None) is not None for block in blocks)
+
+
+def _best_stack(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
+    """The candidate with the most parameters, inside the text decoder if the model names it."""
+    decoder = _from_first(model, "get_decoder")
+    inner = set(decoder.modules()) if decoder is not None else set()
+    eligible = {path: blocks for path, blocks in candidates.items() if blocks in inner} or candidates
+    if not eligible:
+        raise LayerDiscoveryError(_explain("no list of decoder blocks was found in the model", candidates))
+    ranked = sorted(eligible, key=lambda path: -_numel(eligible[path]))
+    if len(ranked) > 1 and _numel(eligible[ranked[0]]) < DOMINANCE * _numel(eligible[ranked[1]]):
+        raise LayerDiscoveryError(_explain("the model has several block lists of comparable size", candidates))
+    if len({type(block) for block in eligible[ranked[0]]}) > 1:
+        raise LayerDiscoveryError(_explain("the model's largest block list mixes several types of blocks", candidates))
+    return ranked[0]
+
+
+def _explicit_stack(model: nn.Module, path: str, candidates: dict[str, nn.ModuleList]) -> str:
+    """``path`` itself, if it names a list of blocks; these may differ in type."""
+    module = dict(model.named_modules()).get(path)
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not _holding(module):
+        problem = f"grass.layers_path = {path!r} is not a list of blocks that all have parameters"
+        raise LayerDiscoveryError(_explain(problem, candidates))
+    return path
+
+
+def _explain(problem: str, candidates: dict[str, nn.ModuleList]) -> str:
+    lines = [f"  {path}: {len(blocks)} blocks, {_numel(blocks):,} parameters" for path, blocks in candidates.items()]
+    listing = "\n".join(lines or ["  (none)"])
+    return (
+        f'{problem}. Set "grass": {{"layers_path": "..."}} to the name of the decoder\'s list. Candidates:\n{listing}'
+    )
+
+
+def _from_first(model: nn.Module, getter: str) -> nn.Module | None:
+    """What ``getter`` gives on the outermost module that has it: a wrapper hides the methods of the model inside."""
+    for module in model.modules():
+        method = getattr(module, getter, None)
+        if callable(method):
+            try:
+                result = method()
+            except (NotImplementedError, AttributeError):
+                return None
+            return result if isinstance(result, nn.Module) else None
+    return None
+
+
+def _block_parameters(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Parameter names of each block; a parameter with a second home outside its block is an error."""
+    canonical = {parameter: name for name, parameter in model.named_parameters()}
+    homes: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        home = next((block for block in names if _inside(name, block)), "the modules outside the blocks")
+        if homes.setdefault(parameter, home) != home:
+            raise LayerDiscoveryError(
+                f"parameter {name!r} is shared by {homes[parameter]} and {home}: GRASS trains layers independently of "
+                "each other, so it cannot train a model whose blocks share parameters. Untie them first"
+            )
+    return tuple(tuple(canonical[p] for p in model.get_submodule(block).parameters()) for block in names)
+
+
+class _Outside:
+    """Sorts the parameters outside the blocks into embeddings, head, final norm and the rest."""
+
+    def __init__(
+        self, model: nn.Module, stack: str, candidates: dict[str, nn.ModuleList], in_blocks: set[str]
+    ) -> None:
+        self._model, self._stack = model, stack
+        self._foreign = tuple(
+            _foreign_root(stack, path) for path, b in candidates.items() if _tower(b) and path != stack
+        )
+        self._name_of = {p: name for name, p in model.named_parameters() if name not in in_blocks}
+        self._hidden = {_shape(p)[0] for p in model.get_submodule(stack).parameters() if len(_shape(p)) == 1}
+        self._kind: dict[str, str] = {}
+
+    def sort(self) -> tuple[dict[str, tuple[str, ...]], bool]:
+        """Parameter names by kind, in model order, and whether the head is tied to the embeddings."""
+        embeddings = self._embeddings()
+        shapes = {_shape(p) for module in embeddings for p in module.parameters() if len(_shape(p)) == 2}
+        self._hidden |= {shape[1] for shape in shapes}
+        for module in embeddings:
+            self._assign(module, "embed")
+        tied = self._assign_heads(shapes, set(embeddings))
+        for path, module in self._own_modules():
+            if self._is_norm(path, module):
+                self._assign(module, "embed" if "emb" in path.lower() else "norm")
+        by_kind = {
+            kind: tuple(n for n in self._name_of.values() if self._kind.get(n, "other") == kind)
+            for kind in OUTSIDE_KINDS
+        }
+        return {kind: names for kind, names in by_kind.items() if names}, tied
+
+    def _own_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules outside the blocks and outside other towers (a vision encoder) that hold parameters themselves."""
+        for path, module in self._model.named_modules():
+            elsewhere = _inside(path, self._stack) or any(_inside(path, root) for root in self._foreign)
+            if not elsewhere and next(module.parameters(recurse=False), None) is not None:
+                yield path, module
+
+    def _embeddings(self) -> list[nn.Module]:
+        named = _from_first(self._model, "get_input_embeddings")
+        own: list[nn.Module] = [module for _, module in self._own_modules() if isinstance(module, nn.Embedding)]
+        return own if named is None or named in own else [named, *own]
+
+    def _assign_heads(self, embedding_shapes: set[tuple[int, ...]], embeddings: set[nn.Module]) -> bool:
+        """Assign every module that maps hidden states to the vocabulary; whether one shares the embeddings' weight."""
+        named = _from_first(self._model, "get_output_embeddings")
+        heads = [] if named is None else [named]
+        for _, module in self._own_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and _shape(weight) in embedding_shapes and module not in embeddings:
+                heads.append(module)
+        tied = any(self._kind.get(self._name_of.get(p, "")) == "embed" for head in heads for p in head.parameters())
+        for head in heads:
+            self._assign(head, "embed" if tied else "head")
+        return tied
+
+    def _is_norm(self, path: str, module: nn.Module) -> bool:
+        """Whether its own parameters are vectors of the hidden size and it lies beside the stack or an ancestor of it.
+
+        An embedding norm may lie anywhere.
+        """
+        parent, _, name = path.rpartition(".")
+        shapes = [_shape(p) for p in module.parameters(recurse=False)]
+        vectors = all(len(shape) == 1 and shape[0] in self._hidden for shape in shapes) and len(set(shapes)) == 1
+        return bool(name) and vectors and (_inside(self._stack, parent) or "emb" in path.lower())
+
+    def _assign(self, module: nn.Module, kind: str) -> None:
+        for parameter in module.parameters():
+            if parameter in self._name_of:
+                self._kind.setdefault(self._name_of[parameter], kind)
+
+
+def _tower(blocks: nn.ModuleList) -> bool:
+    """Whether the list holds compound blocks, so that what surrounds it is another model part."""
+    return next(iter(blocks[0].children()), None) is not None
+
+
+def _foreign_root(stack: str, other: str) -> str:
+    """The largest subtree that holds ``other`` but not ``stack``."""
+    parts, own = other.split("."), stack.split(".")
+    shared = next(i for i, part in enumerate(parts) if i >= len(own) or part != own[i])
+    return ".".join(parts[: shared + 1])

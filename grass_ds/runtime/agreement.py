@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making sure that all ranks decided alike.
+
+Ranks that train different layers mix their gradients without any error from the communication library. So what a decision was made of
+is compared across ranks before it is acted on, and every rank stops when it differs anywhere.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+
+class RankDivergenceError(RuntimeError):
+    """Ranks of one run came to different decisions."""
+
+
+def digest(*values: object) -> int:
+    """A 62-bit number that differs when the values' ``repr`` differ."""
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 2
+
+
+def check_ranks_agree(fingerprint: Sequence[int], what: str, group: Any, device: torch.device | str) -> None:
+    """Compare ``fingerprint`` (ints in 0 .. 2**62) across ``group``: one all-reduce of 2 x len(fingerprint) int64.
+
+    Raises:
+        RankDivergenceError: on every rank, if any rank holds another value.
+    """
+    mine = torch.tensor([*fingerprint, *(-value for value in fingerprint)], dtype=torch.int64, device=device)
+    dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = mine[: len(fingerprint)].tolist(), (-mine[len(fingerprint) :]).tolist()
+    if largest != smallest:
+        raise RankDivergenceError(
+            f"ranks disagree on {what}; no layer was switched and training stops on every rank. Ranks must run the same code with the "
+            f'same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; over all ranks the values '
+            f"range from {smallest} to {largest}."
+        )

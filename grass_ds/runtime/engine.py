@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DeepSpeed engine with layer-sampled ZeRO."""
+
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+from torch import nn
+
+from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.policy.controller import Controller
+from grass_ds.policy.layers import ModelLayers, discover_layers
+from grass_ds.runtime import seams
+from grass_ds.runtime.agreement import check_ranks_agree, digest
+from grass_ds.runtime.gradients import ReduceSettings
+from grass_ds.runtime.handle import GrassHandle
+from grass_ds.runtime.recompute import fit_input_gradients
+from grass_ds.runtime.store import StateStore
+from grass_ds.runtime.units import UnitPlan, build_units
+from grass_ds.runtime.zero12 import GrassZeroOptimizer, StepSettings
+
+_OUTSIDE = ("embed", "norm", "head", "other")
+
+
+class GrassEngine(seams.DeepSpeedEngine):
+    """DeepSpeedEngine whose ZeRO-1/2 optimizer trains a few layers at a time.
+
+    Without an enabled ``"grass"`` block it is the stock engine. Build it with :func:`grass_ds.initialize`.
+
+    Attributes:
+        grass: :class:`~grass_ds.runtime.handle.GrassHandle`, or None without a block.
+    """
+
+    grass: GrassHandle | None = None
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
+        wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+        # bf16 with fp32 accumulation on stage 1 would get BF16_Optimizer, which is no ZeRO wrapper that we can stand in for.
+        if wrapper == seams.BFLOAT16 and parse_grass_block(self.config) is not None:
+            return seams.ZERO_OPTIMIZATION
+        return wrapper
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
+        config = parse_grass_block(self.config)
+        if config is None:
+            return super()._configure_zero_optimizer(optimizer)
+        if optimizer is None:
+            raise ValueError('the "grass" block needs an optimizer: pass one to initialize(), or put one into the DeepSpeed config')
+        group = self.seq_data_parallel_group
+        check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
+        layers = discover_layers(self.module, config.layers_path)
+        always = _OUTSIDE if config.sampler == "full" else layers.resolve_always_active(config.always_active)
+        plan = UnitPlan(layers, always, dist.get_world_size(group=group), dist.get_rank(group=group))
+        units = build_units(optimizer.param_groups, self.param_names, plan)
+        _check_coverage(units, layers)
+        controller = Controller(len(layers.names), **config.policy_arguments())
+        fit_input_gradients(self.module, "embed" in always)
+        store = StateStore(on_device=config.offload.device == "none", pin_memory=config.offload.pin_memory)
+        zero = GrassZeroOptimizer(optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
+        self.grass = GrassHandle(layers, controller, zero, self.module)
+        self._announce(config, layers, always)
+        return zero
+
+    def _reduce_settings(self, group: Any) -> ReduceSettings:
+        _, accum_dtype = self.get_data_types()
+        comm_dtype = self.communication_data_type
+        size = dist.get_world_size(group=group) / seams.sequence_parallel_size()
+        overlap = self.zero_overlap_comm() and not get_accelerator().is_synchronized_device()
+        return ReduceSettings(
+            group=group,
+            divisor=size if self.gradient_average else 1,
+            comm_dtype=comm_dtype,
+            flat_dtype=comm_dtype if self.zero_optimization_stage() == 2 else accum_dtype,
+            accum_dtype=accum_dtype,
+            stream=get_accelerator().Stream() if overlap else None,
+        )
+
+    def _step_settings(self, config: GrassConfig) -> StepSettings:
+        return StepSettings(
+            partition_gradients=self.zero_optimization_stage() == 2,
+            clip_grad=self.gradient_clipping(),
+            reset_on_switch=config.state_on_switch == "reset",
+            loss_scale=self.loss_scale(),
+            dynamic_loss_scale=self.dynamic_loss_scale(),
+            dynamic_loss_args=self.dynamic_loss_scale_args(),
+        )
+
+    def _announce(self, config: GrassConfig, layers: ModelLayers, always: tuple[str, ...]) -> None:
+        if self.global_rank != 0:
+            return
+        idle = sorted(set(layers.outside) - set(always))
+        gamma = min(config.num_active_layers, len(layers.names))
+        logger.info(
+            f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time, always active: "
+            f"{sorted(set(always) & set(layers.outside)) or 'nothing'}, never trained: {idle or 'nothing'}"
+        )
+
+    def _take_model_step(self, lr_kwargs: Any) -> None:
+        super()._take_model_step(lr_kwargs)
+        if self.grass is not None:
+            self.optimizer.advance()
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; ``exclude_frozen_parameters`` leaves out what the user froze, never a layer that is merely inactive."""
+        if self.grass is None:
+            return super().module_state_dict(*args, **kwargs)
+        with self.optimizer.all_trainable():
+            return super().module_state_dict(*args, **kwargs)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's, with inactive layers saved like active ones."""
+        if self.grass is None:
+            return super().save_checkpoint(*args, **kwargs)
+        with self.optimizer.all_trainable():
+            return super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; the sampler continues where it was saved, whatever this engine's active set is."""
+        if self.grass is None:
+            return super().load_checkpoint(*args, **kwargs)
+        with self.optimizer.all_trainable():
+            return super().load_checkpoint(*args, **kwargs)
+
+
+def _check_coverage(units: list[Any], layers: ModelLayers) -> None:
+    """Every layer must have something to train: the sampler draws from all of them."""
+    covered = {unit.layer for unit in units if unit.layer is not None}
+    missing = [name for i, name in enumerate(layers.names) if i not in covered]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(layers.names)} layers have no trainable parameter in the optimizer: {', '.join(missing[:4])}. "
+            "Leave requires_grad on in all decoder blocks and hand all parameters to the optimizer; if this model was trained by "
+            "another engine before, call engine.destroy() on that one first."
+        )

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``engine.grass``: what a layer-sampled run can be asked."""
+
+from typing import Any
+
+from torch import nn
+
+from grass_ds.policy.controller import Controller
+from grass_ds.policy.layers import ModelLayers
+from grass_ds.runtime.zero12 import GrassZeroOptimizer
+
+
+class GrassHandle:
+    """Read-only view of the sampler and of memory, plus the sampler's state."""
+
+    def __init__(self, layers: ModelLayers, controller: Controller, optimizer: GrassZeroOptimizer, module: nn.Module):
+        self._layers, self._controller, self._optimizer, self._module = layers, controller, optimizer, module
+
+    @property
+    def phase(self) -> str:
+        """``"probe"`` (measuring, no update) or ``"train"``."""
+        return self._controller.phase.value
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the decoder blocks."""
+        return self._layers.names
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that the next step measures (probe) or trains (train)."""
+        return self._controller.active_layers
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        """Importance m_l per layer; None before probing is over, and for samplers without scores."""
+        return self._controller.scores
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """p_l per layer of the next draw."""
+        return self._controller.probabilities
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        """Optimizer steps trained so far, per layer."""
+        return self._controller.visits
+
+    def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
+        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``.
+
+        Args:
+            peak: high-water marks since construction instead of the present. Between steps gradients are gone, and with
+                offload the device holds no optimizer state.
+        """
+        weights = sum(t.nbytes for t in (*self._module.parameters(), *self._module.buffers()))
+        store, reducer = self._optimizer.store, self._optimizer.reducer
+        state = store.peak_device_bytes if peak else store.device_bytes
+        return {
+            "weights": {"device": weights, "host": 0},
+            "gradients": {"device": reducer.peak_bytes if peak else reducer.nbytes, "host": 0},
+            "optimizer_state": {"device": state, "host": store.host_bytes},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler: phase, counters, scores, active set, generator. Plain Python and tensors."""
+        return self._controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved sampler; takes effect at once. Call it between steps, on every rank."""
+        self._controller.load_state_dict(state)
+        self._optimizer.activate()

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation checkpointing beside layers that do not train.
+
+Reentrant checkpointing runs each block as one autograd function that backward enters only if an *input* of it requires a gradient; below
+the embeddings of a frozen model nothing does, and the active layers silently stay put. Hugging Face models answer that with a hook that
+makes the embeddings' output require a gradient. Non-reentrant checkpointing does not need the hook, and with it backward runs down to the
+embeddings instead of stopping at the lowest active layer. So: hook on for reentrant, off for non-reentrant, when embeddings do not train.
+"""
+
+from deepspeed.utils import logger
+from torch import nn
+
+
+def _checkpointing_modes(model: nn.Module) -> set[bool]:
+    """``use_reentrant`` of every module that checkpoints (Hugging Face's convention)."""
+    modes = set()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            modes.add(bool(keywords.get("use_reentrant", True)))
+    return modes
+
+
+def fit_input_gradients(model: nn.Module, embeddings_train: bool) -> None:
+    """Make the model's embedding output require a gradient exactly when activation checkpointing needs it.
+
+    Does nothing for models that do not follow Hugging Face's convention, or when embeddings train or nothing is checkpointed.
+    """
+    modes = _checkpointing_modes(model)
+    if embeddings_train or not modes or not hasattr(model, "enable_input_require_grads"):
+        return
+    hooked = bool(getattr(model, "_require_grads_hooks", None))
+    if True in modes and not hooked:
+        model.enable_input_require_grads()
+    elif True not in modes and hooked:
+        model.disable_input_require_grads()
+        logger.info("non-reentrant activation checkpointing: backward stops at the lowest active layer")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of DeepSpeed that grass_ds relies on, checked at import.
+
+DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented names are used. They are listed here and
+nowhere else; ``tests/runtime/test_seams.py`` checks what they do. When a release changes one, importing ``grass_ds`` says which.
+"""
+
+import importlib
+
+import deepspeed
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from packaging.version import Version
+
+TESTED = ("0.19.8", "0.20")
+
+# What GrassEngine overrides.
+ENGINE_METHODS = ("_configure_zero_optimizer", "_do_optimizer_sanity_check", "_take_model_step", "module_state_dict")
+# What GrassEngine reads.
+ENGINE_READS = (
+    "bfloat16_enabled",
+    "communication_data_type",
+    "dynamic_loss_scale",
+    "dynamic_loss_scale_args",
+    "fp16_enabled",
+    "get_data_types",
+    "gradient_clipping",
+    "is_gradient_accumulation_boundary",
+    "loss_scale",
+    "wall_clock_breakdown",
+    "zero_optimization_stage",
+    "zero_overlap_comm",
+)
+# What the gradient hook of a ZeRO optimizer must call, in this order.
+HOOK_STATE = (
+    "should_refresh_expected_hook_count",
+    "reenter_backward_if_needed",
+    "update_hook_state_and_maybe_run_epilogue",
+    "clear_backward_seen_flag",
+    "register_grad_acc_post_hook",
+)
+# module -> names
+MODULE_NAMES = {
+    "deepspeed": ("DeepSpeedEngine", "initialize"),
+    "deepspeed.checkpoint.constants": (
+        "BASE_OPTIMIZER_STATE",
+        "CLIP_GRAD",
+        "DS_VERSION",
+        "GROUP_PADDINGS",
+        "LOSS_SCALER",
+        "PARAM_SLICE_MAPPINGS",
+        "PARTITION_COUNT",
+        "SINGLE_PARTITION_OF_FP32_GROUPS",
+        "ZERO_STAGE",
+    ),
+    "deepspeed.runtime.engine": ("BFLOAT16", "ZERO_OPTIMIZATION"),
+    "deepspeed.runtime.fp16.loss_scaler": ("CreateLossScaler",),
+    "deepspeed.runtime.utils": ("count_used_parameters_in_backward",),
+    "deepspeed.utils.groups": ("_get_sequence_parallel_world_size",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+    "deepspeed.utils.torch": ("register_grad_hook",),
+}
+
+
+def missing_names() -> list[str]:
+    """Names of the lists above that the installed DeepSpeed does not have."""
+    missing = [f"DeepSpeedEngine.{name}" for name in (*ENGINE_METHODS, *ENGINE_READS) if not hasattr(DeepSpeedEngine, name)]
+    missing += [f"ZeROOptimizer.{name}" for name in HOOK_STATE if not hasattr(ZeROOptimizer, name)]
+    for module, names in MODULE_NAMES.items():
+        found = importlib.import_module(module)
+        missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
+    return missing
+
+
+def check() -> None:
+    """Raise ImportError when the installed DeepSpeed is not one that grass_ds was built against."""
+    missing = missing_names()
+    if missing:
+        raise ImportError(
+            f"grass_ds relies on names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. "
+            f"Install deepspeed>={TESTED[0]},<{TESTED[1]}."
+        )
+    version = Version(Version(deepspeed.__version__).base_version)
+    if not Version(TESTED[0]) <= version < Version(TESTED[1]):
+        raise ImportError(f"grass_ds needs deepspeed>={TESTED[0]},<{TESTED[1]}; {deepspeed.__version__} is installed.")
+
+
+check()
+
+from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
+from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
+from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+from deepspeed.utils.torch import register_grad_hook  # noqa: E402
+
+__all__ = [
+    "BFLOAT16",
+    "ZERO_OPTIMIZATION",
+    "DeepSpeedEngine",
+    "ZeROOptimizer",
+    "checkpoint_keys",
+    "count_used_parameters_in_backward",
+    "create_loss_scaler",
+    "fragment_address",
+    "register_grad_hook",
+    "sequence_parallel_size",
+]
