@@ -47,7 +47,7 @@ class GrassCallback(TrainerCallback):
     method that is to be compared.
 
     `tokens_per_second` counts the input tokens of all ranks over training time (no evaluation, no saving). With
-    `TrainingArguments(include_num_input_tokens_seen="non_padding" | "all")` it uses the Trainer's own count. By default
+    `TrainingArguments(include_num_input_tokens_seen="non_padding" | "all")` it uses the Trainer's own count. Without,
     it counts the tokens, padding included, that this rank's model reads, and multiplies by the number of ranks: no
     synchronisation, and exact when all ranks have batches of the same shape.
 
@@ -221,8 +221,8 @@ class _TokenCounter:
 def _calling_handler() -> CallbackHandler | None:
     """The handler that is running the current event.
 
-    A callback is handed no reference to the Trainer or to its callback list, and holding one would make it unpicklable,
-    so the handler is taken from the call stack.
+    A callback is handed no reference to the Trainer or to its callback list, and cannot be given one and stay
+    picklable, so the handler is taken from the call stack.
     """
     frame = inspect.currentframe()
     while frame is not None:

@@ -59,7 +59,8 @@ class GrassEngine(seams.DeepSpeedEngine):
         fit_input_gradients(self.module, "embed" in always)
         store = StateStore(on_device=config.offload.device == "none", pin_memory=config.offload.pin_memory)
         zero = GrassZeroOptimizer(optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
-        self.grass = GrassHandle(layers, controller, zero, self.module)
+        # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
+        self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
         self._announce(config, layers, always)
         return zero
 

@@ -62,6 +62,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     ``params`` lists are empty but for the duration of a unit's step.
 
     Attributes:
+        grass: the engine's :class:`~grass_ds.runtime.handle.GrassHandle`, for those who are handed the optimizer alone.
         overflow: no update was applied in the last step: non-finite gradients, or a probing step. Engine, accelerate and Trainer all
             read it as "do not advance the schedule".
     """
@@ -99,7 +100,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         )
         self.dynamic_loss_scale = self.loss_scaler.dynamic
         # - Units, hooks, first active set
+        self.grass: Any = None
         self._skips = 0
+        self._layer_rms: dict[int, float] | None = None
         self._check_ranks_hold_alike()
         for unit in units:
             unit.flatten()
@@ -169,12 +172,11 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     def _reduce_norms(self) -> tuple[dict[Unit, float], dict[Unit, float]]:
         """Squared global norms per active unit: of the accumulated gradient, and summed over its micro-steps. One all-reduce."""
         reducer = self.reducer
-        if not reducer.squares:  # step() without backward
-            zero = dict.fromkeys(self._active, 0.0)
-            return zero, zero
-        one_shot = reducer.micro_steps == 1 or not reducer.shards
-        local = [] if one_shot else [torch.linalg.vector_norm(reducer.shards[u], dtype=torch.float32).square() for u in self._active]
-        local += [reducer.squares[u] for u in self._active]
+        if not reducer.squares:
+            raise RuntimeError("step() without a backward() before it: there are no gradients")
+        local = [reducer.squares[unit] for unit in self._active]
+        if reducer.micro_steps > 1 and reducer.shards:  # otherwise the two are the same
+            local = [torch.linalg.vector_norm(reducer.shards[u], dtype=torch.float32).square() for u in self._active] + local
         total = torch.stack(local)
         dist.all_reduce(total, group=self.dp_process_group)
         values, count = total.tolist(), len(self._active)

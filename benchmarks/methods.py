@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that are compared: each is a DeepSpeed config, and for LoRA a wrapped model."""
+
+from typing import Any
+
+from torch import nn
+
+EVERYTHING = ["embed", "norm", "head"]
+
+# method -> its "grass" block, None for plain DeepSpeed. The rest of the config is the same for all.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "full": None,
+    "lora": None,
+    "grass": {"sampler": "grass"},
+    "static": {"sampler": "static"},
+    "uniform": {"sampler": "uniform"},
+    "cyclic": {"sampler": "cyclic"},
+    "badam": {"sampler": "cyclic", "num_active_layers": 1, "state_on_switch": "reset"},
+    "lisa": {"sampler": "uniform", "always_active": EVERYTHING},
+    "grass-embed": {"sampler": "grass", "always_active": EVERYTHING},
+    "grass-device": {"sampler": "grass", "offload": {"device": "none"}},
+}
+
+
+def ds_config(method: str, *, stage: int, micro_batch: int, accumulation: int, lr: float, grass: dict[str, Any]) -> dict[str, Any]:
+    """bf16, AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        # A bucket of about one layer: DeepSpeed's default of 5e8 elements would dominate the memory of a model this small.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000},
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": lr, "warmup_num_steps": 5, "warmup_type": "linear"}},
+        "steps_per_print": 10**9,
+    }
+    block = METHODS[method]
+    if block is not None:
+        config["grass"] = {**block, **grass}
+    return config
+
+
+def prepare_model(method: str, model: nn.Module, rank: int = 128) -> nn.Module:
+    """The model as the method trains it: for ``lora``, PEFT LoRA on all linear layers."""
+    if method != "lora":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, settings)

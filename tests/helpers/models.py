@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models, DeepSpeed configs and the training loop that the distributed tests share. Run inside a rank."""
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCAB, SEQUENCE, LAYERS = 128, 16, 4
+
+
+def tiny_llama(layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: int = 32) -> nn.Module:
+    """A random Llama; the odd intermediate size makes shards that do not divide evenly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden + 5,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_dropout=0.0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def ds_config(stage: int = 2, dtype: str = "fp32", clip: float = 0.0, gas: int = 1, lr: float = 1e-3, **extra: Any) -> dict[str, Any]:
+    """A DeepSpeed config with torch's AdamW (no JIT build); ``extra`` is merged into the top level."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": gas,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.1, "torch_adam": True}},
+        "steps_per_print": 10**9,
+    }
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    for key, value in extra.items():
+        if isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            config[key].update(value)
+        else:
+            config[key] = value
+    return config
+
+
+def grass_block(**settings: Any) -> dict[str, Any]:
+    """A fast-moving sampler: probe 2 steps, switch every 3."""
+    return {"num_active_layers": 1, "probe_steps": 2, "sample_period": 3, "refresh_period": 6, "seed": 7, **settings}
+
+
+def batch(step: int, micro: int, rank: int, size: int = 2) -> torch.Tensor:
+    """Token ids [size, SEQUENCE], a function of step, micro-step and rank alone."""
+    generator = torch.Generator().manual_seed(10_000 * step + 100 * micro + rank)
+    return torch.randint(0, VOCAB, (size, SEQUENCE), generator=generator)
+
+
+def train(engine: Any, steps: int, start: int = 0, after_step: Callable[[int], None] | None = None) -> list[float]:
+    """``steps`` optimizer steps; the loss of each one's last micro-batch on this rank."""
+    losses = []
+    for step in range(start, start + steps):
+        for micro in range(engine.gradient_accumulation_steps()):
+            ids = batch(step, micro, engine.global_rank).to(engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+        losses.append(loss.item())
+        if after_step is not None:
+            after_step(step)
+    return losses
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters by name."""
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
+def unit_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Param groups for a stock baseline: one per unit of grass_ds, in its order (the norm is summed over groups)."""
+    members: dict[str, list[nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        parts = name.split(".")
+        members.setdefault(parts[2] if "layers" in parts else name, []).append(param)
+    blocks = sorted((key for key in members if key.isdigit()), key=int, reverse=True)
+    head = [key for key in ("lm_head.weight",) if key in members]
+    return [{"params": members[key]} for key in (*head, "model.norm.weight", *blocks, "model.embed_tokens.weight")]
+
+
+@contextmanager
+def engine_of(config: dict[str, Any], model: nn.Module | None = None, **arguments: Any) -> Any:
+    """An engine for the length of a ``with`` block; grass if the config has the block, stock otherwise."""
+    import grass_ds
+
+    model = tiny_llama() if model is None else model
+    if "optimizer" not in arguments and "model_parameters" not in arguments:
+        arguments["model_parameters"] = list(model.parameters())
+    engine, *_ = grass_ds.initialize(model=model, config=config, **arguments)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
