@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one cell of the benchmarks: one method, one setting, one seed. ``run.py`` starts it on every rank.
 
-    torchrun --nproc_per_node 2 benchmarks/cell.py cost --method grass --out row.json
-    torchrun --nproc_per_node 1 benchmarks/cell.py quality --method grass --data builtin:arithmetic --out row.json
+torchrun --nproc_per_node 2 benchmarks/cell.py cost --method grass --out row.json
+torchrun --nproc_per_node 1 benchmarks/cell.py quality --method grass --data builtin:arithmetic --out row.json
 """
 
 import argparse
@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -65,7 +66,19 @@ def main() -> None:
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    keys = ("kind", "method", "model", "stage", "micro_batch", "accumulation", "sequence", "steps", "lr", "seed", "grass")
+    keys = (
+        "kind",
+        "method",
+        "model",
+        "stage",
+        "micro_batch",
+        "accumulation",
+        "sequence",
+        "steps",
+        "lr",
+        "seed",
+        "grass",
+    )
     accelerator = get_accelerator()
     return {
         **{key: getattr(args, key) for key in keys},

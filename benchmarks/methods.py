@@ -22,7 +22,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def ds_config(method: str, *, stage: int, micro_batch: int, accumulation: int, lr: float, grass: dict[str, Any]) -> dict[str, Any]:
+def ds_config(
+    method: str, *, stage: int, micro_batch: int, accumulation: int, lr: float, grass: dict[str, Any]
+) -> dict[str, Any]:
     """bf16, AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -32,7 +34,10 @@ def ds_config(method: str, *, stage: int, micro_batch: int, accumulation: int, l
         # A bucket of about one layer: DeepSpeed's default of 5e8 elements would dominate the memory of a model this small.
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000},
         "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": lr, "warmup_num_steps": 5, "warmup_type": "linear"}},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_max_lr": lr, "warmup_num_steps": 5, "warmup_type": "linear"},
+        },
         "steps_per_print": 10**9,
     }
     block = METHODS[method]

@@ -36,7 +36,15 @@ def cost_cells() -> Iterator[dict[str, Any]]:
     """Rounds outermost, so that a slow minute of the machine hits all methods."""
     for repetition in range(ROUNDS):
         for method in COST_METHODS:
-            yield {"kind": "cost", "method": method, "seed": repetition, "ranks": 2, "micro-batch": 2, "sequence": 128, "steps": 8}
+            yield {
+                "kind": "cost",
+                "method": method,
+                "seed": repetition,
+                "ranks": 2,
+                "micro-batch": 2,
+                "sequence": 128,
+                "steps": 8,
+            }
 
 
 def quality_cells(gsm8k: str | None) -> Iterator[dict[str, Any]]:
@@ -51,7 +59,13 @@ def quality_cells(gsm8k: str | None) -> Iterator[dict[str, Any]]:
         for task in tasks:
             for method in QUALITY_METHODS:
                 yield {**common, **task, "method": method, "seed": seed, "steps": 60, "grass": PERIODS}
-    for changed in ({"temperature": 0.1}, {"temperature": 0.25}, {"temperature": 1.0}, {"ema_alpha": 0.25}, {"ema_alpha": 1.0}):
+    for changed in (
+        {"temperature": 0.1},
+        {"temperature": 0.25},
+        {"temperature": 1.0},
+        {"ema_alpha": 0.25},
+        {"ema_alpha": 1.0},
+    ):
         for seed in SEEDS:
             yield {**common, **tasks[0], "method": "grass", "seed": seed, "steps": 60, "grass": {**PERIODS, **changed}}
 
@@ -67,7 +81,15 @@ def run_cell(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(cell["ranks"]), "--master_port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(cell["ranks"]),
+            "--master_port",
+            str(port),
+        ]
         command += [str(FOLDER / "cell.py"), cell["kind"], "--out", str(out)]
         for name, value in cell.items():
             if name in ("kind", "ranks"):
@@ -96,7 +118,9 @@ def main() -> None:
     cells = list(cost_cells() if args.suite == "cpu" else quality_cells(args.gsm8k))
     done = {json.loads(line)["cell"] for line in rows.read_text().splitlines()} if rows.exists() else set()
     todo = [cell for cell in cells if name(cell) not in done]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     lock, begin = Lock(), time.monotonic()
 
     def work(cell: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class GrassConfig(DeepSpeedConfigModel):
     """``mean`` [ours]: scores are divided by their mean before the softmax, so that ``temperature`` has no unit. ``none``: raw
     gradient RMS (the paper's formula; values far below 1, so the temperature must be of their size)."""
 
-    always_active: list[Literal["embed", "norm", "head", "other"]] = ["norm"]
+    always_active: list[Literal["embed", "norm", "head", "other"]] = Field(default_factory=lambda: ["norm"])
     """Modules outside the decoder blocks that train all the time. Default: the final norm only [ours]. With ``embed`` the
     backward pass can never stop early, and embeddings plus head are most of what would train (70 % at 8B). ``other``: whatever
     is neither block, embedding, final norm nor head. Tied embeddings: ``embed`` and ``head`` are the same."""
@@ -105,7 +105,15 @@ class GrassConfig(DeepSpeedConfigModel):
 
     def policy_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`grass_ds.policy.controller.Controller` (all but the number of layers)."""
-        names = ("sampler", "num_active_layers", "probe_steps", "sample_period", "refresh_period", "temperature", "ema_alpha")
+        names = (
+            "sampler",
+            "num_active_layers",
+            "probe_steps",
+            "sample_period",
+            "refresh_period",
+            "temperature",
+            "ema_alpha",
+        )
         return {name: getattr(self, name) for name in (*names, "score_normalization", "cyclic_order", "seed")}
 
 
@@ -117,7 +125,9 @@ def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
     """
     for parent, section in ds_config.items():
         if parent != BLOCK and isinstance(section, Mapping) and BLOCK in section:
-            raise GrassConfigError(f'"{parent}.{BLOCK}" is not read by anything: move the "{BLOCK}" block to the top level')
+            raise GrassConfigError(
+                f'"{parent}.{BLOCK}" is not read by anything: move the "{BLOCK}" block to the top level'
+            )
     block = ds_config.get(BLOCK)
     if block is None:
         return None
@@ -135,7 +145,9 @@ def _refuse_auto(block: Mapping[str, Any], path: str = BLOCK) -> None:
     """``"auto"`` means "filled in from TrainingArguments" elsewhere; nothing can fill these keys in."""
     for key, value in block.items():
         if value == "auto":
-            raise GrassConfigError(f'{path}.{key}: "auto" is not possible here; leave the key out or write null for its default')
+            raise GrassConfigError(
+                f'{path}.{key}: "auto" is not possible here; leave the key out or write null for its default'
+            )
         if isinstance(value, Mapping):
             _refuse_auto(value, f"{path}.{key}")
 

@@ -33,7 +33,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         return _STOCK_INITIALIZE(*args, **kwargs)
 
 
-class enable:  # noqa: N801 - reads as a function; a class only so that it can also be a context manager
+class enable:
     """Make every later ``deepspeed.initialize`` honour a ``"grass"`` block: HF Trainer, accelerate and TRL then work unchanged.
 
     ``grass_ds.enable()`` once, before the Trainer is built, is all; calling it again changes nothing. As a context manager it

@@ -12,13 +12,25 @@ SUPPORTED_STAGES = (1, 2)
 
 # (path in the DeepSpeed config, values that are fine, why not and what to do)
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    ("zero_optimization.offload_optimizer.device", (None, "none"), 'optimizer state is moved by the "grass" block: use grass.offload'),
-    ("zero_optimization.offload_param.device", (None, "none"), "parameters cannot be offloaded on ZeRO-1/2: remove it"),
+    (
+        "zero_optimization.offload_optimizer.device",
+        (None, "none"),
+        'optimizer state is moved by the "grass" block: use grass.offload',
+    ),
+    (
+        "zero_optimization.offload_param.device",
+        (None, "none"),
+        "parameters cannot be offloaded on ZeRO-1/2: remove it",
+    ),
     ("zero_optimization.zenflow", (None,), "ZenFlow replaces the same optimizer wrapper: remove one of the two"),
     ("zero_optimization.elastic_checkpoint", (None, False), "layers have step counts of their own: remove it"),
     ("zero_optimization.zero_quantized_weights", (None, False), "quantised weights are not supported: remove it"),
     ("zero_optimization.zero_quantized_gradients", (None, False), "quantised gradients are not supported: remove it"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", (None, False), "inactive layers would be quantised: remove it"),
+    (
+        "zero_optimization.zero_quantized_nontrainable_weights",
+        (None, False),
+        "inactive layers would be quantised: remove it",
+    ),
     ("zero_optimization.compute_grad_norm", (None, True), "gradient norms decide what is trained: remove it"),
     ("bf16.bf16_master_weights_and_grads", (None, False), "master weights are fp32: remove it"),
     ("fp16.fp16_master_weights_and_grads", (None, False), "master weights are fp32: remove it"),
@@ -50,7 +62,9 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
     stage = _lookup(config, "zero_optimization.stage")
     if stage not in SUPPORTED_STAGES:
         wanted = " or ".join(map(str, SUPPORTED_STAGES))
-        problems.append(f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them")
+        problems.append(
+            f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them"
+        )
     for path, allowed, why in _REFUSED:
         value = _lookup(config, path)
         if value not in allowed:
@@ -59,15 +73,21 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
     if kind in _ELEMENTWISE_ONLY:
         problems.append(f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW")
     if problems:
-        raise GrassConfigError('the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems))
+        raise GrassConfigError(
+            'the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems)
+        )
 
 
 def check_model(model: nn.Module) -> None:
     """Raise :class:`GrassConfigError` for a model that cannot be trained layer by layer in full."""
     if hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_parameters()):
-        raise GrassConfigError("the model is wrapped by PEFT: grass trains full weights; pass the base model, or remove the block")
+        raise GrassConfigError(
+            "the model is wrapped by PEFT: grass trains full weights; pass the base model, or remove the block"
+        )
     if type(model).__name__ == "PipelineModule" or hasattr(model, "_compute_layer_partition"):
         raise GrassConfigError("pipeline parallelism has an engine of its own: grass needs the plain model")
     experts = sum(1 for p in model.parameters() if getattr(p, "allreduce", True) is False)
     if experts or any(type(m).__module__.startswith("deepspeed.moe") for m in model.modules()):
-        raise GrassConfigError("the model has DeepSpeed MoE layers, whose gradients are reduced over other groups: not supported")
+        raise GrassConfigError(
+            "the model has DeepSpeed MoE layers, whose gradients are reduced over other groups: not supported"
+        )

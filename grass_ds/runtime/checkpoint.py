@@ -68,7 +68,9 @@ def load(
         ValueError: a universal checkpoint, a checkpoint of plain DeepSpeed, or one of other layers, naming the difference.
     """
     if checkpoint_folder is not None:
-        raise ValueError("loading universal checkpoints is not supported yet; load a checkpoint saved with the same number of ranks")
+        raise ValueError(
+            "loading universal checkpoints is not supported yet; load a checkpoint saved with the same number of ranks"
+        )
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
     if GRASS not in saved:
         raise ValueError(
@@ -105,7 +107,11 @@ def _check_layout(here: list[Any], saved: list[Any]) -> None:
     if [tuple(entry) for entry in saved] == here:
         return
     ours, theirs = {entry[0]: entry for entry in here}, {entry[0]: tuple(entry) for entry in saved}
-    difference = [f"{name}: here {ours.get(name)}, saved {theirs.get(name)}" for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    difference = [
+        f"{name}: here {ours.get(name)}, saved {theirs.get(name)}"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
     raise ValueError(
         "the checkpoint has other layers, param groups or ranks than this run (name, parameters, elements, ranks): "
         + ("; ".join(difference[:3]) or "the same ones in another order")
@@ -131,7 +137,9 @@ def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> Un
     moments = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == master.shape and v.dim() == 1}
     scalars = {k: v for k, v in state.items() if k not in moments}
     padding = unit.shard_numel - unit.owned_numel
-    return UnitState(master, moments, scalars).map(lambda t: torch.nn.functional.pad(t.to(torch.float32), (0, padding)))
+    return UnitState(master, moments, scalars).map(
+        lambda t: torch.nn.functional.pad(t.to(torch.float32), (0, padding))
+    )
 
 
 def _slices(unit: Unit) -> "OrderedDict[str, fragment_address]":

@@ -7,7 +7,6 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
-from torch import nn
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.controller import Controller
@@ -47,7 +46,9 @@ class GrassEngine(seams.DeepSpeedEngine):
         if config is None:
             return super()._configure_zero_optimizer(optimizer)
         if optimizer is None:
-            raise ValueError('the "grass" block needs an optimizer: pass one to initialize(), or put one into the DeepSpeed config')
+            raise ValueError(
+                'the "grass" block needs an optimizer: pass one to initialize(), or put one into the DeepSpeed config'
+            )
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
         layers = discover_layers(self.module, config.layers_path)
@@ -58,7 +59,9 @@ class GrassEngine(seams.DeepSpeedEngine):
         controller = Controller(len(layers.names), **config.policy_arguments())
         fit_input_gradients(self.module, "embed" in always)
         store = StateStore(on_device=config.offload.device == "none", pin_memory=config.offload.pin_memory)
-        zero = GrassZeroOptimizer(optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
+        zero = GrassZeroOptimizer(
+            optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config)
+        )
         # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
         self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
         self._announce(config, layers, always)

@@ -117,7 +117,9 @@ class GradientReducer:
             pending.filled.clear()
             self._note_peak()
         view = pending.flat.narrow(0, unit.offsets[slot], grad.numel())
-        if slot in pending.filled:  # an earlier micro-step, or a second firing in one backward (reentrant checkpointing)
+        if (
+            slot in pending.filled
+        ):  # an earlier micro-step, or a second firing in one backward (reentrant checkpointing)
             view.add_(grad.view(-1))
         else:
             view.copy_(grad.view(-1))

@@ -7,6 +7,8 @@ makes the embeddings' output require a gradient. Non-reentrant checkpointing doe
 embeddings instead of stopping at the lowest active layer. So: hook on for reentrant, off for non-reentrant, when embeddings do not train.
 """
 
+from typing import Any
+
 from deepspeed.utils import logger
 from torch import nn
 
@@ -21,7 +23,7 @@ def _checkpointing_modes(model: nn.Module) -> set[bool]:
     return modes
 
 
-def fit_input_gradients(model: nn.Module, embeddings_train: bool) -> None:
+def fit_input_gradients(model: Any, embeddings_train: bool) -> None:
     """Make the model's embedding output require a gradient exactly when activation checkpointing needs it.
 
     Does nothing for models that do not follow Hugging Face's convention, or when embeddings train or nothing is checkpointed.

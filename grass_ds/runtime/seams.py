@@ -64,7 +64,9 @@ MODULE_NAMES = {
 
 def missing_names() -> list[str]:
     """Names of the lists above that the installed DeepSpeed does not have."""
-    missing = [f"DeepSpeedEngine.{name}" for name in (*ENGINE_METHODS, *ENGINE_READS) if not hasattr(DeepSpeedEngine, name)]
+    missing = [
+        f"DeepSpeedEngine.{name}" for name in (*ENGINE_METHODS, *ENGINE_READS) if not hasattr(DeepSpeedEngine, name)
+    ]
     missing += [f"ZeROOptimizer.{name}" for name in HOOK_STATE if not hasattr(ZeROOptimizer, name)]
     for module, names in MODULE_NAMES.items():
         found = importlib.import_module(module)

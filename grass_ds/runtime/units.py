@@ -51,7 +51,9 @@ class Unit:
     def __post_init__(self) -> None:
         dtypes = {p.dtype for p in self.params}
         if len(dtypes) != 1:
-            raise ValueError(f"{self.name}: parameters of several dtypes {sorted(map(str, dtypes))}; a layer must have one dtype")
+            raise ValueError(
+                f"{self.name}: parameters of several dtypes {sorted(map(str, dtypes))}; a layer must have one dtype"
+            )
         sizes = [p.numel() for p in self.params]
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
         self.numel = sum(sizes)
@@ -110,7 +112,9 @@ class UnitPlan:
     rank: int
 
 
-def build_units(param_groups: Sequence[Mapping], param_names: Mapping[nn.Parameter, str], plan: UnitPlan) -> list[Unit]:
+def build_units(
+    param_groups: Sequence[Mapping], param_names: Mapping[nn.Parameter, str], plan: UnitPlan
+) -> list[Unit]:
     """Sort the optimizer's parameters into units, in reduction order; nothing is allocated.
 
     Parameters that the user froze (``requires_grad`` False) belong to no unit.
@@ -126,7 +130,9 @@ def build_units(param_groups: Sequence[Mapping], param_names: Mapping[nn.Paramet
                 continue
             name = param_names.get(param)
             if name is None:
-                raise ValueError("the optimizer holds a parameter that is not in the model; build it from model.parameters()")
+                raise ValueError(
+                    "the optimizer holds a parameter that is not in the model; build it from model.parameters()"
+                )
             members.setdefault((*place.get(name, ("other", None)), group), []).append((param, name))
     units = []
     for (kind, layer, group), owned in sorted(members.items(), key=lambda item: _reduction_order(*item[0])):

@@ -30,6 +30,7 @@ from grass_ds.runtime import checkpoint, seams
 from grass_ds.runtime.agreement import check_ranks_agree, digest
 from grass_ds.runtime.fragments import ParamFragment
 from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
+from grass_ds.runtime.norms import global_squares, layer_rms
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit
 
@@ -130,7 +131,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         return seams.register_grad_hook(param, on_gradient)
 
     def _reduces_now(self) -> bool:
-        return self.settings.partition_gradients or self.controller.measuring or self.is_gradient_accumulation_boundary()
+        return (
+            self.settings.partition_gradients or self.controller.measuring or self.is_gradient_accumulation_boundary()
+        )
 
     def backward_epilogue(self, **kwargs: Any) -> None:
         """End of one micro-step."""
@@ -153,10 +156,11 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     def step(self, closure: Any = None) -> None:
         """Measure, and update the active units' weights. See [Note: A step]."""
         scale = self.loss_scale
-        norms, squares = self._reduce_norms()
+        norms, squares = global_squares(self.reducer, self._active, self.dp_process_group)
         finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
         self.loss_scaler.update_scale(not finite)
-        self._layer_rms = self._rms(squares, scale) if finite and self.controller.measuring else None
+        measured = finite and self.controller.measuring
+        self._layer_rms = layer_rms(squares, self.reducer.micro_steps, scale) if measured else None
         probing = self.controller.phase is Phase.PROBE
         self._note_skip(finite)
         self.overflow = probing or not finite
@@ -168,33 +172,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
             for unit in self._active:
                 self._gather(unit)
         self.reducer.clear()
-
-    def _reduce_norms(self) -> tuple[dict[Unit, float], dict[Unit, float]]:
-        """Squared global norms per active unit: of the accumulated gradient, and summed over its micro-steps. One all-reduce."""
-        reducer = self.reducer
-        if not reducer.squares:
-            raise RuntimeError("step() without a backward() before it: there are no gradients")
-        local = [reducer.squares[unit] for unit in self._active]
-        if reducer.micro_steps > 1 and reducer.shards:  # otherwise the two are the same
-            local = [torch.linalg.vector_norm(reducer.shards[u], dtype=torch.float32).square() for u in self._active] + local
-        total = torch.stack(local)
-        dist.all_reduce(total, group=self.dp_process_group)
-        values, count = total.tolist(), len(self._active)
-        squares = dict(zip(self._active, values[-count:], strict=True))
-        return dict(zip(self._active, values[:count], strict=True)), squares
-
-    def _rms(self, squares: Mapping[Unit, float], scale: float) -> dict[int, float]:
-        """Layer -> root mean square of the gradient's elements over micro-batches: sqrt(||g||^2 / N) of the paper's m.
-
-        The loss of a micro-batch carries 1 / (number of micro-steps), which is undone here.
-        """
-        total: dict[int, float] = {}
-        numel: dict[int, int] = {}
-        for unit, square in squares.items():
-            if unit.layer is not None:
-                total[unit.layer] = total.get(unit.layer, 0.0) + square
-                numel[unit.layer] = numel.get(unit.layer, 0) + unit.numel
-        return {i: math.sqrt(total[i] * self.reducer.micro_steps / numel[i]) / scale for i in total}
 
     def _clip_divisor(self, norm: float) -> float:
         return max((norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
@@ -276,7 +253,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
 
     def _check_ranks_hold_alike(self) -> None:
         layout = digest([(u.name, u.param_names, [tuple(p.shape) for p in u.params]) for u in self.units])
-        check_ranks_agree([layout], "the model's layers and the optimizer's param groups", self.dp_process_group, self.device)
+        check_ranks_agree(
+            [layout], "the model's layers and the optimizer's param groups", self.dp_process_group, self.device
+        )
         self._check_agreement("the sampler's configuration")
 
     # ---- what else the engine asks of a ZeRO optimizer ------------------------------------------------------------------
@@ -332,7 +311,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     def state_dict(self) -> dict[str, Any]:
         return checkpoint.save(self)
 
-    def load_state_dict(self, state_dict_list: list[dict[str, Any]], load_optimizer_states: bool = True, **kwargs: Any) -> None:
+    def load_state_dict(
+        self, state_dict_list: list[dict[str, Any]], load_optimizer_states: bool = True, **kwargs: Any
+    ) -> None:
         """See :func:`grass_ds.runtime.checkpoint.load`."""
         checkpoint.load(self, state_dict_list, load_optimizer_states, **kwargs)
 

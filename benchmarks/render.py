@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables from the benchmark rows: ``benchmarks/RESULTS.md``, and the block between the markers of ``README.md``.
+
+python benchmarks/render.py           # write both
+python benchmarks/render.py --check   # exit 1 if either differs from its rows
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+README = FOLDER.parent / "README.md"
+RESULTS = FOLDER / "RESULTS.md"
+BEGIN, END = "<!-- benchmark table: python benchmarks/render.py -->", "<!-- end of benchmark table -->"
+Row = dict[str, Any]
+
+LABELS = {
+    "full": "full fine-tuning (stock DeepSpeed)",
+    "lora": "LoRA r=128, all linear layers (PEFT)",
+    "grass": "**grass**, 2 of 30 layers + final norm (default)",
+    "grass-embed": "grass, 2 of 30 layers + final norm + embeddings",
+}
+
+
+def read(suite: str) -> list[Row]:
+    path = FOLDER / "rows" / f"{suite}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def group(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(json.dumps(row[k]) if isinstance(row[k], dict) else row[k] for k in keys)].append(row)
+    return groups
+
+
+def conditions(rows: list[Row]) -> str:
+    """What all rows of a table share."""
+    one = rows[0]
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    return (
+        f"{one['model']}, ZeRO-{one['stage']}, {one['ranks']} rank(s) on {one['device']} ({one['hardware']}, {one['threads']} thread each), "
+        f"bf16, AdamW, clip 1.0, micro-batch {one['micro_batch']} x {one['sequence']} tokens, accumulation {one['accumulation']}; "
+        f"{versions}; commit {commits}"
+    )
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Median (smallest to largest)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def cost_table(rows: list[Row]) -> list[str]:
+    """Seconds per step and memory per method; ratios are taken within each round, then their median."""
+    by_method = {key[0]: sorted(found, key=lambda r: r["seed"]) for key, found in group(rows, "method").items()}
+    full = by_method["full"]
+    lines = [
+        "| method | s / step | of full | peak RSS per rank | weights trained per step |",
+        "|---|---|---|---|---|",
+    ]
+    for method, label in LABELS.items():
+        if method not in by_method:
+            continue
+        mine = by_method[method]
+        ratios = [a["median_seconds"] / b["median_seconds"] for a, b in zip(mine, full, strict=False)]
+        seconds = spread([row["median_seconds"] for row in mine], 2)
+        peak = statistics.median(row["peak_bytes"] for row in mine) / 1e9
+        trained = mine[0]["trainable"] / 1e6
+        lines.append(f"| {label} | {seconds} | {spread(ratios, 2)} | {peak:.2f} GB | {trained:.1f} M |")
+    return lines
+
+
+def quality_table(rows: list[Row]) -> list[str]:
+    """Mean and standard deviation over seeds of loss (and accuracy) on held-out rows."""
+    lines = ["| task | method | settings | loss | exact match | seeds |", "|---|---|---|---|---|---|"]
+    for (task, method, settings, steps), found in sorted(group(rows, "data", "method", "grass", "steps").items()):
+        losses = [row["after"]["loss"] for row in found]
+        accuracies = [row["after"]["accuracy"] for row in found if "accuracy" in row["after"]]
+        label = "(untrained)" if steps == 0 else method
+        lines.append(
+            f"| {task} | {label} | {_settings(settings)} | {_mean(losses, 3)} | {_mean(accuracies, 2)} | {len(found)} |"
+        )
+    return lines
+
+
+def _settings(settings: str) -> str:
+    changed = {k: v for k, v in json.loads(settings).items() if k in ("temperature", "ema_alpha")}
+    return ", ".join(f"{k} {v}" for k, v in changed.items()) or "default"
+
+
+def _mean(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def results() -> str:
+    """The whole of RESULTS.md."""
+    cost, quality = read("cpu"), read("quality")
+    lines = ["# Results", "", "Generated from `benchmarks/rows/` by `benchmarks/render.py`; do not edit.", ""]
+    if cost:
+        lines += ["## Cost: seconds per step and memory", "", conditions(cost), "", *cost_table(cost), ""]
+    if quality:
+        note = "Every method sees the same rows in the same order; probing steps count as steps. The sampler's periods are scaled to the short run."
+        lines += [
+            "## Quality: held-out loss and accuracy",
+            "",
+            conditions(quality),
+            "",
+            note,
+            "",
+            *quality_table(quality),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def readme() -> str:
+    """README.md with its table replaced."""
+    text, cost = README.read_text(), read("cpu")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    body = (
+        "\n".join([*cost_table(cost), "", f"Measured by `benchmarks/run.py --suite cpu`: {conditions(cost)}."])
+        if cost
+        else ""
+    )
+    return f"{head}{BEGIN}\n{body}\n{END}{tail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    wanted = {RESULTS: results(), README: readme()}
+    if parser.parse_args().check:
+        stale = [path.name for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+        print("differs from its rows: " + ", ".join(stale) if stale else "tables match their rows")
+        return 1 if stale else 0
+    for path, text in wanted.items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
