@@ -26,10 +26,11 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 SEEDS = (0, 1, 2)
 ROUNDS = 3
+STEPS = 40
 COST_METHODS = ("full", "lora", "grass", "grass-embed")
 QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
 # Short runs: the sampler's periods are scaled down with them, alike for all methods.
-PERIODS = {"probe_steps": 8, "sample_period": 8, "refresh_period": 16}
+PERIODS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12}
 
 
 def cost_cells() -> Iterator[dict[str, Any]]:
@@ -58,16 +59,17 @@ def quality_cells(gsm8k: str | None) -> Iterator[dict[str, Any]]:
     for seed in SEEDS:
         for task in tasks:
             for method in QUALITY_METHODS:
-                yield {**common, **task, "method": method, "seed": seed, "steps": 60, "grass": PERIODS}
-    for changed in (
-        {"temperature": 0.1},
-        {"temperature": 0.25},
-        {"temperature": 1.0},
-        {"ema_alpha": 0.25},
-        {"ema_alpha": 1.0},
-    ):
+                yield {**common, **task, "method": method, "seed": seed, "steps": STEPS, "grass": PERIODS}
+    for changed in ({"temperature": 0.1}, {"temperature": 1.0}, {"ema_alpha": 1.0}):
         for seed in SEEDS:
-            yield {**common, **tasks[0], "method": "grass", "seed": seed, "steps": 60, "grass": {**PERIODS, **changed}}
+            yield {
+                **common,
+                **tasks[0],
+                "method": "grass",
+                "seed": seed,
+                "steps": STEPS,
+                "grass": {**PERIODS, **changed},
+            }
 
 
 def key(cell: dict[str, Any]) -> str:

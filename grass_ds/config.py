@@ -66,7 +66,7 @@ class GrassConfig(DeepSpeedConfigModel):
     """``mean`` [ours]: scores are divided by their mean before the softmax, so that ``temperature`` has no unit. ``none``: raw
     gradient RMS (the paper's formula; values far below 1, so the temperature must be of their size)."""
 
-    always_active: list[Literal["embed", "norm", "head", "other"]] = Field(default_factory=lambda: ["norm"])
+    always_active: tuple[Literal["embed", "norm", "head", "other"], ...] = ("norm",)
     """Modules outside the decoder blocks that train all the time. Default: the final norm only [ours]. With ``embed`` the
     backward pass can never stop early, and embeddings plus head are most of what would train (70 % at 8B). ``other``: whatever
     is neither block, embedding, final norm nor head. Tied embeddings: ``embed`` and ``head`` are the same."""

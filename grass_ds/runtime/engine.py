@@ -125,7 +125,9 @@ class GrassEngine(seams.DeepSpeedEngine):
         if self.grass is None:
             return super().load_checkpoint(*args, **kwargs)
         with self.optimizer.all_trainable():
-            return super().load_checkpoint(*args, **kwargs)
+            result = super().load_checkpoint(*args, **kwargs)
+        self.optimizer.activate()
+        return result
 
 
 def _check_coverage(units: list[Any], layers: ModelLayers) -> None:

@@ -243,10 +243,14 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         layers = set(self.controller.active_layers)
         for unit in self.units:
             unit.active = unit.always or unit.layer in layers
-            for param in unit.params:
-                param.requires_grad_(unit.active)
+        self._show_active()
         self._active = [unit for unit in self.units if unit.active]
         self.reducer.track(self._active, keep=self.controller.phase is Phase.TRAIN)
+
+    def _show_active(self) -> None:
+        for unit in self.units:
+            for param in unit.params:
+                param.requires_grad_(unit.active)
 
     def _check_agreement(self, what: str) -> None:
         check_ranks_agree(self.controller.fingerprint(), what, self.dp_process_group, self.device)
@@ -326,7 +330,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         try:
             yield
         finally:
-            self.activate()
+            self._show_active()
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError('engine.offload_states() does not know about layers; use "grass": {"offload": ...}')

@@ -30,7 +30,9 @@ def tiny_llama(layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: 
     return LlamaForCausalLM(config)
 
 
-def ds_config(stage: int = 2, dtype: str = "fp32", clip: float = 0.0, gas: int = 1, lr: float = 1e-3, **extra: Any) -> dict[str, Any]:
+def ds_config(
+    stage: int = 2, dtype: str = "fp32", clip: float = 0.0, gas: int = 1, lr: float = 1e-3, **extra: Any
+) -> dict[str, Any]:
     """A DeepSpeed config with torch's AdamW (no JIT build); ``extra`` is merged into the top level."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,

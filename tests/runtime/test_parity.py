@@ -39,7 +39,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], bool | None, float, float
         2e-2,
     ),
     "zero2-fp16-clip": ({"dtype": "fp16", "clip": 1.0}, {}, None, 1e-3, 5e-3),
-    "zero2-fp16-overflow": ({"dtype": "fp16", "fp16": {"initial_scale_power": 26, "hysteresis": 1}}, {}, None, 1e-4, 1e-3),
+    "zero2-fp16-overflow": (
+        {"dtype": "fp16", "fp16": {"initial_scale_power": 26, "hysteresis": 1}},
+        {},
+        None,
+        1e-4,
+        1e-3,
+    ),
 }
 
 
@@ -67,7 +73,9 @@ def test_full_sampler_is_stock_deepspeed(two_ranks: Any, case: str) -> None:
     settings, model_arguments, reentrant, loss_tolerance, weight_tolerance = CASES[case]
     stock = two_ranks.run(run, config=ds_config(**settings), model_arguments=model_arguments, reentrant=reentrant)
     block = {"grass": grass_block(sampler="full")}
-    ours = two_ranks.run(run, config=ds_config(**settings, **block), model_arguments=model_arguments, reentrant=reentrant)
+    ours = two_ranks.run(
+        run, config=ds_config(**settings, **block), model_arguments=model_arguments, reentrant=reentrant
+    )
     for theirs, mine in zip(stock, ours, strict=True):
         assert (theirs["wrapper"], mine["wrapper"]) == ("DeepSpeedZeroOptimizer", "GrassZeroOptimizer")
         assert mine["skipped"] == theirs["skipped"]
