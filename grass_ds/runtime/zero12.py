@@ -104,7 +104,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.grass: Any = None
         self._skips = 0
         self._layer_rms: dict[int, float] | None = None
-        self._check_ranks_hold_alike()
+        layout = digest([(u.name, u.param_names, [tuple(p.shape) for p in u.params]) for u in units])
+        check_ranks_agree([layout], "the layers and param groups", self.dp_process_group, self.device)
+        self._check_agreement("the sampler's first state")
         for unit in units:
             unit.flatten()
         for settings_ in optimizer.param_groups:
@@ -254,13 +256,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
 
     def _check_agreement(self, what: str) -> None:
         check_ranks_agree(self.controller.fingerprint(), what, self.dp_process_group, self.device)
-
-    def _check_ranks_hold_alike(self) -> None:
-        layout = digest([(u.name, u.param_names, [tuple(p.shape) for p in u.params]) for u in self.units])
-        check_ranks_agree(
-            [layout], "the model's layers and the optimizer's param groups", self.dp_process_group, self.device
-        )
-        self._check_agreement("the sampler's configuration")
 
     # ---- what else the engine asks of a ZeRO optimizer ------------------------------------------------------------------
 
