@@ -13,7 +13,9 @@ for folder in (ROOT, ROOT / "launch", ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["DS_ACCELERATOR"] = (
+    "cpu"  # also where there is a GPU: several ranks cannot share it; `gpu` tests have their own pool
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
@@ -22,8 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from helpers.ranks import RankPool  # noqa: E402
 
 
-def _pool(world: int) -> Iterator[RankPool]:
-    pool = RankPool(world)
+def _pool(world: int, accelerator: str = "cpu") -> Iterator[RankPool]:
+    pool = RankPool(world, accelerator)
     yield pool
     pool.close()
 
@@ -41,3 +43,8 @@ def two_ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[RankPool]:
     yield from _pool(4)
+
+
+@pytest.fixture(scope="session")
+def one_gpu() -> Iterator[RankPool]:
+    yield from _pool(1, "cuda")

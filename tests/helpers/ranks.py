@@ -29,8 +29,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world: int, port: int, accelerator: str = "cpu") -> dict[str, str]:
     return {
+        "DS_ACCELERATOR": accelerator,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -41,8 +42,8 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
-    os.environ.update(rank_environment(rank, world, port))
+def _serve(pipe: Connection, rank: int, world: int, port: int, accelerator: str) -> None:
+    os.environ.update(rank_environment(rank, world, port, accelerator))
     import torch
     from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
@@ -61,10 +62,11 @@ def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
 
 
 class RankPool:
-    """``world`` processes in one gloo (or NCCL) process group."""
+    """``world`` processes in one process group: gloo on ``cpu``, NCCL on ``cuda``."""
 
-    def __init__(self, world: int):
+    def __init__(self, world: int, accelerator: str = "cpu"):
         self.world = world
+        self._accelerator = accelerator
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -85,7 +87,9 @@ class RankPool:
         context, port = multiprocessing.get_context("spawn"), free_port()
         for rank in range(self.world):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.world, port), daemon=True)
+            process = context.Process(
+                target=_serve, args=(there, rank, self.world, port, self._accelerator), daemon=True
+            )
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
