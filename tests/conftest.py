@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "launch", ROOT / "tests"):
+for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-os.environ["DS_ACCELERATOR"] = (
-    "cpu"  # also where there is a GPU: several ranks cannot share it; `gpu` tests have their own pool
-)
+# Also where there is a GPU: several ranks cannot share it, and the `gpu` tests have a pool of their own.
+os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
