@@ -79,13 +79,14 @@ def cost_table(rows: list[Row]) -> list[str]:
 
 def quality_table(rows: list[Row]) -> list[str]:
     """Mean and standard deviation over seeds of loss (and accuracy) on held-out rows."""
-    lines = ["| task | method | settings | loss | exact match | seeds |", "|---|---|---|---|---|---|"]
-    for (task, method, settings, steps), found in sorted(group(rows, "data", "method", "grass", "steps").items()):
+    lines = ["| task | method | lr | settings | loss | exact match | seeds |", "|---|---|---|---|---|---|---|"]
+    groups = group(rows, "data", "steps", "method", "lr", "grass")
+    for (task, steps, method, lr, settings), found in sorted(groups.items()):
         losses = [row["after"]["loss"] for row in found]
         accuracies = [row["after"]["accuracy"] for row in found if "accuracy" in row["after"]]
         label = "(untrained)" if steps == 0 else method
         lines.append(
-            f"| {task} | {label} | {_settings(settings)} | {_mean(losses, 3)} | {_mean(accuracies, 2)} | {len(found)} |"
+            f"| {task} | {label} | {lr:g} | {_settings(settings)} | {_mean(losses, 3)} | {_mean(accuracies, 2)} | {len(found)} |"
         )
     return lines
 

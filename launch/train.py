@@ -1,0 +1,304 @@
+"""Fine-tune a language model with the Hugging Face Trainer under DeepSpeed, and measure it before and after.
+
+    deepspeed launch/train.py --deepspeed ds_configs/grass.json
+
+trains SmolLM2-135M on the built-in arithmetic task; `--help` lists every option. A mistake in them ends the program on
+every rank, before training, with one message and a non-zero exit code (GRASS_TRACEBACK=1 shows where it was found).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import datasets
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+import grass_ds
+from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.policy.layers import discover_layers
+from grass_ds.support import check_ds_config, check_model
+from launch import arguments as command_line
+from launch import distributed, report
+from launch.data import Collator, Rows, load_splits, tokenize
+from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
+from launch.model import load
+from launch.template import Template
+
+_ACTIVE = "grass/active/"
+UserError = (ValueError, OSError, DeepSpeedConfigError)
+
+
+@dataclass
+class Task:
+    """Everything a run needs, checked: the model, the tokens to train on and what to measure."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    train: datasets.Dataset
+    test: Rows | None
+    test_tokens: datasets.Dataset | None
+    measure: str
+    probe_steps: int
+
+
+class GrassTrainer(Trainer):
+    """The Trainer, with a learning-rate schedule over the steps that train.
+
+    `max_steps` counts the probing steps too, but the engine does not advance the schedule in them: spread over all of
+    `max_steps`, it would end that many steps early, at a learning rate above its last one.
+    """
+
+    def __init__(self, *args: Any, probe_steps: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.probe_steps = probe_steps
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """See `Trainer.create_scheduler`; without the probing steps."""
+        return super().create_scheduler(max(1, num_training_steps - self.probe_steps), optimizer)
+
+
+class TerminalProgress(ProgressCallback):
+    """The Trainer's progress bar and log lines, with GRASS's hundred values per step reduced to the active layers."""
+
+    SHOWN = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the few values that a reader of the terminal follows; the others go to --report_to."""
+        shown = {key: value for key, value in (logs or {}).items() if key in self.SHOWN}
+        active = [key.rsplit("/", 1)[-1] for key, value in (logs or {}).items() if key.startswith(_ACTIVE) and value]
+        if active:
+            layers = len([key for key in logs or {} if key.startswith(_ACTIVE)])
+            shown["active_layers"] = " ".join(active) if len(active) < layers else "all"
+        if "loss" in shown:
+            super().on_log(args, state, control, logs=shown, **kwargs)
+
+
+# ---- preparing ------------------------------------------------------------------------------------------------------
+
+
+def prepare(options: command_line.Arguments) -> Task:
+    """Load and check everything; nothing that a user can get wrong is left for later.
+
+    Raises:
+        ValueError: whatever is wrong with the model, the data or the configuration.
+    """
+    _check_wandb(options.training.report_to)
+    config = parse_grass_block(options.ds_config)
+    if config is not None:
+        check_ds_config(options.ds_config)
+    splits = _load_data(options)
+    model, tokenizer = load(options.model.model, options.dtype)
+    probe_steps = 0 if config is None else _check_model(model, config)
+    if 0 < options.training.max_steps <= probe_steps:
+        raise ValueError(
+            f"--max_steps {options.training.max_steps} leaves nothing to train: grass.probe_steps = {probe_steps} "
+            "of them only measure; raise --max_steps or lower probe_steps"
+        )
+    template = Template.choose(tokenizer, options.data.template)
+    train = splits["train"].take(options.data.train_samples)
+    length, on_long_answer = options.data.max_length, options.data.on_long_answer
+    train_tokens = tokenize(train, template, length, on_long_answer)
+    test = splits["test"].take(options.evaluation.eval_samples) if "test" in splits else None
+    measure = _measure(options.evaluation.eval_task, test)
+    test_tokens = tokenize(test, template, length, "drop") if test is not None and measure != "none" else None
+    return Task(model, tokenizer, template, train_tokens, test, test_tokens, measure, probe_steps)
+
+
+def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
+    splits = load_splits(options.data.data, options.data.data_config)
+    if "train" not in splits:
+        raise ValueError(f"--data {options.data.data}: has test rows only; give a source with training rows")
+    if options.data.eval_data is not None:
+        found = load_splits(options.data.eval_data, options.data.data_config)
+        splits["test"] = found.get("test", next(iter(found.values())))
+    return splits
+
+
+def _check_model(model: PreTrainedModel, config: GrassConfig) -> int:
+    """Refuse a model that cannot be trained layer by layer; return the number of probing steps."""
+    check_model(model)
+    layers = discover_layers(model, config.layers_path)
+    layers.resolve_always_active(config.always_active)
+    samples = config.probes and config.num_active_layers < len(layers.names)
+    return config.probe_steps if samples else 0
+
+
+def _measure(wanted: str, test: Rows | None) -> str:
+    """The task to measure: "exact", "choice", "loss" or "none"."""
+    if test is None:
+        if wanted not in ("auto", "none"):
+            raise ValueError(f"--eval_task {wanted}: the data has no test rows; name some with --eval_data")
+        return "none"
+    return (detect_task(test) or "loss") if wanted == "auto" else wanted
+
+
+def _check_wandb(report_to: Sequence[str]) -> None:
+    """End now, on every rank, rather than let rank 0 fail at a login prompt while the others wait for it.
+
+    Raises:
+        ValueError: wandb is asked for, but is not installed or has nobody logged in.
+    """
+    if "wandb" not in report_to or distributed.rank() != 0:
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--report_to wandb: the package is missing; run `pip install wandb`") from error
+    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled"):
+        return
+    if not wandb.login(prompt=False, verify=False):
+        raise ValueError(
+            "--report_to wandb: nobody is logged in; run `wandb login`, or set WANDB_API_KEY, or set "
+            "WANDB_MODE=offline to keep the run on this machine"
+        )
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+def measure(task: Task, options: command_line.Arguments) -> dict[str, float]:
+    """Accuracy (in [0, 1], unless only the loss can be measured) and loss (nats per answer token) on the test rows."""
+    if task.test is None or task.test_tokens is None:
+        return {}
+    batch = options.training.per_device_eval_batch_size
+    results = {}
+    if task.measure == "exact":
+        new = options.evaluation.max_new_tokens
+        results["exact"] = exact_match(task.model, task.template, task.test, batch_size=batch, max_new_tokens=new)
+    elif task.measure == "choice":
+        results["choice"] = choice_accuracy(task.model, task.template, task.test, batch_size=batch)
+    results["loss"] = mean_loss(task.model, task.template, list(task.test_tokens), batch_size=max(1, batch // 4))
+    return results
+
+
+def run(options: command_line.Arguments) -> dict[str, Any] | None:
+    """Measure, train, measure, save and report; the report on rank 0, None elsewhere."""
+    set_seed(options.training.seed)
+    task = distributed.on_every_rank(lambda: prepare(options))
+    task.model.to(get_accelerator().current_device_name())
+    before = measure(task, options)
+
+    grass_ds.enable()
+    callback = grass_ds.GrassCallback()
+    trainer = GrassTrainer(
+        model=task.model,
+        args=options.training,
+        train_dataset=task.train,
+        data_collator=Collator(task.tokenizer.pad_token_id),
+        processing_class=task.tokenizer,
+        callbacks=[callback],
+        probe_steps=task.probe_steps,
+    )
+    if not options.training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TerminalProgress)
+    report.reset_peak_memory()
+    outcome = trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
+    peak = report.peak_memory()
+    after = measure(task, options)
+    trainer.save_model()
+
+    numbers = _report(options, task, trainer, outcome.metrics, callback)
+    numbers |= {"before": before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
+    if not trainer.is_world_process_zero():
+        return None
+    report.save(numbers, Path(str(options.training.output_dir)))
+    return numbers
+
+
+def _report(
+    options: command_line.Arguments,
+    task: Task,
+    trainer: GrassTrainer,
+    metrics: Mapping[str, float],
+    callback: grass_ds.GrassCallback,
+) -> dict[str, Any]:
+    """The numbers of the finished run, but for what was measured around it."""
+    config = parse_grass_block(options.ds_config)
+    grass = getattr(trainer.deepspeed, "grass", None)
+    stage = options.ds_config.get("zero_optimization", {}).get("stage", 0)
+    seconds, steps = metrics["train_runtime"], trainer.state.global_step
+    training = options.training
+    folder = Path(str(training.output_dir)).resolve()
+    return {
+        "model": options.model.model,
+        "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+        "data": options.data.data,
+        "train_rows": len(task.train),
+        "eval_rows": 0 if task.test is None else len(task.test),
+        "method": f"{config.sampler if config else 'stock'}, ZeRO-{stage}",
+        "deepspeed": training.deepspeed,
+        "ranks": distributed.world_size(),
+        "device": get_accelerator().device_name(),
+        "torch_threads": torch.get_num_threads(),
+        "seed": training.seed,
+        "learning_rate": training.learning_rate,
+        "speed": {
+            "steps": steps,
+            "probe_steps": task.probe_steps,
+            "seconds_per_step": seconds / max(steps, 1),
+            "tokens_per_second": callback.tokens_per_second or 0.0,
+            "rows_per_step": training.train_batch_size
+            * training.gradient_accumulation_steps
+            * distributed.world_size(),
+        },
+        "memory": report.engine_memory(trainer.deepspeed),
+        "layers": None if grass is None else list(grass.visits),
+        "files": {
+            "model": str(folder),
+            "plots": [str(path.resolve()) for path in callback.plot_paths],
+            "report": str(folder / "report.json"),
+        },
+    }
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    try:
+        numbers = run(command_line.parse())
+        if numbers is not None:
+            print(report.render(numbers), flush=True)
+    except UserError as error:
+        if os.environ.get("GRASS_TRACEBACK"):
+            traceback.print_exc()
+        distributed.report_error(error)
+        return 1
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

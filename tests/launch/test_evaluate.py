@@ -1,0 +1,180 @@
+import math
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from launch import distributed
+from launch.arithmetic import generate
+from launch.data import Rows, tokenize
+from launch.evaluate import (
+    _generate,
+    choice_accuracy,
+    detect_task,
+    exact_match,
+    extract_number,
+    is_correct,
+    mean_loss,
+    options,
+    reference_answer,
+)
+from launch.template import IGNORED_LABEL, Template
+
+
+def in_memory(rows: list[dict[str, Any]]) -> Rows:
+    return Rows("memory", datasets.Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 12.", 12),
+        ("The answer is 12.5.", 12.5),
+        ("The answer is: $1,234.50 in all", 1234.5),
+        ("The answer is -3", -3),
+        ("The answer is 4. No, the answer is 5. Wait, 6", 5),
+        ("so 3 + 4 = 7", 7),
+        ("The answer is unknown", None),
+        ("nothing", None),
+    ],
+)
+def test_extract_number(text: str, number: float | None) -> None:
+    assert extract_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "right"),
+    [
+        ("The answer is 30.", "30.0", True),
+        ("The answer is 30.", "31", False),
+        ("The answer is 9.8.", "9.8", True),
+        ("no number", "3", False),
+        ("the correct answer is answer3", "answer3", True),
+        ("the correct answer is answer2.", "answer3", False),
+        ("The answer is True.", "true", True),
+        ("", "true", False),
+    ],
+)
+def test_is_correct(text: str, reference: str, right: bool) -> None:
+    assert is_correct(text, reference) is right
+
+
+ARC = {
+    "instruction": "Choose: what is wet?\n\nAnswer1: fire Answer2: water\n\nAnswer format: answer1/answer2",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+
+
+def test_options_and_task() -> None:
+    assert options(ARC) == ["answer1", "answer2"]
+    assert options({**ARC, "choices": ["a", "b", "c"]}) == ["a", "b", "c"]
+    assert options({"instruction": "What?"}) == []
+    assert detect_task(in_memory([ARC])) == "choice"
+    assert detect_task(in_memory(generate("test", 2))) == "exact"
+    assert detect_task(in_memory([{"text": "prose 3"}])) is None
+    assert reference_answer({"instruction": "q", "output": "It is so. The answer is 7."}) == "7"
+
+
+def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    template = Template.choose(tokenizer)
+    rows = generate("test", 6)
+    expected = []
+    for row in rows:
+        ids = torch.tensor([template.prompt_ids(row)])
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        expected.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
+    assert _generate(model, template, [template.prompt_ids(row) for row in rows], 12) == expected
+    # Each row's own continuation as its answer: all right. With one answer changed: all but one.
+    words = [text.split()[0].strip(".,:;'\"").lower() for text in expected]
+    answered = [{**row, "answer": word} for row, word in zip(rows, words, strict=True)]
+    assert len({row["answer"] for row in answered}) > 1
+    assert exact_match(model, template, in_memory(answered), batch_size=4, max_new_tokens=12) == 1.0
+    answered[2]["answer"] = "another"
+    assert exact_match(model, template, in_memory(answered), batch_size=4, max_new_tokens=12) == pytest.approx(5 / 6)
+
+
+def test_exact_match_needs_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = in_memory([{"instruction": "a", "output": "3"}, {"instruction": "a", "output": "words"}])
+    with pytest.raises(ValueError, match="memory: row 1 has no `answer`"):
+        exact_match(model, Template.choose(tokenizer), rows)
+
+
+def log_likelihood(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> float:
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
+
+
+@pytest.mark.parametrize("length_normalized", [False, True])
+@torch.no_grad()
+def test_choice_accuracy_equals_unbatched_likelihoods(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, length_normalized: bool
+) -> None:
+    template = Template.choose(tokenizer)
+    names = ["one", "many of them", "3"]
+    rows = [
+        {"instruction": f"{row['instruction']} Which?", "output": "It is one", "answer": "one", "choices": names}
+        for row in generate("train", 9)
+    ]
+    best = []
+    for row in rows:
+        answers = [template.answer_ids(f"It is {name}") for name in names]
+        scores = [log_likelihood(model, template.prompt_ids(row), answer) for answer in answers]
+        if length_normalized:
+            scores = [score / len(answer) for score, answer in zip(scores, answers, strict=True)]
+        best.append(names[scores.index(max(scores))])
+    likeliest = [{**row, "answer": name, "output": f"It is {name}"} for row, name in zip(rows, best, strict=True)]
+    arguments = {"batch_size": 4, "length_normalized": length_normalized}
+    assert choice_accuracy(model, template, in_memory(likeliest), **arguments) == 1.0
+    other = {"one": "3", "many of them": "3", "3": "one"}
+    wrong = [
+        {**row, "answer": other[name], "output": f"It is {other[name]}"} for row, name in zip(rows, best, strict=True)
+    ]
+    assert choice_accuracy(model, template, in_memory(wrong), **arguments) == 0.0
+
+
+def test_choice_needs_its_answer_among_the_options(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="row 0 has no options with its answer 'answer9'"):
+        choice_accuracy(model, Template.choose(tokenizer), in_memory([{**ARC, "answer": "answer9"}]))
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_answer_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    template = Template.choose(tokenizer)
+    rows = in_memory(generate("test", 7))
+    total, count = 0.0, 0
+    for row in rows.rows:
+        ids, labels = (torch.tensor([part]) for part in template.encode(row))
+        answers = int((labels != IGNORED_LABEL).sum())
+        total, count = total + float(model(ids, labels=labels).loss) * answers, count + answers
+    assert math.isclose(
+        mean_loss(model, template, list(tokenize(rows, template, 512)), batch_size=3), total / count, rel_tol=1e-5
+    )
+
+
+def test_ranks_share_the_rows_and_agree(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = Template.choose(tokenizer)
+    examples = list(tokenize(in_memory(generate("test", 7)), template, 512))
+    whole = mean_loss(model, template, examples)
+    parts: list[list[float]] = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: parts.append(list(values)) or values)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        mean_loss(model, template, examples)
+    assert all(count > 0 for _, count in parts)
+    assert math.isclose(sum(loss for loss, _ in parts) / sum(count for _, count in parts), whole, rel_tol=1e-5)
+
+
+def test_training_mode_is_restored(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    template = Template.choose(tokenizer)
+    model.train()
+    mean_loss(model, template, list(tokenize(in_memory(generate("test", 2)), template, 512)))
+    assert model.training
+    model.eval()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Set up (once), check style and types, run the tests.
+#
+#   bash tests/run.sh                        everything that this machine can run
+#   bash tests/run.sh -m "not dist"          only the quick tests; all arguments go to pytest
+#   GRASS_TEST_MINUTES=60 bash tests/run.sh  another limit for the whole suite (40)
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=launch/setup.sh
+source "$ROOT/launch/setup.sh"
+cd "$ROOT"
+
+# No test needs the network; a hub name must fail at once.
+export HF_HUB_OFFLINE=1 WANDB_MODE="${WANDB_MODE:-offline}"
+
+ruff check .
+ruff format --check .
+mypy
+PYTHONPATH="$ROOT/tests${PYTHONPATH:+:$PYTHONPATH}" exec timeout --kill-after=30 "${GRASS_TEST_MINUTES:-40}m" \
+    python -m pytest -p tiers tests "$@"
