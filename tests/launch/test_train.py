@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch/train.py as a user starts it: through the DeepSpeed launcher and torchrun, on two ranks, with a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ranks import free_port
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS, PROBE, STEPS = 4, 3, 9
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def start(
+    launcher: list[str], options: list[str], folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    names = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(folder),
+    }
+    names |= environment
+    command = [*launcher, "launch/train.py", "--output_dir", str(folder / "out"), *options]
+    return subprocess.run(
+        command, cwd=ROOT, env=names, timeout=300, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+def torchrun() -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+
+
+def deepspeed_launcher() -> list[str]:
+    binary = Path(sys.executable).parent / "deepspeed"
+    return [str(binary), "--num_accelerators", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+
+
+def test_the_main_job(model_folder: Path, tmp_path: Path) -> None:
+    """Start to report: the model is saved and loads, only drawn layers moved, plots and one wandb run are there."""
+    config: dict[str, Any] = json.loads((ROOT / "ds_configs" / "grass.json").read_text())
+    config["grass"] |= {"num_active_layers": 1, "probe_steps": PROBE, "sample_period": 3}
+    (tmp_path / "grass.json").write_text(json.dumps(config))
+    options = ["--deepspeed", str(tmp_path / "grass.json"), "--model", str(model_folder), "--max_steps", str(STEPS)]
+    options += ["--eval_samples", "4", "--max_new_tokens", "8", "--report_to", "wandb", "--logging_steps", "1"]
+    done = start(deepspeed_launcher(), options, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["ranks"] == 2
+    assert sum(report["layers"]) == STEPS - PROBE
+    assert {"exact", "loss"} <= report["before"].keys() & report["after"].keys()
+    assert report["memory"]["weights"]["device"] > 0
+    assert all(Path(plot).stat().st_size > 10_000 for plot in report["files"]["plots"])
+    assert len(report["files"]["plots"]) == 2
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert "exact match" in done.stdout
+
+    before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    drawn = tuple(f"model.layers.{i}." for i, visits in enumerate(report["layers"]) if visits)
+    assert moved
+    assert all(name == "model.norm.weight" or name.startswith(drawn) for name in moved)
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "missing-model": (["--model", "no/such/folder"], "no/such/folder"),
+    "row-without-field": (["--data", "{folder}/rows.jsonl"], "row 1"),
+    "no-wandb-login": (["--report_to", "wandb"], "wandb login"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: Path, case: str) -> None:
+    rows = [{"instruction": "1 + 1?", "output": "The answer is 2."}, {"instruction": "2 + 2?"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options, expected = BAD[case]
+    options = [option.format(folder=tmp_path) for option in options]
+    if "--model" not in options:
+        options += ["--model", str(model_folder)]
+    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
+    done = start(torchrun(), ["--deepspeed", "ds_configs/grass.json", *options], tmp_path, **environment)
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert expected in output, output[-3000:]
+    assert 'launch/train.py", line' not in output, output[:3000]  # a message, no traceback of ours
+    assert not (tmp_path / "out" / "report.json").exists()
