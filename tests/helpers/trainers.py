@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HF Trainer inside a rank of the pool, on a data set whose order every loop can repeat."""
+"""The HF Trainer inside a rank of the pool, on data whose order every other loop can repeat."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ from torch import nn
 
 from helpers.models import SEQUENCE, VOCAB
 
-ROWS = 64
-
 
 class Rows(torch.utils.data.Dataset):
     """``size`` rows of random tokens, each a function of its index alone."""
 
-    def __init__(self, size: int = ROWS):
+    def __init__(self, size: int = 128):
         self._size = size
 
     def __len__(self) -> int:
@@ -30,19 +28,34 @@ class Rows(torch.utils.data.Dataset):
 
 
 @contextmanager
-def hf_trainer(config: dict[str, Any] | str, folder: Path | str, model: nn.Module, **arguments: Any) -> Iterator[Any]:
-    """A Trainer under ``grass_ds.enable()``; what HF leaves behind in the process is gone after the ``with`` block.
-
-    ``callbacks``, ``optimizers`` and ``cls`` go to the Trainer, the rest to ``TrainingArguments``.
-    """
+def clean_process() -> Iterator[None]:
+    """Undo what accelerate and Transformers leave in the environment and in their singletons."""
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        unset_hf_deepspeed_config()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@contextmanager
+def hf_trainer(
+    config: dict[str, Any], folder: Path | str, model: nn.Module, enabled: bool = True, **arguments: Any
+) -> Iterator[Any]:
+    """A Trainer on :class:`Rows`, under ``grass_ds.enable()`` unless ``enabled`` is False.
+
+    ``callbacks`` and ``optimizers`` go to the Trainer, all else to ``TrainingArguments``.
+    """
     from transformers import Trainer, TrainingArguments
 
     import grass_ds
 
-    environment = dict(os.environ)
-    for_trainer = {key: arguments.pop(key) for key in ("callbacks", "optimizers", "train_dataset") if key in arguments}
-    for_trainer.setdefault("train_dataset", Rows())
+    for_trainer = {key: arguments.pop(key) for key in ("callbacks", "optimizers") if key in arguments}
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -57,19 +70,34 @@ def hf_trainer(config: dict[str, Any] | str, folder: Path | str, model: nn.Modul
         **arguments,
     }
     trainer = None
-    try:
-        with grass_ds.enable():
-            trainer = Trainer(model=model, args=TrainingArguments(deepspeed=config, **settings), **for_trainer)
-            yield trainer
-    finally:
-        engine = getattr(trainer, "deepspeed", None)
-        if engine is not None:
-            engine.destroy()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ.clear()
-        os.environ.update(environment)
+    with clean_process():
+        try:
+            with grass_ds.enable() if enabled else nullcontext():
+                args = TrainingArguments(deepspeed=config, **settings)
+                trainer = Trainer(model=model, args=args, train_dataset=Rows(), **for_trainer)
+                yield trainer
+        finally:
+            engine = getattr(trainer, "deepspeed", None)
+            if engine is not None:
+                engine.destroy()
 
 
 def losses(trainer: Any) -> list[float]:
-    """The loss of every logged step."""
+    """The logged loss of every step: the mean over ranks."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@contextmanager
+def losses_seen(model: nn.Module) -> Iterator[list[float]]:
+    """The cross-entropy of every micro-batch on this rank, however the loop scales its loss."""
+    found: list[float] = []
+
+    def note(_: nn.Module, __: Any, inputs: dict[str, torch.Tensor], output: Any) -> None:
+        logits, labels = output.logits[:, :-1].flatten(0, 1).detach(), inputs["labels"][:, 1:].flatten()
+        found.append(nn.functional.cross_entropy(logits.float(), labels).item())
+
+    handle = model.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -129,7 +129,7 @@ def test_switches_fall_on_sampling_periods_only_and_say_exactly_what_changed(nam
 def test_refresh_moves_only_layers_active_since_the_last_one_by_the_ema_of_their_mean():
     controller = make(sample_period=2, refresh_period=4, ema_alpha=0.25)
     for _ in range(3):
-        controller.end_step({layer: 1.0 for layer in range(6)})
+        controller.end_step(dict.fromkeys(range(6), 1.0))
     measured: dict[int, list[float]] = {}
     for step in range(1, 5):
         rms = {layer: 10.0 * step + layer for layer in controller.active_layers}

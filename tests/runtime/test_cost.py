@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers cost: inactive ones nothing, active ones what the formulas here say.
+
+Nothing is taken on the library's word: collectives are counted where torch dispatches them, memory is the bytes of the live storages.
+"""
+
+import gc
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import VOCAB, batch, ds_config, engine_of, grass_block, tiny_llama, train
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytestmark = pytest.mark.dist
+
+HIDDEN, LAYERS, PERIOD = 24, 4, 2
+ALIGNMENT = 8  # shards are multiples of this many elements
+NORM = HIDDEN  # elements of the final norm
+STATE = 12  # bytes per element: fp32 weights and two moments
+STEP_COUNT = 4  # bytes: torch's AdamW keeps a float32 step count per tensor
+
+_BLOCK = tiny_llama(hidden=HIDDEN, layers=1).model.layers[0]
+LAYER = sum(p.numel() for p in _BLOCK.parameters())
+
+
+def shard(numel: int, world: int) -> int:
+    """Elements per rank: rounded up so that every rank has the same, aligned number."""
+    return -(-numel // (ALIGNMENT * world)) * ALIGNMENT
+
+
+def cyclic(**settings: Any) -> dict[str, Any]:
+    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+class Collectives(TorchDispatchMode):
+    """Every collective that torch dispatches while this is on: (operator, bytes of its largest tensor)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls.append(
+                (func._schema.name.removeprefix("c10d::").strip("_"), max(t.nbytes for t in tensors_in(args)))
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes held by the storages of ``known`` and of all tensors met while this is on.
+
+    ``sizes``: count only storages of these sizes. ``ignore``: tensors whose storages do not count.
+    """
+
+    def __init__(
+        self, known: Iterable[torch.Tensor] = (), sizes: set[int] | None = None, ignore: Iterable[torch.Tensor] = ()
+    ) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = sizes
+        self._storages = {id(tensor.untyped_storage()) for tensor in ignore}
+        for tensor in known:
+            self._add(tensor)
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages or (self._sizes is not None and size not in self._sizes):
+            return
+        self._storages.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._storages.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            self._add(tensor)
+        return result
+
+
+def settle(live: LiveBytes, expected: int) -> int:
+    """Bytes alive, once they are as expected or have not become so for long: gloo's threads keep what they sent a moment longer."""
+    deadline = time.monotonic() + 10
+    while live.now != expected and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.002)
+    return live.now
+
+
+def width(config: dict[str, Any]) -> int:
+    """Bytes of a weight, and of a gradient on the wire."""
+    return 2 if "bf16" in config else 4
+
+
+def weight_bytes(config: dict[str, Any], world: int) -> int:
+    """The model in the layout of the run: blocks, embedding and head, final norm."""
+    shards = LAYERS * shard(LAYER, world) + 2 * shard(VOCAB * HIDDEN, world) + shard(NORM, world)
+    return width(config) * world * shards
+
+
+def state_bytes(layers: int, world: int) -> int:
+    """Optimizer state of ``layers`` layers and of the final norm on one rank."""
+    return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
+
+
+def model_for(config: dict[str, Any]) -> nn.Module:
+    """In the dtype of the run, so that initialize() has nothing to convert."""
+    model = tiny_llama(hidden=HIDDEN, layers=LAYERS)
+    return model.bfloat16() if "bf16" in config else model
+
+
+def run_backward(engine: Any, step: int, micro: int) -> None:
+    ids = batch(step, micro, engine.global_rank)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+
+
+# ---- traffic and gradients ------------------------------------------------------------------------------------------------
+
+
+def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
+    """Per step: what was sent, what the library says it sent and holds, and whose gradients came.
+
+    Between backward and step nothing may be alive but weights, resting states, and a shard with its squared norm per active unit.
+    """
+    model, fired, steps = model_for(config), set(), []
+    for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
+        param.register_post_accumulate_grad_hook(lambda _, name=name: fired.add(name))
+    with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
+        optimizer, traffic = engine.optimizer, engine.optimizer.reducer.traffic
+        for step in range(3 * PERIOD):
+            fired.clear()
+            calls, nbytes = traffic.calls, traffic.nbytes
+            gathered_calls, gathered_bytes = optimizer.gathered_calls, optimizer.gathered_bytes
+            record: dict[str, Any] = {"active": engine.grass.active_layers, "backward": []}
+            for micro in range(engine.gradient_accumulation_steps()):
+                if micro:
+                    engine.step()
+                with Collectives() as sent:
+                    run_backward(engine, step, micro)
+                record["backward"].append(sent.calls)
+                assert all(param.grad is None for param in model.parameters())
+            seen = sum(count > 0 for count in engine.grass.visits)
+            resting = weight_bytes(config, world) + bool(step) * (state_bytes(seen, world) + STEP_COUNT * (seen + 1))
+            shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
+            expected = resting + width(config) * sum(shards) + 4 * len(shards)
+            assert settle(live, expected) == expected
+            record["held"] = engine.grass.memory()["gradients"]["device"]
+            record["counted"] = (traffic.calls - calls, traffic.nbytes - nbytes)
+            with Collectives() as sent:
+                engine.step()
+            record["step"] = sent.calls
+            record["gathered"] = (optimizer.gathered_calls - gathered_calls, optimizer.gathered_bytes - gathered_bytes)
+            record["fired"] = set(fired)
+            assert all(param.grad is None for param in model.parameters())
+            assert engine.grass.memory()["gradients"]["device"] == 0
+            steps.append(record)
+    return steps
+
+
+WORLD = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
+# name -> (pool, config, active layers, micro-steps that reduce)
+TRAFFIC: dict[str, tuple[str, dict[str, Any], int, tuple[int, ...]]] = {
+    "zero2-fp32": ("two_ranks", {}, 1, (0,)),
+    "zero2-bf16-two-layers-gas3": ("two_ranks", {"dtype": "bf16", "gas": 3}, 2, (0, 1, 2)),
+    "zero1-fp32-gas3": ("two_ranks", {"stage": 1, "gas": 3}, 1, (2,)),
+    "zero1-bf16-clip-gas2": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 2, "clip": 0.1}, 1, (1,)),
+    "zero2-bf16-all-layers": ("two_ranks", {"dtype": "bf16"}, LAYERS, (0,)),
+    "zero2-fp32-one-rank": ("one_rank", {}, 1, (0,)),
+    "zero2-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, 1, (0,)),
+}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_traffic_and_gradients_are_those_of_the_active_layers(request: pytest.FixtureRequest, case: str) -> None:
+    pool, settings, gamma, reducing = TRAFFIC[case]
+    gas, world = settings.get("gas", 1), WORLD[pool]
+    config = ds_config(grass=cyclic(num_active_layers=gamma), **settings)
+    for steps in request.getfixturevalue(pool).run(watch_steps, config=config, world=world):
+        for number, step in enumerate(steps):
+            assert len(step["active"]) == gamma
+            units = [NORM] + [LAYER] * gamma  # final norm first: that is how backward meets them
+            shards = [width(config) * shard(numel, world) for numel in units]
+            reductions = [("reduce_scatter_base", world * size) for size in shards]
+            assert step["backward"] == [reductions if micro in reducing else [] for micro in range(gas)]
+            assert step["counted"] == (len(units) * len(reducing), world * sum(shards) * len(reducing))
+            gathers = [("allgather_base", world * size) for size in shards] if world > 1 else []
+            assert step["gathered"] == (len(gathers), sum(size for _, size in gathers))
+            # one vector of squared norms; with several micro-steps, that of the sum beside that of the parts
+            norms = [("allreduce", 4 * len(units) * (1 if gas == 1 else 2))]
+            fingerprint = [("allreduce", 2 * 6 * 8)] if gamma < LAYERS and (number + 1) % PERIOD == 0 else []
+            assert step["step"] == norms + gathers + fingerprint
+            assert step["held"] == sum(shards)
+            layers = {int(name.split(".")[2]) for name in step["fired"] if "layers" in name}
+            assert layers == set(step["active"])
+            assert {name for name in step["fired"] if "layers" not in name} == {"model.norm.weight"}
+
+
+# ---- peaks ----------------------------------------------------------------------------------------------------------------
+
+
+SHARD = shard(LAYER, 2)
+FLAT = 2 * SHARD
+
+
+def watch_gradient_peak(config: dict[str, Any], probe: bool) -> tuple[int, int]:
+    """High-water mark of unit-sized storages over one step's backward passes, and what the library reports.
+
+    The reduction is a local stand-in: gloo's threads would keep what they sent for a moment longer.
+    """
+    from deepspeed import comm
+
+    model, stock = model_for(config), comm.reduce_scatter_tensor
+    sizes = {size * numel for size in (2, 4) for numel in (SHARD, FLAT)}
+    with engine_of(config, model) as engine:
+        assert (engine.grass.phase == "probe") == probe
+        comm.reduce_scatter_tensor = lambda output, flat, group=None: output.copy_(flat[: output.numel()])
+        try:
+            with LiveBytes(sizes=sizes, ignore=model.parameters()) as live:
+                for micro in range(engine.gradient_accumulation_steps()):
+                    if micro:
+                        engine.step()
+                    run_backward(engine, 0, micro)
+        finally:
+            comm.reduce_scatter_tensor = stock
+        return live.peak, engine.grass.memory(peak=True)["gradients"]["device"]
+
+
+# name -> (config, sampler's block, largest number of gradient bytes held at once)
+PEAKS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    # the shards of the units done and of the one in flight, and the latter's flat gradient
+    "zero2-fp32": ({}, cyclic(num_active_layers=3), 4 * (3 * SHARD + FLAT)),
+    "zero2-bf16-gas2": ({"dtype": "bf16", "gas": 2}, cyclic(num_active_layers=3), 2 * (4 * SHARD + FLAT)),
+    # accumulates whole gradients, all of them there when the first reduction of the boundary starts
+    "zero1-fp32-gas2": ({"stage": 1, "gas": 2}, cyclic(num_active_layers=3), 4 * (3 * FLAT + SHARD)),
+    # shards wait in fp32: their bf16 form on the wire comes on top
+    "zero2-bf16-fp32-accumulation": (
+        {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
+        cyclic(num_active_layers=3),
+        4 * 3 * SHARD + 2 * (FLAT + SHARD),
+    ),
+    # probing keeps nothing: one unit, however many layers and micro-steps
+    "zero2-probe": ({}, grass_block(), 4 * (FLAT + SHARD)),
+    "zero2-probe-bf16-gas2": ({"dtype": "bf16", "gas": 2}, grass_block(), 2 * (FLAT + SHARD)),
+    "zero1-probe-gas2": ({"stage": 1, "gas": 2}, grass_block(), 4 * (FLAT + SHARD)),
+}
+
+
+@pytest.mark.parametrize("case", PEAKS)
+def test_gradient_peak(two_ranks: Any, case: str) -> None:
+    settings, block, limit = PEAKS[case]
+    config = ds_config(grass={**block, "always_active": []}, **settings)
+    for measured, reported in two_ranks.run(watch_gradient_peak, config=config, probe="probe" in case):
+        assert measured <= limit
+        assert measured >= limit - 4 * FLAT  # the measurement saw them
+        assert reported == measured
+
+
+def watch_construction(config: dict[str, Any]) -> tuple[int, int]:
+    """Bytes beyond the model's own: at the peak of initialize() and after it, where only padding may be left."""
+    model = model_for(config)
+    weights = sum(p.nbytes for p in model.parameters())
+    with LiveBytes(model.parameters()) as live, engine_of(config, model):
+        peak, padded = live.peak, weight_bytes(config, world=2)
+        assert settle(live, padded) == padded
+        return peak - weights, padded - weights
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16")])
+def test_construction_needs_at_most_two_units_beside_the_model(two_ranks: Any, stage: int, dtype: str) -> None:
+    config = ds_config(stage=stage, dtype=dtype, grass=cyclic())
+    for peak, after in two_ranks.run(watch_construction, config=config):
+        unit = width(config) * FLAT
+        assert unit <= peak <= 2 * unit
+        assert after < unit // 100
+
+
+# ---- optimizer state ------------------------------------------------------------------------------------------------------
+
+
+def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dict[str, Any]]:
+    """Between steps: visited layers, and what the library reports; that many layers' states must be alive and nothing else."""
+    model, between = model_for(config), []
+    with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
+        for step in range(PERIOD * LAYERS):
+            train(engine, 1, start=step)
+            visited = sum(count > 0 for count in engine.grass.visits)
+            peak = engine.grass.memory(peak=True)["optimizer_state"]["device"]
+            expected = weight_bytes(config, world) + state_bytes(held[step], world) + STEP_COUNT * (held[step] + 1)
+            assert settle(live, expected) == expected
+            between.append({"visited": visited, "peak": peak, **engine.grass.memory()["optimizer_state"]})
+    return between
+
+
+@pytest.mark.parametrize(
+    ("place", "on_switch", "world"), [("cpu", "keep", 2), ("none", "keep", 2), ("cpu", "reset", 2), ("cpu", "keep", 4)]
+)
+def test_optimizer_state_is_that_of_layers_ever_active(
+    request: pytest.FixtureRequest, place: str, on_switch: str, world: int
+) -> None:
+    config = ds_config(dtype="bf16", grass=cyclic(offload={"device": place}, state_on_switch=on_switch))
+    pool = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world])
+    steps = range(PERIOD * LAYERS)
+    # dropped at the switch, or kept
+    held = [int((step + 1) % PERIOD > 0) if on_switch == "reset" else step // PERIOD + 1 for step in steps]
+    for between in pool.run(watch_state, config=config, world=world, held=held):
+        for step, now in enumerate(between):
+            state = state_bytes(held[step], world)
+            assert now["visited"] == step // PERIOD + 1
+            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (0, state))
+            assert now["peak"] == (state if place == "none" else STATE * shard(LAYER, world))
+
+
+def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[str, Any]]:
+    """What is alive after the first and the second number of switches."""
+    model, census = model_for(config), []
+    with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
+        for start, end in zip((0, switches[0]), switches, strict=True):
+            train(engine, end - start, start=start)
+            alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 1)
+            assert settle(live, alive) == alive
+            hooks = sum(
+                len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in model.parameters()
+            )
+            hooks += sum(
+                len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+            )
+            tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+            host = engine.grass.memory()["optimizer_state"]["host"]
+            census.append(
+                {"bytes": live.now, "tensors": tensors, "hooks": hooks, "host": host, "visits": engine.grass.visits}
+            )
+    return census
+
+
+def test_nothing_grows_over_fifty_switches(two_ranks: Any) -> None:
+    block = grass_block(sampler="cyclic", cyclic_order="random", sample_period=1)
+    config = ds_config(dtype="bf16", grass=block)
+    for early, late in two_ranks.run(train_long, config=config, switches=(8, 58)):
+        assert min(early.pop("visits")) > 0
+        assert sum(late.pop("visits")) == 58
+        assert late == early

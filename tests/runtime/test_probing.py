@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probing measures and moves nothing; measuring means the same in probing and training; what counts as a step and what does not."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from torch import nn
+
+pytestmark = pytest.mark.dist
+
+HIDDEN, PROBE, PERIOD, REFRESH = 24, 3, 2, 4
+
+
+def probing(**settings: Any) -> dict[str, Any]:
+    return grass_block(**{"probe_steps": PROBE, "sample_period": PERIOD, "refresh_period": REFRESH, **settings})
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+# ---- nothing moves --------------------------------------------------------------------------------------------------------
+
+
+def probe_and_train(config: dict[str, Any], scheduler: str) -> dict[str, Any]:
+    """Probe, then train three steps. Everything that must stand still is asserted here; returns the learning rates."""
+    model = tiny_llama(hidden=HIDDEN)
+    arguments: dict[str, Any] = {}
+    if scheduler == "torch":
+        config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+        arguments = {"optimizer": optimizer, "lr_scheduler": schedule}
+    rates: list[float] = []
+    with engine_of(config, model, **arguments) as engine:
+        start, weights = engine.get_lr(), snapshot(model)
+
+        def stands_still(step: int) -> None:
+            assert all(torch.equal(before, dict(model.named_parameters())[name]) for name, before in weights.items())
+            assert engine.grass.memory()["optimizer_state"] == {"device": 0, "host": 0}
+            assert engine.grass.memory()["gradients"] == {"device": 0, "host": 0}
+            assert engine.grass.memory(peak=True)["optimizer_state"]["device"] == 0
+            assert not engine.optimizer.state
+            assert engine.get_lr() == start
+            assert not engine.was_step_applied()
+            assert engine.grass.visits == (0, 0, 0, 0)
+            # the engine counts probe steps like skipped ones: they consumed a batch and updated nothing
+            assert (engine.global_steps, engine.skipped_steps) == (step + 1, step + 1)
+            assert (engine.grass.phase == "probe") == (engine.grass.scores is None) == (step < PROBE - 1)
+
+        assert engine.grass.active_layers == (0, 1, 2, 3)
+        train(engine, PROBE, after_step=stands_still)
+        train(engine, 3, start=PROBE, after_step=lambda _: rates.append(engine.get_lr()[0]))
+        assert (engine.global_steps, engine.skipped_steps) == (PROBE + 3, PROBE)
+        assert engine.was_step_applied()
+        assert any(not torch.equal(before, dict(model.named_parameters())[name]) for name, before in weights.items())
+        assert sum(engine.grass.visits) == 3
+    return {"start": start[0], "rates": rates}
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "gas", "scheduler"), [(2, "bf16", 1, "torch"), (1, "fp32", 3, "deepspeed")]
+)
+def test_probing_moves_nothing_and_advances_no_schedule(
+    two_ranks: Any, stage: int, dtype: str, gas: int, scheduler: str
+) -> None:
+    warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0, "warmup_num_steps": 10, "warmup_type": "linear"}}
+    extra = {"scheduler": warmup} if scheduler == "deepspeed" else {}
+    config = ds_config(stage=stage, dtype=dtype, gas=gas, grass=probing(), **extra)
+    for result in two_ranks.run(probe_and_train, config=config, scheduler=scheduler):
+        if scheduler == "torch":
+            assert [result["start"], *result["rates"]] == pytest.approx([1e-2, 1e-2 / 2, 1e-2 / 3, 1e-2 / 4])
+        else:
+            assert [result["start"], *result["rates"]] == pytest.approx(
+                [0.0, 0.0, 0.1, 0.2]
+            )  # its first step sets the start
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------------
+
+
+def layer_rms(plain: nn.Module, step: int, gas: int, world: int) -> list[float]:
+    """Per layer sqrt(||g||^2 / N), g averaged over the ranks, and the root mean square of that over micro-batches."""
+    squares = [0.0] * len(plain.model.layers)
+    for micro in range(gas):
+        ids = torch.cat([batch(step, micro, number) for number in range(world)])
+        plain.zero_grad()
+        plain(input_ids=ids, labels=ids).loss.backward()
+        for index, layer in enumerate(plain.model.layers):
+            squares[index] += sum(float(p.grad.double().square().sum()) for p in layer.parameters())
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in plain.model.layers]
+    return [math.sqrt(square / gas / size) for square, size in zip(squares, sizes, strict=True)]
+
+
+def load_weights(plain: nn.Module, model: nn.Module) -> None:
+    plain.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+
+
+def measure_both(config: dict[str, Any], refreshes: int) -> list[tuple[tuple[float, ...], list[float]]]:
+    """Scores of the engine and of a plain float32 model with the same weights: after probing and after each refresh."""
+    world, pairs = torch.distributed.get_world_size(), []
+    model, plain = tiny_llama(hidden=HIDDEN), tiny_llama(hidden=HIDDEN)
+    with half_precision(config), engine_of(config, model) as engine:
+        gas, alpha = engine.gradient_accumulation_steps(), 0.25
+        probe: list[list[float]] = []
+        for step in range(PROBE):
+            load_weights(plain, model)
+            probe.append(layer_rms(plain, step, gas, world))
+            train(engine, 1, start=step)
+        scores = [sum(column) / PROBE for column in zip(*probe, strict=True)]
+        pairs.append((engine.grass.scores, list(scores)))
+        for refresh in range(refreshes):
+            measured: dict[int, list[float]] = {}
+            for step in range(PROBE + refresh * REFRESH, PROBE + (refresh + 1) * REFRESH):
+                load_weights(plain, model)
+                rms = layer_rms(plain, step, gas, world)
+                for layer in engine.grass.active_layers:
+                    measured.setdefault(layer, []).append(rms[layer])
+                assert engine.grass.scores == pairs[-1][0]  # they stay until the refresh
+                train(engine, 1, start=step)
+            for layer, values in measured.items():
+                scores[layer] = alpha * sum(values) / len(values) + (1 - alpha) * scores[layer]
+            for layer in set(range(4)) - measured.keys():
+                assert engine.grass.scores[layer] == pairs[-1][0][layer]
+            assert 0 < len(measured) < 4  # or one of the two cases was not seen
+            pairs.append((engine.grass.scores, list(scores)))
+    return pairs
+
+
+@contextmanager
+def half_precision(config: dict[str, Any]) -> Iterator[None]:
+    """DeepSpeed's CPU accelerator refuses fp16, which gloo and the CPU kernels can do."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    had = accelerator.is_fp16_supported
+    if "fp16" in config:
+        accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        accelerator.is_fp16_supported = had
+
+
+@pytest.mark.parametrize(
+    ("pool", "stage", "gas"),
+    [
+        ("two_ranks", 2, 1),
+        ("two_ranks", 2, 3),
+        ("two_ranks", 1, 1),
+        ("two_ranks", 1, 3),
+        ("one_rank", 2, 2),
+        ("four_ranks", 1, 2),
+    ],
+)
+def test_scores_are_those_of_a_plain_model(request: pytest.FixtureRequest, pool: str, stage: int, gas: int) -> None:
+    # clipped hard: importance is measured before clipping
+    config = ds_config(stage=stage, gas=gas, clip=1e-3, grass=probing(ema_alpha=0.25))
+    results = request.getfixturevalue(pool).run(measure_both, config=config, refreshes=2)
+    for measured, expected in results[0]:
+        assert measured == pytest.approx(expected, rel=1e-5)
+        assert max(expected) > 1.05 * min(expected)  # not all alike
+    assert all([scores for scores, _ in pairs] == [scores for scores, _ in results[0]] for pairs in results)
+
+
+def test_static_scores_are_never_refreshed(two_ranks: Any) -> None:
+    for scores in two_ranks.run(
+        scores_over_time, config=ds_config(grass=probing(sampler="static")), steps=PROBE + 2 * REFRESH
+    ):
+        assert scores[: PROBE - 1] == [None] * (PROBE - 1)
+        assert scores[PROBE - 1] is not None
+        assert set(scores[PROBE - 1 :]) == {scores[-1]}
+
+
+def scores_over_time(config: dict[str, Any], steps: int) -> list[tuple[float, ...] | None]:
+    scores: list[tuple[float, ...] | None] = []
+    with engine_of(config, tiny_llama(hidden=HIDDEN)) as engine:
+        train(engine, steps, after_step=lambda _: scores.append(engine.grass.scores))
+    return scores
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_scores_do_not_depend_on_the_loss_scale(two_ranks: Any, stage: int) -> None:
+    measured = []
+    for loss_scale in (64, 4096):
+        config = ds_config(stage=stage, dtype="fp16", gas=2, grass=probing(), fp16={"loss_scale": loss_scale})
+        scores, expected = two_ranks.run(measure_both, config=config, refreshes=0)[0][0]
+        assert scores == pytest.approx(expected, rel=2e-2)  # the plain model computes in float32
+        measured.append(scores)
+    assert measured[0] == pytest.approx(measured[1], rel=2e-3)
+
+
+# ---- where a switch falls -------------------------------------------------------------------------------------------------
+
+
+def watch_windows(config: dict[str, Any], boundary: str, gas: int) -> list[list[tuple[bool, ...]]]:
+    """Which parameters require a gradient at the start and at the end of every micro-step, per accumulation window."""
+    model, windows = tiny_llama(hidden=HIDDEN), []
+
+    def pattern() -> tuple[bool, ...]:
+        return tuple(p.requires_grad for p in model.parameters())
+
+    with engine_of(config, model) as engine:
+        for step in range(PROBE + 5):
+            window = []
+            for micro in range(gas):
+                if boundary == "set by the caller":  # accelerate's way
+                    engine.set_gradient_accumulation_boundary(micro == gas - 1)
+                window.append(pattern())
+                ids = batch(step, micro, rank())
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                window.append(pattern())
+                if boundary == "counted" or micro == gas - 1:
+                    engine.step()
+            windows.append(window)
+        assert engine.grass.visits != (0, 0, 0, 0)
+    return windows
+
+
+@pytest.mark.parametrize("boundary", ["counted", "set by the caller", "unmanaged"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_switch_never_falls_inside_an_accumulation_window(two_ranks: Any, stage: int, boundary: str) -> None:
+    gas = 3
+    extra = {"managed_gradient_accumulation": False} if boundary == "unmanaged" else {}
+    block = probing(sampler="grass", sample_period=1, temperature=5.0)
+    config = ds_config(stage=stage, gas=gas, grass=block, **extra)
+    first, second = two_ranks.run(watch_windows, config=config, boundary=boundary, gas=gas)
+    assert first == second
+    assert all(len(set(window)) == 1 for window in first)
+    starts = [window[0] for window in first]
+    assert len(set(starts[:PROBE])) == 1
+    assert sum(a != b for a, b in itertools.pairwise(starts)) >= 3  # probing ended, and layers were switched
+
+
+# ---- steps that do not count ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def broken_gradients(model: nn.Module) -> Iterator[None]:
+    """Every gradient that rank 1 (or the only rank) computes is infinite."""
+    mine = rank() == torch.distributed.get_world_size() - 1
+    active = [p for p in model.parameters() if mine and p.requires_grad]
+    hooks = [p.register_hook(lambda gradient: torch.full_like(gradient, math.inf)) for p in active]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def train_around(config: dict[str, Any], steps: int, bad_before: int | None) -> dict[str, Any]:
+    """Train; before step ``bad_before`` one more step, with broken gradients, which must leave no trace."""
+    model = tiny_llama(hidden=HIDDEN)
+    with engine_of(config, model) as engine:
+        controller = engine.optimizer.controller
+        for step in range(steps):
+            if step == bad_before:
+                before, weights = (controller.fingerprint(), controller.visits, engine.get_lr()), snapshot(model)
+                memory, skipped = engine.grass.memory(), engine.skipped_steps
+                with broken_gradients(model):
+                    train(engine, 1, start=999)
+                assert (controller.fingerprint(), controller.visits, engine.get_lr()) == before
+                assert engine.grass.memory() == memory
+                assert engine.skipped_steps == skipped + 1
+                assert not engine.was_step_applied()
+                assert engine.get_global_grad_norm() == math.inf
+                for name, param in model.named_parameters():
+                    assert torch.equal(param, weights[name]), name
+            train(engine, 1, start=step)
+        state = (controller.fingerprint(), controller.visits, engine.get_lr())
+        return {"weights": snapshot(model), "state": state}
+
+
+BAD_STEPS = {
+    "while-probing": 1,
+    "last-probe-step": PROBE - 1,
+    "first-train-step": PROBE,
+    "before-a-draw": PROBE + PERIOD - 1,
+    "before-a-refresh": PROBE + REFRESH - 1,
+}
+
+
+@pytest.mark.parametrize("when", BAD_STEPS)
+@pytest.mark.parametrize(("stage", "dtype", "gas"), [(2, "bf16", 1), (1, "fp32", 2)])
+def test_a_skipped_step_leaves_no_trace(two_ranks: Any, stage: int, dtype: str, gas: int, when: str) -> None:
+    warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 20}}
+    config = ds_config(stage=stage, dtype=dtype, gas=gas, clip=0.5, grass=probing(), scheduler=warmup)
+    steps = PROBE + REFRESH + 1
+    clean = two_ranks.run(train_around, config=config, steps=steps, bad_before=None)
+    skipped = two_ranks.run(train_around, config=config, steps=steps, bad_before=BAD_STEPS[when])
+    for one, other in zip(clean, skipped, strict=True):
+        assert one["state"] == other["state"]
+        assert all(torch.equal(weight, other["weights"][name]) for name, weight in one["weights"].items())
+
+
+def break_for_long(config: dict[str, Any], allowed: int) -> bool:
+    """As many broken steps as are forgiven, one good one, as many again, and one more, which must raise."""
+    model = tiny_llama(hidden=HIDDEN, layers=2)
+    with engine_of(config, model) as engine:
+        for start in (0, allowed):
+            with broken_gradients(model):
+                train(engine, allowed, start=start)
+            if start == 0:
+                train(engine, 1, start=500)
+        weights = snapshot(model)
+        with broken_gradients(model), pytest.raises(FloatingPointError, match=f"{allowed + 1} steps in a row"):
+            train(engine, 1, start=1000)
+        return all(torch.equal(param, weights[name]) for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("sampler", ["cyclic", "grass"])
+def test_gradients_that_stay_broken_stop_all_ranks(two_ranks: Any, sampler: str) -> None:
+    config = ds_config(dtype="bf16", grass=probing(sampler=sampler))
+    assert two_ranks.run(break_for_long, config=config, allowed=20) == [True, True]

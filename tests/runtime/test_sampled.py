@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sampled run: inactive layers do not move by a bit, active ones by exactly the AdamW step of a single process."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from torch import nn
+
+pytestmark = pytest.mark.dist
+
+# 24 makes units that do not divide by the ranks, so that shards end in padding and parameters straddle ranks.
+HIDDEN, LAYERS, PERIOD = 24, 4, 2
+STEPS = PERIOD * (LAYERS + 1)  # through all layers and back to the first, which by then rested for three periods
+LR = 1e-2  # large enough to move every bf16 weight in one step
+
+
+def cyclic(**settings: Any) -> dict[str, Any]:
+    """Layer (step // PERIOD) % LAYERS is active, and nothing else but the final norm."""
+    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
+
+
+def layer_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[2]) if "layers" in parts else None
+
+
+def trained_names(model: nn.Module, layers: Iterable[int]) -> set[str]:
+    """Parameters of ``layers`` and of the final norm."""
+    active = set(layers)
+    return {name for name, _ in model.named_parameters() if name == "model.norm.weight" or layer_of(name) in active}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of every bit of every parameter."""
+    total = hashlib.sha256()
+    for name, param in model.named_parameters():
+        total.update(name.encode() + param.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def backward(engine: Any, step: int) -> None:
+    """All micro-steps of one step up to the point where gradients are complete."""
+    gas = engine.gradient_accumulation_steps()
+    for micro in range(gas):
+        ids = batch(step, micro, engine.global_rank)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        if micro < gas - 1:
+            engine.step()
+
+
+# ---- who moves ------------------------------------------------------------------------------------------------------------
+
+
+def run_and_watch(config: dict[str, Any]) -> dict[str, Any]:
+    """Train; per step: active layers, which parameters changed a bit, and a hash of all weights."""
+    model = tiny_llama(hidden=HIDDEN)
+    active, changed, hashes = [], [], []
+    with engine_of(config, model) as engine:
+        before = snapshot(model)
+        trained: list[set[str]] = []
+        for step in range(STEPS):
+            active.append(engine.grass.active_layers)
+            trained.append(set() if engine.grass.phase == "probe" else trained_names(model, active[-1]))
+            train(engine, 1, start=step)
+            after = snapshot(model)
+            changed.append({name for name in after if not torch.equal(before[name], after[name])})
+            hashes.append(fingerprint(model))
+            before = after
+    return {"active": active, "trained": trained, "changed": changed, "hashes": hashes}
+
+
+WATCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "zero2-cyclic-fp32": ("two_ranks", {}, cyclic()),
+    "zero1-cyclic-bf16-gas2": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 2}, cyclic()),
+    "zero2-cyclic-bf16-reset": ("two_ranks", {"dtype": "bf16"}, cyclic(state_on_switch="reset")),
+    "zero2-uniform-two-of-four-on-device": (
+        "two_ranks",
+        {"clip": 0.5},
+        grass_block(sampler="uniform", num_active_layers=2, sample_period=1, offload={"device": "none"}),
+    ),
+    "zero2-grass-bf16": ("two_ranks", {"dtype": "bf16"}, grass_block(sampler="grass", sample_period=2)),
+    "zero2-cyclic-bf16-one-rank": ("one_rank", {"dtype": "bf16"}, cyclic()),
+    "zero2-cyclic-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, cyclic()),
+}
+
+
+@pytest.mark.parametrize("case", WATCHED)
+def test_exactly_the_active_layers_move(request: pytest.FixtureRequest, case: str) -> None:
+    pool, settings, block = WATCHED[case]
+    ranks = request.getfixturevalue(pool).run(run_and_watch, config=ds_config(lr=LR, grass=block, **settings))
+    for result in ranks:
+        assert result["changed"] == result["trained"]
+        assert result["active"] == ranks[0]["active"]
+        assert result["hashes"] == ranks[0]["hashes"]
+    if block["sampler"] == "cyclic":
+        assert ranks[0]["active"] == [((step // PERIOD) % LAYERS,) for step in range(STEPS)]
+    assert len(set(ranks[0]["active"])) > 2  # there were switches
+
+
+# ---- by how much ----------------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """AdamW of torch on whole fp32 tensors, one optimizer per parameter: what a single process does with the same gradients."""
+
+    def __init__(self, model: nn.Module, hyper: Any):
+        self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._hyper = hyper
+
+    def step(self, gradients: dict[str, torch.Tensor]) -> None:
+        for name, gradient in gradients.items():
+            master = self.masters[name]
+            if name not in self.optimizers:
+                self.optimizers[name] = torch.optim.AdamW([{"params": [master], **self._hyper(name)}])
+            self.optimizers[name].param_groups[0].update(self._hyper(name))
+            master.grad = gradient.float()
+            self.optimizers[name].step()
+
+    def count(self, name: str) -> int:
+        """Steps that bias correction has seen."""
+        return int(self.optimizers[name].state[self.masters[name]]["step"])
+
+    def forget(self, names: Iterable[str], weights: dict[str, torch.Tensor]) -> None:
+        """Drop the optimizer state of ``names`` and take their masters anew from the live weights."""
+        for name in names:
+            self.optimizers.pop(name, None)
+            self.masters[name] = nn.Parameter(weights[name].float().clone())
+
+
+def one_group(name: str) -> dict[str, float]:
+    return {"lr": LR, "weight_decay": 0.1}
+
+
+def two_groups(name: str) -> dict[str, float]:
+    """The usual split; both lr and decay differ, and an epsilon that one can see."""
+    return {"lr": LR / 4, "weight_decay": 0.0, "eps": 1e-5} if "norm" in name else {"lr": LR, "weight_decay": 0.2}
+
+
+def split_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    groups = []
+    for norm in (False, True):
+        members = [(n, p) for n, p in model.named_parameters() if ("norm" in n) == norm]
+        groups.append({"params": [p for _, p in members], **two_groups(members[0][0])})
+    return torch.optim.AdamW(groups)
+
+
+def clipped(engine: Any, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``gradients`` after clipping by their global norm, which the engine must have reported."""
+    limit = engine.gradient_clipping()
+    norm = engine.get_global_grad_norm()
+    exact = float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt())
+    assert norm == pytest.approx(exact, rel=1e-5)
+    if not limit:
+        return gradients
+    assert norm > limit  # or this case would not test clipping
+    return {name: gradient * (1.0 / ((norm + 1e-6) / limit)) for name, gradient in gradients.items()}
+
+
+def follow_with_same_gradients(config: dict[str, Any], split: bool) -> list[int]:
+    """Every step bit-equal to :class:`Reference`; returns the step counts of layer 0 after each of its steps."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    model, counts = tiny_llama(hidden=HIDDEN), []
+    arguments: dict[str, Any] = {}
+    if split:
+        config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+        arguments["optimizer"] = split_optimizer(model)
+    with engine_of(config, model, **arguments) as engine:
+        reference = Reference(model, two_groups if split else one_group)
+        named = dict(model.named_parameters())
+        for step in range(STEPS):
+            active = engine.grass.active_layers
+            names = trained_names(model, active)
+            backward(engine, step)
+            gradients = {name: safe_get_full_grad(named[name]).clone() for name in sorted(names)}
+            engine.step()
+            reference.step(clipped(engine, gradients))
+            for name in sorted(names):
+                master = reference.masters[name].detach()
+                assert torch.equal(named[name].detach(), master.to(named[name].dtype)), (
+                    f"weights of {name}, step {step}"
+                )
+                if config["grass"]["state_on_switch"] == "keep" or active == engine.grass.active_layers:
+                    assert torch.equal(safe_get_full_fp32_param(named[name]), master), f"master of {name}, step {step}"
+            if active == (0,):
+                counts.append(reference.count("model.layers.0.mlp.up_proj.weight"))
+            if config["grass"]["state_on_switch"] == "reset" and active != engine.grass.active_layers:
+                reference.forget(trained_names(model, active) - {"model.norm.weight"}, snapshot(model))
+    return counts
+
+
+EXACT: dict[str, tuple[str, dict[str, Any], str, bool]] = {
+    "zero2-fp32-keep": ("two_ranks", {}, "keep", False),
+    "zero2-bf16-keep": ("two_ranks", {"dtype": "bf16"}, "keep", False),
+    "zero2-bf16-reset-clip": ("two_ranks", {"dtype": "bf16", "clip": 0.05}, "reset", False),
+    "zero1-bf16-keep-gas3-clip": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 3, "clip": 0.05}, "keep", False),
+    "zero2-fp32-two-groups-reset": ("two_ranks", {}, "reset", True),
+    "zero1-bf16-two-groups-keep": ("two_ranks", {"stage": 1, "dtype": "bf16"}, "keep", True),
+    "zero2-bf16-two-groups-keep-four-ranks": ("four_ranks", {"dtype": "bf16"}, "keep", True),
+    "zero2-bf16-keep-one-rank": ("one_rank", {"dtype": "bf16"}, "keep", False),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_active_layers_move_by_the_adam_step_of_one_process(request: pytest.FixtureRequest, case: str) -> None:
+    pool, settings, on_switch, split = EXACT[case]
+    config = ds_config(lr=LR, grass=cyclic(state_on_switch=on_switch), **settings)
+    for counts in request.getfixturevalue(pool).run(follow_with_same_gradients, config=config, split=split):
+        # PERIOD steps at the start and PERIOD steps after three periods of rest
+        assert counts == ([1, 2, 3, 4] if on_switch == "keep" else [1, 2, 1, 2])
+
+
+def follow_with_own_gradients(config: dict[str, Any]) -> float:
+    """A plain model on the batches of all ranks; returns the largest difference of a weight over the whole run."""
+    import torch.distributed
+
+    world, worst = torch.distributed.get_world_size(), 0.0
+    model, plain = tiny_llama(hidden=HIDDEN), tiny_llama(hidden=HIDDEN)
+    with engine_of(config, model) as engine:
+        parameters = config["optimizer"]["params"]
+        hyper = {key: parameters[key] for key in ("lr", "weight_decay", "eps")}
+        reference, live = Reference(plain, lambda name: hyper), dict(plain.named_parameters())
+        for step in range(STEPS):
+            names = sorted(trained_names(model, engine.grass.active_layers))
+            train(engine, 1, start=step)
+            micros = range(engine.gradient_accumulation_steps())
+            ids = torch.cat([batch(step, micro, rank) for micro in micros for rank in range(world)])
+            loss = plain(input_ids=ids, labels=ids).loss
+            reference.step(dict(zip(names, torch.autograd.grad(loss, [live[name] for name in names]), strict=True)))
+            with torch.no_grad():
+                for name in names:
+                    live[name].copy_(reference.masters[name])
+            worst = max(worst, *(float((p - live[n]).abs().max()) for n, p in model.named_parameters()))
+    return worst
+
+
+@pytest.mark.parametrize(("pool", "stage", "gas"), [("two_ranks", 2, 1), ("two_ranks", 1, 2), ("four_ranks", 2, 2)])
+def test_follows_a_plain_model_trained_on_the_batches_of_all_ranks(
+    request: pytest.FixtureRequest, pool: str, stage: int, gas: int
+) -> None:
+    # Adam divides by the gradient's own size: a large epsilon keeps the rounding of near-zero gradients from being blown up.
+    config = ds_config(stage=stage, gas=gas, grass=cyclic(), optimizer={"type": "AdamW", "params": {}})
+    config["optimizer"]["params"] = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4, "torch_adam": True}
+    assert max(request.getfixturevalue(pool).run(follow_with_own_gradients, config=config)) < 1e-6
+
+
+def change_hyper_parameters(config: dict[str, Any]) -> dict[str, bool]:
+    """lr 0 for the second client group from the third step on, decay included; which norms of the active layers moved."""
+    config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+    model = tiny_llama(hidden=HIDDEN)
+    moved = {}
+    with engine_of(config, model, optimizer=split_optimizer(model)) as engine:
+        train(engine, 2)
+        engine.optimizer.param_groups[1]["lr"] = 0.0
+        before, active = snapshot(model), engine.grass.active_layers
+        train(engine, 1, start=2)
+        for name in trained_names(model, active):
+            moved[name] = not torch.equal(before[name], dict(model.named_parameters())[name])
+    return moved
+
+
+def test_hyper_parameters_of_the_client_groups_are_read_at_every_step(two_ranks: Any) -> None:
+    for moved in two_ranks.run(change_hyper_parameters, config=ds_config(grass=cyclic())):
+        assert len(moved) > 5
+        assert all(changed == ("norm" not in name) for name, changed in moved.items())
+
+
+# ---- nothing to sample ----------------------------------------------------------------------------------------------------
+
+
+def run_to_end(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    model = tiny_llama(hidden=HIDDEN, layers=layers)
+    with engine_of(config, model) as engine:
+        start = (engine.grass.phase, engine.grass.active_layers)
+        losses = train(engine, 4)
+        return {"start": start, "losses": losses, "hash": fingerprint(model), "visits": engine.grass.visits}
+
+
+@pytest.mark.parametrize(
+    ("layers", "gamma", "sampler"), [(3, 3, "uniform"), (3, 9, "grass"), (1, 2, "grass"), (1, 1, "cyclic")]
+)
+def test_as_many_active_layers_as_there_are_is_full_training(
+    two_ranks: Any, layers: int, gamma: int, sampler: str
+) -> None:
+    outside = ["embed", "norm", "head"]
+    block = grass_block(sampler=sampler, num_active_layers=gamma, always_active=outside)
+    ours = two_ranks.run(run_to_end, config=ds_config(dtype="bf16", grass=block), layers=layers)
+    full = two_ranks.run(run_to_end, config=ds_config(dtype="bf16", grass=grass_block(sampler="full")), layers=layers)
+    assert ours == full
+    assert ours[0]["start"] == ("train", tuple(range(layers)))
+    assert ours[0]["visits"] == (4,) * layers

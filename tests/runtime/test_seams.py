@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every private name of DeepSpeed in ``runtime/seams.py`` does for us, so that a release that changes one is noticed."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from helpers.models import batch, ds_config, engine_of, tiny_llama
+from torch import nn
+
+from grass_ds.runtime import seams
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+# ---- the check ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_missing() -> None:
+    assert seams.missing_names() == []
+    seams.check()
+
+
+LISTED = [
+    *(
+        (seams.DeepSpeedEngine, name, f"DeepSpeedEngine.{name}")
+        for name in (*seams.ENGINE_METHODS, *seams.ENGINE_READS)
+    ),
+    *((seams.ZeROOptimizer, name, f"ZeROOptimizer.{name}") for name in seams.HOOK_STATE),
+    *((module, name, f"{module}.{name}") for module, names in seams.MODULE_NAMES.items() for name in names),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "shown"), LISTED, ids=[shown for *_, shown in LISTED])
+def test_a_missing_name_is_named(owner: Any, name: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = importlib.import_module(owner) if isinstance(owner, str) else owner
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError) as caught:
+        seams.check()
+    assert f"does not have: {shown}. " in str(caught.value)
+    assert f"Install deepspeed>={seams.TESTED[0]},<{seams.TESTED[1]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"), [("0.19.7", False), ("0.19.8", True), ("0.19.9+local", True), ("0.20.0", False)]
+)
+def test_other_versions_are_refused(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    if accepted:
+        seams.check()
+    else:
+        with pytest.raises(ImportError, match=rf"needs deepspeed>={seams.TESTED[0]}.*{version} is installed"):
+            seams.check()
+
+
+# ---- names that need no ranks -------------------------------------------------------------------------------------------
+
+
+def test_methods_that_are_overridden_take_what_we_pass_on() -> None:
+    engine = seams.DeepSpeedEngine
+    assert parameters(engine._configure_zero_optimizer) == ["self", "optimizer"]
+    assert parameters(engine._do_optimizer_sanity_check) == ["self", "basic_optimizer"]
+    assert parameters(engine._take_model_step) == ["self", "lr_kwargs"]
+    assert "exclude_frozen_parameters" in parameters(engine.module_state_dict)
+
+
+def test_checkpoint_keys_are_those_that_deepspeeds_tools_read() -> None:
+    from deepspeed.utils import zero_to_fp32
+
+    keys = seams.checkpoint_keys
+    for name in ("SINGLE_PARTITION_OF_FP32_GROUPS", "PARTITION_COUNT", "ZERO_STAGE"):
+        assert getattr(zero_to_fp32, name) == getattr(keys, name)
+    names = seams.MODULE_NAMES["deepspeed.checkpoint.constants"]
+    assert len({getattr(keys, name) for name in names}) == len(names)
+    assert all(isinstance(getattr(keys, name), str) for name in names)
+
+
+def test_fragment_address_is_a_length_and_a_start() -> None:
+    address = seams.fragment_address(numel=3, start=5)
+    assert (address.numel, address.start) == (3, 5)
+
+
+def test_loss_scaler_adapts_only_in_fp16() -> None:
+    arguments: dict[str, Any] = {
+        "init_scale": 16.0,
+        "scale_window": 2,
+        "min_scale": 1,
+        "delayed_shift": 1,
+        "consecutive_hysteresis": False,
+    }
+    dynamic = seams.create_loss_scaler(torch.float16, 1.0, True, arguments)
+    assert isinstance(dynamic, DynamicLossScaler)
+    assert dynamic.dynamic
+    for _ in range(arguments["scale_window"]):
+        dynamic.update_scale(False)
+    assert dynamic.cur_scale == 32.0  # doubled after a window without overflow
+    static = seams.create_loss_scaler(torch.float16, 4.0, False, None)
+    assert isinstance(static, LossScaler)
+    assert (static.cur_scale, static.dynamic) == (4.0, False)
+    assert seams.create_loss_scaler(torch.bfloat16, 4.0, True, arguments).cur_scale == 1.0
+
+
+def test_gradient_hook_sees_the_gradient_and_can_be_removed() -> None:
+    param, seen = nn.Parameter(torch.ones(2)), []
+    handle = seams.register_grad_hook(param, lambda *_: seen.append(param.grad))
+    (2 * param).sum().backward()
+    assert [grad.tolist() for grad in seen] == [[2.0, 2.0]]
+    handle.remove()
+    (2 * param).sum().backward()
+    assert len(seen) == 1
+
+
+def test_gradient_hook_survives_being_frozen_for_a_while() -> None:
+    param, other, seen = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1)), []
+    seams.register_grad_hook(param, lambda *_: seen.append(1))
+    for trainable in (False, True):
+        param.requires_grad_(trainable)
+        (param * other).sum().backward()
+    assert seen == [1]
+
+
+def test_used_parameters_are_counted_within_backward() -> None:
+    used, unused, frozen = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    frozen.requires_grad_(False)
+    counts: list[int] = []
+    seams.register_grad_hook(
+        used, lambda *_: counts.append(seams.count_used_parameters_in_backward([used, unused, frozen]))
+    )
+    (used * frozen).sum().backward()
+    assert counts == [1]
+
+
+class _Wrapper(seams.ZeROOptimizer):
+    """The least that a ZeRO optimizer has to do in its hooks."""
+
+    def __init__(self, params: list[nn.Parameter]):
+        super().__init__()
+        self.epilogues = 0
+        self.register_grad_acc_post_hook(self._end)
+        for param in params:
+            seams.register_grad_hook(param, lambda *_: self._arrive(params))
+
+    def _end(self) -> None:
+        self.epilogues += 1
+
+    def _arrive(self, params: list[nn.Parameter]) -> None:
+        refresh = self.should_refresh_expected_hook_count()
+        self.reenter_backward_if_needed()
+        expected = self._max_expected_hooks_seen
+        if refresh:
+            expected = seams.count_used_parameters_in_backward(params)
+        self.update_hook_state_and_maybe_run_epilogue(expected)
+
+
+def test_hook_state_ends_every_backward_exactly_once() -> None:
+    layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    wrapper = _Wrapper(list(layers.parameters()))
+    for step, used in enumerate(([0, 1, 2], [1], [0, 2]), start=1):
+        wrapper.clear_backward_seen_flag()
+        x = torch.ones(1, 2)
+        for index in used:
+            x = layers[index](x)
+        wrapper.enter_backward()
+        x.sum().backward()
+        wrapper.exit_backward()
+        assert wrapper.epilogues == step
+
+
+def test_hook_state_ignores_a_backward_that_the_engine_did_not_start() -> None:
+    layer = nn.Linear(2, 2)
+    wrapper = _Wrapper(list(layer.parameters()))
+    layer(torch.ones(1, 2)).sum().backward()
+    assert wrapper.epilogues == 0
+
+
+# ---- names that need an engine ------------------------------------------------------------------------------------------
+
+
+def calls_of_a_run(config: dict[str, Any]) -> dict[str, Any]:
+    """How a stock engine uses the methods that GrassEngine overrides."""
+    calls: list[str] = []
+
+    class Recorder(seams.DeepSpeedEngine):
+        def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+            calls.append(f"configure {type(optimizer).__name__}")
+            wrapper = super()._configure_zero_optimizer(optimizer)
+            calls.append(f"made {wrapper is not None}")
+            self.made = wrapper
+            return wrapper
+
+        def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> Any:
+            calls.append(f"check {type(basic_optimizer).__name__}")
+            wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
+            calls.append(f"wrapper {wrapper}")
+            return wrapper
+
+        def _take_model_step(self, lr_kwargs: Any) -> None:
+            calls.append("step")
+            super()._take_model_step(lr_kwargs)
+
+    stock, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, Recorder
+    try:
+        model = tiny_llama()
+        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
+    finally:
+        deepspeed.DeepSpeedEngine = stock
+    built = engine.optimizer is getattr(engine, "made", None)
+    for micro in range(4):
+        ids = batch(0, micro, engine.global_rank)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        calls.append(f"micro {engine.is_gradient_accumulation_boundary()}")
+        engine.step()
+    reads = {name: getattr(engine, name) for name in seams.ENGINE_READS}
+    reads = {name: value() if callable(value) else value for name, value in reads.items()}
+    engine.destroy()
+    return {"calls": calls, "built": built, "reads": reads, "sequence": seams.sequence_parallel_size()}
+
+
+@pytest.mark.dist
+def test_engine_builds_the_wrapper_through_the_overridden_methods(one_rank: Any) -> None:
+    config = ds_config(dtype="bf16", gas=2, clip=0.5, data_types={"grad_accum_dtype": "fp32"})
+    [found] = one_rank.run(calls_of_a_run, config=config)
+    assert found["calls"][:4] == ["check AdamW", f"wrapper {seams.ZERO_OPTIMIZATION}", "configure AdamW", "made True"]
+    assert found["calls"][4:] == 2 * ["micro False", "micro True", "step"]  # at the accumulation boundary alone
+    assert found["built"]
+    assert found["sequence"] == 1
+
+
+@pytest.mark.dist
+def test_engine_answers_what_is_read_of_it(one_rank: Any) -> None:
+    config = ds_config(dtype="bf16", clip=0.5, data_types={"grad_accum_dtype": "fp32"}, communication_data_type="fp32")
+    config["zero_optimization"]["overlap_comm"] = True
+    reads = one_rank.run(calls_of_a_run, config=config)[0]["reads"]
+    expected = {
+        "bfloat16_enabled": True,
+        "communication_data_type": torch.float32,
+        "dynamic_loss_scale": True,  # the default, also of a run that is not fp16: 0 stands for "dynamic"
+        "fp16_enabled": False,
+        "get_data_types": (torch.bfloat16, torch.float32),
+        "gradient_clipping": 0.5,
+        "is_gradient_accumulation_boundary": True,
+        "loss_scale": 0,
+        "wall_clock_breakdown": False,
+        "zero_optimization_stage": 2,
+        "zero_overlap_comm": True,
+    }
+    assert {name: reads[name] for name in expected if name in reads} == {
+        n: v for n, v in expected.items() if n in reads
+    }
+    assert set(seams.ENGINE_READS) <= {*expected, "dynamic_loss_scale_args"}  # each has its line here
+
+
+@pytest.mark.dist
+def test_stage_1_in_bf16_with_fp32_accumulation_asks_for_another_wrapper(one_rank: Any) -> None:
+    """The trap that ``GrassEngine._do_optimizer_sanity_check`` is there for."""
+    config = ds_config(dtype="bf16", stage=1, data_types={"grad_accum_dtype": "fp32"})
+    [found] = one_rank.run(calls_of_a_run, config=config)
+    assert f"wrapper {seams.BFLOAT16}" in found["calls"]
+    assert not any(call.startswith("configure") for call in found["calls"])
+
+
+def kept_names(config: dict[str, Any]) -> set[str]:
+    model = tiny_llama()
+    model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+    with engine_of(config, model) as engine:
+        return set(model.state_dict()) - set(engine.module_state_dict(exclude_frozen_parameters=True))
+
+
+@pytest.mark.dist
+def test_module_state_dict_takes_requires_grad_for_frozen(one_rank: Any) -> None:
+    assert one_rank.run(kept_names, config=ds_config()) == [{"model.embed_tokens.weight"}]

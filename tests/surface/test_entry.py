@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways in: grass_ds.initialize and grass_ds.enable, and that neither leaves anything behind."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import pytest
+from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
+from torch import nn
+
+import grass_ds
+from grass_ds import entry
+
+STOCK_INITIALIZE, STOCK_ENGINE = deepspeed.initialize, deepspeed.DeepSpeedEngine
+
+
+@pytest.fixture(autouse=True)
+def left_as_found() -> Iterator[None]:
+    assert (deepspeed.initialize, deepspeed.DeepSpeedEngine) == (STOCK_INITIALIZE, STOCK_ENGINE)
+    yield
+    deepspeed.initialize, deepspeed.DeepSpeedEngine = STOCK_INITIALIZE, STOCK_ENGINE
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[type]:
+    """Stands in for deepspeed.initialize: notes which engine class it would build; fails for ``model=None``."""
+    found: list[type] = []
+
+    def initialize(args: Any = None, model: Any = None, config: Any = None, **_: Any) -> tuple[Any, Any, Any, Any]:
+        found.append(deepspeed.DeepSpeedEngine)
+        if model is None:
+            raise RuntimeError("no model")
+        return "engine", "optimizer", "dataloader", "scheduler"
+
+    monkeypatch.setattr(entry, "_STOCK_INITIALIZE", initialize)
+    return found
+
+
+WITH_BLOCK, WITHOUT = {"zero_optimization": {"stage": 2}, "grass": {}}, {"zero_optimization": {"stage": 2}}
+
+
+# ---- enable -------------------------------------------------------------------------------------------------------------
+
+
+def test_enable_twice_is_enable_once() -> None:
+    grass_ds.enable()
+    once = deepspeed.initialize
+    grass_ds.enable()
+    assert deepspeed.initialize is once is not STOCK_INITIALIZE
+
+
+def test_enable_as_a_context_manager_restores_on_leaving() -> None:
+    with grass_ds.enable():
+        assert deepspeed.initialize is not STOCK_INITIALIZE
+    assert deepspeed.initialize is STOCK_INITIALIZE
+    with pytest.raises(KeyError), grass_ds.enable():
+        raise KeyError
+    assert deepspeed.initialize is STOCK_INITIALIZE
+
+
+def test_nested_blocks_restore_what_they_found() -> None:
+    with grass_ds.enable():
+        with grass_ds.enable():
+            pass
+        assert deepspeed.initialize is not STOCK_INITIALIZE
+    assert deepspeed.initialize is STOCK_INITIALIZE
+
+
+def test_a_block_within_a_lasting_enable_does_not_end_it() -> None:
+    grass_ds.enable()
+    with grass_ds.enable():
+        pass
+    assert deepspeed.initialize is not STOCK_INITIALIZE
+
+
+def test_enabled_initialize_honours_the_block_and_only_it(calls: list[type]) -> None:
+    with grass_ds.enable():
+        deepspeed.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
+        deepspeed.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
+        deepspeed.initialize(model=nn.Linear(1, 1), config={**WITHOUT, "grass": {"enabled": False}})
+    assert calls == [grass_ds.GrassEngine, STOCK_ENGINE, STOCK_ENGINE]
+
+
+def test_an_early_import_is_documented() -> None:
+    assert "from deepspeed import initialize" in str(grass_ds.enable.__doc__)
+
+
+# ---- initialize ---------------------------------------------------------------------------------------------------------
+
+
+def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[type]) -> None:
+    found = grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
+    assert found == ("engine", "optimizer", "dataloader", "scheduler")
+    assert calls == [grass_ds.GrassEngine]
+    assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
+
+
+def test_the_engine_class_is_restored_after_an_exception(calls: list[type]) -> None:
+    with pytest.raises(RuntimeError, match="no model"):
+        grass_ds.initialize(model=None, config=dict(WITH_BLOCK))
+    assert calls == [grass_ds.GrassEngine]
+    assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
+
+
+def test_initialize_under_enable_does_not_recurse(calls: list[type]) -> None:
+    with grass_ds.enable():
+        grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
+    assert calls == [grass_ds.GrassEngine]
+
+
+def test_an_unknown_argument_is_refused_like_deepspeeds() -> None:
+    with pytest.raises(TypeError, match="modle"):
+        grass_ds.initialize(modle=None)
+
+
+# ---- real engines -------------------------------------------------------------------------------------------------------
+
+
+def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str, Any]:
+    """Build an engine in one of three ways, train it, and look at what it is and at what is left in the module."""
+    early = deepspeed.initialize
+    model = tiny_llama()
+    arguments = {"model": model, "config": config, "model_parameters": list(model.parameters())}
+    if break_it:
+        arguments["optimizer"] = "not an optimizer"
+    enabled = grass_ds.enable() if how != "initialize" else None
+    initialize = {"initialize": grass_ds.initialize, "enable": deepspeed.initialize, "early import": early}[how]
+    try:
+        engine, optimizer, loader, _ = initialize(**arguments)
+    except Exception as error:
+        return {"error": str(error), "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE}
+    finally:
+        if enabled is not None:
+            enabled.__exit__()
+    try:
+        return {
+            "losses": train(engine, 3),
+            "kind": type(engine).__name__,
+            "wrapper": type(optimizer).__name__,
+            "is a DeepSpeedEngine": isinstance(engine, deepspeed.DeepSpeedEngine),
+            "grass": getattr(engine, "grass", None) is not None,
+            "tuple": optimizer is engine.optimizer and loader is None,
+            "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE and deepspeed.initialize is STOCK_INITIALIZE,
+        }
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["initialize", "enable"])
+def test_an_engine_with_a_block(two_ranks: Any, how: str) -> None:
+    for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how=how):
+        assert (found["kind"], found["wrapper"]) == ("GrassEngine", "GrassZeroOptimizer")
+        assert found["is a DeepSpeedEngine"]
+        assert found["grass"]
+        assert found["tuple"]
+        assert found["restored"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("block", [None, {"enabled": False}], ids=["no block", "disabled"])
+@pytest.mark.parametrize("how", ["initialize", "enable"])
+def test_an_engine_without_a_block_is_stock(two_ranks: Any, how: str, block: Any) -> None:
+    config = ds_config() if block is None else ds_config(grass=block)
+    stock = two_ranks.run(kinds, config=ds_config(), how="early import")
+    for found, reference in zip(two_ranks.run(kinds, config=config, how=how), stock, strict=True):
+        assert found["wrapper"] == "DeepSpeedZeroOptimizer"
+        assert not found["grass"]
+        assert found["is a DeepSpeedEngine"]
+        assert found["restored"]
+        assert found["losses"] == reference["losses"]
+
+
+@pytest.mark.dist
+def test_a_function_imported_early_stays_stock(two_ranks: Any) -> None:
+    """What the docs warn of, and GrassCallback reports: the block is ignored."""
+    for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how="early import"):
+        assert (found["kind"], found["wrapper"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
+        assert not found["grass"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("how", ["initialize", "enable"])
+def test_an_engine_that_cannot_be_built_leaves_nothing_bound(two_ranks: Any, how: str) -> None:
+    for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how=how, break_it=True):
+        assert found["error"]
+        assert found["restored"]
+
+
+def no_optimizer(config: dict[str, Any]) -> str:
+    del config["optimizer"]
+    try:
+        with engine_of(config):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+def test_a_block_without_an_optimizer_is_an_error(two_ranks: Any) -> None:
+    for message in two_ranks.run(no_optimizer, config=ds_config(grass=grass_block())):
+        assert 'the "grass" block needs an optimizer' in message

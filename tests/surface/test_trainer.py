@@ -1,0 +1,465 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF Trainer, accelerate and a plain loop train alike; the Trainer saves, resumes and reports a GRASS run."""
+
+import copy
+import json
+import os
+import pickle
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import LAYERS, grass_block, snapshot, tiny_llama
+from helpers.trainers import Rows, clean_process, hf_trainer, losses, losses_seen
+from torch import nn
+
+import grass_ds
+
+pytestmark = pytest.mark.dist
+
+STEPS, GAS, MICRO, LR = 11, 2, 2, 1e-2  # 2 probing steps, then a switch every 3
+
+
+def hf_config(dtype: str = "fp32", optimizer: bool = True, scheduler: bool = False, **block: Any) -> dict[str, Any]:
+    """A DeepSpeed config with what the Trainer fills in left to it."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+        "grass": grass_block(**block),
+    }
+    if optimizer:
+        params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    return config
+
+
+def model_of(dtype: str, seed: int = 0) -> Any:
+    return tiny_llama(seed=seed).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+
+
+def trainer_settings(dtype: str, clip: float = 0.0, steps: int = STEPS) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "learning_rate": LR,
+        "weight_decay": 0.0,
+        "gradient_accumulation_steps": GAS,
+        "max_grad_norm": clip,
+        "train_sampling_strategy": "sequential",
+        "optim": "adamw_torch",  # the default, fused, rounds otherwise
+        "bf16": dtype == "bf16",
+    }
+
+
+# ---- four loops, one run ------------------------------------------------------------------------------------------------
+
+
+def observed(engine: Any, model: nn.Module, seen: list[float]) -> dict[str, Any]:
+    return {
+        "losses": seen,
+        "weights": snapshot(model),
+        "visits": engine.grass.visits,
+        "active": engine.grass.active_layers,
+        "scores": engine.grass.scores,
+        "units": len(engine.optimizer.units),
+        "lr": engine.get_lr(),
+    }
+
+
+def by_trainer(dtype: str, clip: float, folder: Path, optimizer: bool) -> dict[str, Any]:
+    model = model_of(dtype)
+    config = hf_config(dtype, optimizer=optimizer, num_active_layers=2)
+    with hf_trainer(config, folder, model, **trainer_settings(dtype, clip)) as trainer, losses_seen(model) as seen:
+        trainer.train()
+        return observed(trainer.deepspeed, model, seen)
+
+
+def filled_in(dtype: str, clip: float) -> dict[str, Any]:
+    """The same config with what the Trainer would put for "auto"."""
+    config = hf_config(dtype, num_active_layers=2)
+    config |= {"train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": GAS, "gradient_clipping": clip}
+    params = {"lr": LR, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
+    config["optimizer"] = {"type": "AdamW", "params": params}
+    return config
+
+
+def linear(optimizer: torch.optim.Optimizer) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+
+
+def by_accelerate(dtype: str, clip: float, folder: Path) -> dict[str, Any]:
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
+
+    model = model_of(dtype)
+    with clean_process(), grass_ds.enable(), losses_seen(model) as seen:
+        PartialState(cpu=True)  # without an accelerator accelerate would otherwise see one process
+        plugin = DeepSpeedPlugin(hf_ds_config=filled_in(dtype, clip))
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=GAS)
+        optimizer = DummyOptim(model.parameters())
+        scheduler = DummyScheduler(optimizer, lr_scheduler_callable=linear)
+        rows = torch.utils.data.DataLoader(Rows(), batch_size=MICRO)
+        engine, optimizer, rows, scheduler = accelerator.prepare(model, optimizer, rows, scheduler)
+        for index, inputs in enumerate(rows):
+            if index == STEPS * GAS:
+                break
+            with accelerator.accumulate(engine):
+                accelerator.backward(engine(**inputs).loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        found = observed(engine, model, seen)
+        accelerator.free_memory()
+        return found
+
+
+def by_plain_loop(dtype: str, clip: float, folder: Path) -> dict[str, Any]:
+    from deepspeed import comm as dist
+
+    model, rows = model_of(dtype), Rows()
+    engine, *_ = grass_ds.initialize(
+        model=model, config=filled_in(dtype, clip), model_parameters=list(model.parameters()), lr_scheduler=linear
+    )
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with losses_seen(model) as seen:
+        for micro in range(STEPS * GAS):
+            first = (micro * world + rank) * MICRO
+            batch = [rows[index] for index in range(first, first + MICRO)]
+            inputs = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+            engine.backward(engine(**inputs).loss)
+            engine.step()
+    found = observed(engine, model, seen)
+    engine.destroy()
+    return found
+
+
+def all_loops(dtype: str, clip: float, folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        "trainer": by_trainer(dtype, clip, folder, optimizer=True),
+        "trainer's own optimizer": by_trainer(dtype, clip, folder, optimizer=False),
+        "accelerate": by_accelerate(dtype, clip, folder),
+        "plain loop": by_plain_loop(dtype, clip, folder),
+    }
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+# Same param groups: the same bits. The Trainer's own optimizer has a decay and a no-decay group, so two units per layer:
+# element for element the same arithmetic, but norms are summed in another order. Without clipping and with active sets
+# that do not hang on the scores' last bits nothing of it reaches the weights; a clip factor's last bits do.
+@pytest.mark.parametrize(("dtype", "clip", "own_tolerance"), [("fp32", 0.0, 0.0), ("bf16", 1.0, 2e-2)])
+def test_every_loop_trains_alike(
+    two_ranks: Any, dtype: str, clip: float, own_tolerance: float, tmp_path: Path
+) -> None:
+    for loops in two_ranks.run(all_loops, dtype=dtype, clip=clip, folder=tmp_path, timeout=240):
+        reference = loops["plain loop"]
+        assert len(reference["losses"]) == STEPS * GAS
+        assert sum(reference["visits"]) == 2 * (STEPS - 2)
+        assert largest_difference(reference["weights"], snapshot(model_of(dtype))) > 2 * LR  # it trained
+        for name in ("trainer", "accelerate"):
+            assert loops[name]["losses"] == reference["losses"], name
+            assert loops[name]["scores"] == reference["scores"], name
+            assert largest_difference(loops[name]["weights"], reference["weights"]) == 0.0, name
+        own = loops["trainer's own optimizer"]
+        assert own["units"] > reference["units"]
+        assert own["scores"] == pytest.approx(reference["scores"], rel=1e-2 if own_tolerance else 1e-5)
+        assert max(abs(a - b) for a, b in zip(own["losses"], reference["losses"], strict=True)) <= own_tolerance
+        assert largest_difference(own["weights"], reference["weights"]) <= own_tolerance
+        for name in loops:
+            assert (loops[name]["visits"], loops[name]["active"]) == (reference["visits"], reference["active"]), name
+            assert loops[name]["lr"][0] == reference["lr"][0], name
+
+
+# ---- saving and training again ------------------------------------------------------------------------------------------
+
+
+def save_and_load(dtype: str, folder: Path) -> dict[str, Any]:
+    from deepspeed import comm as dist
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(dtype)
+    start = snapshot(model)
+    with hf_trainer(hf_config(dtype), folder, model, **trainer_settings(dtype)) as trainer:
+        trainer.train()
+        trainer.save_model()
+        dist.barrier()
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        live, inactive = snapshot(model), [n for n, p in model.named_parameters() if not p.requires_grad]
+    return {
+        "equal": all(torch.equal(live[name], param) for name, param in loaded.named_parameters()),
+        "names": set(live) == {name for name, _ in loaded.named_parameters()},
+        "dtypes": {param.dtype for param in loaded.parameters()},
+        "trained": any(not torch.equal(live[name], start[name]) for name in live),
+        "inactive": len(inactive),
+        "files": sorted(path.name for path in folder.iterdir()),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saved_model_loads_and_equals_the_live_one(two_ranks: Any, dtype: str, tmp_path: Path) -> None:
+    for found in two_ranks.run(save_and_load, dtype=dtype, folder=tmp_path):
+        assert found["equal"]
+        assert found["names"]
+        assert found["dtypes"] == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+        assert found["trained"]
+        assert found["inactive"]  # some layers were frozen for the moment, and saved all the same
+        assert {"config.json", "model.safetensors"} <= set(found["files"])
+
+
+def train_twice(folder: Path, again: str, optimizer: bool) -> dict[str, Any]:
+    """``again``: the same Trainer's train() a second time, or a new Trainer on the same model.
+
+    Under any DeepSpeed config Transformers 5.23 takes its engine of the first train() for the model of the second one,
+    which then has none; ``model_wrapped`` is to be reset by hand.
+    """
+    model = model_of("fp32")
+    config = hf_config(optimizer=optimizer, sampler="uniform", sample_period=1)
+    settings = trainer_settings("fp32", steps=12)
+    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+        trainer.train()
+        first, middle = trainer.deepspeed.grass.visits, snapshot(model)
+        if again == "same trainer":
+            trainer.model_wrapped = trainer.model
+            trainer.train()
+            second, end = trainer.deepspeed.grass.visits, snapshot(model)
+    if again == "new trainer":
+        with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+            trainer.train()
+            second, end = trainer.deepspeed.grass.visits, snapshot(model)
+    moved = {name.split(".")[2] for name in end if ".layers." in name and not torch.equal(end[name], middle[name])}
+    return {"first": first, "second": second, "moved": moved, "losses": losses(trainer)}
+
+
+@pytest.mark.parametrize("again", ["same trainer", "new trainer"])
+@pytest.mark.parametrize("optimizer", [True, False], ids=["config's optimizer", "trainer's optimizer"])
+def test_a_second_train_can_train_every_layer(two_ranks: Any, again: str, optimizer: bool, tmp_path: Path) -> None:
+    for found in two_ranks.run(train_twice, folder=tmp_path, again=again, optimizer=optimizer):
+        assert sum(found["first"]) == sum(found["second"]) == 12
+        assert all(found["second"])
+        assert found["moved"] == {str(layer) for layer in range(LAYERS)}
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------------------
+
+SAVED = 6  # 2 probing steps, one period of 3, one step into the next
+
+
+def run_and_resume(folder: Path, optimizer: bool) -> dict[str, Any]:
+    """bf16, shuffled data: straight through, then from the checkpoint with a model of other weights."""
+    settings = {**trainer_settings("bf16", clip=1.0), "weight_decay": 0.1, "train_sampling_strategy": "random"}
+    settings |= {"save_strategy": "steps", "save_steps": SAVED}
+    runs = []
+    for seed, checkpoint in ((0, None), (5, str(folder / f"checkpoint-{SAVED}"))):
+        model = model_of("bf16", seed)
+        config = hf_config("bf16", optimizer=optimizer)
+        callback = grass_ds.GrassCallback()
+        with (
+            hf_trainer(config, folder, model, callbacks=[callback], **settings) as trainer,
+            losses_seen(model) as seen,
+        ):
+            trainer.train(resume_from_checkpoint=checkpoint)
+            run = observed(trainer.deepspeed, model, seen[-(STEPS - SAVED) * GAS :])
+            store = trainer.deepspeed.optimizer.store
+            run["state"] = {
+                unit.name: {
+                    "master": store[unit].master.clone(),
+                    **{k: t.clone() for k, t in store[unit].moments.items()},
+                }
+                for unit in trainer.deepspeed.optimizer.units
+                if unit in store
+            }
+            run["fingerprint"] = trainer.deepspeed.optimizer.controller.fingerprint()
+            run["logged"] = losses(trainer)
+            run["history"] = None if callback.history is None else [row.active_layers for row in callback.history.rows]
+            runs.append(run)
+    straight, resumed = runs
+    states = straight.pop("state"), resumed.pop("state")
+    weights = straight.pop("weights"), resumed.pop("weights")
+    return {
+        "straight": straight,
+        "resumed": resumed,
+        "weights": weights[0].keys() == weights[1].keys()
+        and all(torch.equal(w, weights[1][n]) for n, w in weights[0].items()),
+        "state": states[0].keys() == states[1].keys()
+        and all(torch.equal(t, states[1][unit][k]) for unit, tensors in states[0].items() for k, t in tensors.items()),
+    }
+
+
+@pytest.mark.parametrize("optimizer", [True, False], ids=["config's optimizer", "trainer's optimizer"])
+def test_resume_is_exact(two_ranks: Any, optimizer: bool, tmp_path: Path) -> None:
+    for found in two_ranks.run(run_and_resume, folder=tmp_path, optimizer=optimizer):
+        assert len(found["straight"]["losses"]) == (STEPS - SAVED) * GAS
+        assert found["resumed"] == found["straight"]
+        assert found["weights"]
+        assert found["state"]
+
+
+# ---- the callback -------------------------------------------------------------------------------------------------------
+
+
+def without_enable(folder: Path) -> str:
+    with hf_trainer(
+        hf_config(),
+        folder,
+        tiny_llama(),
+        enabled=False,
+        callbacks=[grass_ds.GrassCallback()],
+        **trainer_settings("fp32"),
+    ) as trainer:
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_forgotten_enable_is_an_error_on_every_rank(two_ranks: Any, tmp_path: Path) -> None:
+    for message in two_ranks.run(without_enable, folder=tmp_path):
+        assert "call grass_ds.enable() before building the Trainer" in message
+
+
+def pickled(folder: Path) -> dict[str, Any]:
+    callback = grass_ds.GrassCallback()
+    with hf_trainer(hf_config(), folder, tiny_llama(), callbacks=[callback], **trainer_settings("fp32")) as trainer:
+        trainer.train()
+        copied = pickle.loads(pickle.dumps(callback))
+        return {"kind": type(copied).__name__, "rows": copied.history, "own": callback.history is not None}
+
+
+def test_the_callback_pickles_after_a_real_run(two_ranks: Any, tmp_path: Path) -> None:
+    first, second = two_ranks.run(pickled, folder=tmp_path)
+    assert first == {"kind": "GrassCallback", "rows": None, "own": True}
+    assert second == {"kind": "GrassCallback", "rows": None, "own": False}  # one rank keeps the history
+
+
+# ---- wandb --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def offline_wandb(folder: Path) -> Iterator[None]:
+    import wandb
+
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true", "WANDB_PROJECT": "grass"}
+    try:
+        yield
+    finally:
+        wandb.finish()
+
+
+def report_to_wandb(folder: Path) -> list[dict[str, Any]]:
+    with hf_trainer(
+        hf_config(),
+        folder / "out",
+        tiny_llama(),
+        callbacks=[grass_ds.GrassCallback()],
+        report_to=["wandb"],
+        **trainer_settings("fp32", clip=1.0),
+    ) as trainer:
+        with offline_wandb(folder):
+            trainer.train()
+        return trainer.state.log_history
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """Rows logged to an offline run: protobuf records in LevelDB's log format, for which wandb ships no reader."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    block, header = 32768, struct.Struct("<IHB")
+    data, position, payload, rows = file.read_bytes(), 7, b"", []
+    while position + header.size <= len(data):
+        if block - position % block < header.size:
+            position += block - position % block
+            continue
+        _, length, kind = header.unpack_from(data, position)
+        position += header.size
+        payload += data[position : position + length]
+        position += length
+        if kind in (1, 4):  # a whole record, or its last part
+            record = Record.FromString(payload)
+            payload = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_wandb_gets_one_run_with_everything_in_it(two_ranks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    [log, _] = two_ranks.run(report_to_wandb, folder=tmp_path)
+    [run] = tmp_path.glob("wandb/offline-run-*")  # global rank 0 alone
+    [file] = run.glob("*.wandb")
+    rows = read_history(file)
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted(set(steps))
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["train/global_step"] for row in training] == list(range(1, STEPS + 1))
+    logged = [entry for entry in log if "loss" in entry]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [row[f"train/{name}"] for row in training] == pytest.approx([entry[name] for entry in logged])
+    assert [row["train/grass/phase"] for row in training] == [0.0] + [1.0] * (STEPS - 1)
+    for row in training:
+        active = [row[f"train/grass/active/{layer:02d}"] for layer in range(LAYERS)]
+        assert sum(active) == (1 if row["train/grass/phase"] else LAYERS)
+        assert sum(row[f"train/grass/prob/{layer:02d}"] for layer in range(LAYERS)) == pytest.approx(1.0)
+        assert ("train/grass/score/00" in row) == bool(row["train/grass/phase"])
+        assert row["train/grass/bytes/weights/device"] > 0
+        assert {"train/grass/bytes/gradients/device", "train/grass/bytes/optimizer_state/host"} <= set(row)
+        assert row["train/tokens_per_second"] > 0
+    assert (
+        training[-1]["train/grass/bytes/optimizer_state/host"] > training[0]["train/grass/bytes/optimizer_state/host"]
+    )
+    assert len({tuple(row[f"train/grass/active/{layer:02d}"] for layer in range(LAYERS)) for row in training}) > 2
+    assert any(key.startswith("grass/layers") for row in rows for key in row)  # the plots
+
+
+# ---- gradient checkpointing ---------------------------------------------------------------------------------------------
+
+
+def checkpointed(folder: Path, reentrant: bool | None, always: list[str]) -> dict[str, Any]:
+    model = tiny_llama()
+    start = snapshot(model)
+    mode: dict[str, Any] = {"gradient_checkpointing": reentrant is not None}
+    if reentrant is not None:
+        mode["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    config = hf_config(always_active=always)
+    with hf_trainer(config, folder, model, **trainer_settings("fp32"), **mode) as trainer, losses_seen(model) as seen:
+        trainer.train()
+        end = snapshot(model)
+        return {
+            "losses": seen,
+            "weights": end,
+            "visits": trainer.deepspeed.grass.visits,
+            "moved": {int(n.split(".")[2]) for n in end if ".layers." in n and not torch.equal(end[n], start[n])},
+            "on": model.is_gradient_checkpointing,
+            "input gradients": bool(getattr(model, "_require_grads_hooks", None)),
+        }
+
+
+def every_checkpointing_mode(folder: Path, always: list[str]) -> dict[bool | None, dict[str, Any]]:
+    return {mode: checkpointed(folder, mode, always) for mode in (None, True, False)}
+
+
+@pytest.mark.parametrize("always", [["norm"], ["embed", "norm"]], ids=["embeddings frozen", "embeddings train"])
+def test_gradient_checkpointing_changes_nothing_but_memory(two_ranks: Any, always: list[str], tmp_path: Path) -> None:
+    for modes in two_ranks.run(every_checkpointing_mode, folder=tmp_path, always=always):
+        reference = modes[None]
+        assert not reference["on"]
+        for reentrant in (True, False):
+            found = modes[reentrant]
+            assert found["on"]
+            assert found["losses"] == reference["losses"]
+            assert largest_difference(found["weights"], reference["weights"]) == 0.0
+            assert found["moved"] == {layer for layer, steps in enumerate(found["visits"]) if steps} != set()
+            if always == ["norm"]:  # the hook that reentrant checkpointing needs, and that undoes the other's saving
+                assert found["input gradients"] == reentrant

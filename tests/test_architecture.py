@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the library, as rules: who imports whom, what is never used, which private names are touched."""
+
+import ast
+import re
+from pathlib import Path
+
+import deepspeed
+import pytest
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+import grass_ds
+
+PACKAGE = Path(grass_ds.__file__).resolve().parent
+MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
+MAX_LINES = 400
+
+
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text())
+
+
+def imports(name: str) -> set[str]:
+    """Dotted names of everything that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def outside(name: str, *allowed: str) -> set[str]:
+    """Third-party and own imports of a module that start with none of ``allowed``."""
+    third_party = {i for i in imports(name) if i.split(".")[0] in THIRD_PARTY}
+    return {i for i in third_party if not any(i == a or i.startswith(f"{a}.") for a in allowed)}
+
+
+THIRD_PARTY = {i.split(".")[0] for name in MODULES for i in imports(name)} - set(__import__("sys").stdlib_module_names)
+POLICY = [name for name in MODULES if name.startswith("policy/")]
+RUNTIME = [name for name in MODULES if name.startswith("runtime/")]
+
+
+def test_the_rules_see_the_library() -> None:
+    assert len(POLICY) >= 6
+    assert len(RUNTIME) >= 9
+    assert {"torch", "deepspeed", "transformers", "grass_ds"} <= THIRD_PARTY
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_policy_is_torch_and_the_standard_library(name: str) -> None:
+    assert outside(name, "torch", "grass_ds.policy") == set()
+    assert not any(i.startswith("torch.distributed") for i in imports(name))
+
+
+@pytest.mark.parametrize("name", RUNTIME)
+def test_runtime_does_not_know_the_surface(name: str) -> None:
+    own = {i for i in imports(name) if i.split(".")[0] == "grass_ds"}
+    assert {i for i in own if not re.match(r"grass_ds\.(config|policy|runtime)\b", i)} == set()
+    assert outside(name, "torch", "deepspeed", "packaging", "grass_ds") == set()
+
+
+def test_config_is_pydantic_and_deepspeeds_base() -> None:
+    assert outside("config.py", "deepspeed.runtime.config_utils", "pydantic") == set()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_transformers_only_in_the_callback(name: str) -> None:
+    users = {i.split(".")[0] for i in imports(name)} & {"transformers", "accelerate", "datasets", "peft", "wandb"}
+    assert users == set() or name == "hf.py"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_importing_the_library_needs_no_plotting(name: str) -> None:
+    top = {a.name for node in tree(name).body if isinstance(node, ast.Import) for a in node.names}
+    top |= {str(node.module) for node in tree(name).body if isinstance(node, ast.ImportFrom)}
+    assert not any(i.startswith(("matplotlib", "wandb")) for i in top)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_deepspeeds_abstractions_and_logger_are_used(name: str) -> None:
+    names = {ast.unparse(node) for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)}
+    assert not any(n.startswith(("torch.cuda", "torch.distributed")) for n in names)
+    assert not any(i.startswith(("torch.cuda", "torch.distributed")) for i in imports(name))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree(name)) if isinstance(node, ast.Call)}
+    assert "print" not in calls
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_short_licensed_and_explained(name: str) -> None:
+    lines = MODULES[name].read_text().splitlines()
+    assert len(lines) <= MAX_LINES
+    if lines:
+        assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
+        assert ast.get_docstring(tree(name))
+
+
+# ---- private names of DeepSpeed ------------------------------------------------------------------------------------------
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def used_private_names(name: str) -> set[str]:
+    """Attributes ``something._name``, imported names and defined methods that begin with one underscore."""
+    found = {i.rsplit(".", 1)[-1] for i in imports(name) if i.startswith("deepspeed")}
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return {n for n in found if is_private(n)}
+
+
+def deepspeeds_private_names() -> set[str]:
+    """Of the engine and of the ZeRO base class, and those that the engine and the utilities ask of any ZeRO optimizer
+    or parameter (where a plain text search has to do)."""
+    names = {n for cls in (DeepSpeedEngine, ZeROOptimizer) for n in vars(cls)}
+    root = Path(deepspeed.__file__).parent
+    for file in ("runtime/engine.py", "runtime/base_optimizer.py", "utils/tensor_fragment.py", "utils/groups.py"):
+        source = (root / file).read_text()
+        names |= set(re.findall(r"(?:optimizer|param|lp|p)\.(_[a-z]\w*)", source)) | set(
+            re.findall(r"def (_[a-z]\w*)", source)
+        )
+        names |= set(re.findall(r"(?:hasattr|getattr)\([^,()]+(?:\(\))?, ['\"](_[a-z]\w*)['\"]", source))
+    return {n for n in names if is_private(n)}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "runtime/seams.py"])
+def test_private_names_of_deepspeed_are_listed_in_seams(name: str) -> None:
+    listed = {node.value for node in ast.walk(tree("runtime/seams.py")) if isinstance(node, ast.Constant)}
+    assert used_private_names(name) & deepspeeds_private_names() - listed == set()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "runtime/seams.py"])
+def test_private_names_are_imported_from_seams_alone(name: str) -> None:
+    assert {i for i in imports(name) if i.startswith("deepspeed") and is_private(i.rsplit(".", 1)[-1])} == set()
