@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 BLOCK = "grass"
 SCORED_SAMPLERS = ("grass", "static")
@@ -20,7 +20,24 @@ class GrassConfigError(ValueError):
     """A mistake in the ``"grass"`` block, or a DeepSpeed setting that cannot work beside it."""
 
 
-class OffloadConfig(DeepSpeedConfigModel):
+class _Block(DeepSpeedConfigModel):
+    """What JSON brings along: null stands for the default, and ``true`` is not the number 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation in (int, float):
+            raise ValueError("Input should be a valid " + ("integer" if annotation is int else "number"))
+        return value
+
+
+class OffloadConfig(_Block):
     """Where optimizer state (fp32 master weights and moments of a layer) lives while its layer is not being stepped."""
 
     device: Literal["none", "cpu"] = "cpu"
@@ -31,7 +48,7 @@ class OffloadConfig(DeepSpeedConfigModel):
     """Page-lock the host copies: faster transfers. No effect on the CPU accelerator."""
 
 
-class GrassConfig(DeepSpeedConfigModel):
+class GrassConfig(_Block):
     """The ``"grass"`` block. Every field may be left out or null: the default then applies."""
 
     enabled: bool = True
@@ -86,11 +103,6 @@ class GrassConfig(DeepSpeedConfigModel):
 
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     """See :class:`OffloadConfig`."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> "GrassConfig":
@@ -159,7 +171,8 @@ def _explain(error: ValidationError) -> str:
         if detail["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key. {_nearest(detail['loc'])}")
         else:
-            lines.append(f"{path}: got {detail['input']!r}; {detail['msg']}")
+            message = detail["msg"].replace("valid tuple", "valid list")
+            lines.append(f"{path}: got {detail['input']!r}; {message}")
     return f'the "{BLOCK}" block of the DeepSpeed config is wrong:\n  - ' + "\n  - ".join(lines)
 
 

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.layers import discover_layers
 from grass_ds.runtime.engine import GrassEngine
-from grass_ds.support import check_ds_config, check_model
+from grass_ds.support import check_ds_config, check_model, check_optimizer
 
 _STOCK_INITIALIZE = deepspeed.initialize
 _SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
@@ -31,6 +32,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     _check(bound)
     with _engine_class():
         return _STOCK_INITIALIZE(*args, **kwargs)
+
+
+initialize.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
 
 
 class enable:
@@ -81,7 +85,9 @@ def _check(arguments: Mapping[str, Any]) -> GrassConfig | None:
     if config is None or block is None:
         return None
     check_ds_config(config)
-    model = arguments.get("model")
+    model, optimizer = arguments.get("model"), arguments.get("optimizer")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        check_optimizer(optimizer)
     if model is not None:
         check_model(model)
         layers = discover_layers(model, block.layers_path)

@@ -4,6 +4,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from deepspeed.pipe import PipelineModule
 from torch import nn
 
 from grass_ds.config import GrassConfigError
@@ -44,7 +46,17 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("tensor_parallel.autotp_size", (None, 0, 1), "tensor parallelism is not supported yet: remove it"),
     ("expert_parallel.enabled", (None, False), "mixture-of-experts parallelism is not supported: remove it"),
 )
-_ELEMENTWISE_ONLY = ("muon", "lamb", "onebitadam", "onebitlamb", "zerooneadam")
+# Optimizers whose update of an element depends on its tensor: ranks hold flat shards of layers.
+_NEED_WHOLE_TENSORS = (
+    "muon",
+    "muonwithauxadam",
+    "adafactor",
+    "lamb",
+    "fusedlamb",
+    "onebitadam",
+    "onebitlamb",
+    "zerooneadam",
+)
 
 
 def _lookup(config: Mapping[str, Any], path: str) -> Any:
@@ -70,11 +82,20 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         if value not in allowed:
             problems.append(f"{path} = {value!r}: {why}")
     kind = str(_lookup(config, "optimizer.type") or "").lower()
-    if kind in _ELEMENTWISE_ONLY:
+    if kind in _NEED_WHOLE_TENSORS:
         problems.append(f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW")
     if problems:
         raise GrassConfigError(
             'the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems)
+        )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise :class:`GrassConfigError` for a client optimizer that does not work element by element."""
+    name = type(optimizer).__name__
+    if name.lower() in _NEED_WHOLE_TENSORS:
+        raise GrassConfigError(
+            f"the optimizer {name} needs whole matrices, and ranks hold flat shards; use torch.optim.AdamW"
         )
 
 
@@ -84,7 +105,7 @@ def check_model(model: nn.Module) -> None:
         raise GrassConfigError(
             "the model is wrapped by PEFT: grass trains full weights; pass the base model, or remove the block"
         )
-    if type(model).__name__ == "PipelineModule" or hasattr(model, "_compute_layer_partition"):
+    if isinstance(model, PipelineModule):
         raise GrassConfigError("pipeline parallelism has an engine of its own: grass needs the plain model")
     experts = sum(1 for p in model.parameters() if getattr(p, "allreduce", True) is False)
     if experts or any(type(m).__module__.startswith("deepspeed.moe") for m in model.modules()):

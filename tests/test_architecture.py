@@ -11,6 +11,7 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import grass_ds
+from grass_ds.runtime import seams
 
 PACKAGE = Path(grass_ds.__file__).resolve().parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -141,3 +142,10 @@ def test_private_names_of_deepspeed_are_listed_in_seams(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "runtime/seams.py"])
 def test_private_names_are_imported_from_seams_alone(name: str) -> None:
     assert {i for i in imports(name) if i.startswith("deepspeed") and is_private(i.rsplit(".", 1)[-1])} == set()
+
+
+def test_seams_demands_no_engine_name_that_is_not_used() -> None:
+    """A name too many would refuse a DeepSpeed that works."""
+    engine = {node.attr for node in ast.walk(tree("runtime/engine.py")) if isinstance(node, ast.Attribute)}
+    engine |= {node.name for node in ast.walk(tree("runtime/engine.py")) if isinstance(node, ast.FunctionDef)}
+    assert {*seams.ENGINE_METHODS, *seams.ENGINE_READS} - engine == set()

@@ -18,16 +18,12 @@ TESTED = ("0.19.8", "0.20")
 ENGINE_METHODS = ("_configure_zero_optimizer", "_do_optimizer_sanity_check", "_take_model_step", "module_state_dict")
 # What GrassEngine reads.
 ENGINE_READS = (
-    "bfloat16_enabled",
     "communication_data_type",
     "dynamic_loss_scale",
     "dynamic_loss_scale_args",
-    "fp16_enabled",
     "get_data_types",
     "gradient_clipping",
-    "is_gradient_accumulation_boundary",
     "loss_scale",
-    "wall_clock_breakdown",
     "zero_optimization_stage",
     "zero_overlap_comm",
 )
@@ -38,7 +34,10 @@ HOOK_STATE = (
     "update_hook_state_and_maybe_run_epilogue",
     "clear_backward_seen_flag",
     "register_grad_acc_post_hook",
+    "_max_expected_hooks_seen",
 )
+# What DeepSpeed looks up on a ZeRO optimizer or on its parameters, and ours provide.
+PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping")
 # module -> names
 MODULE_NAMES = {
     "deepspeed": ("DeepSpeedEngine", "initialize"),

@@ -99,7 +99,7 @@ class Unit:
         """Where parameter ``slot`` meets this rank's shard: (start in the parameter, start in the shard, elements)."""
         first, last = self.offsets[slot], self.offsets[slot] + self.params[slot].numel()
         begin, end = max(first, self.shard_start), min(last, self.shard_start + self.shard_numel)
-        return max(begin - first, 0), max(begin - self.shard_start, 0), max(end - begin, 0)
+        return (begin - first, begin - self.shard_start, end - begin) if begin < end else (0, 0, 0)
 
 
 @dataclass(frozen=True)

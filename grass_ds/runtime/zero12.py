@@ -102,6 +102,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.dynamic_loss_scale = self.loss_scaler.dynamic
         # - Units, hooks, first active set
         self.grass: Any = None
+        self._saving = False
         self._skips = 0
         self._layer_rms: dict[int, float] | None = None
         layout = digest([(u.name, u.param_names, [tuple(p.shape) for p in u.params]) for u in units])
@@ -319,13 +320,16 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     @contextmanager
     def all_trainable(self) -> Any:
         """DeepSpeed takes "does not require grad" for "frozen by the user": inside, every owned parameter requires one."""
+        nested, self._saving = self._saving, True
         for unit in self.units:
             for param in unit.params:
                 param.requires_grad_(True)
         try:
             yield
         finally:
-            self._show_active()
+            self._saving = nested
+            if not nested:
+                self._show_active()
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError('engine.offload_states() does not know about layers; use "grass": {"offload": ...}')

@@ -98,7 +98,7 @@ def test_loss_scaler_adapts_only_in_fp16() -> None:
     dynamic = seams.create_loss_scaler(torch.float16, 1.0, True, arguments)
     assert isinstance(dynamic, DynamicLossScaler)
     assert dynamic.dynamic
-    for _ in range(arguments["scale_window"]):
+    for _ in range(arguments["scale_window"] + 1):
         dynamic.update_scale(False)
     assert dynamic.cur_scale == 32.0  # doubled after a window without overflow
     static = seams.create_loss_scaler(torch.float16, 4.0, False, None)

@@ -53,7 +53,6 @@ def trainer_settings(dtype: str, clip: float = 0.0, steps: int = STEPS) -> dict[
         "gradient_accumulation_steps": GAS,
         "max_grad_norm": clip,
         "train_sampling_strategy": "sequential",
-        "optim": "adamw_torch",  # the default, fused, rounds otherwise
         "bf16": dtype == "bf16",
     }
 
@@ -76,7 +75,8 @@ def observed(engine: Any, model: nn.Module, seen: list[float]) -> dict[str, Any]
 def by_trainer(dtype: str, clip: float, folder: Path, optimizer: bool) -> dict[str, Any]:
     model = model_of(dtype)
     config = hf_config(dtype, optimizer=optimizer, num_active_layers=2)
-    with hf_trainer(config, folder, model, **trainer_settings(dtype, clip)) as trainer, losses_seen(model) as seen:
+    settings = trainer_settings(dtype, clip) | {"optim": "adamw_torch"}  # the default one, fused, rounds otherwise
+    with hf_trainer(config, folder, model, **settings) as trainer, losses_seen(model) as seen:
         trainer.train()
         return observed(trainer.deepspeed, model, seen)
 
@@ -158,7 +158,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 # Same param groups: the same bits. The Trainer's own optimizer has a decay and a no-decay group, so two units per layer:
 # element for element the same arithmetic, but norms are summed in another order. Without clipping and with active sets
 # that do not hang on the scores' last bits nothing of it reaches the weights; a clip factor's last bits do.
-@pytest.mark.parametrize(("dtype", "clip", "own_tolerance"), [("fp32", 0.0, 0.0), ("bf16", 1.0, 2e-2)])
+@pytest.mark.parametrize(("dtype", "clip", "own_tolerance"), [("fp32", 0.0, 0.0), ("bf16", 0.1, 1e-3)])
 def test_every_loop_trains_alike(
     two_ranks: Any, dtype: str, clip: float, own_tolerance: float, tmp_path: Path
 ) -> None:
@@ -173,7 +173,7 @@ def test_every_loop_trains_alike(
             assert largest_difference(loops[name]["weights"], reference["weights"]) == 0.0, name
         own = loops["trainer's own optimizer"]
         assert own["units"] > reference["units"]
-        assert own["scores"] == pytest.approx(reference["scores"], rel=1e-2 if own_tolerance else 1e-5)
+        assert own["scores"] == pytest.approx(reference["scores"], rel=1e-5)
         assert max(abs(a - b) for a, b in zip(own["losses"], reference["losses"], strict=True)) <= own_tolerance
         assert largest_difference(own["weights"], reference["weights"]) <= own_tolerance
         for name in loops:
