@@ -44,10 +44,11 @@ def conditions(rows: list[Row]) -> str:
     """What all rows of a table share."""
     one = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    lengths = " / ".join(str(length) for length in sorted({row["sequence"] for row in rows}))
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     return (
         f"{one['model']}, ZeRO-{one['stage']}, {one['ranks']} rank(s) on {one['device']} ({one['hardware']}, {one['threads']} thread each), "
-        f"bf16, AdamW, clip 1.0, micro-batch {one['micro_batch']} x {one['sequence']} tokens, accumulation {one['accumulation']}; "
+        f"bf16, AdamW, clip 1.0, micro-batch {one['micro_batch']} x {lengths} tokens, accumulation {one['accumulation']}; "
         f"{versions}; commit {commits}"
     )
 
@@ -110,7 +111,11 @@ def results() -> str:
     if cost:
         lines += ["## Cost: seconds per step and memory", "", conditions(cost), "", *cost_table(cost), ""]
     if quality:
-        note = "Every method sees the same rows in the same order; probing steps count as steps. The sampler's periods are scaled to the short run."
+        note = (
+            f"{max(row['steps'] for row in quality)} steps, probing included; every method sees the same rows in the same order. Rows are cut "
+            "at the lengths above (arithmetic / gsm8k). The sampler's periods are scaled to the short run: probe 6, sample 6, refresh 12. "
+            "Mean and standard deviation over seeds."
+        )
         lines += [
             "## Quality: held-out loss and accuracy",
             "",

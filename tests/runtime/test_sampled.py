@@ -270,6 +270,47 @@ def test_hyper_parameters_of_the_client_groups_are_read_at_every_step(two_ranks:
         assert all(changed == ("norm" not in name) for name, changed in moved.items())
 
 
+class Counting(torch.optim.Optimizer):
+    """Moves every weight by -lr times its step count, kept as a plain int per parameter, or per group."""
+
+    def __init__(self, params: Any, per_group: bool):
+        super().__init__(params, {"lr": 0.125, "step": 0} if per_group else {"lr": 0.125})
+        self._per_group = per_group
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                owner = group if self._per_group else self.state[param]
+                owner["step"] = owner.get("step", 0) + 1
+                param.sub_(group["lr"] * owner["step"])
+
+
+def count_with(config: dict[str, Any], per_group: bool) -> dict[str, torch.Tensor]:
+    config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+    model = tiny_llama(hidden=HIDDEN)
+    with engine_of(config, model, optimizer=Counting(model.parameters(), per_group)) as engine:
+        before = snapshot(model)
+        if per_group:
+            with pytest.raises(RuntimeError, match="counts steps per param group"):
+                train(engine, 1)
+        else:
+            train(engine, STEPS)
+        return {name: before[name] - weight for name, weight in snapshot(model).items()}
+
+
+def test_an_optimizer_that_counts_in_plain_numbers_counts_per_layer(two_ranks: Any) -> None:
+    for moved in two_ranks.run(count_with, config=ds_config(grass=cyclic()), per_group=False):
+        for name, difference in moved.items():
+            layer = layer_of(name)
+            steps = STEPS if "model.norm" in name else 0 if layer is None else 2 * PERIOD if layer == 0 else PERIOD
+            assert torch.allclose(difference, torch.full_like(difference, 0.125 * steps * (steps + 1) / 2), atol=1e-4)
+
+
+def test_an_optimizer_that_counts_per_param_group_is_refused(two_ranks: Any) -> None:
+    two_ranks.run(count_with, config=ds_config(grass=cyclic()), per_group=True)
+
+
 # ---- nothing to sample ----------------------------------------------------------------------------------------------------
 
 
