@@ -22,8 +22,12 @@ def digest(*values: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:8], "big") >> 2
 
 
-def check_ranks_agree(fingerprint: Sequence[int], what: str, group: Any, device: torch.device | str) -> None:
+def check_ranks_agree(
+    fingerprint: Sequence[int], what: str, group: Any, device: torch.device | str, fields: Sequence[str] = ()
+) -> None:
     """Compare ``fingerprint`` (ints in 0 .. 2**62) across ``group``: one all-reduce of 2 x len(fingerprint) int64.
+
+    ``fields`` name its numbers, so that the error can say which of them differ.
 
     Raises:
         RankDivergenceError: on every rank, if any rank holds another value.
@@ -32,8 +36,9 @@ def check_ranks_agree(fingerprint: Sequence[int], what: str, group: Any, device:
     dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = mine[: len(fingerprint)].tolist(), (-mine[len(fingerprint) :]).tolist()
     if largest != smallest:
+        differing = [name for name, low, high in zip(fields, smallest, largest, strict=False) if low != high]
         raise RankDivergenceError(
-            f"ranks disagree on {what}; no layer was switched and training stops on every rank. Ranks must run the same code with the "
+            f"ranks disagree on {what}{' (' + ', '.join(differing) + ')' if differing else ''}; no layer was switched and training stops on every rank. Ranks must run the same code with the "
             f'same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; over all ranks the values '
             f"range from {smallest} to {largest}."
         )

@@ -129,6 +129,14 @@ class GrassEngine(seams.DeepSpeedEngine):
         self.optimizer.activate()
         return result
 
+    def destroy(self) -> None:
+        """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""
+        super().destroy()
+        if self.grass is not None:
+            for hook in (self.module_forward_pre_hook, self.module_forward_post_hook):
+                hook.remove()
+            self.grass = None
+
 
 def _check_coverage(units: list[Any], layers: ModelLayers) -> None:
     """Every layer must have something to train: the sampler draws from all of them."""

@@ -158,27 +158,27 @@ class GradientReducer:
     def _reduce(self, unit: Unit) -> None:
         settings, pending = self.settings, self._pending[unit]
         flat = self._take_flat(unit, pending)
+        flat = (flat.div_(settings.divisor) if settings.divisor != 1 else flat).to(settings.comm_dtype)
         with self._side_stream(flat):
-            flat = flat.div_(settings.divisor) if settings.divisor != 1 else flat
-            flat = flat.to(settings.comm_dtype)
             shard = torch.empty(unit.shard_numel, dtype=settings.comm_dtype, device=flat.device)
             dist.reduce_scatter_tensor(shard, flat, group=settings.group)
-            self._note_peak(flat.nbytes + shard.nbytes)
             self.traffic.calls += 1
             self.traffic.nbytes += flat.nbytes
-            self._accept(unit, shard)
+            self._accept(unit, shard, flat.nbytes)
         pending.reduced = True
 
-    def _accept(self, unit: Unit, shard: torch.Tensor) -> None:
+    def _accept(self, unit: Unit, shard: torch.Tensor, in_flight: int) -> None:
+        """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""
+        self._note_peak(in_flight + shard.nbytes)
         square = torch.linalg.vector_norm(shard, dtype=torch.float32).square()
         self.squares[unit] = self.squares[unit] + square if unit in self.squares else square
         if not self._keep:
             return
         if unit in self.shards:
             self.shards[unit].add_(shard)
-        else:
-            self.shards[unit] = shard.to(self.settings.accum_dtype)
-        self._note_peak()
+            return
+        self.shards[unit] = kept = shard.to(self.settings.accum_dtype)
+        self._note_peak(in_flight + (0 if kept is shard else shard.nbytes))
 
     def _take_flat(self, unit: Unit, pending: _Pending) -> torch.Tensor:
         """The unit's flat gradient, with zeros where this rank has none."""

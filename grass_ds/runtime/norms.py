@@ -22,8 +22,9 @@ def global_squares(
     if not reducer.squares:
         raise RuntimeError("step() without a backward() before it: there are no gradients")
     local = [reducer.squares[unit] for unit in units]
-    if reducer.micro_steps > 1 and reducer.shards:  # otherwise the two are the same
-        local = [torch.linalg.vector_norm(reducer.shards[u], dtype=torch.float32).square() for u in units] + local
+    if reducer.shards:  # measured here, not as they arrived: the user may have replaced them (safe_set_full_grad)
+        norms = [torch.linalg.vector_norm(reducer.shards[unit], dtype=torch.float32).square() for unit in units]
+        local = norms + local if reducer.micro_steps > 1 else norms  # in a single micro-step the two are the same
     total = torch.stack(local)
     dist.all_reduce(total, group=group)
     values, count = total.tolist(), len(units)

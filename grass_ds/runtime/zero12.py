@@ -25,7 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import nn
 
-from grass_ds.policy.controller import Controller, Phase
+from grass_ds.policy.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.runtime import checkpoint, seams
 from grass_ds.runtime.agreement import check_ranks_agree, digest
 from grass_ds.runtime.fragments import ParamFragment
@@ -256,7 +256,8 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                 param.requires_grad_(unit.active)
 
     def _check_agreement(self, what: str) -> None:
-        check_ranks_agree(self.controller.fingerprint(), what, self.dp_process_group, self.device)
+        mine, fields = self.controller.fingerprint(), FINGERPRINT_FIELDS
+        check_ranks_agree(mine, what, self.dp_process_group, self.device, fields)
 
     # ---- what else the engine asks of a ZeRO optimizer ------------------------------------------------------------------
 
@@ -340,11 +341,12 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         """Give the model back: hooks removed, every owned parameter trainable, states released."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        for unit in self.units:
+        units, self.units, self._active, self._hooks = self.units, [], [], []
+        for unit in units:
             for param in unit.params:
                 ParamFragment.detach(param)
                 param.requires_grad_(True)
+            del unit.flat  # the parameters keep it alive for as long as they view it, and no longer
         self.reducer.track([], keep=True)
         self.store.clear()
         if get_accelerator().is_available():

@@ -335,6 +335,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
             train(engine, end - start, start=start)
             alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 1)
             assert settle(live, alive) == alive
+            gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
             host, visits = engine.grass.memory()["optimizer_state"]["host"], engine.grass.visits
             census.append({"tensors": tensors, "hooks": hooks_on(model), "host": host, "visits": visits})
