@@ -29,7 +29,7 @@ ROUNDS = 3
 STEPS = 40
 # Every weight moves at every step under full fine-tuning: it wants a smaller step (2e-4 ended worse, see the rows).
 LEARNING_RATE = {"full": 5e-5}
-COST_METHODS = ("full", "lora", "grass", "grass-embed")
+COST_METHODS = ("full", "lora", "grass", "uniform", "grass-embed")
 QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
 # Short runs: the sampler's periods are scaled down with them, alike for all methods.
 PERIODS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12}
