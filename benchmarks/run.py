@@ -63,17 +63,11 @@ def quality_cells(gsm8k: str | None) -> Iterator[dict[str, Any]]:
             for method in QUALITY_METHODS:
                 lr = LEARNING_RATE.get(method, 2e-4)
                 yield {**common, **task, "method": method, "lr": lr, "seed": seed, "steps": STEPS, "grass": PERIODS}
-    for changed in ({"temperature": 0.1}, {"temperature": 1.0}, {"ema_alpha": 1.0}):
-        for seed in SEEDS:
-            yield {
-                **common,
-                **tasks[0],
-                "method": "grass",
-                "lr": 2e-4,
-                "seed": seed,
-                "steps": STEPS,
-                "grass": {**PERIODS, **changed},
-            }
+    for task in tasks:
+        for changed in ({"temperature": 1.0}, {"temperature": 0.1}, {"ema_alpha": 1.0}):
+            for seed in SEEDS:
+                grass = {**PERIODS, **changed}
+                yield {**common, **task, "method": "grass", "lr": 2e-4, "seed": seed, "steps": STEPS, "grass": grass}
 
 
 def key(cell: dict[str, Any]) -> str:
