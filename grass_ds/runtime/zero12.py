@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger
 from torch import nn
 
 from grass_ds.policy.controller import FINGERPRINT_FIELDS, Controller, Phase
@@ -169,15 +168,12 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.overflow = probing or not finite
         self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
         if not self.overflow:
-            factor = 1.0 / (scale * self._clip_divisor(self._global_grad_norm))
+            clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
             for unit in self._active:
-                self._step_unit(unit, factor)
+                self._step_unit(unit, 1.0 / (scale * clip))
             for unit in self._active:
                 self._gather(unit)
         self.reducer.clear()
-
-    def _clip_divisor(self, norm: float) -> float:
-        return max((norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
 
     def _step_unit(self, unit: Unit, factor: float) -> None:
         group = self.optimizer.param_groups[unit.group]
@@ -351,4 +347,3 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.store.clear()
         if get_accelerator().is_available():
             get_accelerator().synchronize()
-        logger.debug("grass_ds: optimizer destroyed")

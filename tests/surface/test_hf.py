@@ -2,15 +2,14 @@
 """`GrassCallback` in a real HF Trainer on one CPU process; a fake handle stands in for the engine's."""
 
 import copy
-import json
 import pickle
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers.wandb_runs import read_history
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from grass_ds import hf
@@ -286,29 +285,6 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
-def read_wandb_history(file: Path) -> list[dict[str, Any]]:
-    """The rows logged to an offline run: protobuf records in LevelDB's log format (wandb ships no reader)."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    block, header = 32768, struct.Struct("<IHB")
-    data, position, payload, rows = file.read_bytes(), 7, b"", []
-    while position + header.size <= len(data):
-        if block - position % block < header.size:
-            position += block - position % block
-            continue
-        _, length, kind = header.unpack_from(data, position)
-        position += header.size
-        payload += data[position : position + length]
-        position += length
-        if kind in (1, 4):  # whole record, or its last part
-            record = Record.FromString(payload)
-            payload = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
-
-
 def test_wandb_gets_metrics_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
@@ -318,7 +294,7 @@ def test_wandb_gets_metrics_and_plots(tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    rows = read_wandb_history(file)
+    rows = read_history(file)
     assert [row["train/grass/phase"] for row in rows if "train/grass/phase" in row] == [1, 1, 1]
     assert sum("train/tokens_per_second" in row for row in rows) == 3
     assert {"grass/layers", "grass/probabilities"} <= {key.split(".")[0] for row in rows for key in row}

@@ -2,10 +2,8 @@
 """HF Trainer, accelerate and a plain loop train alike; the Trainer saves, resumes and reports a GRASS run."""
 
 import copy
-import json
 import os
 import pickle
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from helpers.models import LAYERS, grass_block, snapshot, tiny_llama
 from helpers.trainers import Rows, clean_process, hf_trainer, losses, losses_seen
+from helpers.wandb_runs import read_history
 from torch import nn
 
 import grass_ds
@@ -369,29 +368,6 @@ def report_to_wandb(folder: Path) -> list[dict[str, Any]]:
         with offline_wandb(folder):
             trainer.train()
         return trainer.state.log_history
-
-
-def read_history(file: Path) -> list[dict[str, Any]]:
-    """Rows logged to an offline run: protobuf records in LevelDB's log format, for which wandb ships no reader."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    block, header = 32768, struct.Struct("<IHB")
-    data, position, payload, rows = file.read_bytes(), 7, b"", []
-    while position + header.size <= len(data):
-        if block - position % block < header.size:
-            position += block - position % block
-            continue
-        _, length, kind = header.unpack_from(data, position)
-        position += header.size
-        payload += data[position : position + length]
-        position += length
-        if kind in (1, 4):  # a whole record, or its last part
-            record = Record.FromString(payload)
-            payload = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
 
 
 def test_wandb_gets_one_run_with_everything_in_it(two_ranks: Any, tmp_path: Path) -> None:
