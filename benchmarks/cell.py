@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 
 import grass_ds
 from benchmarks.methods import METHODS, ds_config, prepare_model
+from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
 from launch.data import Collator, load_splits, tokenize
 from launch.evaluate import exact_match, mean_loss
@@ -80,9 +81,12 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "grass",
     )
     accelerator = get_accelerator()
+    block = METHODS[args.method]
+    drawn = block is not None and block["sampler"] in SCORED_SAMPLERS
     return {
         **{key: getattr(args, key) for key in keys},
         **({"data": args.data} if args.kind == "quality" else {}),
+        "temperature": grass_ds.GrassConfig(**{**block, **args.grass}).temperature if drawn else None,
         "ranks": distributed.world_size(),
         "device": accelerator.device_name(),
         "hardware": platform.processor() or platform.machine(),

@@ -45,12 +45,14 @@ def conditions(rows: list[Row]) -> str:
     """What all rows of a table share."""
     one = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    drawn = sorted({row["temperature"] for row in rows if row.get("temperature") is not None})
+    temperature = f"grass drawn at temperature {', '.join(f'{value:g}' for value in drawn)}; " if drawn else ""
     lengths = " / ".join(str(length) for length in sorted({row["sequence"] for row in rows}))
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     return (
         f"{one['model']}, ZeRO-{one['stage']}, {one['ranks']} rank(s) on {one['device']} ({one['hardware']}, {one['threads']} thread each), "
         f"bf16, AdamW, clip 1.0, micro-batch {one['micro_batch']} x {lengths} tokens, accumulation {one['accumulation']}; "
-        f"{versions}; commit {commits}"
+        f"{temperature}{versions}; commit {commits}"
     )
 
 
@@ -84,14 +86,16 @@ def quality_table(rows: list[Row]) -> list[str]:
         accuracies = [row["after"]["accuracy"] for row in found if "accuracy" in row["after"]]
         label = "(untrained)" if steps == 0 else method
         lines.append(
-            f"| {task} | {label} | {lr:g} | {_settings(settings)} | {_mean(losses, 3)} | {_mean(accuracies, 2)} | {len(found)} |"
+            f"| {task} | {label} | {lr:g} | {_settings(method, settings)} | {_mean(losses, 3)} | {_mean(accuracies, 2)} | {len(found)} |"
         )
     return lines
 
 
-def _settings(settings: str) -> str:
-    changed = {k: v for k, v in json.loads(settings).items() if k in ("temperature", "ema_alpha")}
-    return ", ".join(f"{k} {v}" for k, v in changed.items()) or "default"
+def _settings(method: str, settings: str) -> str:
+    """What the scored samplers used; the others have neither."""
+    values = json.loads(settings)
+    shown = {"grass": ("temperature", "ema_alpha"), "static": ("temperature",)}.get(method, ())
+    return ", ".join(f"{key} {values[key]:g}" for key in shown if key in values)
 
 
 def _mean(values: list[float], digits: int) -> str:

@@ -32,7 +32,7 @@ LEARNING_RATE = {"full": 5e-5}
 COST_METHODS = ("full", "lora", "grass", "uniform", "grass-embed")
 QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
 # Short runs: the sampler's periods are scaled down with them, alike for all methods.
-PERIODS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12}
+SETTINGS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12, "temperature": 0.5, "ema_alpha": 0.5}
 
 
 def cost_cells() -> Iterator[dict[str, Any]]:
@@ -62,11 +62,11 @@ def quality_cells(gsm8k: str | None) -> Iterator[dict[str, Any]]:
         for task in tasks:
             for method in QUALITY_METHODS:
                 lr = LEARNING_RATE.get(method, 2e-4)
-                yield {**common, **task, "method": method, "lr": lr, "seed": seed, "steps": STEPS, "grass": PERIODS}
+                yield {**common, **task, "method": method, "lr": lr, "seed": seed, "steps": STEPS, "grass": SETTINGS}
     for task in tasks:
         for changed in ({"temperature": 1.0}, {"temperature": 0.1}, {"ema_alpha": 1.0}):
             for seed in SEEDS:
-                grass = {**PERIODS, **changed}
+                grass = {**SETTINGS, **changed}
                 yield {**common, **task, "method": "grass", "lr": 2e-4, "seed": seed, "steps": STEPS, "grass": grass}
 
 

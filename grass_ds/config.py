@@ -72,7 +72,7 @@ class GrassConfig(_Block):
     refresh_period: int = Field(50, ge=1)
     """Optimizer steps between two updates of the scores (paper: T_u). Only ``grass``. [ours]"""
 
-    temperature: float = Field(0.5, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Softmax temperature of the draw (paper: tau). Low: the layers with the largest gradients nearly always; high: nearly
     uniform. Without a unit when ``score_normalization`` is ``mean``. [ours]"""
 
