@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
-from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.config import parse_grass_block
 from grass_ds.policy.layers import discover_layers
 from grass_ds.runtime.engine import GrassEngine
 from grass_ds.support import check_ds_config, check_model, check_optimizer
@@ -78,12 +78,12 @@ def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return config if config is None or isinstance(config, Mapping) else load_ds_config(config)
 
 
-def _check(arguments: Mapping[str, Any]) -> GrassConfig | None:
+def _check(arguments: Mapping[str, Any]) -> None:
     """Everything that can be refused before DeepSpeed starts."""
     config = _ds_config(arguments)
     block = None if config is None else parse_grass_block(config)
     if config is None or block is None:
-        return None
+        return
     check_ds_config(config)
     model, optimizer = arguments.get("model"), arguments.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -92,4 +92,3 @@ def _check(arguments: Mapping[str, Any]) -> GrassConfig | None:
         check_model(model)
         layers = discover_layers(model, block.layers_path)
         layers.resolve_always_active(block.always_active)
-    return block
