@@ -40,12 +40,57 @@ class _Block(DeepSpeedConfigModel):
 class OffloadConfig(_Block):
     """Where optimizer state (fp32 master weights and moments of a layer) lives while its layer is not being stepped."""
 
-    device: Literal["none", "cpu"] = "cpu"
-    """``cpu`` (the paper's way): in host memory; the device holds one unit's state, for the length of its step. ``none``: the
-    state of every layer that was ever active stays on the device (LISA's way)."""
+    device: Literal["none", "cpu", "nvme"] = "cpu"
+    """``cpu`` (the paper's way): in host memory. ``nvme``: in files on a local disk. ``none``: the state of every layer that was
+    ever active stays on the device (LISA's way)."""
+
+    residency: Literal["stream", "period"] = "stream"
+    """``stream`` (the paper's way): the device holds ``device_buffers`` chunks, whatever is stepped. ``period``: the state of the
+    active layers stays on the device from one draw to the next; more device memory, no transfers in between."""
+
+    nvme_path: str | None = None
+    """Folder on a local disk, for ``nvme``. It must exist, so that a disk that is not mounted is noticed. ``$VARIABLES`` are
+    replaced. Files are removed at the end of the run."""
 
     pin_memory: bool = True
-    """Page-lock the host copies: faster transfers. No effect on the CPU accelerator."""
+    """Page-lock the host copies: faster transfers that overlap. No effect on the CPU accelerator."""
+
+    chunk_numel: int = Field(4 * 1024 * 1024, ge=1)
+    """Elements of a layer's shard that are moved and stepped at a time; rounded up to a multiple of 1024, and lowered to the largest
+    shard. A device buffer takes 12 bytes per element: with the defaults two of them hold 100 MB."""
+
+    host_buffers: int | None = Field(None, ge=1)
+    """Host buffers of one chunk each that ``nvme`` moves data through; at least ``device_buffers`` + 2. Null: with ``stream`` as many as
+    the active layers need, up to 4 GiB, so that files are only touched when layers are drawn; with ``period`` 4 or
+    ``device_buffers`` + 2."""
+
+    device_buffers: int = Field(2, ge=1)
+    """Chunks on the device at a time with ``stream``. 1: no overlap of transfers with the step."""
+
+    prefetch: Literal["backward", "step"] = "backward"
+    """``backward``: a layer's state comes in as soon as its gradient has been reduced. ``step``: only when it is stepped."""
+
+    checksum: bool = False
+    """Verify a CRC-32 of everything read from ``nvme``."""
+
+    io: Literal["auto", "aio", "posix"] = "auto"
+    """``aio``: DeepSpeed's asynchronous I/O, which needs libaio and a compiler, with the settings of the top-level ``aio`` block.
+    ``posix``: direct reads and writes by threads. ``auto``: ``aio`` where it works."""
+
+    trace: str | None = None
+    """Write a Chrome trace of all transfers to this file, one per rank."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OffloadConfig":
+        if self.device == "nvme" and not self.nvme_path:
+            raise ValueError('device "nvme" needs nvme_path: name an existing folder on a local disk')
+        least = self.device_buffers + 2
+        if self.host_buffers is not None and self.host_buffers < least:
+            raise ValueError(
+                f"host_buffers = {self.host_buffers} is too few for device_buffers = {self.device_buffers}: at least {least} are "
+                "needed, or null for the default"
+            )
+        return self
 
 
 class GrassConfig(_Block):

@@ -158,6 +158,19 @@ class Controller:
         self.draws += 1
         return self._sampler.draw(self.scores)
 
+    def upcoming(self) -> tuple[int, ...] | None:
+        """The set that is drawn after the coming step, if one is and as far as can be told now; nothing is decided by asking.
+
+        It is what the next draw gives with the scores of now: certain, but where scores are refreshed at the same boundary.
+        """
+        if self.phase is not Phase.TRAIN or not (self._sampler.draws and self._schedule.draws_after(self.step + 1)):
+            return None
+        state = self._sampler.state_dict()
+        try:
+            return self._sampler.draw(self.scores)
+        finally:
+            self._sampler.load_state_dict(state)
+
     def _switch_to(self, active: tuple[int, ...]) -> Switch | None:
         """Make ``active`` the active set."""
         old, new = set(self.active_layers), set(active)

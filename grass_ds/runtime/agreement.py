@@ -42,3 +42,30 @@ def check_ranks_agree(
             f'same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; over all ranks the values '
             f"range from {smallest} to {largest}."
         )
+
+
+class RankFailedError(RuntimeError):
+    """Another rank of the run failed; the message says which and why."""
+
+
+def check_ranks_succeeded(error: BaseException | None, group: Any, device: torch.device | str) -> None:
+    """Raise on every rank if one of them holds an ``error``: nobody waits in a collective for a rank that has given up.
+
+    One all-reduce of one int64; the messages are exchanged only if there is something to say.
+
+    Raises:
+        BaseException: the error itself, on a rank that holds one.
+        ValueError: elsewhere, if it is one: a user's mistake.
+        RankFailedError: elsewhere.
+    """
+    failed = torch.tensor([0 if error is None else 1], dtype=torch.int64, device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed.item():
+        return
+    mine = None if error is None else (dist.get_rank(), isinstance(error, ValueError), str(error))
+    everyone: list[Any] = [None] * dist.get_world_size(group=group)
+    dist.all_gather_object(everyone, mine, group=group)
+    if error is not None:
+        raise error
+    rank, is_mistake, message = next(entry for entry in everyone if entry is not None)
+    raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")

@@ -27,6 +27,7 @@ GRASS = "grass"
 def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
     """This rank's part of the optimizer, in host or device memory as it lies; shards without their padding."""
     get_accelerator().synchronize()
+    optimizer.store.flush()
     units = optimizer.units
     stepped = [unit for unit in units if unit in optimizer.store]
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

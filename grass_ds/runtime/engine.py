@@ -12,12 +12,14 @@ from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.runtime import seams
-from grass_ds.runtime.agreement import check_ranks_agree, digest
+from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
 from grass_ds.runtime.gradients import ReduceSettings
 from grass_ds.runtime.handle import GrassHandle
+from grass_ds.runtime.offload.assemble import Surroundings, open_store
+from grass_ds.runtime.offload.template import learn_template
 from grass_ds.runtime.recompute import fit_input_gradients
 from grass_ds.runtime.store import StateStore
-from grass_ds.runtime.units import UnitPlan, build_units
+from grass_ds.runtime.units import Unit, UnitPlan, build_units
 from grass_ds.runtime.zero12 import GrassZeroOptimizer, StepSettings
 
 _OUTSIDE = ("embed", "norm", "head", "other")
@@ -58,14 +60,36 @@ class GrassEngine(seams.DeepSpeedEngine):
         _check_coverage(units, layers)
         controller = Controller(len(layers.names), **config.policy_arguments())
         fit_input_gradients(self.module, "embed" in always)
-        store = StateStore(on_device=config.offload.device == "none", pin_memory=config.offload.pin_memory)
-        zero = GrassZeroOptimizer(
-            optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config)
-        )
+        store = self._open_store(config, optimizer, units)
+        try:
+            zero = GrassZeroOptimizer(
+                optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config)
+            )
+        except BaseException:
+            store.close()
+            raise
         # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
         self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
         self._announce(config, layers, always)
         return zero
+
+    def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
+        """This rank's state store, once every rank has one."""
+        surroundings = Surroundings(config.num_active_layers, self.device, self.global_rank, self.aio_config())
+        store, error = None, None
+        try:
+            templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
+            store = open_store(config.offload, units, templates, surroundings)
+        except Exception as caught:
+            error = caught
+        try:
+            check_ranks_succeeded(error, self.seq_data_parallel_group, self.device)
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
+        assert store is not None
+        return store
 
     def _reduce_settings(self, group: Any) -> ReduceSettings:
         _, accum_dtype = self.get_data_types()
@@ -105,6 +129,7 @@ class GrassEngine(seams.DeepSpeedEngine):
         super()._take_model_step(lr_kwargs)
         if self.grass is not None:
             self.optimizer.advance()
+            self.optimizer.prepare_switch()
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's; ``exclude_frozen_parameters`` leaves out what the user froze, never a layer that is merely inactive."""
@@ -117,6 +142,7 @@ class GrassEngine(seams.DeepSpeedEngine):
         """As DeepSpeed's, with inactive layers saved like active ones."""
         if self.grass is None:
             return super().save_checkpoint(*args, **kwargs)
+        self.optimizer.flush()
         with self.optimizer.all_trainable():
             return super().save_checkpoint(*args, **kwargs)
 
@@ -126,6 +152,7 @@ class GrassEngine(seams.DeepSpeedEngine):
             return super().load_checkpoint(*args, **kwargs)
         with self.optimizer.all_trainable():
             result = super().load_checkpoint(*args, **kwargs)
+        self.optimizer.flush()
         self.optimizer.activate()
         return result
 

@@ -51,14 +51,15 @@ class ParamFragment:
 
     def set_state(self, value: torch.Tensor, optim_state_key: str | None = None) -> None:
         """Set the fp32 weights or a moment. Weights reach the model at the layer's next step, or by ``update_lp_params()``."""
+        if optim_state_key is not None and self._unit not in self._store:
+            raise ValueError(f"{self._unit.name} has no optimizer state {optim_state_key!r}: it was never stepped")
         state = self._store.ensure(self._unit)
-        if optim_state_key is None:
-            target = state.master
-        else:
-            if optim_state_key not in state.moments:
-                raise ValueError(f"{self._unit.name} has no optimizer state {optim_state_key!r}: it was never stepped")
-            target = state.moments[optim_state_key]
-        self._write(target, value)
+        if optim_state_key is not None and optim_state_key not in state.moments:
+            raise ValueError(
+                f"{self._unit.name} has no optimizer state {optim_state_key!r}; it has {sorted(state.moments)}"
+            )
+        self._write(state.master if optim_state_key is None else state.moments[optim_state_key], value)
+        self._store.put(self._unit, state)
 
     def full_gradient(self) -> torch.Tensor | None:
         """The averaged gradient, gathered; None for a layer that is not active.

@@ -13,7 +13,7 @@ stream once, at the end of the micro-step; the flat buffer is allocated on the c
 ``record_stream``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,9 @@ class Traffic:
 class GradientReducer:
     """Averages the tracked units' gradients over the data-parallel ranks, one reduce-scatter per unit.
 
+    Args:
+        on_reduced: called with each unit whose gradient has gone out, in the order of the units.
+
     Attributes:
         shards: unit -> averaged gradient summed over micro-steps, [shard_numel], ``accum_dtype``; empty while probing.
         squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged gradient,
@@ -77,8 +80,9 @@ class GradientReducer:
         peak_bytes: high-water mark of gradient memory held here.
     """
 
-    def __init__(self, settings: ReduceSettings):
+    def __init__(self, settings: ReduceSettings, on_reduced: Callable[[Unit], None] | None = None):
         self.settings = settings
+        self._on_reduced = on_reduced
         self.traffic = Traffic()
         self.shards: dict[Unit, torch.Tensor] = {}
         self.squares: dict[Unit, torch.Tensor] = {}
@@ -166,6 +170,8 @@ class GradientReducer:
             self.traffic.nbytes += flat.nbytes
             self._accept(unit, shard, flat.nbytes)
         pending.reduced = True
+        if self._on_reduced is not None:
+            self._on_reduced(unit)
 
     def _accept(self, unit: Unit, shard: torch.Tensor, in_flight: int) -> None:
         """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""

@@ -47,11 +47,13 @@ class GrassHandle:
         return self._controller.visits
 
     def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
-        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``.
+        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``, and
+        ``"nvme"`` for optimizer state in files.
 
         Args:
-            peak: high-water marks since construction instead of the present. Between steps gradients are gone, and with
-                offload the device holds no optimizer state.
+            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of optimizer
+                state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel`` with Adam) or, with
+                ``residency: period``, that of the active layers.
         """
         weights = sum(t.nbytes for t in (*self._module.parameters(), *self._module.buffers()))
         store, reducer = self._optimizer.store, self._optimizer.reducer
@@ -59,7 +61,11 @@ class GrassHandle:
         return {
             "weights": {"device": weights, "host": 0},
             "gradients": {"device": reducer.peak_bytes if peak else reducer.nbytes, "host": 0},
-            "optimizer_state": {"device": state, "host": store.host_bytes},
+            "optimizer_state": {
+                "device": state,
+                "host": store.host_bytes,
+                **({"nvme": store.nvme_bytes} if store.nvme_bytes else {}),
+            },
         }
 
     def state_dict(self) -> dict[str, Any]:

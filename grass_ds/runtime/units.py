@@ -84,6 +84,11 @@ class Unit:
         return self.flat.narrow(0, self.shard_start, self.shard_numel)
 
     @property
+    def ever_active(self) -> bool:
+        """Whether it can train at all: a layer, or a module that always does."""
+        return self.always or self.layer is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.params[0].dtype
 

@@ -4,7 +4,8 @@
 [Note: A step] In ``backward``: every gradient of an active unit moves into the unit's flat buffer; a complete unit is
 reduce-scattered and its buffer freed. In ``step``:
   Phase 1. One all-reduce of the squared norms of all units: global norm, overflow and layer importance at once.
-  Phase 2. Per active unit: state in, unscale and clip, the client optimizer's own step on the fp32 shard, weights out, state back.
+  Phase 2. Per chunk of each active unit: state in, unscale and clip, the client optimizer's own step on the fp32 shard, weights out,
+           state back. State came in during backward already as far as there was room (``on_reduced``).
   Phase 3. Per active unit: one all-gather of the updated weights.
 Inactive units appear in none of it: no gradient, no buffer, no collective, no state on the device.
 
@@ -26,10 +27,11 @@ from torch import nn
 
 from grass_ds.policy.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.runtime import checkpoint, seams
-from grass_ds.runtime.agreement import check_ranks_agree, digest
+from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
 from grass_ds.runtime.fragments import ParamFragment
 from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
 from grass_ds.runtime.norms import global_squares, layer_rms
+from grass_ds.runtime.offload.files import OffloadError
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit
 
@@ -82,7 +84,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.controller = controller
         self.store = store
         self.settings = settings
-        self.reducer = GradientReducer(reduce_settings)
+        self.reducer = GradientReducer(reduce_settings, on_reduced=store.prefetch)
         self.dp_process_group = reduce_settings.group
         self.dtype = units[0].dtype
         self.device = units[0].params[0].device
@@ -124,6 +126,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         def on_gradient(*_: Any) -> None:
             refresh = self.should_refresh_expected_hook_count()
             self.reenter_backward_if_needed()
+            self.store.trace.begin("backward")
             self.reducer.arrive(unit, slot, param, self._reduces_now())
             expected = self._max_expected_hooks_seen
             if refresh:
@@ -139,6 +142,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
 
     def backward_epilogue(self, **kwargs: Any) -> None:
         """End of one micro-step."""
+        self.store.trace.end("backward", "backward")
         self.reducer.finish_micro_step(self._reduces_now())
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
@@ -169,31 +173,52 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
         if not self.overflow:
             clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
-            for unit in self._active:
-                self._step_unit(unit, 1.0 / (scale * clip))
-            for unit in self._active:
-                self._gather(unit)
+            with self.store.trace.span("step", f"step {self.controller.step}"):
+                self._update(1.0 / (scale * clip))
         self.reducer.clear()
+        self.store.end_step()
+
+    def _update(self, factor: float) -> None:
+        """Step all active units, and share the new weights if every rank got that far."""
+        error: BaseException | None = None
+        try:
+            for unit in self._active:
+                self._step_unit(unit, factor)
+        except OffloadError as caught:
+            error = caught
+        self.check_store(error)
+        for unit in self._active:
+            self._gather(unit)
+
+    def flush(self) -> None:
+        """Bring all state to where it rests; raise on every rank what went wrong on one."""
+        error: BaseException | None = None
+        try:
+            self.store.flush()
+        except OffloadError as caught:
+            error = caught
+        self.check_store(error)
+
+    def check_store(self, error: BaseException | None = None) -> None:
+        """Raise on every rank if state could not be moved on one of them. Without files there is nothing to go wrong."""
+        if self.store.fallible:
+            check_ranks_succeeded(error or self.store.error, self.dp_process_group, self.device)
 
     def _step_unit(self, unit: Unit, factor: float) -> None:
         group = self.optimizer.param_groups[unit.group]
-        counted = group.get("step", 0)
-        with self.store.on_loan(unit, self.optimizer) as master:
-            gradient = self.reducer.shards.pop(unit).to(torch.float32)
-            master.grad = gradient.mul_(factor) if factor != 1.0 else gradient
-            groups, self.optimizer.param_groups = self.optimizer.param_groups, [group]
-            group["params"] = [master]
-            try:
-                self.optimizer.step()
-            finally:
-                group["params"], self.optimizer.param_groups = [], groups
-                master.grad = None
-            unit.shard.copy_(master)
-        if group.get("step", 0) != counted:
-            raise RuntimeError(
-                f"{type(self.optimizer).__name__} counts steps per param group, but every layer has its own step count; "
-                "use an optimizer that keeps it per parameter, such as torch.optim.AdamW"
-            )
+        shard = self.reducer.shards.pop(unit)
+        for chunk in self.store.chunks(unit):
+            with self.store.on_loan(chunk, self.optimizer) as master:
+                gradient = chunk.of(shard).to(torch.float32)
+                master.grad = gradient.mul_(factor) if factor != 1.0 else gradient
+                groups, self.optimizer.param_groups = self.optimizer.param_groups, [group]
+                group["params"] = [master]
+                try:
+                    self.optimizer.step()
+                finally:
+                    group["params"], self.optimizer.param_groups = [], groups
+                    master.grad = None
+                chunk.of(unit.shard).copy_(master)
 
     def _gather(self, unit: Unit) -> None:
         if unit.world == 1:
@@ -237,6 +262,12 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.activate()
         return True
 
+    def prepare_switch(self) -> None:
+        """One step before a draw: let the state of the layers that it will probably choose come in."""
+        upcoming = self.controller.upcoming()
+        if upcoming is not None:
+            self.store.prepare([unit for unit in self.units if unit.layer in upcoming])
+
     def activate(self) -> None:
         """Make exactly the active layers and the always-active modules trainable."""
         layers = set(self.controller.active_layers)
@@ -244,7 +275,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
             unit.active = unit.always or unit.layer in layers
         self._show_active()
         self._active = [unit for unit in self.units if unit.active]
-        self.reducer.track(self._active, keep=self.controller.phase is Phase.TRAIN)
+        training = self.controller.phase is Phase.TRAIN
+        self.reducer.track(self._active, keep=training)
+        self.store.plan(self._active if training else [])
 
     def _show_active(self) -> None:
         for unit in self.units:
@@ -293,7 +326,9 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         """Take the master weights anew from the low-precision ones."""
         for unit in self.units:
             if unit in self.store:
-                self.store[unit].master.copy_(unit.shard)
+                state = self.store[unit]
+                state.master.copy_(unit.shard)
+                self.store.put(unit, state)
 
     _restore_from_bit16_weights = refresh_fp32_params
 
@@ -344,6 +379,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                 param.requires_grad_(True)
             del unit.flat  # the parameters keep it alive for as long as they view it, and no longer
         self.reducer.track([], keep=True)
-        self.store.clear()
+        self.store.close()
         if get_accelerator().is_available():
             get_accelerator().synchronize()
