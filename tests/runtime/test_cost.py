@@ -24,6 +24,8 @@ ALIGNMENT = 8  # shards are multiples of this many elements
 NORM = HIDDEN  # elements of the final norm
 STATE = 12  # bytes per element: fp32 weights and two moments
 STEP_COUNT = 4  # bytes: torch's AdamW keeps a float32 step count per tensor
+TEMPLATE = STEP_COUNT  # a fresh step count, kept to begin with
+GRAIN = 1024  # elements: device buffers are a multiple of it
 
 LAYER = sum(p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters())
 Tensors = Iterable[torch.Tensor]
@@ -117,6 +119,11 @@ def state_bytes(layers: int, world: int) -> int:
     return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
 
 
+def window_bytes(world: int) -> int:
+    """Two device buffers, each as large as the largest shard that trains: a layer's."""
+    return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
+
+
 def model_for(config: dict[str, Any]) -> nn.Module:
     """In the dtype of the run, so that initialize() has nothing to convert."""
     model = tiny_llama(hidden=HIDDEN, layers=LAYERS)
@@ -134,7 +141,8 @@ def run_backward(engine: Any, step: int, micro: int) -> None:
 def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """Per step: what was sent, what the library says it sent and holds, and whose gradients came.
 
-    Between backward and step nothing may be alive but weights, resting states, and a shard with its squared norm per active unit.
+    Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come into, and a
+    shard with its squared norm per active unit.
     """
     model, fired, steps = model_for(config), set(), []
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
@@ -156,7 +164,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             seen = sum(count > 0 for count in engine.grass.visits)
             resting = weight_bytes(config, world) + bool(step) * (state_bytes(seen, world) + STEP_COUNT * (seen + 1))
             shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
-            expected = resting + width(config) * sum(shards) + 4 * len(shards)
+            expected = resting + TEMPLATE + window_bytes(world) + width(config) * sum(shards) + 4 * len(shards)
             assert settle(live, expected) == expected
             record["held"] = engine.grass.memory()["gradients"]["device"]
             record["counted"] = (traffic.calls - calls, traffic.nbytes - nbytes)
@@ -273,7 +281,7 @@ def watch_construction(config: dict[str, Any]) -> tuple[int, int]:
     weights = sum(p.nbytes for p in model.parameters())
     with LiveBytes(model.parameters()) as live, engine_of(config, model):
         peak = live.peak
-        assert settle(live, padded) == padded
+        assert settle(live, padded + TEMPLATE) == padded + TEMPLATE
         return peak - weights, padded - weights
 
 
@@ -290,7 +298,8 @@ def test_construction_needs_at_most_two_units_beside_the_model(two_ranks: Any, s
 
 
 def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dict[str, Any]]:
-    """Between steps: visited layers, and what the library reports; that many layers' states must be alive and nothing else."""
+    """Between steps: visited layers, and what the library reports; that many layers' states and the device buffers must be alive,
+    and nothing else."""
     model, between = model_for(config), []
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for step in range(PERIOD * LAYERS):
@@ -298,6 +307,7 @@ def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dic
             visited = sum(count > 0 for count in engine.grass.visits)
             peak = engine.grass.memory(peak=True)["optimizer_state"]["device"]
             expected = weight_bytes(config, world) + state_bytes(held[step], world) + STEP_COUNT * (held[step] + 1)
+            expected += TEMPLATE + (0 if config["grass"]["offload"]["device"] == "none" else window_bytes(world))
             assert settle(live, expected) == expected
             between.append({"visited": visited, "peak": peak, **engine.grass.memory()["optimizer_state"]})
     return between
@@ -317,8 +327,8 @@ def test_optimizer_state_is_that_of_layers_ever_active(
         for step, now in enumerate(between):
             state = state_bytes(held[step], world)
             assert now["visited"] == step // PERIOD + 1
-            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (0, state))
-            assert now["peak"] == (state if place == "none" else STATE * shard(LAYER, world))
+            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (window_bytes(world), state))
+            assert now["peak"] == now["device"]
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -334,6 +344,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
             alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 1)
+            alive += TEMPLATE + window_bytes(world=2)
             assert settle(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
