@@ -199,9 +199,9 @@ def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
 
 
 def _refuse_auto(block: Mapping[str, Any], path: str = BLOCK) -> None:
-    """``"auto"`` means "filled in from TrainingArguments" elsewhere; nothing can fill these keys in."""
+    """``"auto"`` means "filled in from TrainingArguments" elsewhere; nothing can fill these keys in. One key has it as a choice."""
     for key, value in block.items():
-        if value == "auto":
+        if value == "auto" and f"{path}.{key}" != f"{BLOCK}.offload.io":
             raise GrassConfigError(
                 f'{path}.{key}: "auto" is not possible here; leave the key out or write null for its default'
             )

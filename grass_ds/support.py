@@ -8,7 +8,8 @@ import torch
 from deepspeed.pipe import PipelineModule
 from torch import nn
 
-from grass_ds.config import GrassConfigError
+from grass_ds.config import GrassConfigError, parse_grass_block
+from grass_ds.runtime.offload.blockio import AioSettings
 
 SUPPORTED_STAGES = (1, 2)
 
@@ -84,6 +85,12 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
     kind = str(_lookup(config, "optimizer.type") or "").lower()
     if kind in _NEED_WHOLE_TENSORS:
         problems.append(f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW")
+    block = parse_grass_block(config)
+    if block is not None and block.offload.device == "nvme":
+        try:
+            AioSettings.parse(_lookup(config, "aio") or {})
+        except GrassConfigError as error:
+            problems.append(str(error))
     if problems:
         raise GrassConfigError(
             'the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems)

@@ -6,11 +6,14 @@ is compared across ranks before it is acted on, and every rank stops when it dif
 """
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from deepspeed import comm as dist
+
+from grass_ds.runtime.offload.files import OffloadError
 
 
 class RankDivergenceError(RuntimeError):
@@ -69,3 +72,34 @@ def check_ranks_succeeded(error: BaseException | None, group: Any, device: torch
         raise error
     rank, is_mistake, message = next(entry for entry in everyone if entry is not None)
     raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")
+
+
+class Fallible(Protocol):
+    """What moves state, in threads of its own too."""
+
+    @property
+    def fallible(self) -> bool:
+        """Whether it can fail on one rank alone; alike on every rank."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong in a thread so far."""
+
+
+@contextmanager
+def succeeding_together(store: Fallible, group: Any, device: torch.device | str) -> Iterator[None]:
+    """Move state inside, without collectives: at the end every rank raises what has gone wrong on one, then or earlier.
+
+    Raises:
+        OffloadError: on a rank that could not move state.
+        RankFailedError: elsewhere.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except OffloadError as caught:
+        error = caught
+    if store.fallible:
+        check_ranks_succeeded(error or store.error, group, device)
+    elif error is not None:
+        raise error

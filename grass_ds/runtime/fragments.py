@@ -13,6 +13,7 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
+from grass_ds.runtime.agreement import succeeding_together
 from grass_ds.runtime.gradients import GradientReducer
 from grass_ds.runtime.seams import fragment_address
 from grass_ds.runtime.store import StateStore
@@ -47,19 +48,22 @@ class ParamFragment:
 
     def full_state(self, optim_state_key: str | None = None) -> torch.Tensor:
         """fp32 weights, or the optimizer state named by the key, gathered: float32, the parameter's shape, on the device."""
-        return self._gather(self._shard(optim_state_key))
+        with succeeding_together(self._store, self._group, self._unit.flat.device):
+            shard = self._shard(optim_state_key)
+        return self._gather(shard)
 
     def set_state(self, value: torch.Tensor, optim_state_key: str | None = None) -> None:
         """Set the fp32 weights or a moment. Weights reach the model at the layer's next step, or by ``update_lp_params()``."""
         if optim_state_key is not None and self._unit not in self._store:
             raise ValueError(f"{self._unit.name} has no optimizer state {optim_state_key!r}: it was never stepped")
-        state = self._store.ensure(self._unit)
-        if optim_state_key is not None and optim_state_key not in state.moments:
-            raise ValueError(
-                f"{self._unit.name} has no optimizer state {optim_state_key!r}; it has {sorted(state.moments)}"
-            )
-        self._write(state.master if optim_state_key is None else state.moments[optim_state_key], value)
-        self._store.put(self._unit, state)
+        with succeeding_together(self._store, self._group, self._unit.flat.device):
+            state = self._store.ensure(self._unit)
+            if optim_state_key is not None and optim_state_key not in state.moments:
+                raise ValueError(
+                    f"{self._unit.name} has no optimizer state {optim_state_key!r}; it has {sorted(state.moments)}"
+                )
+            self._write(state.master if optim_state_key is None else state.moments[optim_state_key], value)
+            self._store.put(self._unit, state)
 
     def full_gradient(self) -> torch.Tensor | None:
         """The averaged gradient, gathered; None for a layer that is not active.

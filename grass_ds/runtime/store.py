@@ -3,11 +3,15 @@
 
 State is made when a unit is stepped for the first time: the fp32 master shard is then copied from the low-precision weights, which
 have not moved until then, so nothing is lost and a layer that was never drawn costs nothing.
+
+[Note: Errors] A transfer can fail on one rank alone, whose peers must hear of it where all of them are: in ``step`` and what else is
+called on every rank (``agreement.succeeding_together``). What is done in backward or between steps is not such a place; it says nothing
+and leaves the tier's ``error``, with which the next step ends.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from torch import nn
 
 from grass_ds.runtime.offload.chunks import Chunk, chunks_of
+from grass_ds.runtime.offload.files import OffloadError
 from grass_ds.runtime.offload.template import StateTemplate
 from grass_ds.runtime.offload.tier import Planes, Tier
 from grass_ds.runtime.offload.trace import Trace
@@ -116,17 +121,20 @@ class StateStore:
     def plan(self, units: Sequence[Unit]) -> None:
         """The coming steps step ``units``, in this order."""
         self._planned = frozenset(units)
-        self._window.plan([chunk for unit in units for chunk in self.chunks(unit)], self._scalars.keys())
+        with suppress(OffloadError):
+            self._window.plan([chunk for unit in units for chunk in self.chunks(unit)], self._scalars.keys())
 
     def prefetch(self, unit: Unit) -> None:
         """The unit's gradient is there, so it will be stepped soon."""
         if self._eager and unit in self._planned:
-            self._window.prefetch(self.chunks(unit))
+            with suppress(OffloadError):
+                self._window.prefetch(self.chunks(unit))
 
     def prepare(self, units: Sequence[Unit]) -> None:
         """These units will probably be planned next."""
         if self._eager:
-            self._window.prepare([chunk for unit in units if unit in self for chunk in self.chunks(unit)])
+            with suppress(OffloadError):
+                self._window.prepare([chunk for unit in units if unit in self for chunk in self.chunks(unit)])
 
     # ---- a step ---------------------------------------------------------------------------------------------------------
 
@@ -143,6 +151,8 @@ class StateStore:
 
         All chunks of a unit must be borrowed, in order: their common scalars (the step count) move on with the last one.
         """
+        if self.error is not None:
+            raise self.error
         unit = chunk.unit
         template = self._templates[unit.group]
         planes = self._window.take(chunk)
@@ -163,7 +173,8 @@ class StateStore:
 
     def end_step(self) -> None:
         """The step is over, whether it changed anything or not."""
-        self._window.end_step()
+        with suppress(OffloadError):
+            self._window.end_step()
 
     # ---- from outside a step --------------------------------------------------------------------------------------------
 
@@ -200,7 +211,8 @@ class StateStore:
         """Forget the unit's state; it is rebuilt from the weights at its next step."""
         if self._scalars.pop(unit, None) is None:
             return
-        self._window.forget(unit)
+        with suppress(OffloadError):
+            self._window.forget(unit)
         if self._tier is not None:
             self._tier.drop(unit)
 

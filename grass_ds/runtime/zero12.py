@@ -16,7 +16,7 @@ means the same in probing and training and does not depend on the accumulation l
 
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,10 @@ from torch import nn
 
 from grass_ds.policy.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.runtime import checkpoint, seams
-from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
+from grass_ds.runtime.agreement import check_ranks_agree, digest, succeeding_together
 from grass_ds.runtime.fragments import ParamFragment
 from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
 from grass_ds.runtime.norms import global_squares, layer_rms
-from grass_ds.runtime.offload.files import OffloadError
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit
 
@@ -171,38 +170,30 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self._note_skip(finite)
         self.overflow = probing or not finite
         self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
-        if not self.overflow:
-            clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
-            with self.store.trace.span("step", f"step {self.controller.step}"):
-                self._update(1.0 / (scale * clip))
-        self.reducer.clear()
+        try:
+            if not self.overflow:
+                clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
+                with self.store.trace.span("step", f"step {self.controller.step}"):
+                    self._update(1.0 / (scale * clip))
+        finally:  # what a failed step leaves differs between ranks, and would change what the next backward reduces
+            self.reducer.clear()
         self.store.end_step()
 
     def _update(self, factor: float) -> None:
         """Step all active units, and share the new weights if every rank got that far."""
-        error: BaseException | None = None
-        try:
+        with self._together():
             for unit in self._active:
                 self._step_unit(unit, factor)
-        except OffloadError as caught:
-            error = caught
-        self.check_store(error)
         for unit in self._active:
             self._gather(unit)
 
     def flush(self) -> None:
         """Bring all state to where it rests; raise on every rank what went wrong on one."""
-        error: BaseException | None = None
-        try:
+        with self._together():
             self.store.flush()
-        except OffloadError as caught:
-            error = caught
-        self.check_store(error)
 
-    def check_store(self, error: BaseException | None = None) -> None:
-        """Raise on every rank if state could not be moved on one of them. Without files there is nothing to go wrong."""
-        if self.store.fallible:
-            check_ranks_succeeded(error or self.store.error, self.dp_process_group, self.device)
+    def _together(self) -> AbstractContextManager[None]:
+        return succeeding_together(self.store, self.dp_process_group, self.device)
 
     def _step_unit(self, unit: Unit, factor: float) -> None:
         group = self.optimizer.param_groups[unit.group]
@@ -324,30 +315,36 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     @torch.no_grad()
     def refresh_fp32_params(self) -> None:
         """Take the master weights anew from the low-precision ones."""
-        for unit in self.units:
-            if unit in self.store:
-                state = self.store[unit]
-                state.master.copy_(unit.shard)
-                self.store.put(unit, state)
+        with self._together():
+            for unit in self.units:
+                if unit in self.store:
+                    state = self.store[unit]
+                    state.master.copy_(unit.shard)
+                    self.store.put(unit, state)
 
     _restore_from_bit16_weights = refresh_fp32_params
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
         """Write the master weights into the low-precision ones, on all ranks."""
+        with self._together():
+            for unit in self.units:
+                if unit in self.store:
+                    unit.shard.copy_(self.store[unit].master)
         for unit in self.units:
-            if unit in self.store:
-                unit.shard.copy_(self.store[unit].master)
             self._gather(unit)
 
     def state_dict(self) -> dict[str, Any]:
-        return checkpoint.save(self)
+        # While a checkpoint is saved every rank is here, and none may go on to call it the latest if another has failed.
+        with self._together() if self._saving else nullcontext():
+            return checkpoint.save(self)
 
     def load_state_dict(
         self, state_dict_list: list[dict[str, Any]], load_optimizer_states: bool = True, **kwargs: Any
     ) -> None:
         """See :func:`grass_ds.runtime.checkpoint.load`."""
-        checkpoint.load(self, state_dict_list, load_optimizer_states, **kwargs)
+        with self._together():
+            checkpoint.load(self, state_dict_list, load_optimizer_states, **kwargs)
 
     @contextmanager
     def all_trainable(self) -> Any:

@@ -337,3 +337,34 @@ def test_the_policy_imports_nothing_but_torch_and_the_standard_library():
                 modules = [node.module or ""]
             for module in modules:
                 assert module.split(".")[0] in allowed or module.startswith("grass_ds.policy."), (file.name, module)
+
+
+# ---- looking ahead ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name):
+    """Said one step before each draw and at no other time; wrong at most where a refresh shares the step with the draw."""
+    controller, told, wrong = make(sampler=name, sample_period=2, refresh_period=6), 0, 0
+    for _ in range(80):
+        upcoming, phase, step = controller.upcoming(), controller.phase, controller.step
+        draws = controller.draws
+        advance(controller, 1)
+        assert (upcoming is not None) == (phase is Phase.TRAIN and controller.draws > draws)
+        if upcoming is not None:
+            told += 1
+            refreshed = name == "grass" and (step + 1) % 6 == 0
+            assert upcoming == controller.active_layers or refreshed
+            wrong += upcoming != controller.active_layers
+    assert told == (0 if name == "full" else controller.step // 2)
+    assert wrong < told or not told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asking_what_is_upcoming_decides_nothing(name):
+    asked, unasked = make(sampler=name, sample_period=2), make(sampler=name, sample_period=2)
+    for _ in range(40):
+        asked.upcoming()
+        asked.upcoming()
+        assert advance(asked, 1) == advance(unasked, 1)
+        assert asked.fingerprint() == unasked.fingerprint()

@@ -116,7 +116,10 @@ class AioSettings:
                     + (f", a multiple of {least}" if least > 1 else "")
                 )
         if values.pop("use_gds"):
-            logger.warning("aio.use_gds has no effect on the optimizer state that grass_ds offloads")
+            raise GrassConfigError(
+                "aio.use_gds = true: GPUDirect storage is not used for the optimizer state, which passes through host buffers; set it "
+                "to false"
+            )
         return cls(**values)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from grass_ds.runtime.offload.chunks import Chunk
+from grass_ds.runtime.offload.chunks import ELEMENT, Chunk
 from grass_ds.runtime.offload.copies import Copies
+from grass_ds.runtime.offload.memory import HostMemory
 from grass_ds.runtime.offload.tier import Planes, Ticket
 from grass_ds.runtime.units import Unit
 
@@ -28,6 +29,7 @@ class HostTier:
         self._copies = copies
         self._pin = pin and get_accelerator().device_name() != "cpu"
         self._states: dict[Unit, Planes] = {}
+        self._memory: dict[Unit, list[HostMemory]] = {}
         self._stored: dict[Unit, dict[Chunk, Any]] = {}  # event of the last store of each chunk
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
@@ -61,14 +63,16 @@ class HostTier:
         self._settle(unit)
         self._states.pop(unit, None)
         self._stored.pop(unit, None)
+        for memory in self._memory.pop(unit, ()):
+            memory.close()
 
     def flush(self) -> None:
         for unit in list(self._states):
             self._settle(unit)
 
     def close(self) -> None:
-        self.flush()
-        self._states.clear()
+        for unit in list(self._states):
+            self.drop(unit)
 
     @property
     def host_bytes(self) -> int:
@@ -76,13 +80,10 @@ class HostTier:
 
     def _planes(self, unit: Unit, count: int) -> Planes:
         if unit not in self._states:
-            self._states[unit] = [self._new(unit.shard_numel) for _ in range(count)]
+            self._memory[unit] = memory = [HostMemory(unit.shard_numel * ELEMENT, self._pin) for _ in range(count)]
+            self._states[unit] = [part.data.view(torch.float32) for part in memory]
             self._stored[unit] = {}
         return self._states[unit]
-
-    def _new(self, numel: int) -> torch.Tensor:
-        plane = torch.empty(numel, dtype=torch.float32)
-        return get_accelerator().pin_memory(plane) if self._pin else plane
 
     def _settle(self, unit: Unit) -> None:
         """Wait on the host for the unit's copies under way."""

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page-aligned host memory that state passes through between disk and device."""
+"""Page-aligned host memory: exactly as much as is asked for, page-locked where that helps, and given back when told to.
+
+[Note: Page-locking] torch's pinned allocator rounds every block up to a power of two and keeps what was freed; states are large, and
+long-lived. So memory is mapped here and registered with the device (``register_host_memory``), which makes copies as fast and as
+asynchronous. The mapping is shared, not private: a forked data loader would otherwise make pages copy-on-write under a transfer.
+"""
 
 import ctypes
 import mmap
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +19,31 @@ from deepspeed.utils.pin_memory import get_native_pinned_memory
 from grass_ds.runtime.offload.files import ALIGNMENT
 
 _LOCK_ON_FAULT = 1  # MLOCK_ONFAULT: counts against the limit, takes no memory
+
+
+class HostMemory:
+    """``nbytes`` bytes of page-aligned host memory.
+
+    Args:
+        pin: register it with the device. Where that fails (a limit, a driver) copies are slower and do not overlap: one warning.
+
+    Attributes:
+        data: uint8 [nbytes], contents undefined.
+        pinned: whether the device knows it.
+    """
+
+    def __init__(self, nbytes: int, pin: bool):
+        self.data = _pageable(nbytes)
+        self.pinned = pin and _register(self.data)
+        self._unregister = weakref.finalize(self, _unregister, self.data.data_ptr()) if self.pinned else None
+        if self._unregister is not None:
+            self._unregister.atexit = False  # the device may be gone by then, and everything goes anyway
+
+    def close(self) -> None:
+        """Let go of it: the device at once, the memory with the last view. Copies must be over. Idempotent."""
+        if self._unregister is not None:
+            self._unregister()
+        self.data = torch.empty(0, dtype=torch.uint8)
 
 
 class StagingMemory:
@@ -30,14 +61,14 @@ class StagingMemory:
     def __init__(self, count: int, nbytes: int, pin: bool, lock: bool):
         if nbytes <= 0 or nbytes % ALIGNMENT:
             raise ValueError(f"buffers of {nbytes} bytes; a positive multiple of {ALIGNMENT} is wanted")
-        if pin and get_accelerator().device_name() != "cpu":
-            allocate = _pinned
-        elif lock and _may_lock(count, nbytes):
-            allocate = _locked
-        else:
-            allocate = _pageable
-        self.locked = allocate is not _pageable
-        self.buffers = [allocate(nbytes) for _ in range(count)]
+        self._pinned: list[HostMemory] = []
+        pin = pin and get_accelerator().device_name() != "cpu"
+        if not pin and lock and _may_lock(count, nbytes):
+            self.buffers, self.locked = [_locked(nbytes) for _ in range(count)], True
+            return
+        memory = [HostMemory(nbytes, pin) for _ in range(count)]
+        self.buffers, self.locked = [part.data for part in memory], all(part.pinned for part in memory)
+        self._pinned = memory
 
     @property
     def nbytes(self) -> int:
@@ -49,15 +80,21 @@ class StagingMemory:
 
     def close(self) -> None:
         """Let go of the memory: it is freed with the last view of it. Idempotent."""
-        self.buffers = []
+        for memory in self._pinned:
+            memory.close()
+        self.buffers, self._pinned = [], []
 
 
-def _pinned(nbytes: int) -> torch.Tensor:
-    """Registered with the device, by the accelerator."""
-    buffer = get_accelerator().pin_empty(nbytes, dtype=torch.uint8)
-    if buffer.data_ptr() % ALIGNMENT:
-        buffer = get_accelerator().pin_empty(nbytes + ALIGNMENT, dtype=torch.uint8)
-    return buffer.narrow(0, -buffer.data_ptr() % ALIGNMENT, nbytes)
+def _register(memory: torch.Tensor) -> bool:
+    try:
+        return bool(get_accelerator().register_host_memory(memory.data_ptr(), memory.nbytes))
+    except RuntimeError as error:
+        logger.warning_once(f"Host memory could not be page-locked, so copies will not overlap with compute: {error}")
+        return False
+
+
+def _unregister(address: int) -> None:
+    get_accelerator().unregister_host_memory(address)
 
 
 def _locked(nbytes: int) -> torch.Tensor:

@@ -197,8 +197,7 @@ class NvmeTier:
             buffer.wanted = False
             ticket.settle(self._copy(buffer, copy))
         except BaseException as error:
-            ticket.settle(error=error)
-            raise
+            ticket.settle(error=self._fail(error))
 
     def _filled(self, chunk: Chunk) -> Buffer:
         """A buffer in use that holds the chunk, read from the file if need be."""
@@ -238,8 +237,7 @@ class NvmeTier:
             if chunk not in self._keep:
                 self._write(buffer)
         except BaseException as error:
-            ticket.settle(error=error)
-            raise
+            ticket.settle(error=self._fail(error))
         finally:
             with self._lock:
                 self._storing[chunk] -= 1
@@ -289,6 +287,7 @@ class NvmeTier:
             self._staging.forget(lambda chunk: chunk.unit is unit)
 
     def flush(self) -> None:
+        self._raise_error()
         self._writer.wait_idle()  # stores under way may leave more to write
         with self._lock:
             dirty = [buffer for buffer in self._staging if buffer.dirty]
@@ -351,10 +350,15 @@ class NvmeTier:
             value = zlib.crc32(memoryview(view.numpy()).cast("B"), value)
         return value
 
-    def _fail(self, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> BaseException:
+        """Nothing can be relied upon from here on; whoever waits, hears of it. Returns what they hear."""
+        if not isinstance(error, OffloadError):
+            cause, error = error, OffloadError(f"state could not be moved: {type(error).__name__}: {error}")
+            error.__cause__ = cause
         with self._lock:
             self.error = self.error or error
             self._lock.notify_all()
+        return error
 
     def _raise_error(self) -> None:
         if self.error is not None:

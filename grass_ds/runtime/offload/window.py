@@ -14,6 +14,7 @@ slots. ``pending`` is the last copy that touched a slot's memory: whoever uses t
 
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,6 +22,7 @@ import torch
 
 from grass_ds.runtime.offload.chunks import ELEMENT, Chunk
 from grass_ds.runtime.offload.copies import Copies
+from grass_ds.runtime.offload.files import OffloadError
 from grass_ds.runtime.offload.tier import Planes, Ticket, Tier
 from grass_ds.runtime.units import Unit
 
@@ -198,7 +200,8 @@ class Window:
     def close(self) -> None:
         """Wait for copies under way and release the memory."""
         for slot in (*self._slots.values(), *self._free, *self._leaving):
-            _settle(slot)
+            with suppress(OffloadError):  # it has been raised, or nobody is left whom it could concern
+                _settle(slot)
         self._slots.clear()
         self._free.clear()
         self._leaving.clear()

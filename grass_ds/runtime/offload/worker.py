@@ -19,7 +19,7 @@ class Worker:
         failed: called in the thread with what a job raised; the thread goes on with the next job.
     """
 
-    def __init__(self, name: str, enter: Callable[[], None], failed: Callable[[BaseException], None]):
+    def __init__(self, name: str, enter: Callable[[], None], failed: Callable[[BaseException], object]):
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._enter, self._failed = enter, failed
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

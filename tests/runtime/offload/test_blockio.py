@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfers to and from state files: every byte arrives, or an error says which did not; nothing ends the process."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,7 +168,16 @@ def test_memory_that_is_not_pages_and_places_outside_the_file_are_misuse(
             transfer(file, [Piece(buffer, ALIGNMENT)])
 
 
-PREPARE = f"""
+@pytest.fixture(params=["posix", "aio"])
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "aio":
+        request.getfixturevalue("aio_op")
+    return request.param
+
+
+def test_disks_that_stop_taking_data_and_files_that_somebody_truncated(kind: str, tmp_path: Path) -> None:
+    """In a process of its own, which must not be aborted."""
+    source = f"""
 import os, resource, sys
 from pathlib import Path
 from grass_ds.runtime.offload.blockio import Piece, open_io
@@ -176,7 +186,8 @@ from grass_ds.runtime.offload.memory import StagingMemory
 
 files = StateFiles(Path(sys.argv[2]), 0, "job", {{"unit": {NBYTES}}})
 file, memory = files["unit"], StagingMemory(1, {NBYTES}, pin=False, lock=True)
-whole = Piece(memory.buffers[0], 0)
+whole = Piece(memory.buffers[0].fill_(1), 0)
+pieces = [whole.part(0, ALIGNMENT), whole]
 io = open_io(sys.argv[1], {{"block_size": {BLOCK}}}, direct=True, locked=memory.locked)()
 
 def limit(nbytes):
@@ -184,55 +195,34 @@ def limit(nbytes):
 
 def fails(transfer, *words):
     try:
-        transfer(file, [whole.part(0, ALIGNMENT), whole])
+        transfer(file, pieces)
     except OffloadError as error:
         assert all(word in str(error) for word in (*words, str(file.path))), error
     else:
         sys.exit(f"no error: {{words}}")
-"""
-CLOSE = """
-io.read(file, [])
-io.write(file, [])
-io.close()
-io.close()
-print("closed")
-"""
 
-
-@pytest.fixture(params=["posix", "aio"])
-def kind(request: pytest.FixtureRequest) -> str:
-    if request.param == "aio":
-        request.getfixturevalue("aio_op")
-    return request.param
-
-
-def test_a_disk_that_stops_taking_data(kind: str, tmp_path: Path) -> None:
-    """Both where nothing has been written before and later, when AIO checks less."""
-    body = f"""
-whole.data.fill_(1)
 limit({NBYTES // 2})
 if sys.argv[1] == "aio":  # which calls it a success
     io._handle.async_pwrite(whole.data, f"/proc/self/fd/{{file.fd}}", 0)
     assert io._handle.wait() == 1
 fails(io.write, "write of", "File too large")
 limit(resource.RLIM_INFINITY)
-io.write(file, [whole.part(0, ALIGNMENT), whole])
+io.write(file, pieces)
 whole.data.fill_(2)
 limit({NBYTES // 2})
-fails(io.write, "write of", "File too large")
-"""
-    assert "closed" in run_python(PREPARE + body + CLOSE, kind, tmp_path)
-
-
-def test_files_that_somebody_truncated(kind: str, tmp_path: Path) -> None:
-    body = f"""
-io.write(file, [whole])
+fails(io.write, "write of", "File too large")  # of a place that was written before, which AIO checks less
 os.truncate(file.path, {NBYTES // 2})
 fails(io.read, "has {NBYTES // 2} bytes instead of {NBYTES}")
 fails(io.write, "has {NBYTES // 2} bytes instead of {NBYTES}")
+limit(resource.RLIM_INFINITY)
 os.truncate(file.path, {NBYTES})
+for transfer in (io.read, io.write):
+    transfer(file, pieces)
+    transfer(file, [])
+io.close()
+print("closed")
 """
-    assert "closed" in run_python(PREPARE + body + CLOSE, kind, tmp_path)
+    assert "closed" in run_python(source, kind, tmp_path)
 
 
 def test_files_that_are_closed(new_io: Callable[..., BlockIO], tmp_path: Path, buffers: list[torch.Tensor]) -> None:
@@ -240,58 +230,82 @@ def test_files_that_are_closed(new_io: Callable[..., BlockIO], tmp_path: Path, b
     file = files["unit"]
     files.close()
     for transfer in (io.read, io.write):
-        with pytest.raises(OffloadError, match="unit.state: Bad file descriptor"):
+        with pytest.raises(OffloadError, match=r"unit\.state: Bad file descriptor"):
             transfer(file, [Piece(buffers[0], 0)])
+
+
+def test_the_kernel_may_transfer_less_than_asked(
+    file: StateFile, buffers: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("preadv", "pwritev"):
+        whole = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, to, at, whole=whole: whole(fd, [to[0][:ALIGNMENT]], at))
+    io = PosixIO(settings())
+    io.write(file, spread(buffers[0]))
+    io.read(file, spread(buffers[1]))
+    used = sum(LENGTHS) * ALIGNMENT
+    assert torch.equal(buffers[0][:used], buffers[1][:used])
+    monkeypatch.setattr(os, "preadv", lambda *args: 0)
+    with pytest.raises(OffloadError, match=f"offset {2 * BLOCK} failed: the file ends after {2 * BLOCK} bytes"):
+        io.read(file, [Piece(buffers[0][:ALIGNMENT], 2 * BLOCK)])
+    io.close()
 
 
 # ---- AIO that says nothing --------------------------------------------------------------------------------------------------
 
 
 class Handle:
-    """A real ``aio_handle`` whose reads and writes go through ``distort`` (tensor, offset) -> what is done instead."""
+    """A real ``aio_handle`` that transfers only the part of each tensor which ``keep`` returns; None refuses the request."""
 
-    def __init__(self, handle: Any, distort: Callable[[torch.Tensor], torch.Tensor | None]):
-        self._handle, self._distort = handle, distort
+    def __init__(self, handle: Any, keep: Callable[[torch.Tensor], torch.Tensor | None]):
+        self._handle, self._keep = handle, keep
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name)
 
     def async_pread(self, tensor: torch.Tensor, path: str, offset: int) -> int:
-        done = self._distort(tensor)
-        return -1 if done is None else self._handle.async_pread(done, path, offset)
+        return self._submit(self._handle.async_pread, tensor, path, offset)
 
     def async_pwrite(self, tensor: torch.Tensor, path: str, offset: int) -> int:
-        done = self._distort(tensor)
-        return -1 if done is None else self._handle.async_pwrite(done, path, offset)
+        return self._submit(self._handle.async_pwrite, tensor, path, offset)
+
+    def _submit(self, submit: Callable[..., int], tensor: torch.Tensor, path: str, offset: int) -> int:
+        kept = self._keep(tensor)
+        return -1 if kept is None else submit(kept, path, offset + kept.data_ptr() - tensor.data_ptr())
 
 
-def distorted(op: Any, distort: Callable[[torch.Tensor], torch.Tensor | None]) -> AioIO:
-    return AioIO(SimpleNamespace(aio_handle=lambda *args: Handle(op.aio_handle(*args), distort)), settings())
+def partial_aio(op: Any, keep: Callable[[torch.Tensor], torch.Tensor | None]) -> AioIO:
+    return AioIO(SimpleNamespace(aio_handle=lambda *args: Handle(op.aio_handle(*args), keep)), settings())
 
 
-@pytest.mark.parametrize("delivered", [1, PAGES // 2 + 1, PAGES - 1])
-def test_a_read_that_ends_early_is_found(
-    aio_op: Any, file: StateFile, buffers: list[torch.Tensor], delivered: int
+@pytest.mark.parametrize(
+    ("kept", "page"),
+    [
+        (slice(ALIGNMENT), 1),
+        (slice(NBYTES - ALIGNMENT), PAGES - 1),
+        (slice(8 * ALIGNMENT - 512), 7),  # within a page
+        (slice(BLOCK, None), 0),
+    ],
+)
+def test_a_read_that_is_not_whole_is_found(
+    aio_op: Any, file: StateFile, buffers: list[torch.Tensor], kept: slice, page: int
 ) -> None:
-    io = distorted(aio_op, lambda tensor: tensor[: delivered * ALIGNMENT])
-    message = f"read of {ALIGNMENT} bytes at offset {delivered * ALIGNMENT} failed: AIO reported success"
+    io = partial_aio(aio_op, lambda tensor: tensor[kept])
+    message = (
+        f"read of {ALIGNMENT} bytes at offset {page * ALIGNMENT} failed: AIO reported success, but delivered nothing"
+    )
     with pytest.raises(OffloadError, match=message):
         io.read(file, [Piece(buffers[0], 0)])
     io.close()
 
 
-def test_a_read_that_ends_within_a_page_is_found(aio_op: Any, file: StateFile, buffers: list[torch.Tensor]) -> None:
-    io = distorted(aio_op, lambda tensor: tensor[: 8 * ALIGNMENT - 512])
-    with pytest.raises(OffloadError, match=f"offset {7 * ALIGNMENT} failed: AIO reported success"):
-        io.read(file, [Piece(buffers[0], 0)])
-    io.close()
-
-
-@pytest.mark.parametrize("taken", [ALIGNMENT, 3 * BLOCK, NBYTES - ALIGNMENT])
-def test_a_write_that_ends_early_is_found(
-    aio_op: Any, file: StateFile, buffers: list[torch.Tensor], taken: int
+@pytest.mark.parametrize(
+    "kept", [slice(ALIGNMENT), slice(3 * BLOCK), slice(NBYTES - ALIGNMENT), slice(BLOCK, None)], ids=str
+)
+def test_a_first_write_that_is_not_whole_is_found(
+    aio_op: Any, file: StateFile, buffers: list[torch.Tensor], kept: slice
 ) -> None:
-    io = distorted(aio_op, lambda tensor: tensor[:taken])
+    io = partial_aio(aio_op, lambda tensor: tensor[kept])
     with pytest.raises(OffloadError, match="AIO reported success, but the file has other contents"):
         io.write(file, [Piece(buffers[0], 0)])
     io.close()
@@ -301,7 +315,7 @@ def test_a_request_that_is_refused_does_not_leave_others_pending(
     aio_op: Any, file: StateFile, buffers: list[torch.Tensor]
 ) -> None:
     """If it did, closing the handle would abort this process."""
-    io = distorted(aio_op, lambda tensor: None if tensor.nbytes == LENGTHS[2] * ALIGNMENT else tensor)
+    io = partial_aio(aio_op, lambda tensor: None if tensor.nbytes == LENGTHS[2] * ALIGNMENT else tensor)
     for transfer in (io.read, io.write):
         with pytest.raises(OffloadError, match="could not open"):
             transfer(file, spread(buffers[0]))

@@ -3,6 +3,7 @@
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.utils import logger
-from helpers.disks import mounted, run_python, start_python
+from helpers.disks import mounted, start_python
 
 from grass_ds.config import GrassConfigError
 from grass_ds.runtime.offload.files import ALIGNMENT, OffloadError, StateFiles, resolve_path
@@ -34,6 +35,16 @@ def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) 
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("INFO", logger.name)
     return caplog
+
+
+@contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def refused(root: Path, sizes: dict[str, int] = SIZES) -> str:
@@ -70,20 +81,14 @@ def test_close_leaves_nothing_and_may_be_repeated(tmp_path: Path) -> None:
 
 
 def test_a_fork_that_closes_them_does_not_remove_its_parents_files(tmp_path: Path) -> None:
-    source = """
-import os, sys
-from pathlib import Path
-from grass_ds.runtime.offload.files import ALIGNMENT, StateFiles
-files = StateFiles(Path(sys.argv[1]), 0, "job", {"unit": ALIGNMENT})
-child = os.fork()
-if child == 0:
-    files.close()
-    os._exit(0)
-os.waitpid(child, 0)
-print(files["unit"].path.exists(), len(os.listdir(sys.argv[1])))
-files.close()
-"""
-    assert run_python(source, tmp_path).splitlines()[-1] == "True 2"
+    with state_files(tmp_path) as files:
+        child = os.fork()
+        if child == 0:
+            files.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert all(files[name].path.exists() for name in SIZES)
+        assert "job 7" in refused(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,18 +163,9 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path) -> None:
 
 
 def test_construction_that_fails_halfway_leaves_nothing(tmp_path: Path) -> None:
-    source = f"""
-import resource, sys
-from pathlib import Path
-from grass_ds.runtime.offload.files import StateFiles
-resource.setrlimit(resource.RLIMIT_FSIZE, ({MB}, {MB}))
-try:
-    StateFiles(Path(sys.argv[1]), 0, "job", {{"fits": {MB}, "does not": {2 * MB}}})
-except ValueError as error:
-    print(type(error).__name__, error)
-"""
-    output = run_python(source, tmp_path)
-    assert "GrassConfigError" in output and "File too large" in output and "0.003 GB" in output
+    with file_size_limit(MB):
+        reason = refused(tmp_path, {"fits": MB, "does not": 2 * MB})
+    assert "File too large" in reason and "0.003 GB" in reason
     assert list(tmp_path.iterdir()) == []
 
 
