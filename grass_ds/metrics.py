@@ -30,7 +30,7 @@ def grass_metrics(handle: Any) -> dict[str, float]:
     | `grass/score/<layer>` | importance m_l (mean gradient norm); absent while there is none |
     | `grass/prob/<layer>` | p_l of the next draw |
     | `grass/visits/<layer>` | optimizer steps in which the layer was trained |
-    | `grass/bytes/<category>/<place>` | bytes held by this rank: weights, gradients, optimizer_state on device, host |
+    | `grass/bytes/<category>/<place>` | bytes held by this rank: weights, gradients, optimizer_state on device, host (and nvme) |
 
     Args:
         handle: `engine.grass`.

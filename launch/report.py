@@ -121,10 +121,11 @@ def _accuracy(report: Mapping[str, Any]) -> list[str]:
 
 
 def _memory(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
-    lines = [_line("bytes on rank 0", f"{'device':>12}{'host':>12}   (peak)")]
+    names = [name for name in ("device", "host", "nvme") if any(name in places for places in memory.values())]
+    lines = [_line("bytes on rank 0", "".join(f"{name:>12}" for name in names) + "   (peak)")]
     for category, places in memory.items():
-        name = "  " + category.replace("_", " ")
-        lines.append(_line(name, f"{_size(places['device']):>12}{_size(places['host']):>12}"))
+        sizes = "".join(f"{_size(places[name]) if name in places else '':>12}" for name in names)
+        lines.append(_line("  " + category.replace("_", " "), sizes.rstrip()))
     return lines
 
 
