@@ -23,11 +23,12 @@ from deepspeed.accelerator import get_accelerator
 
 import grass_ds
 from benchmarks.methods import METHODS, ds_config, prepare_model
+from benchmarks.models import largest_layer, load
+from benchmarks.places import OFFLOADS
 from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
 from launch.data import Collator, load_splits, tokenize
 from launch.evaluate import exact_match, mean_loss
-from launch.model import load
 from launch.template import Template
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
@@ -51,6 +52,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--accuracy", action="store_true", help="also measure exact match (quality)")
     parser.add_argument("--grass", type=json.loads, default={}, help="JSON merged into the grass block")
+    parser.add_argument("--offload", choices=OFFLOADS, help="where optimizer state lives; default: the method's way")
+    parser.add_argument("--nvme-path", help="existing folder on a local disk, for the nvme variants; not in the row")
+    parser.add_argument("--prepare-state", action="store_true", help="make the state of all layers first (cost)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     return parser.parse_args()
 
 
@@ -59,8 +64,17 @@ def main() -> None:
     distributed.start()
     torch.manual_seed(args.seed)
     model, tokenizer = load(args.model)
+    if args.checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     measure = cost if args.kind == "cost" else quality
-    row = {**conditions(args), **measure(args, model, tokenizer)}
+    row = conditions(args)
+    try:
+        row.update(measure(args, model, tokenizer))
+    except torch.OutOfMemoryError:
+        if distributed.world_size() > 1:  # the other ranks wait for this one
+            raise
+        row["skipped"] = f"out of memory on a device of {get_accelerator().total_memory() / 1e9:.0f} GB"
     if distributed.rank() == 0:
         args.out.write_text(json.dumps(row) + "\n")
     distributed.stop()
@@ -79,6 +93,8 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "lr",
         "seed",
         "grass",
+        "offload",
+        "checkpointing",
     )
     accelerator = get_accelerator()
     block = METHODS[args.method]
@@ -86,25 +102,43 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     return {
         **{key: getattr(args, key) for key in keys},
         **({"data": args.data} if args.kind == "quality" else {}),
-        "temperature": grass_ds.GrassConfig(**{**block, **args.grass}).temperature if drawn else None,
+        "temperature": grass_ds.GrassConfig(**{**block, **grass_settings(args)}).temperature if drawn else None,
         "ranks": distributed.world_size(),
         "device": accelerator.device_name(),
-        "hardware": platform.processor() or platform.machine(),
+        "hardware": hardware(),
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
+def hardware() -> str:
+    """What the accelerator is called; for the CPU its kind."""
+    module = torch.get_device_module(get_accelerator().device_name())
+    if hasattr(module, "get_device_name"):
+        return module.get_device_name()
+    return platform.processor() or platform.machine()
+
+
+def grass_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say of the grass block."""
+    settings = {"seed": args.seed, **args.grass}
+    if args.offload is not None:
+        path = {"nvme_path": args.nvme_path} if OFFLOADS[args.offload]["device"] == "nvme" else {}
+        settings["offload"] = {**OFFLOADS[args.offload], **path}
+    return settings
+
+
 def build(args: argparse.Namespace, model: Any) -> Any:
     """The engine of the method."""
-    grass = {"seed": args.seed, **args.grass}
     config = ds_config(
         args.method,
         stage=args.stage,
         micro_batch=args.micro_batch,
         accumulation=args.accumulation,
         lr=args.lr,
-        grass=grass,
+        grass=grass_settings(args),
+        bucket=max(5_000_000, largest_layer(model)),
+        fused=get_accelerator().device_name() != "cpu",
     )
     model = prepare_model(args.method, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -122,15 +156,24 @@ def step(engine: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
             engine.backward(loss)
         else:
             engine.step()
-        get_accelerator().synchronize()
+        finish_compute()
         times[part] = time.perf_counter() - begin
     return {**times, "loss": loss.item()}
 
 
+def finish_compute() -> None:
+    """Wait for what was computed, but not for transfers on other streams: those may go on under the next step."""
+    stream = get_accelerator().current_stream()
+    if stream is not None:
+        stream.synchronize()
+
+
 def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Seconds per step (probing apart), peak memory, bytes by category, gradient traffic."""
+    """Seconds per step (probing apart), memory of the process, bytes by category, bytes through the disk."""
     args.grass = {"probe_steps": 2, "sample_period": max(2, args.steps // 2), **args.grass}
     engine = build(args, model)
+    if args.prepare_state:
+        prepare_state(engine)
     generator = torch.Generator().manual_seed(1000 * args.seed + distributed.rank())
 
     def micro_batch() -> dict[str, torch.Tensor]:
@@ -143,21 +186,39 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         probing.append(_one_step(engine, micro_batch, args.accumulation))
     for _ in range(args.warmup):
         _one_step(engine, micro_batch, args.accumulation)
-    measured, active = [], []
+    measured, active, first_steps, disk = [], [], 0, disk_bytes()
     for _ in range(args.steps):
         active.append(list(grass.active_layers) if grass is not None else None)
+        first_steps += count_first_steps(engine) if grass is not None else 0
         measured.append(_one_step(engine, micro_batch, args.accumulation))
+    moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
     totals = [sum(parts.values()) for parts in measured]
     return {
         "seconds": totals,
+        "step_seconds": [parts["step"] for parts in measured],
         "median_seconds": statistics.median(totals),
         **{f"median_{part}": statistics.median(m[part] for m in measured) for part in ("forward", "backward", "step")},
         "probe_seconds": [sum(parts.values()) for parts in probing],
         "active": active,
+        "first_steps": first_steps,
         "peak_bytes": distributed.max_over_ranks(peak_bytes()),
+        "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),
+        "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
         "bytes": grass.memory(peak=True) if grass is not None else None,
         "trainable": sum(p.numel() for p in engine.module.parameters() if p.requires_grad),
     }
+
+
+def prepare_state(engine: Any) -> None:
+    """Make the state of everything that can train, as it is after a long run: a layer that is drawn then moves its state."""
+    for unit in engine.optimizer.units:
+        if unit.ever_active:
+            engine.optimizer.store.ensure(unit)
+
+
+def count_first_steps(engine: Any) -> int:
+    """Units whose state the coming step makes rather than moves."""
+    return sum(unit.active and unit not in engine.optimizer.store for unit in engine.optimizer.units)
 
 
 def _one_step(engine: Any, micro_batch: Any, accumulation: int) -> dict[str, float]:
@@ -175,8 +236,19 @@ def peak_bytes() -> int:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         return accelerator.max_memory_allocated()
+    return process_bytes("VmHWM")
+
+
+def process_bytes(field: str) -> int:
+    """Resident memory of this process: ``VmRSS`` now, ``VmHWM`` at its largest."""
     status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def disk_bytes() -> dict[str, int]:
+    """Bytes that this process, all threads, has read from and written to disks so far."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {"read": int(counters["read_bytes"]), "written": int(counters["write_bytes"])}
 
 
 def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -23,16 +23,29 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 
 def ds_config(
-    method: str, *, stage: int, micro_batch: int, accumulation: int, lr: float, grass: dict[str, Any]
+    method: str,
+    *,
+    stage: int,
+    micro_batch: int,
+    accumulation: int,
+    lr: float,
+    grass: dict[str, Any],
+    bucket: int = 5_000_000,
+    fused: bool = False,
 ) -> dict[str, Any]:
-    """bf16, AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block."""
+    """bf16, AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
+
+    Args:
+        bucket: elements of DeepSpeed's communication buffers; about one layer, as its default of 5e8 would dominate the memory of
+            a small model.
+        fused: torch's fused AdamW, which makes no temporary copies.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-        # A bucket of about one layer: DeepSpeed's default of 5e8 elements would dominate the memory of a model this small.
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True}},
         "scheduler": {
             "type": "WarmupLR",
@@ -40,6 +53,8 @@ def ds_config(
         },
         "steps_per_print": 10**9,
     }
+    if fused:
+        config["optimizer"]["params"]["fused"] = True
     block = METHODS[method]
     if block is not None:
         config["grass"] = {**block, **grass}

@@ -14,6 +14,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.places import gpu_note, gpu_table, offload_note, offload_table
+
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
 RESULTS = FOLDER / "RESULTS.md"
@@ -105,28 +110,30 @@ def _mean(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
+def section(title: str, rows: list[Row], table: list[str], note: str = "") -> list[str]:
+    """Lines of one section: what all rows share, what else is to be known, the table."""
+    return [f"## {title}", "", conditions(rows), "", *([note, ""] if note else []), *table, ""]
+
+
 def results() -> str:
     """The whole of RESULTS.md."""
-    cost, quality = read("cpu"), read("quality")
+    cost, quality, offload, gpu = read("cpu"), read("quality"), read("offload"), read("gpu")
     lines = ["# Results", "", "Generated from `benchmarks/rows/` by `benchmarks/render.py`; do not edit.", ""]
     if cost:
-        lines += ["## Cost: seconds per step and memory", "", conditions(cost), "", *cost_table(cost), ""]
+        lines += section("Cost: seconds per step and memory", cost, cost_table(cost))
     if quality:
         note = (
             f"{max(row['steps'] for row in quality)} steps, probing included; every method sees the same rows in the same order. Rows are cut "
             "at the lengths above (arithmetic / gsm8k). The sampler's periods are scaled to the short run: probe 6, sample 6, refresh 12. "
             "Mean and standard deviation over seeds."
         )
-        lines += [
-            "## Quality: held-out loss and accuracy",
-            "",
-            conditions(quality),
-            "",
-            note,
-            "",
-            *quality_table(quality),
-            "",
-        ]
+        lines += section("Quality: held-out loss and accuracy", quality, quality_table(quality), note)
+    if offload:
+        lines += section(
+            "Offload: seconds per step and memory", offload, offload_table(offload), offload_note(offload)
+        )
+    if gpu:
+        lines += section(f"GPU: {gpu[0]['model']}", gpu, gpu_table(gpu), gpu_note(gpu))
     return "\n".join(lines)
 
 

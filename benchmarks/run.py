@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a suite of benchmark cells, one JSON row each, and render the tables.
+"""Run a suite of benchmark cells, one JSON row each; ``render.py`` makes the tables.
 
     python benchmarks/run.py --suite cpu        # seconds per step and peak memory, side by side, interleaved
     python benchmarks/run.py --suite quality    # loss and accuracy per method and seed
+    python benchmarks/run.py --suite offload    # seconds per step and memory per place of the optimizer state, interleaved
+    python benchmarks/run.py --suite gpu        # LLaMA-2-7B shape with random weights on one GPU
 
-Resumable: a cell whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cells of the ``cpu`` suite run
-one after another and want a quiet machine; ``--jobs`` runs cells of ``quality`` side by side, one core each.
+Resumable: a cell whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cells run one after another
+and want a quiet machine; ``--jobs`` runs cells of ``quality`` side by side, one core each.
 """
 
 import argparse
@@ -18,63 +20,25 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells
+
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-SEEDS = (0, 1, 2)
-ROUNDS = 3
-STEPS = 40
-# Every weight moves at every step under full fine-tuning: it wants a smaller step (2e-4 ended worse, see the rows).
-LEARNING_RATE = {"full": 5e-5}
-COST_METHODS = ("full", "lora", "grass", "uniform", "grass-embed")
-QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
-# Short runs: the sampler's periods are scaled down with them, alike for all methods.
-SETTINGS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12, "temperature": 0.5, "ema_alpha": 0.5}
-
-
-def cost_cells() -> Iterator[dict[str, Any]]:
-    """Rounds outermost, so that a slow minute of the machine hits all methods."""
-    for repetition in range(ROUNDS):
-        for method in COST_METHODS:
-            yield {
-                "kind": "cost",
-                "method": method,
-                "seed": repetition,
-                "ranks": 2,
-                "micro-batch": 2,
-                "sequence": 128,
-                "steps": 8,
-            }
-
-
-def quality_cells(gsm8k: str | None) -> Iterator[dict[str, Any]]:
-    """All methods on all tasks and seeds, then the sampler's own settings on the built-in task."""
-    tasks: list[dict[str, Any]] = [{"data": "builtin:arithmetic", "sequence": 128, "accuracy": True, "test-rows": 60}]
-    if gsm8k:
-        tasks.append({"data": gsm8k, "sequence": 224, "test-rows": 40})
-    common = {"kind": "quality", "ranks": 1, "micro-batch": 2}
-    for task in tasks:
-        yield {**common, **task, "method": "full", "lr": 2e-4, "seed": 0, "steps": 0, "grass": {}}
-    for seed in SEEDS:
-        for task in tasks:
-            for method in QUALITY_METHODS:
-                lr = LEARNING_RATE.get(method, 2e-4)
-                yield {**common, **task, "method": method, "lr": lr, "seed": seed, "steps": STEPS, "grass": SETTINGS}
-    for task in tasks:
-        for changed in ({"temperature": 1.0}, {"temperature": 0.1}, {"ema_alpha": 1.0}):
-            for seed in SEEDS:
-                grass = {**SETTINGS, **changed}
-                yield {**common, **task, "method": "grass", "lr": 2e-4, "seed": seed, "steps": STEPS, "grass": grass}
 
 
 def key(cell: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
-def run_cell(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
+def run_cell(cell: dict[str, Any], timeout: float, nvme_path: str | None = None) -> dict[str, Any]:
     """Start the cell's ranks and return its row."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,6 +55,8 @@ def run_cell(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
             str(port),
         ]
         command += [str(FOLDER / "cell.py"), cell["kind"], "--out", str(out)]
+        if nvme_path is not None:
+            command += ["--nvme-path", nvme_path]
         for name, value in cell.items():
             if name in ("kind", "ranks"):
                 continue
@@ -104,34 +70,69 @@ def run_cell(cell: dict[str, Any], timeout: float) -> dict[str, Any]:
         return json.loads(out.read_text())
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("cpu", "quality"), required=True)
+    parser.add_argument("--suite", choices=("cpu", "quality", "offload", "gpu"), required=True)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="repetitions of the whole suite, each with its own seed (not quality)"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl of GSM8K, to measure it too")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds per cell")
-    args = parser.parse_args()
+    parser.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
+    parser.add_argument("--commit", help="of this tree; default: what git says")
+    parser.add_argument(
+        "--nvme-path",
+        type=Path,
+        default=ROOT / ".benchmarks",
+        help="folder on a local disk: state files of the offload suite are made, and removed, in a new folder in it",
+    )
+    return parser.parse_args()
+
+
+def cells_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    if args.suite == "quality":
+        return list(quality_cells(args.gsm8k))
+    suite = {"cpu": cost_cells, "offload": offload_cells, "gpu": gpu_cells}[args.suite]
+    return list(suite(args.rounds))
+
+
+def current_commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+@contextmanager
+def disk_folder(args: argparse.Namespace) -> Iterator[str | None]:
+    """A new folder for state files, if the suite makes any."""
+    if args.suite != "offload":
+        yield None
+        return
+    args.nvme_path.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.nvme_path) as folder:
+        yield folder
+
+
+def main() -> None:
+    args = parse()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
-    rows = FOLDER / "rows" / f"{args.suite}.jsonl"
+    rows = args.rows / f"{args.suite}.jsonl"
     rows.parent.mkdir(exist_ok=True)
-    cells = list(cost_cells() if args.suite == "cpu" else quality_cells(args.gsm8k))
     done = {json.loads(line)["cell"] for line in rows.read_text().splitlines()} if rows.exists() else set()
-    todo = [cell for cell in cells if name(cell) not in done]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
+    todo = [cell for cell in cells_of(args) if name(cell) not in done]
+    commit = args.commit or current_commit()
     lock, begin = Lock(), time.monotonic()
 
     def work(cell: dict[str, Any]) -> None:
-        row = {"cell": name(cell), "commit": commit, **run_cell(cell, args.timeout)}
+        row = {"cell": name(cell), "commit": commit, **run_cell(cell, args.timeout, disk)}
         if "data" in row:
             row["data"] = task_name(row["data"])
         with lock, rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"[{time.monotonic() - begin:6.0f} s] {name(cell)}", flush=True)
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with disk_folder(args) as disk, ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, todo))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README: its Python blocks run, its commands name files that exist, its numbers are those of the benchmark rows."""
 
+import json
 import os
 import re
 import shlex
@@ -81,3 +82,15 @@ def test_tables_match_the_benchmark_rows() -> None:
 
     assert render.README.read_text() == render.readme()
     assert render.RESULTS.read_text() == render.results()
+
+
+@pytest.mark.parametrize("name", ["GrassConfig", "OffloadConfig"])
+def test_every_setting_is_listed_with_its_default(name: str) -> None:
+    from grass_ds import config
+
+    fields = {key: field for key, field in getattr(config, name).model_fields.items() if key != "offload"}
+    for key, field in fields.items():
+        rows = re.findall(rf"^\| `{key}` \| (.+?)(?: \*)? \|", README, flags=re.MULTILINE)
+        default = field.default if field.default is not None else "null"
+        wanted = json.dumps(default) if default != "null" else "null"
+        assert any(json.loads(row.strip("`")) == json.loads(wanted) for row in rows), (key, wanted, rows)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suites: which cells each one runs, in which order. A cell is the arguments of ``cell.py``."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.places import OFFLOADS
+
+Cell = dict[str, Any]
+SEEDS = (0, 1, 2)
+STEPS = 40
+# Every weight moves at every step under full fine-tuning: it wants a smaller step (2e-4 ended worse, see the rows).
+LEARNING_RATE = {"full": 5e-5}
+COST_METHODS = ("full", "lora", "grass", "uniform", "grass-embed")
+QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
+# Short runs: the sampler's periods are scaled down with them, alike for all methods.
+SETTINGS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12, "temperature": 0.5, "ema_alpha": 0.5}
+
+
+def cost_cells(rounds: int) -> Iterator[Cell]:
+    """Rounds outermost, so that a slow minute of the machine hits all methods."""
+    for repetition in range(rounds):
+        for method in COST_METHODS:
+            yield {
+                "kind": "cost",
+                "method": method,
+                "seed": repetition,
+                "ranks": 2,
+                "micro-batch": 2,
+                "sequence": 128,
+                "steps": 8,
+            }
+
+
+def quality_cells(gsm8k: str | None) -> Iterator[Cell]:
+    """All methods on all tasks and seeds, then the sampler's own settings on the built-in task."""
+    tasks: list[Cell] = [{"data": "builtin:arithmetic", "sequence": 128, "accuracy": True, "test-rows": 60}]
+    if gsm8k:
+        tasks.append({"data": gsm8k, "sequence": 224, "test-rows": 40})
+    common = {"kind": "quality", "ranks": 1, "micro-batch": 2}
+    for task in tasks:
+        yield {**common, **task, "method": "full", "lr": 2e-4, "seed": 0, "steps": 0, "grass": {}}
+    for seed in SEEDS:
+        for task in tasks:
+            for method in QUALITY_METHODS:
+                lr = LEARNING_RATE.get(method, 2e-4)
+                yield {**common, **task, "method": method, "lr": lr, "seed": seed, "steps": STEPS, "grass": SETTINGS}
+    for task in tasks:
+        for changed in ({"temperature": 1.0}, {"temperature": 0.1}, {"ema_alpha": 1.0}):
+            for seed in SEEDS:
+                grass = {**SETTINGS, **changed}
+                yield {**common, **task, "method": "grass", "lr": 2e-4, "seed": seed, "steps": STEPS, "grass": grass}
+
+
+def offload_cells(rounds: int) -> Iterator[Cell]:
+    """Every place of the optimizer state. One seed per round, so that all variants step the same layers.
+
+    The sampler is ``uniform``: what is drawn then depends on nothing but the seed. One switch in five steps is five times as many as
+    by default: switches are what ``period`` pays for.
+    """
+    for repetition in range(rounds):
+        for offload in OFFLOADS:
+            yield {
+                "kind": "cost",
+                "method": "uniform",
+                "offload": offload,
+                "seed": repetition,
+                "ranks": 2,
+                "micro-batch": 2,
+                "sequence": 128,
+                "grass": {"sample_period": 5},
+                "warmup": 5,
+                "steps": 25,
+                "prepare-state": True,
+            }
+
+
+def gpu_cells(rounds: int, model: str = "llama2-7b-random") -> Iterator[Cell]:
+    """The paper's model on one device. ``grass`` probes, so its memory counts; times are compared among ``uniform``, which draws
+    the same layers whatever the device rounds.
+
+    The state of all layers would not fit on the device: ``none`` makes it when a layer is drawn (``first_steps`` in the row).
+    """
+    common = {
+        "kind": "cost",
+        "model": model,
+        "ranks": 1,
+        "micro-batch": 1,
+        "sequence": 1024,
+        "checkpointing": True,
+        "grass": {"sample_period": 5},
+        "warmup": 5,
+        "steps": 25,
+    }
+    for repetition in range(rounds):
+        for method in ("full", "lora", "grass"):
+            yield {**common, "method": method, "seed": repetition}
+        for offload in ("none", "cpu-stream", "cpu-period"):
+            prepared = {"prepare-state": True} if offload != "none" else {}
+            yield {**common, "method": "uniform", "offload": offload, "seed": repetition, **prepared}
