@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import torch
 from deepspeed import comm as dist
 
-from grass_ds.runtime.offload.files import OffloadError
-
 
 class RankDivergenceError(RuntimeError):
     """Ranks of one run came to different decisions."""
@@ -91,13 +89,13 @@ def succeeding_together(store: Fallible, group: Any, device: torch.device | str)
     """Move state inside, without collectives: at the end every rank raises what has gone wrong on one, then or earlier.
 
     Raises:
-        OffloadError: on a rank that could not move state.
-        RankFailedError: elsewhere.
+        Exception: on a rank that could not move state, what it raised.
+        ValueError, RankFailedError: elsewhere, see :func:`check_ranks_succeeded`.
     """
     error: BaseException | None = None
     try:
         yield
-    except OffloadError as caught:
+    except Exception as caught:
         error = caught
     if store.fallible:
         check_ranks_succeeded(error or store.error, group, device)

@@ -29,7 +29,7 @@ def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
     get_accelerator().synchronize()
     optimizer.store.flush()
     units = optimizer.units
-    stepped = [unit for unit in units if unit in optimizer.store]
+    states = {unit: optimizer.store[unit] for unit in units if unit in optimizer.store}
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     return {
         keys.LOSS_SCALER: optimizer.loss_scaler,
@@ -37,10 +37,12 @@ def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
         "overflow": optimizer.overflow,
         keys.CLIP_GRAD: optimizer.clip_grad,
         keys.BASE_OPTIMIZER_STATE: {
-            "state": {unit.index: _lean_state(unit, optimizer.store[unit]) for unit in stepped},
+            "state": {unit.index: _lean_state(unit, state) for unit, state in states.items()},
             "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
         },
-        keys.SINGLE_PARTITION_OF_FP32_GROUPS: [_master(optimizer, unit) for unit in units],
+        keys.SINGLE_PARTITION_OF_FP32_GROUPS: [
+            _lean(unit, states[unit].master if unit in states else unit.shard).to(torch.float32) for unit in units
+        ],
         keys.ZERO_STAGE: 2 if optimizer.settings.partition_gradients else 1,
         keys.GROUP_PADDINGS: [unit.shard_numel - unit.owned_numel for unit in units],
         keys.PARTITION_COUNT: [unit.world for unit in units],
@@ -126,12 +128,6 @@ def _lean(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
 
 def _lean_state(unit: Unit, state: UnitState) -> dict[str, Any]:
     return {**state.scalars, **{k: _lean(unit, t) for k, t in state.moments.items()}}
-
-
-def _master(optimizer: "GrassZeroOptimizer", unit: Unit) -> torch.Tensor:
-    if unit in optimizer.store:
-        return _lean(unit, optimizer.store[unit].master)
-    return _lean(unit, unit.shard).to(torch.float32)
 
 
 def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> UnitState:

@@ -166,8 +166,10 @@ class StateStore:
             optimizer.state[master] = {**copy.deepcopy(dict(scalars)), **self._named(unit, planes)}
         try:
             yield master
-            left = optimizer.state.get(master, {})
-            self._take_back(chunk, planes, left)
+            self._take_back(chunk, planes, optimizer.state.get(master, {}))
+        except BaseException:
+            self._window.forget(unit)  # half stepped
+            raise
         finally:
             optimizer.state.pop(master, None)
 
@@ -188,7 +190,8 @@ class StateStore:
         unknown = state.moments.keys() - set(template.moments)
         if unknown:
             raise ValueError(f"{unit.name}: the optimizer keeps no {sorted(unknown)}, only {list(template.moments)}")
-        scalars = state.scalars or template.start
+        complete = bool(state.scalars) or len(state.moments) == len(template.moments)
+        scalars = state.scalars if complete else template.start
         if scalars is None or (template.start is None and len(state.moments) < len(template.moments)):
             raise ValueError(f"{unit.name}: state of this optimizer cannot be set before the first step of the layer")
         zeros = torch.zeros((), device=state.master.device).expand(unit.shard_numel)

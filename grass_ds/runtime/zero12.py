@@ -245,6 +245,8 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         if self.controller.draws != before:
             self._check_agreement("the layers to train next")
         if switch is None:
+            if self.controller.draws != before:  # the same layers again: what was prepared for others may go
+                self.store.plan(self._active)
             return False
         if self.settings.reset_on_switch:
             for unit in self.units:
@@ -376,6 +378,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                 param.requires_grad_(True)
             del unit.flat  # the parameters keep it alive for as long as they view it, and no longer
         self.reducer.track([], keep=True)
-        self.store.close()
         if get_accelerator().is_available():
-            get_accelerator().synchronize()
+            get_accelerator().synchronize()  # copies under way read host memory that is released next
+        self.store.close()

@@ -106,6 +106,7 @@ class RankPool:
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
+                    self._processes[rank].join(GRACE)
                     kind, value = "error", f"rank {rank} died with exit code {self._processes[rank].exitcode}"
                 (errors if kind == "error" else results)[rank] = value
                 if kind == "error":  # the others may now wait for it for ever

@@ -129,6 +129,27 @@ def test_all_refused_settings_are_listed_at_once() -> None:
     assert all(word in message for word in ("zero_optimization.stage", "sparse_gradients", "optimizer.type"))
 
 
+AIO_MISTAKES = [
+    ("block_size", 1000, "a multiple of 4096"),
+    ("block_size", "1M", "an integer from 4096"),
+    ("queue_depth", 0, "an integer from 1"),
+    ("intra_op_parallelism", True, "an integer from 1"),
+    ("use_gds", True, "set it to false"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "remedy"), AIO_MISTAKES)
+def test_an_aio_block_that_would_not_work(key: str, value: Any, remedy: str) -> None:
+    offload = {"device": "nvme", "nvme_path": "/missing"}
+    message = refusal(ds_config(grass=grass_block(offload=offload), aio={key: value}))
+    assert f"aio.{key}" in message and str(value).lower() in message.lower() and remedy in message
+    assert "/missing" not in message  # nothing else was looked at
+
+
+def test_the_aio_block_is_no_concern_of_other_offloads() -> None:
+    support.check_ds_config(ds_config(grass=grass_block(), aio={"block_size": 1000}))
+
+
 @pytest.mark.parametrize("kind", ["Muon", "Lamb", "OneBitAdam", "OneBitLamb", "ZeroOneAdam"])
 def test_optimizers_that_need_whole_matrices(kind: str) -> None:
     assert f"optimizer.type = {kind.lower()!r}" in (message := refusal(with_value("optimizer.type", kind)))

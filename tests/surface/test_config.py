@@ -65,7 +65,50 @@ def test_a_bad_value_names_key_value_and_range(key: str, value: Any, allowed: st
 def test_a_bad_nested_value_is_named_by_its_path() -> None:
     message = error_of({"offload": {"device": "disk"}})
     assert "grass.offload.device: got 'disk'" in message
-    assert "'none' or 'cpu'" in message
+    assert "'none', 'cpu' or 'nvme'" in message
+
+
+OFFLOAD_MISTAKES = [
+    ("residency", "epoch", "'stream' or 'period'"),
+    ("nvme_path", 3, "string"),
+    ("chunk_numel", 0, "greater than or equal to 1"),
+    ("chunk_numel", True, "integer"),
+    ("host_buffers", 0, "greater than or equal to 1"),
+    ("device_buffers", 0, "greater than or equal to 1"),
+    ("prefetch", "forward", "'backward' or 'step'"),
+    ("checksum", "maybe", "boolean"),
+    ("io", "uring", "'auto', 'aio' or 'posix'"),
+    ("trace", 3, "string"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), OFFLOAD_MISTAKES, ids=lambda value: str(value)[:20])
+def test_a_bad_value_in_offload_names_path_value_and_range(key: str, value: Any, allowed: str) -> None:
+    message = error_of({"offload": {key: value}})
+    assert f"grass.offload.{key}: got {value!r}" in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize(
+    ("offload", "wanted"),
+    [
+        ({"device": "nvme"}, 'device "nvme" needs nvme_path: name an existing folder'),
+        ({"device": "nvme", "nvme_path": ""}, 'device "nvme" needs nvme_path: name an existing folder'),
+        ({"host_buffers": 3}, "host_buffers = 3 is too few for device_buffers = 2: at least 4"),
+        ({"host_buffers": 5, "device_buffers": 4}, "host_buffers = 5 is too few for device_buffers = 4: at least 6"),
+    ],
+)
+def test_values_in_offload_that_do_not_go_together(offload: dict[str, Any], wanted: str) -> None:
+    message = error_of({"offload": offload})
+    assert "grass.offload" in message
+    assert wanted in message
+
+
+def test_buffers_that_suffice_are_accepted() -> None:
+    block = {"device": "nvme", "nvme_path": "/nvme", "host_buffers": 6, "device_buffers": 4}
+    config = parse_grass_block({"grass": {"offload": block}})
+    assert config is not None
+    assert (config.offload.host_buffers, config.offload.device_buffers) == (6, 4)
 
 
 def test_all_mistakes_are_listed_at_once() -> None:
@@ -80,7 +123,11 @@ def test_all_mistakes_are_listed_at_once() -> None:
         ({"num_active_layer": 5}, "grass.num_active_layer: unknown key", "Did you mean 'num_active_layers'?"),
         ({"xyz": 5}, "grass.xyz: unknown key", "Known keys: enabled, sampler, num_active_layers"),
         ({"offload": {"pin_memry": True}}, "grass.offload.pin_memry: unknown key", "Did you mean 'pin_memory'?"),
-        ({"offload": {"xyz": 1}}, "grass.offload.xyz: unknown key", "Known keys: device, pin_memory"),
+        (
+            {"offload": {"xyz": 1}},
+            "grass.offload.xyz: unknown key",
+            "Known keys: device, residency, nvme_path, pin_memory",
+        ),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_known_one(block: dict[str, Any], path: str, hint: str) -> None:
@@ -103,6 +150,10 @@ def test_auto_is_refused_with_the_remedy(block: dict[str, Any], path: str) -> No
     assert "auto" in message
     if not isinstance(next(iter(block.values())), list):
         assert "leave the key out or write null" in message
+
+
+def test_auto_is_a_choice_of_io() -> None:
+    assert parse_grass_block({"grass": {"offload": {"io": "auto"}}}) == GrassConfig()
 
 
 def test_block_auto_is_refused() -> None:

@@ -6,6 +6,7 @@ long-lived. So memory is mapped here and registered with the device (``register_
 asynchronous. The mapping is shared, not private: a forked data loader would otherwise make pages copy-on-write under a transfer.
 """
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -89,6 +90,8 @@ def _register(memory: torch.Tensor) -> bool:
     try:
         return bool(get_accelerator().register_host_memory(memory.data_ptr(), memory.nbytes))
     except RuntimeError as error:
+        with contextlib.suppress(RuntimeError):  # the runtime reports the same failure once more, at the next kernel
+            torch.zeros(1, device=get_accelerator().current_device_name())
         logger.warning_once(f"Host memory could not be page-locked, so copies will not overlap with compute: {error}")
         return False
 

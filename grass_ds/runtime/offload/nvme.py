@@ -18,6 +18,7 @@ import threading
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -150,7 +151,9 @@ class NvmeTier:
         with self._lock:
             buffer = None if self._storing[chunk] else self._staging.find(chunk)
             if buffer is not None and not buffer.writing:
-                self._staging.touch(buffer)
+                self._staging.touch(
+                    buffer
+                ).dirty = False  # a write that was queued earlier leaves it alone while it changes
             else:
                 buffer = None
                 self._storing[chunk] += 1
@@ -164,12 +167,12 @@ class NvmeTier:
         return Ticket.issued(event)
 
     def _copy(self, buffer: Buffer, copy: Callable[[Buffer], Any], dirties: bool = False) -> Any:
-        """Issue a copy into or out of a buffer in use, and let go of the buffer.
-
-        It becomes dirty only now: a write that was queued earlier would otherwise take it for clean again before the copy.
-        """
+        """Issue a copy into or out of a buffer in use, and let go of the buffer."""
         try:
-            buffer.event = event = copy(buffer)
+            with buffer.turn:
+                event = copy(buffer)
+                if event is not None:
+                    buffer.event = event
             if dirties:
                 buffer.dirty = buffer.filled = True
             return event
@@ -185,7 +188,8 @@ class NvmeTier:
                 needed = needed and self._staging.find(chunk) is None
             if needed:
                 buffer = self._filled(chunk)
-                buffer.wanted = True
+                with self._lock:
+                    buffer.wanted = chunk in self._expected
                 self._release(buffer)
         finally:
             with self._lock:
@@ -202,12 +206,14 @@ class NvmeTier:
     def _filled(self, chunk: Chunk) -> Buffer:
         """A buffer in use that holds the chunk, read from the file if need be."""
         with self._lock:
-            self._lock.wait_for(lambda: not self._storing[chunk] or self.error is not None)
-            self._raise_error()
-            buffer = self._staging.find(chunk)
-            if buffer is not None:
-                return self._staging.touch(buffer)
-            buffer = self._claim(chunk)
+            buffer = None
+            while buffer is None:  # while it waits for room, the chunk may be stored
+                self._lock.wait_for(lambda: not self._storing[chunk] or self.error is not None)
+                self._raise_error()
+                buffer = self._staging.find(chunk)
+                if buffer is not None:
+                    return self._staging.touch(buffer)
+                buffer = self._claim(chunk)
         buffer.synchronize()
         with self._trace.span("read", str(chunk)):
             self._read_io.read(self._files[chunk.unit.name], self._pieces(chunk, buffer))
@@ -230,9 +236,13 @@ class NvmeTier:
         """Store a chunk for which no buffer was at hand."""
         try:
             with self._lock:
+                # a read-ahead of what is now replaced: its buffer is the chunk's, there must not be two of them
+                self._lock.wait_for(lambda: not self._staging.filling(chunk) or self.error is not None)
                 self._raise_error()
                 buffer = self._staging.find(chunk)
-                buffer = self._staging.touch(buffer) if buffer is not None else self._claim(chunk, writer=True)
+                buffer = None if buffer is None else self._staging.touch(buffer)
+                while buffer is None:
+                    buffer = self._claim(chunk, writer=True)
             ticket.settle(self._copy(buffer, copy, dirties=True))
             if chunk not in self._keep:
                 self._write(buffer)
@@ -257,8 +267,9 @@ class NvmeTier:
                 return
             buffer.dirty, buffer.writing = False, True
         try:
-            if buffer.event is not None:
-                buffer.event.synchronize()
+            event = buffer.event
+            if event is not None:
+                event.synchronize()
             if self._checksums is not None:
                 self._checksums[chunk] = self._checksum(chunk, buffer)
             with self._trace.span("write", str(chunk)):
@@ -280,11 +291,13 @@ class NvmeTier:
         # already there, but for a module that never trains and was set by hand
         self._files.add(unit.name, file_bytes(unit, self._planes_of(unit)))
         for chunk in chunks_of(unit, self._chunk_numel):
-            self._store(chunk, [chunk.of(plane) for plane in planes], (), self._host_copies).wait()
+            source = [chunk.of(plane).to("cpu") for plane in planes]  # here, on the caller's stream
+            self._store(chunk, source, (), self._host_copies).wait()
 
     def drop(self, unit: Unit) -> None:
         with self._lock:
             self._staging.forget(lambda chunk: chunk.unit is unit)
+            self._lock.notify_all()
 
     def flush(self) -> None:
         self._raise_error()
@@ -302,36 +315,37 @@ class NvmeTier:
         self._closed = True
         atexit.unregister(self.close)
         self._fail(OffloadError("the optimizer state was released by destroy()"))
-        for worker in (self._reader, self._writer):
-            worker.close()
-        for buffer in self._staging:
-            buffer.synchronize()
-        for io in (self._read_io, self._write_io):
-            io.close()
-        self._staging.buffers.clear()
-        self._memory.close()
-        self._files.close()
+        with ExitStack() as release:  # from the last to the first, and on if one of them raises
+            release.callback(self._files.close)
+            release.callback(self._memory.close)
+            release.callback(self._staging.buffers.clear)
+            for io in (self._read_io, self._write_io):
+                release.callback(io.close)
+            for buffer in self._staging:
+                release.callback(buffer.synchronize)
+            for worker in (self._reader, self._writer):
+                release.callback(worker.close)
 
     # ---- buffers --------------------------------------------------------------------------------------------------------
 
-    def _claim(self, chunk: Chunk, writer: bool = False) -> Buffer:
-        """A buffer for the chunk, in use and not filled. Called with the lock held; waits until one is free."""
-        while True:
-            self._raise_error()
-            buffer = self._staging.reusable(self._keep)
-            if buffer is not None:
-                return self._staging.assign(buffer, chunk)
-            dirty = self._staging.oldest_dirty(self._keep)
-            if dirty is not None and writer:  # it would wait for itself
-                self._lock.release()
-                try:
-                    self._write(dirty)
-                finally:
-                    self._lock.acquire()
-                continue
-            if dirty is not None:
-                self._submit_write(dirty)
-            self._lock.wait()
+    def _claim(self, chunk: Chunk, writer: bool = False) -> Buffer | None:
+        """A buffer for the chunk, in use and not filled. Called with the lock held; None after waiting, for the caller to ask anew."""
+        self._raise_error()
+        buffer = self._staging.reusable(self._keep)
+        if buffer is not None:
+            return self._staging.assign(buffer, chunk)
+        dirty = self._staging.oldest_dirty(self._keep)
+        if dirty is not None and writer:  # it would wait for itself
+            self._lock.release()
+            try:
+                self._write(dirty)
+            finally:
+                self._lock.acquire()
+            return None
+        if dirty is not None:
+            self._submit_write(dirty)
+        self._lock.wait()
+        return None
 
     def _release(self, buffer: Buffer) -> None:
         with self._lock:

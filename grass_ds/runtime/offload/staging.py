@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host buffers between disk and device, which remember what they hold."""
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Buffer:
         dirty: newer than the file.
         writing: being written to the file.
         wanted: read ahead and not yet used.
+        turn: held while a copy is issued: of two threads, the later one's event remains.
         event: device event of the last copy into or out of it.
         used: when it was used last, a counter.
     """
@@ -34,6 +36,7 @@ class Buffer:
     dirty: bool = False
     writing: bool = False
     wanted: bool = False
+    turn: threading.Lock = field(default_factory=threading.Lock)
     event: Any = None
     used: int = 0
 
@@ -69,6 +72,10 @@ class Staging:
         """The buffer that holds the chunk's state."""
         return next((b for b in self.buffers if b.filled and b.chunk == chunk), None)
 
+    def filling(self, chunk: Chunk) -> bool:
+        """Whether a buffer waits for the chunk's state from the file."""
+        return any(b.chunk == chunk and not b.filled for b in self.buffers)
+
     def touch(self, buffer: Buffer) -> Buffer:
         """Take the buffer into use."""
         self._clock += 1
@@ -91,9 +98,11 @@ class Staging:
         return min(dirty, key=lambda b: (b.chunk in keep, b.used), default=None)
 
     def forget(self, matches: Callable[[Chunk], bool]) -> None:
-        """Empty the buffers of these chunks; those in use are merely no longer written."""
+        """Empty the buffers of these chunks; those in use, or being written, are merely not written again."""
         for buffer in self.buffers:
             if buffer.chunk is not None and matches(buffer.chunk):
                 buffer.dirty = buffer.wanted = False
-                if not buffer.users:
+                if not (
+                    buffer.users or buffer.writing
+                ):  # as long as the file changes, nobody may find the chunk missing here
                     buffer.chunk, buffer.filled = None, False

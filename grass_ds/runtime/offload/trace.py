@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What moved when: a Chrome trace (load it in ``chrome://tracing`` or Perfetto) of transfers beside backward and step."""
 
+import atexit
 import json
 import os
 import threading
@@ -36,6 +37,8 @@ class Trace:
         self._lock = threading.Lock()
         self._zero = time.perf_counter()
         self._device_zero: Any = None
+        if path is not None:
+            atexit.register(self.write)
 
     @property
     def path(self) -> Path | None:
@@ -60,8 +63,9 @@ class Trace:
         if self._path is None or len(self._on_device) >= MAX_SPANS:
             yield
             return
-        if self._device_zero is None:
-            self._synchronise_clocks()
+        with self._lock:
+            if self._device_zero is None:
+                self._synchronise_clocks()
         begin, end = (get_accelerator().Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
         yield
@@ -83,6 +87,7 @@ class Trace:
         """Write the file; called at the end of a run. A trace that cannot be written costs a warning, not the run."""
         if self._path is None:
             return
+        atexit.unregister(self.write)
         lanes = sorted({lane for lane, *_ in (*self._spans, *self._on_device)})
         rows: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": self._rank, "tid": lanes.index(lane), "args": {"name": lane}}

@@ -20,7 +20,7 @@ from itertools import islice
 
 import torch
 
-from grass_ds.runtime.offload.chunks import ELEMENT, Chunk
+from grass_ds.runtime.offload.chunks import Chunk
 from grass_ds.runtime.offload.copies import Copies
 from grass_ds.runtime.offload.files import OffloadError
 from grass_ds.runtime.offload.tier import Planes, Ticket, Tier
@@ -107,7 +107,7 @@ class Window:
             self._look_ahead()
 
     def prefetch(self, chunks: Iterable[Chunk]) -> None:
-        """Load these, and what the plan has before them, as far as there are slots. Never waits for a slot."""
+        """Load these, and what the plan has before them, as far as there are slots. Called in backward: never waits for one."""
         if self._tier is None:
             return
         if not self._streams:
@@ -116,7 +116,7 @@ class Window:
         limit = 1 + max((self._position[chunk] for chunk in chunks), default=-1)
         while self._next < limit:
             chunk = self._plan[self._next]
-            slot = self._slots.get(chunk) or self._unused_slot()
+            slot = self._slots.get(chunk) or self._unused_slot(wait=False)
             if slot is None:
                 return
             self._occupy(chunk, slot)
@@ -241,9 +241,11 @@ class Window:
             assert slot is not None
         return slot
 
-    def _unused_slot(self) -> Slot | None:
+    def _unused_slot(self, wait: bool = True) -> Slot | None:
+        """A slot that holds nothing, None if all do; without ``wait`` also if the next one still waits for its store to be issued."""
         if self._free:
-            return self._free.popleft()
+            pending = self._free[0].pending
+            return self._free.popleft() if wait or pending is None or pending.settled else None
         if len(self._slots) < self._buffers:
             return self._allocate(self._chunk_numel, self._max_planes)
         return None
@@ -297,8 +299,3 @@ def _settle(slot: Slot) -> None:
         if event is not None:
             event.synchronize()
         slot.pending = None
-
-
-def window_bytes(buffers: int, chunk_numel: int, planes: int = 3) -> int:
-    """The bound of ``stream``: 12 bytes per element of ``device_buffers`` chunks with Adam."""
-    return buffers * chunk_numel * planes * ELEMENT

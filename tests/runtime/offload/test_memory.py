@@ -21,6 +21,9 @@ class Registry:
     def device_name(self) -> str:
         return "books"
 
+    def current_device_name(self) -> str:
+        return "cpu"
+
     def register_host_memory(self, address: int, nbytes: int) -> bool:
         if sum(self.held.values()) + nbytes > self.limit:
             raise RuntimeError("out of page-locked memory")
@@ -34,7 +37,7 @@ class Registry:
 @pytest.fixture
 def registry() -> Iterator[Registry]:
     books = Registry()
-    with mock.patch.object(memory, "get_accelerator", lambda: books):
+    with mock.patch.object(memory, "get_accelerator", return_value=books):
         yield books
 
 
