@@ -36,6 +36,15 @@ class GrassEngine(seams.DeepSpeedEngine):
 
     grass: GrassHandle | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            if self.grass is not None:  # what failed came later, and the caller has nothing to call destroy() on
+                self.optimizer.destroy()
+                self._leave_model()
+            raise
+
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         # bf16 with fp32 accumulation on stage 1 would get BF16_Optimizer, which is no ZeRO wrapper that we can stand in for.
@@ -160,9 +169,12 @@ class GrassEngine(seams.DeepSpeedEngine):
         """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""
         super().destroy()
         if self.grass is not None:
-            for hook in (self.module_forward_pre_hook, self.module_forward_post_hook):
-                hook.remove()
-            self.grass = None
+            self._leave_model()
+
+    def _leave_model(self) -> None:
+        for hook in (self.module_forward_pre_hook, self.module_forward_post_hook):
+            hook.remove()
+        self.grass = None
 
 
 def _check_coverage(units: list[Any], layers: ModelLayers) -> None:

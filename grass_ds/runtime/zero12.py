@@ -31,6 +31,7 @@ from grass_ds.runtime.agreement import check_ranks_agree, digest, succeeding_tog
 from grass_ds.runtime.fragments import ParamFragment
 from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
 from grass_ds.runtime.norms import global_squares, layer_rms
+from grass_ds.runtime.stepping import step_unit
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit
 
@@ -183,7 +184,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         """Step all active units, and share the new weights if every rank got that far."""
         with self._together():
             for unit in self._active:
-                self._step_unit(unit, factor)
+                step_unit(unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store)
         for unit in self._active:
             self._gather(unit)
 
@@ -194,22 +195,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
 
     def _together(self) -> AbstractContextManager[None]:
         return succeeding_together(self.store, self.dp_process_group, self.device)
-
-    def _step_unit(self, unit: Unit, factor: float) -> None:
-        group = self.optimizer.param_groups[unit.group]
-        shard = self.reducer.shards.pop(unit)
-        for chunk in self.store.chunks(unit):
-            with self.store.on_loan(chunk, self.optimizer) as master:
-                gradient = chunk.of(shard).to(torch.float32)
-                master.grad = gradient.mul_(factor) if factor != 1.0 else gradient
-                groups, self.optimizer.param_groups = self.optimizer.param_groups, [group]
-                group["params"] = [master]
-                try:
-                    self.optimizer.step()
-                finally:
-                    group["params"], self.optimizer.param_groups = [], groups
-                    master.grad = None
-                chunk.of(unit.shard).copy_(master)
 
     def _gather(self, unit: Unit) -> None:
         if unit.world == 1:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks that go wrong, and processes that may die of it."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +31,11 @@ def mounted(path: Path, size: int, options: str = "rw") -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-def start_python(source: str, *args: object) -> subprocess.Popen[str]:
-    """Run ``source`` with the package at hand in another process."""
+def start_python(source: str, *args: object, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Run ``source`` with the package at hand in another process, with more ``environment`` than this one has."""
     command = [sys.executable, "-c", source, *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, **pipes)
 
 
 def run_python(source: str, *args: object, timeout: float = 60.0) -> str:

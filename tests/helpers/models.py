@@ -94,6 +94,15 @@ def unit_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": members[key]} for key in (*head, "model.norm.weight", *blocks, "model.embed_tokens.weight")]
 
 
+def split_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Decay and no decay: two units per layer."""
+    norms = {id(p) for name, p in model.named_parameters() if "norm" in name}
+    return [
+        {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
+    ]
+
+
 @contextmanager
 def engine_of(config: dict[str, Any], model: nn.Module | None = None, **arguments: Any) -> Any:
     """An engine for the length of a ``with`` block; grass if the config has the block, stock otherwise."""

@@ -18,8 +18,9 @@ from grass_ds.runtime.offload.chunks import ELEMENT, effective_chunk_numel, larg
 from grass_ds.runtime.offload.copies import Copies, copies_for
 from grass_ds.runtime.offload.files import StateFiles, resolve_path
 from grass_ds.runtime.offload.host import HostTier
+from grass_ds.runtime.offload.layout import file_bytes
 from grass_ds.runtime.offload.memory import StagingMemory
-from grass_ds.runtime.offload.nvme import SPARE_BUFFERS, NvmeTier, file_bytes
+from grass_ds.runtime.offload.nvme import SPARE_BUFFERS, NvmeTier
 from grass_ds.runtime.offload.template import StateTemplate
 from grass_ds.runtime.offload.tier import Tier
 from grass_ds.runtime.offload.trace import Trace

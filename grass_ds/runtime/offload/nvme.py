@@ -15,7 +15,6 @@ Otherwise a chunk is written at once after its step.
 
 import atexit
 import threading
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -24,10 +23,11 @@ from typing import Any
 
 import torch
 
-from grass_ds.runtime.offload.blockio import BlockIO, Piece
-from grass_ds.runtime.offload.chunks import ELEMENT, Chunk, chunks_of, round_up
+from grass_ds.runtime.offload.blockio import BlockIO
+from grass_ds.runtime.offload.chunks import Chunk, chunks_of
 from grass_ds.runtime.offload.copies import Copies
 from grass_ds.runtime.offload.files import OffloadError, StateFiles
+from grass_ds.runtime.offload.layout import Checksums, file_bytes, pieces
 from grass_ds.runtime.offload.memory import StagingMemory
 from grass_ds.runtime.offload.staging import Buffer, Staging
 from grass_ds.runtime.offload.tier import Planes, Ticket
@@ -37,11 +37,6 @@ from grass_ds.runtime.units import Unit
 
 # Buffers that are never read ahead into: one for a load that is needed now, one for a store.
 SPARE_BUFFERS = 2
-
-
-def file_bytes(unit: Unit, planes: int) -> int:
-    """Size of a unit's file: master | moments, each plane aligned."""
-    return planes * round_up(unit.shard_numel) * ELEMENT
 
 
 class NvmeTier:
@@ -73,7 +68,7 @@ class NvmeTier:
         self._files, self._memory, self._copies, self._trace = files, memory, copies, trace
         self._host_copies = Copies(trace)
         self._planes_of, self._chunk_numel = planes_of, chunk_numel
-        self._checksums: dict[Chunk, int] | None = {} if checksum else None
+        self._checksums = Checksums() if checksum else None
         self._staging = Staging(list(memory), max_planes)
         self._lock = threading.Condition()
         self._storing: Counter[Chunk] = Counter()  # stores that the writer has not begun or not finished
@@ -216,19 +211,11 @@ class NvmeTier:
                 buffer = self._claim(chunk)
         buffer.synchronize()
         with self._trace.span("read", str(chunk)):
-            self._read_io.read(self._files[chunk.unit.name], self._pieces(chunk, buffer))
-        self._verify(chunk, buffer)
+            self._read_io.read(file := self._files[chunk.unit.name], pieces(chunk, self._planes(chunk, buffer)))
+        if self._checksums is not None:
+            self._checksums.verify(chunk, self._views(chunk, buffer), file)
         buffer.filled = True
         return buffer
-
-    def _verify(self, chunk: Chunk, buffer: Buffer) -> None:
-        expected = self._checksums.get(chunk) if self._checksums is not None else None
-        if expected is not None and expected != self._checksum(chunk, buffer):
-            file = self._files[chunk.unit.name]
-            raise OffloadError(
-                f"checksum mismatch: {file.path} does not hold what was written there for {chunk}. The disk or its file system "
-                "lost or changed data; load the last checkpoint, with another grass.offload.nvme_path or offload.device: cpu"
-            )
 
     # ---- the writer thread ----------------------------------------------------------------------------------------------
 
@@ -271,9 +258,9 @@ class NvmeTier:
             if event is not None:
                 event.synchronize()
             if self._checksums is not None:
-                self._checksums[chunk] = self._checksum(chunk, buffer)
+                self._checksums.remember(chunk, self._views(chunk, buffer))
             with self._trace.span("write", str(chunk)):
-                self._write_io.write(self._files[chunk.unit.name], self._pieces(chunk, buffer))
+                self._write_io.write(self._files[chunk.unit.name], pieces(chunk, self._planes(chunk, buffer)))
         finally:
             with self._lock:
                 buffer.writing = False
@@ -352,17 +339,11 @@ class NvmeTier:
             buffer.users -= 1
             self._lock.notify_all()
 
-    def _pieces(self, chunk: Chunk, buffer: Buffer) -> list[Piece]:
-        """The chunk's part of every plane; its end is rounded up to the alignment, which the file has room for."""
-        plane_bytes, numel = file_bytes(chunk.unit, 1), round_up(chunk.numel)
-        views = buffer.views(numel, self._planes_of(chunk.unit))
-        return [Piece(view, index * plane_bytes + chunk.start * ELEMENT) for index, view in enumerate(views)]
+    def _planes(self, chunk: Chunk, buffer: Buffer) -> Planes:
+        return buffer.planes[: self._planes_of(chunk.unit)]
 
-    def _checksum(self, chunk: Chunk, buffer: Buffer) -> int:
-        value = 0
-        for view in buffer.views(chunk.numel, self._planes_of(chunk.unit)):
-            value = zlib.crc32(memoryview(view.numpy()).cast("B"), value)
-        return value
+    def _views(self, chunk: Chunk, buffer: Buffer) -> Planes:
+        return buffer.views(chunk.numel, self._planes_of(chunk.unit))
 
     def _fail(self, error: BaseException) -> BaseException:
         """Nothing can be relied upon from here on; whoever waits, hears of it. Returns what they hear."""

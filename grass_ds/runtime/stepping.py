@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client optimizer's own step, on one unit's shard at a time."""
+
+import torch
+
+from grass_ds.runtime.store import StateStore
+from grass_ds.runtime.units import Unit
+
+
+def step_unit(
+    unit: Unit, gradient: torch.Tensor, factor: float, optimizer: torch.optim.Optimizer, store: StateStore
+) -> None:
+    """Step the unit's fp32 master weights chunk by chunk, and write them into its low-precision shard.
+
+    The client's param groups stay hyper-parameters; the unit's one holds a chunk for the length of a step.
+
+    Args:
+        gradient: averaged gradient of the shard, [shard_numel], any floating dtype.
+        factor: multiplies the gradient in fp32: undoes the loss scale and clips.
+    """
+    group = optimizer.param_groups[unit.group]
+    for chunk in store.chunks(unit):
+        with store.on_loan(chunk, optimizer) as master:
+            part = chunk.of(gradient).to(torch.float32)
+            master.grad = part.mul_(factor) if factor != 1.0 else part
+            groups, optimizer.param_groups = optimizer.param_groups, [group]
+            group["params"] = [master]
+            try:
+                optimizer.step()
+            finally:
+                group["params"], optimizer.param_groups = [], groups
+                master.grad = None
+            chunk.of(unit.shard).copy_(master)
