@@ -5,17 +5,14 @@ Nothing is taken on the library's word: collectives are counted where torch disp
 """
 
 import gc
-import time
-import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from helpers.live import LiveBytes, settle, tensors_in
 from helpers.models import VOCAB, batch, ds_config, engine_of, grass_block, tiny_llama, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytestmark = pytest.mark.dist
 
@@ -28,7 +25,6 @@ TEMPLATE = STEP_COUNT  # a fresh step count, kept to begin with
 GRAIN = 1024  # elements: device buffers are a multiple of it
 
 LAYER = sum(p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters())
-Tensors = Iterable[torch.Tensor]
 
 
 def shard(numel: int, world: int) -> int:
@@ -38,10 +34,6 @@ def shard(numel: int, world: int) -> int:
 
 def cyclic(**settings: Any) -> dict[str, Any]:
     return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 class Collectives(TorchDispatchMode):
@@ -57,50 +49,6 @@ class Collectives(TorchDispatchMode):
                 (func._schema.name.removeprefix("c10d::").strip("_"), max(t.nbytes for t in tensors_in(args)))
             )
         return func(*args, **(kwargs or {}))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes held by the storages of ``known`` and of all tensors met while this is on.
-
-    ``sizes``: count only storages of these sizes. ``ignore``: tensors whose storages do not count.
-    """
-
-    def __init__(self, known: Tensors = (), sizes: set[int] | None = None, ignore: Tensors = ()) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes = sizes
-        self._storages = {id(tensor.untyped_storage()) for tensor in ignore}
-        for tensor in known:
-            self._add(tensor)
-
-    def _add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._storages or (self._sizes is not None and size not in self._sizes):
-            return
-        self._storages.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            self._add(tensor)
-        return result
-
-
-def settle(live: LiveBytes, expected: int) -> int:
-    """Bytes alive, once they are as expected or have not become so for long: gloo's threads keep what they sent a moment longer."""
-    deadline = time.monotonic() + 10
-    while live.now != expected and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.002)
-    return live.now
 
 
 def width(config: dict[str, Any]) -> int:

@@ -2,14 +2,13 @@
 """Checkpoints: a resumed run is the uninterrupted one, bit for bit, and DeepSpeed's own tools can read what was saved."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import LAYERS, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.observed import difference, fp16_allowed, observe, optimizer_state
 
 pytestmark = pytest.mark.dist
 
@@ -39,61 +38,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sampler": "grass"},
     ),
 }
-
-
-@contextmanager
-def fp16_allowed() -> Iterator[None]:
-    """gloo and the CPU kernels can; DeepSpeed's CPU accelerator says no."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    had = accelerator.is_fp16_supported
-    accelerator.is_fp16_supported = lambda: True
-    try:
-        yield
-    finally:
-        accelerator.is_fp16_supported = had
-
-
-def optimizer_state(engine: Any) -> dict[str, Any]:
-    """Unit -> master, moments and scalars of this rank's shard, copied."""
-    store = engine.optimizer.store
-    return {
-        unit.name: copy.deepcopy({"master": store[unit].master, **store[unit].moments, **store[unit].scalars})
-        for unit in engine.optimizer.units
-        if unit in store
-    }
-
-
-def observe(engine: Any) -> dict[str, Any]:
-    """Everything that makes up a run at one step."""
-    grass = engine.grass
-    return {
-        "weights": snapshot(engine.module),
-        "state": optimizer_state(engine),
-        "phase": grass.phase,
-        "active": grass.active_layers,
-        "trainable": sorted(name for name, param in engine.module.named_parameters() if param.requires_grad),
-        "scores": grass.scores,
-        "probabilities": grass.probabilities,
-        "visits": grass.visits,
-        "fingerprint": engine.optimizer.controller.fingerprint(),
-        "lr": engine.get_lr(),
-        "loss_scale": engine.optimizer.loss_scale,
-        "steps": (engine.global_steps, engine.skipped_steps),
-    }
-
-
-def difference(one: Any, other: Any, path: str = "") -> str | None:
-    """Where two nested observations differ first; None if they are equal bit for bit."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return f"{path}: {sorted(map(str, one.keys() ^ other.keys()))} only on one side"
-        return next((found for key in one if (found := difference(one[key], other[key], f"{path}/{key}"))), None)
-    if isinstance(one, torch.Tensor):
-        same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
-        return None if same else f"{path}: tensors differ"
-    return None if one == other else f"{path}: {one!r} != {other!r}"
 
 
 def straight_and_resumed(config: dict[str, Any], folder: Path) -> dict[str, Any]:

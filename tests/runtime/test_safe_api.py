@@ -16,7 +16,7 @@ from deepspeed.utils import (
     safe_set_full_grad,
     safe_set_full_optimizer_state,
 )
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, split_groups, tiny_llama, train
 from torch import nn
 
 pytestmark = pytest.mark.dist
@@ -47,15 +47,6 @@ def plain_gradients(model: nn.Module, step: int) -> dict[str, torch.Tensor]:
 
 def of_layer(model: nn.Module, layer: int) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if f"layers.{layer}." in name}
-
-
-def split_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Decay and no decay: two units per layer."""
-    norms = {id(p) for name, p in model.named_parameters() if "norm" in name}
-    return [
-        {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
-    ]
 
 
 def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
