@@ -82,7 +82,8 @@ def offload_table(rows: list[Row]) -> list[str]:
         "s / step: median, mean",
         "of none: median step",
         "of none: all steps",
-        "in `step()`",
+        "in `step()`: median",
+        "more than none in `step()`: mean",
         "RSS (peak)",
         "state on device, host, files",
         "read, written per step",
@@ -98,6 +99,7 @@ def offload_table(rows: list[Row]) -> list[str]:
             f"{statistics.median(seconds):.3f}, {statistics.mean(seconds):.3f}",
             *_of_base(mine, rows),
             f"{1e3 * statistics.median(value for row in mine for value in row['step_seconds']):.0f} ms",
+            _added(mine, rows),
             f"{_median(mine, 'resident_bytes') / 1e9:.2f} ({_median(mine, 'peak_bytes') / 1e9:.2f}) GB",
             _state(mine[0], ("device", "host", "nvme")),
             _disk(mine),
@@ -174,6 +176,19 @@ def _of_base(mine: list[Row], rows: list[Row]) -> tuple[str, str]:
     seeds = {row["seed"] for row in mine}
     whole = sum(sum(row["seconds"]) for row in mine) / sum(sum(row["seconds"]) for row in base if row["seed"] in seeds)
     return f"{every:.3f} ({min(medians):.3f} to {max(medians):.3f})", f"{whole:.3f}"
+
+
+def _added(mine: list[Row], rows: list[Row]) -> str:
+    """Mean time in ``step()`` beyond that of the same steps of :data:`BASE`, draws included; and its share of a whole step there."""
+    bases = {row["seed"]: row for row in rows if row["offload"] == BASE}
+    pairs = [(row, bases[row["seed"]]) for row in mine if row["offload"] != BASE and row["seed"] in bases]
+    if not pairs:
+        return ""
+    added = statistics.mean(
+        statistics.mean(row["step_seconds"]) - statistics.mean(base["step_seconds"]) for row, base in pairs
+    )
+    whole = statistics.mean(statistics.mean(base["seconds"]) for _, base in pairs)
+    return f"{1e3 * added:+.0f} ms = {added / whole:+.1%}"
 
 
 def _overlap(offload: str) -> str:

@@ -84,11 +84,15 @@ def row(offload: str, seconds: list[float], **changed: Any) -> dict[str, Any]:
 
 def test_ratios_compare_the_same_step_of_the_same_layers() -> None:
     base = [row("none", [1.0, 2.0, 4.0]), row("none", [1.0, 1.0, 1.0], seed=1)]
-    mine = [row("cpu-stream", [3.0, 1.0, 1.0], seed=1), row("cpu-stream", [2.0, 2.0, 4.0])]
+    mine = [
+        row("cpu-stream", [3.0, 1.0, 1.0], seed=1),
+        row("cpu-stream", [2.0, 2.0, 4.0], step_seconds=[0.5, 0.5, 2.0]),
+    ]
     assert places.step_ratios(mine, base) == [[2.0, 1.0, 1.0], [3.0, 1.0, 1.0]]
     line = places.offload_table([*base, *mine])[-1].split(" | ")
     assert line[3:5] == ["1.000 (1.000 to 1.000)", "1.300"]  # 13 s against 10 s
-    assert line[5:] == ["500 ms", "2.00 (3.00) GB", "1.5, 2.0, 3.0 MB", "1.0, 2.0 MB |"]
+    assert line[5:7] == ["500 ms", "+250 ms = +15.0%"]  # 0.5 s in one of two rounds, of 10 s in six steps
+    assert line[7:] == ["2.00 (3.00) GB", "1.5, 2.0, 3.0 MB", "1.0, 2.0 MB |"]
 
 
 @pytest.mark.parametrize("changed", [{"active": [[0, 1], [0, 1], [0, 3]]}, {"seed": 1}])

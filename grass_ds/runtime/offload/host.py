@@ -30,18 +30,17 @@ class HostTier:
         self._pin = pin and get_accelerator().device_name() != "cpu"
         self._states: dict[Unit, Planes] = {}
         self._memory: dict[Unit, list[HostMemory]] = {}
-        self._stored: dict[Unit, dict[Chunk, Any]] = {}  # event of the last store of each chunk
+        self._last: dict[Unit, dict[Chunk, Any]] = {}  # event of the last copy of each chunk
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
         resting = self._states[chunk.unit]
         pairs = [(there, chunk.of(here)) for there, here in zip(target, resting, strict=True)]
-        return Ticket.issued(self._copies.load(pairs, [*after, self._stored[chunk.unit].get(chunk)], str(chunk)))
+        return self._note(chunk, self._copies.load(pairs, [*after, self._last[chunk.unit].get(chunk)], str(chunk)))
 
     def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Ticket:
         resting = self._planes(chunk.unit, len(source))
         pairs = [(chunk.of(here), there) for here, there in zip(resting, source, strict=True)]
-        self._stored[chunk.unit][chunk] = event = self._copies.store(pairs, after, str(chunk))
-        return Ticket.issued(event)
+        return self._note(chunk, self._copies.store(pairs, after, str(chunk)))
 
     def expect(self, chunks: Sequence[Chunk]) -> None:
         """Everything is here already."""
@@ -62,7 +61,7 @@ class HostTier:
     def drop(self, unit: Unit) -> None:
         self._settle(unit)
         self._states.pop(unit, None)
-        self._stored.pop(unit, None)
+        self._last.pop(unit, None)
         for memory in self._memory.pop(unit, ()):
             memory.close()
 
@@ -82,12 +81,16 @@ class HostTier:
         if unit not in self._states:
             self._memory[unit] = memory = [HostMemory(unit.shard_numel * ELEMENT, self._pin) for _ in range(count)]
             self._states[unit] = [part.data.view(torch.float32) for part in memory]
-            self._stored[unit] = {}
+            self._last[unit] = {}
         return self._states[unit]
+
+    def _note(self, chunk: Chunk, event: Any) -> Ticket:
+        self._last[chunk.unit][chunk] = event
+        return Ticket.issued(event)
 
     def _settle(self, unit: Unit) -> None:
         """Wait on the host for the unit's copies under way."""
-        events = self._stored.get(unit, {})
+        events = self._last.get(unit, {})
         for event in events.values():
             if event is not None:
                 event.synchronize()

@@ -169,7 +169,7 @@ class LoadIgnoresQueuedStores(NvmeTier):
 
 class HostTierForgetsItsStores(HostTier):
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
-        self._stored[chunk.unit].clear()
+        self._last[chunk.unit].clear()
         return super().load(chunk, target, after)
 
 
