@@ -173,6 +173,14 @@ class HostTierForgetsItsStores(HostTier):
         return super().load(chunk, target, after)
 
 
+class HostTierForgetsItsLoads(HostTier):
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
+        stored = self._last[chunk.unit].get(chunk)
+        ticket = super().load(chunk, target, after)
+        self._last[chunk.unit][chunk] = stored
+        return ticket
+
+
 class LoadsIgnorePending(Window):
     def _load(self, chunk: Chunk, slot: Slot) -> None:
         slot.pending = None
@@ -209,9 +217,10 @@ MUTATIONS: dict[str, tuple[type[LazyCopies], dict[str, Any], tuple[str, ...]]] =
     "the host tier does not know its stores": (LazyCopies, {"HostTier": HostTierForgetsItsStores}, ("cpu-period",)),
     "a slot is loaded before it has been stored": (LazyCopies, {"Window": LoadsIgnorePending}, ("cpu-stream",)),
     "a slot is used before it has been loaded": (LazyCopies, {"Window": TakeIgnoresPending}, ("cpu-stream",)),
-    "a slot is given up before it has been loaded": (
+    # two of them, each of which is enough
+    "host memory changes before it has been loaded from": (
         LazyCopies,
-        {"Window": ForgetIgnoresPending},
+        {"Window": ForgetIgnoresPending, "HostTier": HostTierForgetsItsLoads},
         ("cpu-stream-three-buffers", "cpu-stream"),
     ),
 }
