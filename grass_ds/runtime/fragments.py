@@ -16,7 +16,7 @@ from torch import nn
 from grass_ds.runtime.agreement import succeeding_together
 from grass_ds.runtime.gradients import GradientReducer
 from grass_ds.runtime.seams import fragment_address
-from grass_ds.runtime.store import StateStore
+from grass_ds.runtime.store import StateStore, UnitState
 from grass_ds.runtime.units import Unit
 
 _ATTRIBUTES = ("get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad", "_hp_mapping")
@@ -58,11 +58,7 @@ class ParamFragment:
             raise ValueError(f"{self._unit.name} has no optimizer state {optim_state_key!r}: it was never stepped")
         with succeeding_together(self._store, self._group, self._unit.flat.device):
             state = self._store.ensure(self._unit)
-            if optim_state_key is not None and optim_state_key not in state.moments:
-                raise ValueError(
-                    f"{self._unit.name} has no optimizer state {optim_state_key!r}; it has {sorted(state.moments)}"
-                )
-            self._write(state.master if optim_state_key is None else state.moments[optim_state_key], value)
+            self._write(self._part(state, optim_state_key), value)
             self._store.put(self._unit, state)
 
     def full_gradient(self) -> torch.Tensor | None:
@@ -99,7 +95,10 @@ class ParamFragment:
             if key not in MOMENT_KEYS:
                 raise ValueError(f"{self._unit.name} was never stepped and has no optimizer state {key!r}")
             return torch.zeros(1, device=self._unit.flat.device).expand(self._unit.shard_numel)
-        state = self._store[self._unit]
+        return self._part(self._store[self._unit], key)
+
+    def _part(self, state: UnitState, key: str | None) -> torch.Tensor:
+        """The master weights, or the moment of that name."""
         if key is not None and key not in state.moments:
             raise ValueError(f"{self._unit.name} has no optimizer state {key!r}; it has {sorted(state.moments)}")
         return state.master if key is None else state.moments[key]

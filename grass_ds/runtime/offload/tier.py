@@ -50,10 +50,7 @@ class Ticket:
 
 
 class Tier(Protocol):
-    """Where state rests below the device window. Copies are ordered by the events they are given and those they return.
-
-    ``moments`` of a unit are known by the length of the planes it was stored with.
-    """
+    """Where state rests below the device window. Copies are ordered by the events they are given and those they return."""
 
     error: BaseException | None
     """What went wrong in a thread of the tier; from then on nothing can be relied upon."""

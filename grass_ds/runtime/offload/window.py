@@ -15,7 +15,7 @@ slots. ``pending`` is the last copy that touched a slot's memory: whoever uses t
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -34,7 +34,6 @@ class Slot:
     planes: Planes
     pending: Ticket | None = None
     dirty: bool = False
-    holds: Chunk | None = field(default=None)
 
     @property
     def nbytes(self) -> int:
@@ -149,14 +148,10 @@ class Window:
 
     def give(self, chunk: Chunk) -> None:
         """The chunk was stepped: ``stream`` stores it and goes on to the next, the others keep it."""
-        slot = self._slots[chunk]
-        slot.dirty = self._tier is not None
+        self._slots[chunk].dirty = self._tier is not None
         if not self._streams:
             return
-        self._store(slot)
-        del self._slots[chunk]
-        slot.holds = None
-        self._free.append(slot)
+        self._retire(chunk)
         self.prefetch(self._plan[-1:])
         self._look_ahead()
 
@@ -172,18 +167,19 @@ class Window:
     def forget(self, unit: Unit) -> None:
         """Let go of the unit's chunks without storing them."""
         for chunk in [chunk for chunk in self._slots if chunk.unit is unit]:
-            slot = self._slots.pop(chunk)
+            slot = self._slots[chunk]
             _settle(slot)  # what it was loaded from may be overwritten next
-            self._release(slot)
+            slot.dirty = False
+            self._retire(chunk)
             self._next = min(self._next, self._position.get(chunk, self._next))
         self._sweep()
 
     def flush(self) -> None:
         """Store everything that is newer here than below; it stays here."""
         if self._tier is not None:
-            for slot in self._slots.values():
+            for chunk, slot in self._slots.items():
                 if slot.dirty:
-                    self._store(slot)
+                    self._store(chunk, slot)
 
     def resting(self, unit: Unit, chunks: Sequence[Chunk]) -> Planes:
         """The unit's planes as they lie on the device, without a tier: views, or a copy if it has several chunks."""
@@ -193,7 +189,7 @@ class Window:
     def adopt(self, chunk: Chunk, planes: Planes) -> None:
         """Set a chunk's state on the device, without a tier."""
         slot = self._slots.get(chunk) or self._new_slot(chunk)
-        self._slots[chunk], slot.holds = slot, chunk
+        self._slots[chunk] = slot
         for here, there in zip(self._views(slot, chunk), planes, strict=True):
             here.copy_(there)
 
@@ -210,23 +206,23 @@ class Window:
 
     def _occupy(self, chunk: Chunk, slot: Slot) -> None:
         """Give the slot to the chunk, and load it if there is something to load."""
-        if slot.holds == chunk:
+        if self._slots.get(chunk) is slot:
             return
         if self._tier is not None and chunk.unit in self._stored:
             self._load(chunk, slot)
         else:
-            self._slots[chunk], slot.holds = slot, chunk
+            self._slots[chunk] = slot
 
     def _load(self, chunk: Chunk, slot: Slot) -> None:
         assert self._tier is not None
         # a slot that was stored from: the event of the store; new memory: whatever was computed in it before
         free = slot.pending.wait() if slot.pending is not None else self._copies.mark()
         slot.pending = self._tier.load(chunk, self._views(slot, chunk), [free])
-        self._slots[chunk], slot.holds, slot.dirty = slot, chunk, False
+        self._slots[chunk], slot.dirty = slot, False
 
-    def _store(self, slot: Slot) -> None:
-        assert self._tier is not None and slot.holds is not None
-        slot.pending = self._tier.store(slot.holds, self._views(slot, slot.holds), [self._copies.mark()])
+    def _store(self, chunk: Chunk, slot: Slot) -> None:
+        assert self._tier is not None
+        slot.pending = self._tier.store(chunk, self._views(slot, chunk), [self._copies.mark()])
         slot.dirty = False
 
     def _room_for(self, chunk: Chunk) -> Slot:
@@ -260,23 +256,12 @@ class Window:
         return slot
 
     def _retire(self, chunk: Chunk) -> None:
-        """Let a chunk go that is not needed: stored if it is newer here."""
+        """Let a chunk go: stored if it is newer here."""
         slot = self._slots[chunk]
         if slot.dirty:
-            self._store(slot)
+            self._store(chunk, slot)
         del self._slots[chunk]
-        if self._streams:
-            slot.holds = None
-            self._free.append(slot)
-        else:
-            self._leaving.append(slot)
-
-    def _release(self, slot: Slot) -> None:
-        slot.holds, slot.dirty = None, False
-        if self._streams:
-            self._free.append(slot)
-        else:
-            self._leaving.append(slot)
+        (self._free if self._streams else self._leaving).append(slot)
 
     def _sweep(self) -> None:
         """Free the slots whose last copy has been issued; the allocator waits for the copy itself."""
