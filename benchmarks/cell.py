@@ -22,8 +22,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import grass_ds
-from benchmarks.methods import METHODS, ds_config, prepare_model
+from benchmarks.methods import METHODS, PACKAGES, ds_config, prepare_model
 from benchmarks.models import largest_layer, load
+from benchmarks.peers import BlockWatch, badam_engine
 from benchmarks.places import OFFLOADS
 from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
@@ -31,7 +32,7 @@ from launch.data import Collator, load_splits, tokenize
 from launch.evaluate import exact_match, mean_loss
 from launch.template import Template
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+VERSIONS = ("torch", "deepspeed", "transformers", "peft")
 
 
 def parse() -> argparse.Namespace:
@@ -99,6 +100,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     accelerator = get_accelerator()
     block = METHODS[args.method]
     drawn = block is not None and block["sampler"] in SCORED_SAMPLERS
+    packages = (*VERSIONS, *([PACKAGES[args.method]] if args.method in PACKAGES else []))
     return {
         **{key: getattr(args, key) for key in keys},
         **({"data": args.data} if args.kind == "quality" else {}),
@@ -107,7 +109,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "device": accelerator.device_name(),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 
@@ -140,6 +142,8 @@ def build(args: argparse.Namespace, model: Any) -> Any:
         bucket=max(5_000_000, largest_layer(model)),
         fused=get_accelerator().device_name() != "cpu",
     )
+    if args.method == "badam-package":
+        return badam_engine(model, config, switch_every=args.grass.get("sample_period", 50))
     model = prepare_model(args.method, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return grass_ds.initialize(model=model, model_parameters=trainable, config=config)[0]
@@ -186,11 +190,13 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         probing.append(_one_step(engine, micro_batch, args.accumulation))
     for _ in range(args.warmup):
         _one_step(engine, micro_batch, args.accumulation)
-    measured, active, first_steps, disk = [], [], 0, disk_bytes()
+    measured, active, changed, first_steps, disk = [], [], [], 0, disk_bytes()
     for _ in range(args.steps):
-        active.append(list(grass.active_layers) if grass is not None else None)
+        watch = BlockWatch(engine) if args.method in PACKAGES else None
+        active.append(list(grass.active_layers) if grass is not None else watch.layers if watch is not None else None)
         first_steps += count_first_steps(engine) if grass is not None else 0
         measured.append(_one_step(engine, micro_batch, args.accumulation))
+        changed.append(bool(distributed.max_over_ranks(watch.changed())) if watch is not None else None)
     moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
     totals = [sum(parts.values()) for parts in measured]
     return {
@@ -200,12 +206,13 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         **{f"median_{part}": statistics.median(m[part] for m in measured) for part in ("forward", "backward", "step")},
         "probe_seconds": [sum(parts.values()) for parts in probing],
         "active": active,
+        "changed": changed,
         "first_steps": first_steps,
         "peak_bytes": distributed.max_over_ranks(peak_bytes()),
         "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),
         "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
         "bytes": grass.memory(peak=True) if grass is not None else None,
-        "trainable": sum(p.numel() for p in engine.module.parameters() if p.requires_grad),
+        "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad),
     }
 
 

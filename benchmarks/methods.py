@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods that are compared: each is a DeepSpeed config, and for LoRA a wrapped model."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
 EVERYTHING = ["embed", "norm", "head"]
 
-# method -> its "grass" block, None for plain DeepSpeed. The rest of the config is the same for all.
+# method -> its "grass" block, None for those without. The rest of the config is the same for all.
 METHODS: dict[str, dict[str, Any] | None] = {
     "full": None,
     "lora": None,
@@ -19,7 +20,16 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "lisa": {"sampler": "uniform", "always_active": EVERYTHING},
     "grass-embed": {"sampler": "grass", "always_active": EVERYTHING},
     "grass-device": {"sampler": "grass", "offload": {"device": "none"}},
+    "badam-package": None,
 }
+# Methods of packages that need not be installed.
+PACKAGES = {"badam-package": "badam"}
+
+
+def missing_package(method: str) -> str | None:
+    """The package that the method is, if it is not installed."""
+    package = PACKAGES.get(method)
+    return package if package is not None and find_spec(package) is None else None
 
 
 def ds_config(

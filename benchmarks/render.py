@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.places import gpu_note, gpu_table, offload_note, offload_table
+from benchmarks.stages import zero3_note, zero3_table
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
@@ -54,8 +55,9 @@ def conditions(rows: list[Row]) -> str:
     temperature = f"grass drawn at temperature {', '.join(f'{value:g}' for value in drawn)}; " if drawn else ""
     lengths = " / ".join(str(length) for length in sorted({row["sequence"] for row in rows}))
     commits = ", ".join(sorted({row["commit"] for row in rows}))
+    stages = " / ".join(f"ZeRO-{stage}" for stage in sorted({row["stage"] for row in rows}))
     return (
-        f"{one['model']}, ZeRO-{one['stage']}, {one['ranks']} rank(s) on {one['device']} ({one['hardware']}, {one['threads']} thread each), "
+        f"{one['model']}, {stages}, {one['ranks']} rank(s) on {one['device']} ({one['hardware']}, {one['threads']} thread each), "
         f"bf16, AdamW, clip 1.0, micro-batch {one['micro_batch']} x {lengths} tokens, accumulation {one['accumulation']}; "
         f"{temperature}{versions}; commit {commits}"
     )
@@ -117,7 +119,8 @@ def section(title: str, rows: list[Row], table: list[str], note: str = "") -> li
 
 def results() -> str:
     """The whole of RESULTS.md."""
-    cost, quality, offload, gpu = read("cpu"), read("quality"), read("offload"), read("gpu")
+    cost, quality, offload = read("cpu"), read("quality"), read("offload")
+    zero3, gpu = read("zero3"), read("gpu")
     lines = ["# Results", "", "Generated from `benchmarks/rows/` by `benchmarks/render.py`; do not edit.", ""]
     if cost:
         lines += section("Cost: seconds per step and memory", cost, cost_table(cost))
@@ -132,6 +135,8 @@ def results() -> str:
         lines += section(
             "Offload: seconds per step and memory", offload, offload_table(offload), offload_note(offload)
         )
+    if zero3:
+        lines += section("ZeRO-3: seconds per step and memory", zero3, zero3_table(zero3), zero3_note(zero3))
     if gpu:
         lines += section(f"GPU: {gpu[0]['model']}", gpu, gpu_table(gpu), gpu_note(gpu))
     return "\n".join(lines)

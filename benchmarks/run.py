@@ -4,6 +4,7 @@
     python benchmarks/run.py --suite cpu        # seconds per step and peak memory, side by side, interleaved
     python benchmarks/run.py --suite quality    # loss and accuracy per method and seed
     python benchmarks/run.py --suite offload    # seconds per step and memory per place of the optimizer state, interleaved
+    python benchmarks/run.py --suite zero3      # seconds per step and memory on ZeRO-3, against stock and BAdam's package
     python benchmarks/run.py --suite gpu        # LLaMA-2-7B shape with random weights on one GPU
 
 Resumable: a cell whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cells run one after another
@@ -28,7 +29,8 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells
+from benchmarks.methods import missing_package
+from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells, zero3_cells
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -72,7 +74,7 @@ def run_cell(cell: dict[str, Any], timeout: float, nvme_path: str | None = None)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("cpu", "quality", "offload", "gpu"), required=True)
+    parser.add_argument("--suite", choices=("cpu", "quality", "offload", "zero3", "gpu"), required=True)
     parser.add_argument(
         "--rounds", type=int, default=3, help="repetitions of the whole suite, each with its own seed (not quality)"
     )
@@ -93,8 +95,16 @@ def parse() -> argparse.Namespace:
 def cells_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.suite == "quality":
         return list(quality_cells(args.gsm8k))
-    suite = {"cpu": cost_cells, "offload": offload_cells, "gpu": gpu_cells}[args.suite]
+    suite = {"cpu": cost_cells, "offload": offload_cells, "zero3": zero3_cells, "gpu": gpu_cells}[args.suite]
     return list(suite(args.rounds))
+
+
+def installed(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells that can run here; says which methods are left out."""
+    for method in sorted({cell["method"] for cell in cells if missing_package(cell["method"])}):
+        package = missing_package(method)
+        print(f"skipped: {method} needs the package {package}, not installed here (pip install {package})", flush=True)
+    return [cell for cell in cells if missing_package(cell["method"]) is None]
 
 
 def current_commit() -> str:
@@ -120,7 +130,7 @@ def main() -> None:
     rows = args.rows / f"{args.suite}.jsonl"
     rows.parent.mkdir(exist_ok=True)
     done = {json.loads(line)["cell"] for line in rows.read_text().splitlines()} if rows.exists() else set()
-    todo = [cell for cell in cells_of(args) if name(cell) not in done]
+    todo = installed([cell for cell in cells_of(args) if name(cell) not in done])
     commit = args.commit or current_commit()
     lock, begin = Lock(), time.monotonic()
 

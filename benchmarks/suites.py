@@ -13,6 +13,15 @@ STEPS = 40
 LEARNING_RATE = {"full": 5e-5}
 COST_METHODS = ("full", "lora", "grass", "uniform", "grass-embed")
 QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
+# What a user of ZeRO-3 would choose from, and the same on ZeRO-2.
+ZERO3_METHODS = (
+    ("full", 3),
+    ("grass", 3),
+    ("uniform", 3),
+    ("badam-package", 3),
+    ("full", 2),
+    ("grass", 2),
+)
 # Short runs: the sampler's periods are scaled down with them, alike for all methods.
 SETTINGS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12, "temperature": 0.5, "ema_alpha": 0.5}
 
@@ -72,6 +81,24 @@ def offload_cells(rounds: int) -> Iterator[Cell]:
                 "warmup": 5,
                 "steps": 25,
                 "prepare-state": True,
+            }
+
+
+def zero3_cells(rounds: int) -> Iterator[Cell]:
+    """Sharded weights, against stock ZeRO-3 and BAdam's package. One switch in five steps, more than anybody wants: five are measured."""
+    for repetition in range(rounds):
+        for method, stage in ZERO3_METHODS:
+            yield {
+                "kind": "cost",
+                "method": method,
+                "stage": stage,
+                "seed": repetition,
+                "ranks": 2,
+                "micro-batch": 2,
+                "sequence": 128,
+                "grass": {"sample_period": 5},
+                "warmup": 5,
+                "steps": 25,
             }
 
 

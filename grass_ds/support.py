@@ -11,7 +11,7 @@ from torch import nn
 from grass_ds.config import GrassConfigError, parse_grass_block
 from grass_ds.runtime.offload.blockio import AioSettings
 
-SUPPORTED_STAGES = (1, 2)
+SUPPORTED_STAGES = (1, 2, 3)
 
 # (path in the DeepSpeed config, values that are fine, why not and what to do)
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -21,10 +21,11 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         'optimizer state is moved by the "grass" block: use grass.offload',
     ),
     (
-        "zero_optimization.offload_param.device",
-        (None, "none"),
-        "parameters cannot be offloaded on ZeRO-1/2: remove it",
+        "zero_optimization.zero_hpz_partition_size",
+        (None, 0, 1),
+        "a second partition of the weights is kept: set it to 1",
     ),
+    ("zero_optimization.mics_shard_size", (None, -1, 0), "MiCS shards over groups of their own: remove it"),
     ("zero_optimization.zenflow", (None,), "ZenFlow replaces the same optimizer wrapper: remove one of the two"),
     ("zero_optimization.elastic_checkpoint", (None, False), "layers have step counts of their own: remove it"),
     ("zero_optimization.zero_quantized_weights", (None, False), "quantised weights are not supported: remove it"),
@@ -82,6 +83,12 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         value = _lookup(config, path)
         if value not in allowed:
             problems.append(f"{path} = {value!r}: {why}")
+    where = _lookup(config, "zero_optimization.offload_param.device") or "none"
+    if where not in (("none", "cpu") if stage == 3 else ("none",)):
+        problems.append(
+            f"zero_optimization.offload_param.device = {where!r}: weights stay on the device on ZeRO-1/2, and on ZeRO-3 there or on "
+            '"cpu": set one of them'
+        )
     kind = str(_lookup(config, "optimizer.type") or "").lower()
     if kind in _NEED_WHOLE_TENSORS:
         problems.append(f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW")

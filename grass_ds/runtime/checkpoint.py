@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dict of the ZeRO-1/2 wrapper: DeepSpeed's own schema, one flat group per unit, plus one key of ours.
+"""State dict of the ZeRO wrapper: DeepSpeed's own schema of the stage, one flat group per unit, plus one key of ours.
 
 DeepSpeed's tools (``zero_to_fp32.py``) read the stock keys; ``"grass"`` holds what they do not know: which units have state, and the
 sampler. States of layers that were never stepped are not written: their fp32 weights are the low-precision ones.
@@ -19,9 +19,10 @@ from grass_ds.runtime.store import UnitState
 from grass_ds.runtime.units import Unit
 
 if TYPE_CHECKING:
-    from grass_ds.runtime.zero12 import GrassZeroOptimizer
+    from grass_ds.runtime.zero import GrassZeroOptimizer
 
 GRASS = "grass"
+_REPLICATED_KEYS = (keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GROUPS)
 
 
 def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
@@ -31,29 +32,46 @@ def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
     units = optimizer.units
     states = {unit: optimizer.store[unit] for unit in units if unit in optimizer.store}
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    base = {
+        "state": {unit.index: _lean_state(unit, state) for unit, state in states.items()},
+        "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
+    }
+    masters = [_lean(unit, states[unit].master if unit in states else unit.shard).to(torch.float32) for unit in units]
+    stage = optimizer.settings.stage
     return {
+        keys.ZERO_STAGE: stage,
         keys.LOSS_SCALER: optimizer.loss_scaler,
         "dynamic_loss_scale": optimizer.dynamic_loss_scale,
         "overflow": optimizer.overflow,
+        **(_partitioned(base, masters, units) if stage == 3 else _replicated(base, masters, units)),
         keys.CLIP_GRAD: optimizer.clip_grad,
-        keys.BASE_OPTIMIZER_STATE: {
-            "state": {unit.index: _lean_state(unit, state) for unit, state in states.items()},
-            "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
-        },
-        keys.SINGLE_PARTITION_OF_FP32_GROUPS: [
-            _lean(unit, states[unit].master if unit in states else unit.shard).to(torch.float32) for unit in units
-        ],
-        keys.ZERO_STAGE: 2 if optimizer.settings.partition_gradients else 1,
-        keys.GROUP_PADDINGS: [unit.shard_numel - unit.owned_numel for unit in units],
-        keys.PARTITION_COUNT: [unit.world for unit in units],
         keys.DS_VERSION: deepspeed.__version__,
-        keys.PARAM_SLICE_MAPPINGS: [_slices(unit) for unit in units],
         GRASS: {
             "controller": optimizer.controller.state_dict(),
             "layout": _layout(units),
             "param_groups": hyper,
             "skips": optimizer._skips,
         },
+    }
+
+
+def _replicated(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
+    """What stages 1 and 2 call it."""
+    return {
+        keys.BASE_OPTIMIZER_STATE: base,
+        keys.SINGLE_PARTITION_OF_FP32_GROUPS: masters,
+        keys.GROUP_PADDINGS: [unit.shard_numel - unit.saved_numel for unit in units],
+        keys.PARTITION_COUNT: [unit.world for unit in units],
+        keys.PARAM_SLICE_MAPPINGS: [_slices(unit) for unit in units],
+    }
+
+
+def _partitioned(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
+    """What stage 3 calls it."""
+    return {
+        keys.OPTIMIZER_STATE_DICT: base,
+        keys.FP32_FLAT_GROUPS: masters,
+        keys.PARTITION_COUNT: units[0].world,
     }
 
 
@@ -80,20 +98,30 @@ def load(
             "the checkpoint was not written by grass_ds, so its optimizer state has another layout; "
             "load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
         )
+    stage = optimizer.settings.stage
+    if (saved[keys.ZERO_STAGE] == 3) != (stage == 3):
+        raise ValueError(
+            f"the checkpoint was saved with ZeRO stage {saved[keys.ZERO_STAGE]} and this run has stage {stage}, which cuts weights into "
+            "other shards; set zero_optimization.stage as it was, or load the weights alone with load_optimizer_states=False"
+        )
     ours = saved[GRASS]
     _check_layout(_layout(optimizer.units), ours["layout"])
     optimizer.loss_scaler = saved[keys.LOSS_SCALER]
     optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
     optimizer.overflow = saved["overflow"]
     optimizer.controller.load_state_dict(ours["controller"])
+    base, masters = (keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS) if stage == 3 else _REPLICATED_KEYS
+    if stage == 3:  # the only place where the weights are saved
+        for unit, master in zip(optimizer.units, saved[masters], strict=True):
+            _lean(unit, unit.shard).copy_(master)
     if not load_optimizer_states:
         optimizer.store.clear()
         return
     optimizer._skips = ours["skips"]
     for group, values in zip(optimizer.param_groups, ours["param_groups"], strict=True):
         group.update(values)
-    states = saved[keys.BASE_OPTIMIZER_STATE]["state"]
-    for unit, master in zip(optimizer.units, saved[keys.SINGLE_PARTITION_OF_FP32_GROUPS], strict=True):
+    states = saved[base]["state"]
+    for unit, master in zip(optimizer.units, saved[masters], strict=True):
         if unit.index in states:
             optimizer.store.put(unit, _padded_state(unit, master, states[unit.index]))
         else:
@@ -123,7 +151,7 @@ def _check_layout(here: list[Any], saved: list[Any]) -> None:
 
 
 def _lean(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach()[: unit.owned_numel]
+    return tensor.detach()[: unit.saved_numel]
 
 
 def _lean_state(unit: Unit, state: UnitState) -> dict[str, Any]:
@@ -133,7 +161,7 @@ def _lean_state(unit: Unit, state: UnitState) -> dict[str, Any]:
 def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> UnitState:
     moments = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == master.shape and v.dim() == 1}
     scalars = {k: v for k, v in state.items() if k not in moments}
-    padding = unit.shard_numel - unit.owned_numel
+    padding = unit.shard_numel - unit.saved_numel
     return UnitState(master, moments, scalars).map(
         lambda t: torch.nn.functional.pad(t.to(torch.float32), (0, padding))
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ from grass_ds.runtime.offload.template import learn_template
 from grass_ds.runtime.recompute import fit_input_gradients
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit, UnitPlan, build_units
-from grass_ds.runtime.zero12 import GrassZeroOptimizer, StepSettings
+from grass_ds.runtime.zero import GrassZeroOptimizer, StepSettings
+from grass_ds.runtime.zero3 import GrassZero3Optimizer
+from grass_ds.runtime.zero12 import GrassZero12Optimizer
 
 _OUTSIDE = ("embed", "norm", "head", "other")
 
 
 class GrassEngine(seams.DeepSpeedEngine):
-    """DeepSpeedEngine whose ZeRO-1/2 optimizer trains a few layers at a time.
+    """DeepSpeedEngine whose ZeRO optimizer trains a few layers at a time.
 
     Without an enabled ``"grass"`` block it is the stock engine. Build it with :func:`grass_ds.initialize`.
 
@@ -64,19 +67,27 @@ class GrassEngine(seams.DeepSpeedEngine):
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
         layers = discover_layers(self.module, config.layers_path)
         always = _OUTSIDE if config.sampler == "full" else layers.resolve_always_active(config.always_active)
-        plan = UnitPlan(layers, always, dist.get_world_size(group=group), dist.get_rank(group=group))
+        stage3 = self.zero_optimization_stage() == 3
+        plan = UnitPlan(
+            layers, always, dist.get_world_size(group=group), dist.get_rank(group=group), partitioned=stage3
+        )
         units = build_units(optimizer.param_groups, self.param_names, plan)
         _check_coverage(units, layers)
         controller = Controller(len(layers.names), **config.policy_arguments())
-        fit_input_gradients(self.module, "embed" in always)
+        full_backward = fit_input_gradients(self.module, "embed" in always)
         store = self._open_store(config, optimizer, units)
-        try:
-            zero = GrassZeroOptimizer(
-                optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config)
-            )
-        except BaseException:
-            store.close()
-            raise
+        parts = (optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
+        with ExitStack() as undo:
+            undo.callback(store.close)
+            if stage3:  # without an optimizer DeepSpeed sets up the hooks on the weights alone
+                offload = super()._configure_zero_optimizer(None)
+                undo.callback(offload.destroy)
+                zero: GrassZeroOptimizer = GrassZero3Optimizer(
+                    *parts, parameter_offload=offload, full_backward=full_backward
+                )
+            else:
+                zero = GrassZero12Optimizer(*parts)
+            undo.pop_all()
         # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
         self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
         self._announce(config, layers, always)
@@ -109,14 +120,14 @@ class GrassEngine(seams.DeepSpeedEngine):
             group=group,
             divisor=size if self.gradient_average else 1,
             comm_dtype=comm_dtype,
-            flat_dtype=comm_dtype if self.zero_optimization_stage() == 2 else accum_dtype,
+            flat_dtype=accum_dtype if self.zero_optimization_stage() == 1 else comm_dtype,
             accum_dtype=accum_dtype,
             stream=get_accelerator().Stream() if overlap else None,
         )
 
     def _step_settings(self, config: GrassConfig) -> StepSettings:
         return StepSettings(
-            partition_gradients=self.zero_optimization_stage() == 2,
+            stage=self.zero_optimization_stage(),
             clip_grad=self.gradient_clipping(),
             reset_on_switch=config.state_on_switch == "reset",
             loss_scale=self.loss_scale(),
@@ -146,6 +157,13 @@ class GrassEngine(seams.DeepSpeedEngine):
             return super().module_state_dict(*args, **kwargs)
         with self.optimizer.all_trainable():
             return super().module_state_dict(*args, **kwargs)
+
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's (``save_16bit_model``, Trainer's final save), in the same sense."""
+        if self.grass is None:
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+        with self.optimizer.all_trainable():
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's, with inactive layers saved like active ones."""

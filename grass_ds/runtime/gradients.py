@@ -120,13 +120,8 @@ class GradientReducer:
             pending.flat = torch.empty(unit.padded_numel, dtype=self.settings.flat_dtype, device=grad.device)
             pending.filled.clear()
             self._note_peak()
-        view = pending.flat.narrow(0, unit.offsets[slot], grad.numel())
-        if (
-            slot in pending.filled
-        ):  # an earlier micro-step, or a second firing in one backward (reentrant checkpointing)
-            view.add_(grad.view(-1))
-        else:
-            view.copy_(grad.view(-1))
+        # Filled already: by an earlier micro-step, or by a first firing in this backward (reentrant checkpointing).
+        unit.write(pending.flat, slot, grad, accumulate=slot in pending.filled)
         pending.filled.add(slot)
         pending.arrived.add(slot)
         if reduce_now:
@@ -190,11 +185,8 @@ class GradientReducer:
         """The unit's flat gradient, with zeros where this rank has none."""
         flat, pending.flat = pending.flat, None
         if flat is None:
-            return torch.zeros(unit.padded_numel, dtype=self.settings.flat_dtype, device=unit.flat.device)
-        flat[unit.numel :].zero_()
-        for slot, param in enumerate(unit.params):
-            if slot not in pending.filled:
-                flat.narrow(0, unit.offsets[slot], param.numel()).zero_()
+            return torch.zeros(unit.padded_numel, dtype=self.settings.flat_dtype, device=unit.device)
+        unit.blank(flat, pending.filled)
         return flat
 
     @contextmanager

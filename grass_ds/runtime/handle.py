@@ -7,7 +7,7 @@ from torch import nn
 
 from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers
-from grass_ds.runtime.zero12 import GrassZeroOptimizer
+from grass_ds.runtime.zero import GrassZeroOptimizer
 
 
 class GrassHandle:
@@ -55,11 +55,11 @@ class GrassHandle:
                 state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel`` with Adam) or, with
                 ``residency: period``, that of the active layers.
         """
-        weights = sum(t.nbytes for t in (*self._module.parameters(), *self._module.buffers()))
+        weights = self._weights()
         store, reducer = self._optimizer.store, self._optimizer.reducer
         state = store.peak_device_bytes if peak else store.device_bytes
         return {
-            "weights": {"device": weights, "host": 0},
+            "weights": weights,
             "gradients": {"device": reducer.peak_bytes if peak else reducer.nbytes, "host": 0},
             "optimizer_state": {
                 "device": state,
@@ -67,6 +67,15 @@ class GrassHandle:
                 **({"nvme": store.nvme_bytes} if store.nvme_bytes else {}),
             },
         }
+
+    def _weights(self) -> dict[str, int]:
+        """Low-precision weights and buffers; in ZeRO-3 this rank's partitions and what is gathered now."""
+        params = list(self._module.parameters())
+        partitions = [param.ds_tensor for param in params if hasattr(param, "ds_tensor")]
+        held = {"device": 0, "host": 0}
+        for tensor in (*params, *self._module.buffers(), *partitions):
+            held["device" if tensor.device.type == self._optimizer.device.type else "host"] += tensor.nbytes
+        return held
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler: phase, counters, scores, active set, generator. Plain Python and tensors."""

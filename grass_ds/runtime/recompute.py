@@ -23,17 +23,21 @@ def _checkpointing_modes(model: nn.Module) -> set[bool]:
     return modes
 
 
-def fit_input_gradients(model: Any, embeddings_train: bool) -> None:
+def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     """Make the model's embedding output require a gradient exactly when activation checkpointing needs it.
 
     Does nothing for models that do not follow Hugging Face's convention, or when embeddings train or nothing is checkpointed.
+
+    Returns:
+        Whether backward runs down to the embeddings, rather than to the lowest active layer.
     """
     modes = _checkpointing_modes(model)
     if embeddings_train or not modes or not hasattr(model, "enable_input_require_grads"):
-        return
+        return embeddings_train or bool(getattr(model, "_require_grads_hooks", None))
     hooked = bool(getattr(model, "_require_grads_hooks", None))
     if True in modes and not hooked:
         model.enable_input_require_grads()
     elif True not in modes and hooked:
         model.disable_input_require_grads()
         logger.info("non-reentrant activation checkpointing: backward stops at the lowest active layer")
+    return True in modes

@@ -15,7 +15,13 @@ from packaging.version import Version
 TESTED = ("0.19.8", "0.20")
 
 # What GrassEngine overrides.
-ENGINE_METHODS = ("_configure_zero_optimizer", "_do_optimizer_sanity_check", "_take_model_step", "module_state_dict")
+ENGINE_METHODS = (
+    "_configure_zero_optimizer",  # also called, without an optimizer, for the hooks of ZeRO-3
+    "_do_optimizer_sanity_check",
+    "_take_model_step",
+    "_zero3_consolidated_16bit_state_dict",
+    "module_state_dict",
+)
 # What GrassEngine reads.
 ENGINE_READS = (
     "communication_data_type",
@@ -37,7 +43,28 @@ HOOK_STATE = (
     "_max_expected_hooks_seen",
 )
 # What DeepSpeed looks up on a ZeRO optimizer or on its parameters, and ours provide.
-PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping")
+PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping", "_z3_optimizer")
+# ZeRO-3: what gathers and releases weights, its attributes, and the coordinator that it does it by.
+OFFLOAD_METHODS = (
+    "destroy",
+    "empty_partition_cache",
+    "get_param_coordinator",
+    "partition_all_parameters",
+    "release_backward_leftovers",
+)
+OFFLOAD_ATTRIBUTES = ("module", "persistent_parameters")
+COORDINATOR = ("_invalidate_trace", "is_invalid_trace")
+# ZeRO-3: what DeepSpeed puts on a parameter that it partitions.
+PARTITIONED_PARAMETER = (
+    "all_gather",
+    "ds_active_sub_modules",
+    "ds_numel",
+    "ds_persist",
+    "ds_shape",
+    "ds_status",
+    "ds_tensor",
+    "partition",
+)
 # module -> names
 MODULE_NAMES = {
     "deepspeed": ("DeepSpeedEngine", "initialize"),
@@ -45,8 +72,10 @@ MODULE_NAMES = {
         "BASE_OPTIMIZER_STATE",
         "CLIP_GRAD",
         "DS_VERSION",
+        "FP32_FLAT_GROUPS",
         "GROUP_PADDINGS",
         "LOSS_SCALER",
+        "OPTIMIZER_STATE_DICT",
         "PARAM_SLICE_MAPPINGS",
         "PARTITION_COUNT",
         "SINGLE_PARTITION_OF_FP32_GROUPS",
@@ -55,6 +84,9 @@ MODULE_NAMES = {
     "deepspeed.runtime.engine": ("BFLOAT16", "ZERO_OPTIMIZATION"),
     "deepspeed.runtime.fp16.loss_scaler": ("CreateLossScaler",),
     "deepspeed.runtime.utils": ("count_used_parameters_in_backward",),
+    "deepspeed.runtime.zero.parameter_offload": ("DeepSpeedZeRoOffload",),
+    "deepspeed.runtime.zero.partition_parameters": ("Init", "ZeroParamStatus"),
+    "deepspeed.runtime.zero.partitioned_param_coordinator": ("PartitionedParameterCoordinator",),
     "deepspeed.utils.groups": ("_get_sequence_parallel_world_size",),
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
     "deepspeed.utils.torch": ("register_grad_hook",),
@@ -70,7 +102,25 @@ def missing_names() -> list[str]:
     for module, names in MODULE_NAMES.items():
         found = importlib.import_module(module)
         missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
-    return missing
+    return missing or _missing_in_zero3()
+
+
+def _missing_in_zero3() -> list[str]:
+    """Of the names that ZeRO-3 needs, those that its classes do not have, or do not set on what they make."""
+    from deepspeed.runtime.zero import parameter_offload as offload
+    from deepspeed.runtime.zero import partition_parameters as parameters
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    hooks = offload.DeepSpeedZeRoOffload
+    missing = [f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_METHODS if not hasattr(hooks, name)]
+    missing += [
+        f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_ATTRIBUTES if name not in hooks.__init__.__code__.co_names
+    ]
+    missing += [
+        f"PartitionedParameterCoordinator.{n}" for n in COORDINATOR if not hasattr(PartitionedParameterCoordinator, n)
+    ]
+    given = parameters.Init._convert_to_deepspeed_param.__code__.co_names
+    return missing + [f"Parameter.{name} (ZeRO-3)" for name in PARTITIONED_PARAMETER if name not in given]
 
 
 def check() -> None:
@@ -92,6 +142,8 @@ from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
 from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.torch import register_grad_hook  # noqa: E402
@@ -100,7 +152,9 @@ __all__ = [
     "BFLOAT16",
     "ZERO_OPTIMIZATION",
     "DeepSpeedEngine",
+    "DeepSpeedZeRoOffload",
     "ZeROOptimizer",
+    "ZeroParamStatus",
     "checkpoint_keys",
     "count_used_parameters_in_backward",
     "create_loss_scaler",

@@ -1,368 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ZeRO stage 1/2 optimizer wrapper that trains a few layers at a time.
+"""Layer-sampled ZeRO-1/2: every rank has all low-precision weights, and one shard of everything else."""
 
-[Note: A step] In ``backward``: every gradient of an active unit moves into the unit's flat buffer; a complete unit is
-reduce-scattered and its buffer freed. In ``step``:
-  Phase 1. One all-reduce of the squared norms of all units: global norm, overflow and layer importance at once.
-  Phase 2. Per chunk of each active unit: state in, unscale and clip, the client optimizer's own step on the fp32 shard, weights out,
-           state back. State came in during backward already as far as there was room (``on_reduced``).
-  Phase 3. Per active unit: one all-gather of the updated weights.
-Inactive units appear in none of it: no gradient, no buffer, no collective, no state on the device.
+from collections.abc import Sequence
 
-Stage 1 differs from stage 2 in one thing: over an accumulation window it sums full local gradients of the active units and reduces
-once, at the boundary, except while layer importance is measured. Importance is the root mean square over micro-batches, so that it
-means the same in probing and training and does not depend on the accumulation length; that needs every micro-batch reduced.
-"""
-
-import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from grass_ds.policy.controller import FINGERPRINT_FIELDS, Controller, Phase
-from grass_ds.runtime import checkpoint, seams
-from grass_ds.runtime.agreement import check_ranks_agree, digest, succeeding_together
 from grass_ds.runtime.fragments import ParamFragment
-from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
-from grass_ds.runtime.norms import global_squares, layer_rms
-from grass_ds.runtime.stepping import step_unit
-from grass_ds.runtime.store import StateStore
-from grass_ds.runtime.units import Unit
-
-MAX_CONSECUTIVE_SKIPS = 20
+from grass_ds.runtime.units import ReplicatedUnit, Unit
+from grass_ds.runtime.zero import GrassZeroOptimizer
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """Settings of the DeepSpeed config that shape a step.
+class GrassZero12Optimizer(GrassZeroOptimizer):
+    """One all-gather per active unit brings the updated weights to all ranks.
+
+    Stage 1 differs from stage 2 in one thing: over an accumulation window it sums full local gradients of the active units and reduces
+    once, at the boundary, except while layer importance is measured. Importance is the root mean square over micro-batches, so that it
+    means the same in probing and training and does not depend on the accumulation length; that needs every micro-batch reduced.
 
     Attributes:
-        partition_gradients: ZeRO stage 2 rather than 1.
-        clip_grad: largest global gradient norm, 0 for no clipping.
-        reset_on_switch: ``state_on_switch: reset``.
-        loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
+        gathered_calls, gathered_bytes: all-gathers of weights issued by this rank so far, and bytes of their outputs.
     """
 
-    partition_gradients: bool
-    clip_grad: float
-    reset_on_switch: bool
-    loss_scale: float = 1.0
-    dynamic_loss_scale: bool = False
-    dynamic_loss_args: Mapping[str, Any] | None = None
-
-
-class GrassZeroOptimizer(seams.ZeROOptimizer):
-    """Layer-sampled ZeRO-1/2.
-
-    The client optimizer keeps its param groups as hyper-parameters, so schedulers built before or after work as ever; its
-    ``params`` lists are empty but for the duration of a unit's step.
-
-    Attributes:
-        grass: the engine's :class:`~grass_ds.runtime.handle.GrassHandle`, for those who are handed the optimizer alone.
-        overflow: no update was applied in the last step: non-finite gradients, or a probing step. Engine, accelerate and Trainer all
-            read it as "do not advance the schedule".
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        units: list[Unit],
-        controller: Controller,
-        store: StateStore,
-        reduce_settings: ReduceSettings,
-        settings: StepSettings,
-    ):
-        super().__init__()
-        self.optimizer = optimizer
-        self.units = units
-        self.controller = controller
-        self.store = store
-        self.settings = settings
-        self.reducer = GradientReducer(reduce_settings, on_reduced=store.prefetch)
-        self.dp_process_group = reduce_settings.group
-        self.dtype = units[0].dtype
-        self.device = units[0].params[0].device
-        self.clip_grad = settings.clip_grad
-        self.gathered_calls = self.gathered_bytes = 0
-        # - What the engine and accelerate read of a ZeRO optimizer
-        self.overflow = False
-        self._global_grad_norm: float | None = 0.0
-        self.mpu = None
-        self.custom_loss_scaler = False
-        self.external_loss_scale = None
-        self.torch_autocast_gradscaler = None
-        self.loss_scaler = seams.create_loss_scaler(
-            self.dtype, settings.loss_scale, settings.dynamic_loss_scale, settings.dynamic_loss_args
-        )
-        self.dynamic_loss_scale = self.loss_scaler.dynamic
-        # - Units, hooks, first active set
-        self.grass: Any = None
-        self._saving = False
-        self._skips = 0
-        self._layer_rms: dict[int, float] | None = None
-        layout = digest([(u.name, u.param_names, [tuple(p.shape) for p in u.params]) for u in units])
-        check_ranks_agree([layout], "the layers and param groups", self.dp_process_group, self.device)
-        self._check_agreement("the sampler's first state")
-        for unit in units:
-            unit.flatten()
-        for settings_ in optimizer.param_groups:
-            settings_["params"] = []
-        self._hooks = [self._hook(unit, slot) for unit in units for slot in range(len(unit.params))]
-        self._active: list[Unit] = []
-        self.activate()
-
-    # ---- backward -------------------------------------------------------------------------------------------------------
-
-    def _hook(self, unit: Unit, slot: int) -> Any:
-        param = unit.params[slot]
-        ParamFragment(unit, slot, self.store, self.reducer, self.dp_process_group).attach(param)
-
-        def on_gradient(*_: Any) -> None:
-            refresh = self.should_refresh_expected_hook_count()
-            self.reenter_backward_if_needed()
-            self.store.trace.begin("backward")
-            self.reducer.arrive(unit, slot, param, self._reduces_now())
-            expected = self._max_expected_hooks_seen
-            if refresh:
-                expected = seams.count_used_parameters_in_backward([p for u in self._active for p in u.params])
-            self.update_hook_state_and_maybe_run_epilogue(expected)
-
-        return seams.register_grad_hook(param, on_gradient)
+    gathered_calls = gathered_bytes = 0
 
     def _reduces_now(self) -> bool:
-        return (
-            self.settings.partition_gradients or self.controller.measuring or self.is_gradient_accumulation_boundary()
-        )
-
-    def backward_epilogue(self, **kwargs: Any) -> None:
-        """End of one micro-step."""
-        self.store.trace.end("backward", "backward")
-        self.reducer.finish_micro_step(self._reduces_now())
-
-    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """Stage 2's hook of the engine after backward; :meth:`backward_epilogue`, which follows, does the work."""
+        return self.settings.stage == 2 or self.controller.measuring or self.is_gradient_accumulation_boundary()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1's hook of the engine at the boundary: after backward, or in ``step()`` when the caller owns the boundary."""
         if not self.reducer.shards:
             self.reducer.reduce_remaining()
 
-    def finalize_gradient_accumulation_boundary(self) -> None:
-        """Stage 2 in unmanaged accumulation: every micro-step was reduced already."""
-
-    # ---- step -----------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Measure, and update the active units' weights. See [Note: A step]."""
-        scale = self.loss_scale
-        norms, squares = global_squares(self.reducer, self._active, self.dp_process_group)
-        finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
-        self.loss_scaler.update_scale(not finite)
-        measured = finite and self.controller.measuring
-        self._layer_rms = layer_rms(squares, self.reducer.micro_steps, scale) if measured else None
-        probing = self.controller.phase is Phase.PROBE
-        self._note_skip(finite)
-        self.overflow = probing or not finite
-        self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
-        try:
-            if not self.overflow:
-                clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
-                with self.store.trace.span("step", f"step {self.controller.step}"):
-                    self._update(1.0 / (scale * clip))
-        finally:  # what a failed step leaves differs between ranks, and would change what the next backward reduces
-            self.reducer.clear()
-        self.store.end_step()
-
-    def _update(self, factor: float) -> None:
-        """Step all active units, and share the new weights if every rank got that far."""
-        with self._together():
-            for unit in self._active:
-                step_unit(unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store)
-        for unit in self._active:
-            self._gather(unit)
-
-    def flush(self) -> None:
-        """Bring all state to where it rests; raise on every rank what went wrong on one."""
-        with self._together():
-            self.store.flush()
-
-    def _together(self) -> AbstractContextManager[None]:
-        return succeeding_together(self.store, self.dp_process_group, self.device)
-
-    def _gather(self, unit: Unit) -> None:
-        if unit.world == 1:
-            return
-        dist.all_gather_into_tensor(unit.flat, unit.shard.clone(), group=self.dp_process_group)
-        self.gathered_calls += 1
-        self.gathered_bytes += unit.flat.nbytes
-
-    def _note_skip(self, finite: bool) -> None:
-        """Non-finite gradients cost a step; without a loss scale that can adapt, they do not go away by themselves."""
-        self._skips = 0 if finite else self._skips + 1
-        if self._skips > MAX_CONSECUTIVE_SKIPS and not self.dynamic_loss_scale:
-            raise FloatingPointError(
-                f"gradients were not finite for {self._skips} steps in a row; no weight was updated in them. "
-                "Lower the learning rate, clip gradients, or look for bad samples."
-            )
-
-    # ---- sampling -------------------------------------------------------------------------------------------------------
-
-    def advance(self) -> bool:
-        """Count the step just taken, and switch layers when the schedule says so. Called by the engine after every step.
-
-        Returns:
-            Whether the set of active layers changed.
-
-        Raises:
-            RankDivergenceError: ranks would train different layers.
-        """
-        if self._skips:
-            return False
-        before = self.controller.draws
-        switch = self.controller.end_step(self._layer_rms)
-        if self.controller.draws != before:
-            self._check_agreement("the layers to train next")
-        if switch is None:
-            if self.controller.draws != before:  # the same layers again: what was prepared for others may go
-                self.store.plan(self._active)
-            return False
-        if self.settings.reset_on_switch:
-            for unit in self.units:
-                if unit.layer in switch.deactivated:
-                    self.store.drop(unit)
-        self.activate()
-        return True
-
-    def prepare_switch(self) -> None:
-        """One step before a draw: let the state of the layers that it will probably choose come in."""
-        upcoming = self.controller.upcoming()
-        if upcoming is not None:
-            self.store.prepare([unit for unit in self.units if unit.layer in upcoming])
-
-    def activate(self) -> None:
-        """Make exactly the active layers and the always-active modules trainable."""
-        layers = set(self.controller.active_layers)
-        for unit in self.units:
-            unit.active = unit.always or unit.layer in layers
-        self._show_active()
-        self._active = [unit for unit in self.units if unit.active]
-        training = self.controller.phase is Phase.TRAIN
-        self.reducer.track(self._active, keep=training)
-        self.store.plan(self._active if training else [])
-
-    def _show_active(self) -> None:
-        for unit in self.units:
-            for param in unit.params:
-                param.requires_grad_(unit.active)
-
-    def _check_agreement(self, what: str) -> None:
-        mine, fields = self.controller.fingerprint(), FINGERPRINT_FIELDS
-        check_ranks_agree(mine, what, self.dp_process_group, self.device, fields)
-
-    # ---- what else the engine asks of a ZeRO optimizer ------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The client's groups: hyper-parameters only."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        return self.optimizer.state
-
-    @property
-    def loss_scale(self) -> float:
-        return self.loss_scaler.cur_scale
-
-    @loss_scale.setter
-    def loss_scale(self, value: float) -> None:
-        self.loss_scaler.cur_scale = value
-
-    cur_scale = loss_scale
-
     @property
     def round_robin_bit16_groups(self) -> list[list[nn.Parameter]]:
         """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
         return [unit.params for unit in self.units]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Gradients leave the parameters as they arrive; :meth:`step` cleared the rest."""
-
-    @torch.no_grad()
-    def refresh_fp32_params(self) -> None:
-        """Take the master weights anew from the low-precision ones."""
-        with self._together():
-            for unit in self.units:
-                if unit in self.store:
-                    state = self.store[unit]
-                    state.master.copy_(unit.shard)
-                    self.store.put(unit, state)
-
-    _restore_from_bit16_weights = refresh_fp32_params
-
-    @torch.no_grad()
-    def update_lp_params(self) -> None:
-        """Write the master weights into the low-precision ones, on all ranks."""
-        with self._together():
-            for unit in self.units:
-                if unit in self.store:
-                    unit.shard.copy_(self.store[unit].master)
-        for unit in self.units:
-            self._gather(unit)
-
-    def state_dict(self) -> dict[str, Any]:
-        # While a checkpoint is saved every rank is here, and none may go on to call it the latest if another has failed.
-        with self._together() if self._saving else nullcontext():
-            return checkpoint.save(self)
-
-    def load_state_dict(
-        self, state_dict_list: list[dict[str, Any]], load_optimizer_states: bool = True, **kwargs: Any
-    ) -> None:
-        """See :func:`grass_ds.runtime.checkpoint.load`."""
-        with self._together():
-            checkpoint.load(self, state_dict_list, load_optimizer_states, **kwargs)
-
-    @contextmanager
-    def all_trainable(self) -> Any:
-        """DeepSpeed takes "does not require grad" for "frozen by the user": inside, every owned parameter requires one."""
-        nested, self._saving = self._saving, True
-        for unit in self.units:
-            for param in unit.params:
-                param.requires_grad_(True)
-        try:
-            yield
-        finally:
-            self._saving = nested
-            if not nested:
-                self._show_active()
-
-    def offload_states(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError('engine.offload_states() does not know about layers; use "grass": {"offload": ...}')
-
-    reload_states = offload_states
-
-    def destroy(self) -> None:
-        """Give the model back: hooks removed, every owned parameter trainable, states released."""
-        for hook in self._hooks:
-            hook.remove()
-        units, self.units, self._active, self._hooks = self.units, [], [], []
+    def _publish(self, units: Sequence[Unit]) -> None:
         for unit in units:
-            for param in unit.params:
-                ParamFragment.detach(param)
-                param.requires_grad_(True)
-            del unit.flat  # the parameters keep it alive for as long as they view it, and no longer
-        self.reducer.track([], keep=True)
-        if get_accelerator().is_available():
-            get_accelerator().synchronize()  # copies under way read host memory that is released next
-        self.store.close()
+            assert isinstance(unit, ReplicatedUnit)
+            if unit.world > 1:
+                dist.all_gather_into_tensor(unit.flat, unit.shard.clone(), group=self.dp_process_group)
+                self.gathered_calls += 1
+                self.gathered_bytes += unit.flat.nbytes
+
+    def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
+        fragment.attach(param)
+
+    def _conceal(self, param: nn.Parameter) -> None:
+        ParamFragment.detach(param)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models, DeepSpeed configs and the training loop that the distributed tests share. Run inside a rank."""
 
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -78,9 +78,20 @@ def train(engine: Any, steps: int, start: int = 0, after_step: Callable[[int], N
     return losses
 
 
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """The parameters whole inside, also those that ZeRO-3 has partitioned. Collective then."""
+    import deepspeed
+
+    partitioned = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
+        yield
+
+
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters by name."""
-    return {name: param.detach().clone() for name, param in module.named_parameters()}
+    with gathered(module):
+        return {name: param.detach().clone() for name, param in module.named_parameters()}
 
 
 def unit_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from grass_ds.runtime.offload.files import StateFile
 from grass_ds.runtime.offload.template import learn_template
 from grass_ds.runtime.stepping import step_unit
 from grass_ds.runtime.store import StateStore, UnitState
-from grass_ds.runtime.units import Unit
+from grass_ds.runtime.units import ReplicatedUnit, Unit
 
 LAYERS, GAMMA = 5, 2
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -43,8 +43,8 @@ def _unit(name: str, layer: int | None, numel: int, rng: random.Random) -> Unit:
     weights = torch.randn(numel, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
     param = nn.Parameter(weights.to(torch.bfloat16))
     kind = "norm" if layer is None else "block"
-    unit = Unit(name, kind, layer, 0, [param], [name], world=1, rank=0, always=layer is None)
-    unit.flatten()
+    unit = ReplicatedUnit(name, kind, layer, 0, [param], [name], world=1, rank=0, always=layer is None)
+    unit.claim()
     return unit
 
 

@@ -151,7 +151,7 @@ def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str,
 @pytest.mark.parametrize("how", ["initialize", "enable"])
 def test_an_engine_with_a_block(two_ranks: Any, how: str) -> None:
     for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how=how):
-        assert (found["kind"], found["wrapper"]) == ("GrassEngine", "GrassZeroOptimizer")
+        assert (found["kind"], found["wrapper"]) == ("GrassEngine", "GrassZero12Optimizer")
         assert found["is a DeepSpeedEngine"]
         assert found["grass"]
         assert found["tuple"]

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-sampled ZeRO-3: of the weights, too, a rank has only its shard.
+
+Partitioning, gathering and prefetching of the weights are DeepSpeed's own: its ``DeepSpeedZeRoOffload``, which serves models without an
+optimizer as it is and asks nothing of the one that it gets. Gradients, norms, state and steps are those of the other stages: a unit's
+shard is here the partitions of its parameters in a row, so that one reduce-scatter of a unit's gradient gives every rank the gradient
+of just the weights that it has, and no gather is needed after the step.
+
+[Note: Trace] DeepSpeed records in which order modules run in forward and backward, and gathers weights ahead of their use by that
+trace. Inactive layers change nothing in the order, with one exception: where the embeddings do not train, backward stops at the lowest
+active layer. A trace that is too short makes DeepSpeed start over in the middle of backward, and one that is too long makes it gather
+weights that nobody uses. So whenever that floor moves the trace is forgotten, once: the next step records a new one, the step after it
+prefetches again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from grass_ds.runtime import seams
+from grass_ds.runtime.fragments import ParamFragment
+from grass_ds.runtime.partitioned import Partition, PartitionedAccess
+from grass_ds.runtime.units import Unit
+from grass_ds.runtime.zero import GrassZeroOptimizer
+
+
+class GrassZero3Optimizer(GrassZeroOptimizer):
+    """The weights' side of ZeRO-3 around :class:`~grass_ds.runtime.zero.GrassZeroOptimizer`.
+
+    Args:
+        parameter_offload: DeepSpeed's hooks on the model, which gather and release weights.
+        full_backward: backward runs down to the embeddings whatever is active.
+
+    Attributes:
+        traces_forgotten: how often the floor of backward moved.
+    """
+
+    traces_forgotten = 0
+
+    def __init__(self, *args: Any, parameter_offload: seams.DeepSpeedZeRoOffload, full_backward: bool):
+        self.parameter_offload = parameter_offload
+        self.persistent_parameters: list[nn.Parameter] = parameter_offload.persistent_parameters
+        self.module = parameter_offload.module
+        self._full_backward = full_backward
+        self._floor: int | None = None
+        self._access = PartitionedAccess()
+        super().__init__(*args)  # which activates the first layers, and so needs the above
+        for param in self.module.parameters():
+            param._z3_optimizer = self._access
+
+    @property
+    def fp16_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
+        return [unit.params for unit in self.units]
+
+    # ---- weights between the steps --------------------------------------------------------------------------------------
+
+    def backward_epilogue(self, **kwargs: Any) -> None:
+        """End of one micro-step: also of modules that backward ran through without an end, like the lowest active layer."""
+        super().backward_epilogue(**kwargs)
+        self.parameter_offload.release_backward_leftovers()
+
+    def _publish(self, units: Sequence[Unit]) -> None:
+        """Release what is gathered of the old weights; of the persistent parameters, gather the new ones."""
+        params: list[Any] = [param for unit in units for param in unit.params]
+        stale = [param for param in params if param.ds_status is seams.ZeroParamStatus.AVAILABLE]
+        for param in stale:
+            param.ds_active_sub_modules.clear()
+            param.partition()
+        self._gather([param for param in stale if param.ds_persist])
+
+    @staticmethod
+    def _gather(params: Sequence[Any]) -> None:
+        if params:
+            params[0].all_gather(params)
+
+    def activate(self) -> None:
+        super().activate()
+        floor = 0 if self._full_backward else min(self.controller.active_layers)
+        coordinator = self.parameter_offload.get_param_coordinator()
+        if floor != self._floor and not coordinator.is_invalid_trace():  # see [Note: Trace]
+            coordinator._invalidate_trace()
+            self.traces_forgotten += 1
+        self._floor = floor
+
+    def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
+        self._access.add(param, Partition(fragment))
+
+    def _conceal(self, param: nn.Parameter) -> None:
+        pass  # destroy() takes the one object off all parameters
+
+    # ---- what else the engine asks of a ZeRO-3 optimizer ----------------------------------------------------------------
+
+    def checkpoint_event_prologue(self) -> None:
+        """Before weights are saved or loaded: all of them partitioned."""
+        self.parameter_offload.partition_all_parameters()
+
+    def checkpoint_event_epilogue(self) -> None:
+        """After that."""
+        self._gather(self.persistent_parameters)
+
+    def empty_partition_cache(self) -> None:
+        """Release every weight that is gathered (``engine.empty_partition_cache()``)."""
+        self.parameter_offload.empty_partition_cache()
+
+    def destroy(self) -> None:
+        """As in the other stages; the weights stay partitioned, as after DeepSpeed's own."""
+        super().destroy()
+        self.parameter_offload.destroy()
+        for param in self.module.parameters():
+            if getattr(param, "_z3_optimizer", None) is self._access:
+                del param._z3_optimizer
