@@ -70,18 +70,19 @@ def max_over_ranks(value: float) -> float:
     return float(largest.item())
 
 
-def on_every_rank(action: Callable[[], T]) -> T:
+def on_every_rank(action: Callable[[], T], at_once: bool = False) -> T:
     """Run `action` on every rank; if it fails on any rank, raise on every rank, so that none waits for another.
 
-    On each machine local rank 0 goes first: it fills the caches (converted model, tokenized data) for the others.
+    On each machine local rank 0 goes first: it fills the caches (converted model, tokenized data) for the others. With `at_once`
+    it does not: for what ranks do together, like loading a model of which each keeps a part.
 
     Raises:
         AgreedError: with the first failing rank's message.
     """
     result: T | None = None
     failure: Exception | None = None
-    for first in (True, False):
-        if first == (local_rank() == 0):
+    for turn in range(1 if at_once else 2):
+        if at_once or (turn == 0) == (local_rank() == 0):
             try:
                 result = action()
             except (ValueError, OSError) as error:

@@ -30,7 +30,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from launch import distributed
 from launch.data import Collator, Rows, load_splits, tokenize
-from launch.model import DEFAULT_MODEL, load
+from launch.model import DEFAULT_MODEL, is_partitioned, load
 from launch.template import IGNORED_LABEL, Row, Template, conversation
 
 TASKS = ("exact", "choice", "loss")
@@ -121,9 +121,10 @@ def exact_match(
     mine = _my_share(range(len(rows)), lambda index: len(prompts[index]))
     correct = 0
     with _evaluation_mode(model):
-        for batch in _batches(mine, batch_size, "exact match"):
+        for batch, counts in _batches(model, mine, batch_size, "exact match"):
             texts = _generate(model, template, [prompts[index] for index in batch], max_new_tokens)
-            correct += sum(is_correct(text, str(references[i])) for i, text in zip(batch, texts, strict=True))
+            if counts:
+                correct += sum(is_correct(text, str(references[i])) for i, text in zip(batch, texts, strict=True))
     return distributed.sum_over_ranks([correct])[0] / len(rows)
 
 
@@ -165,7 +166,7 @@ def choice_accuracy(
     scores: dict[tuple[int, int], float] = {}
     prompts = {index: template.prompt_ids(rows.rows[index]) for index in mine}
     with _evaluation_mode(model):
-        for batch in _batches(pairs, batch_size, "multiple choice"):
+        for batch, _ in _batches(model, pairs, batch_size, "multiple choice"):
             answers = [template.answer_ids(candidates[index][0][option]) for index, option in batch]
             examples = [
                 {"input_ids": prompts[i] + answer, "labels": [IGNORED_LABEL] * len(prompts[i]) + answer}
@@ -201,9 +202,10 @@ def mean_loss(model: PreTrainedModel, template: Template, examples: Sequence[Any
     mine = _my_share(list(examples), lambda example: len(example["input_ids"]))
     total, count = 0.0, 0
     with _evaluation_mode(model):
-        for batch in _batches(mine, batch_size, "loss"):
+        for batch, counts in _batches(model, mine, batch_size, "loss"):
             losses, tokens = _token_losses(model, template, batch)
-            total, count = total + sum(losses), count + sum(tokens)
+            if counts:
+                total, count = total + sum(losses), count + sum(tokens)
     total, tokens_of_all = distributed.sum_over_ranks([total, count])
     return total / max(tokens_of_all, 1.0)
 
@@ -229,11 +231,25 @@ def _my_share(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
     return sorted(items, key=length)[distributed.rank() :: distributed.world_size()]
 
 
-def _batches(items: list[T], size: int, what: str) -> Iterator[list[T]]:
-    """The items in batches, with a progress bar on rank 0."""
+def _batches(model: PreTrainedModel, items: list[T], size: int, what: str) -> Iterator[tuple[list[T], bool]]:
+    """The items in batches, and whether a batch counts; with a progress bar on rank 0.
+
+    Of a partitioned model every rank must run as many batches as the one with most: a rank that has no more repeats its first, for
+    the others' sake.
+
+    Raises:
+        ValueError: a rank has no items at all of a partitioned model's.
+    """
+    starts = list(range(0, len(items), size))
+    rounds = int(distributed.max_over_ranks(len(starts))) if is_partitioned(model) else len(starts)
+    if rounds and distributed.max_over_ranks(float(not items)) and is_partitioned(model):
+        raise ValueError(
+            f"fewer rows than ranks ({distributed.world_size()}): evaluation with ZeRO-3 needs one per rank"
+        )
     quiet = distributed.rank() != 0
-    for start in tqdm(range(0, len(items), size), desc=f"Evaluating {what}", unit="batch", disable=quiet, leave=False):
-        yield items[start : start + size]
+    for turn in tqdm(range(rounds), desc=f"Evaluating {what}", unit="batch", disable=quiet, leave=False):
+        start = starts[turn] if turn < len(starts) else 0
+        yield items[start : start + size], turn < len(starts)
 
 
 class _evaluation_mode:

