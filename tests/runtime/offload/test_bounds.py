@@ -245,6 +245,7 @@ def come_and_go(config: dict[str, Any], folder: Path, fail: str = "") -> dict[st
             held["error"] = f"{type(error).__name__}: {error}"
 
     once(0)  # what stays for good: libraries, pools of threads, caches
+    torch.distributed.barrier()  # the folder is shared: another rank may not be done with its files
     before = footprint(folder)
     for number in range(1, 4):
         once(number)
