@@ -29,6 +29,7 @@ def zero3_table(rows: list[Row]) -> list[str]:
         "forward, backward, `step()`: medians",
         "peak RSS per rank",
         "weights trained per step",
+        "lowest layer trained: mean",
     )
     base = [row for row in rows if (row["method"], row["stage"]) == BASE]
     for method, stage in Counter((row["method"], row["stage"]) for row in rows):
@@ -44,6 +45,7 @@ def zero3_table(rows: list[Row]) -> list[str]:
             ", ".join(f"{value:.2f}" for value in parts),
             f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
+            _lowest(mine),
         ]
         lines.append(line(cells))
     return lines
@@ -54,8 +56,8 @@ def zero3_note(rows: list[Row]) -> str:
     period = one["grass"]["sample_period"]
     return (
         f"{one['steps']} measured steps after the same warm-up in each of {len({row['seed'] for row in rows})} interleaved rounds; probing "
-        f"apart. Layers are drawn every {period} steps (default 25; BAdam's 50), so that `all steps` holds switches; what a step costs depends on "
-        "the lowest layer drawn, and each method draws its own. Ratios are taken within a round: their mean, with the least and the largest. "
+        f"apart. Layers are drawn every {period} steps (default 25; BAdam's 50), so that `all steps` holds switches. Backward ends at the "
+        "lowest layer drawn, and each method draws its own: compare them with the last column in mind. Ratios are taken within a round: their mean, with the least and the largest. "
         f"Stage 3 is as DeepSpeed sets it by default, but for `reduce_bucket_size`.{_peer_note(rows)}"
     )
 
@@ -65,6 +67,12 @@ def _ratio(mine: list[Row], base: list[Row], measure: Callable[[list[float]], fl
     bases = {row["seed"]: measure(row["seconds"]) for row in base}
     rounds = [measure(row["seconds"]) / bases[row["seed"]] for row in mine if row["seed"] in bases]
     return f"{statistics.mean(rounds):.2f} ({min(rounds):.2f} to {max(rounds):.2f})" if rounds else ""
+
+
+def _lowest(rows: list[Row]) -> str:
+    """Where backward ended, on average over the steps; nothing for methods without a draw."""
+    lowest = [min(active) for row in rows for active in row["active"] if active is not None]
+    return f"{statistics.mean(lowest):.1f}" if lowest else ""
 
 
 def _peer_note(rows: list[Row]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of offload: cells run for real on a tiny model, and the tables say what the rows say."""
+"""The benchmarks of offload and of ZeRO-3: cells run for real on a tiny model, and the tables say what the rows say."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import places
-from benchmarks.run import run_cell
-from benchmarks.suites import gpu_cells, offload_cells
+from benchmarks import methods, places, render, stages
+from benchmarks.peers import badam_engine
+from benchmarks.run import installed, run_cell
+from benchmarks.suites import gpu_cells, offload_cells, zero3_cells
 from grass_ds.config import OffloadConfig
 
 TINY = "llama-tiny-random"
@@ -51,6 +53,107 @@ def test_gpu_cells_run_on_a_tiny_shape() -> None:
     assert len(places.gpu_table([none, period])) == 4
 
 
+@pytest.mark.dist
+def test_zero3_cells_shard_and_badam_loses_the_last_step_on_every_block() -> None:
+    pytest.importorskip("badam")
+    tiny = {"model": TINY, "sequence": 16, "steps": 10}
+    suite = {cell["method"]: {**cell, **tiny} for cell in zero3_cells(1) if cell["stage"] == 3}
+    wanted = [suite[method] for method in ("full", "uniform", "badam-package")]
+    with ThreadPoolExecutor() as pool:
+        full, uniform, badam = pool.map(lambda cell: run_cell(cell, 300), wanted)
+    assert full["stage"] == uniform["stage"] == badam["stage"] == 3
+    assert len({tuple(active) for active in uniform["active"]}) == 2  # a draw within the measured steps
+    # Of six layers all, two and one are trained; sharded parameters are counted whole.
+    assert full["trainable"] > 6 * badam["trainable"] > 2.5 * uniform["trainable"] > 0
+    assert badam["versions"]["badam"]
+    blocks = badam["active"]
+    assert [len(block) for block in blocks] == [1] * 10
+    switches = [step for step in range(9) if blocks[step] != blocks[step + 1]]
+    assert len(switches) == 2
+    assert [step for step, changed in enumerate(badam["changed"]) if not changed] == switches  # what the note says
+    assert set(full["changed"]) == {None}
+    table = stages.zero3_table([full, uniform, badam])
+    assert len(table) == 5
+    assert " | 3 | " in table[2] and "| 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in table[2]
+    assert "2 of its 10 measured steps changed no weight" in stages.zero3_note([full, uniform, badam])
+
+
+def test_badam_is_refused_off_stage_3() -> None:
+    with pytest.raises(ValueError, match="stage=2: the package badam shards under ZeRO-3 only; use --stage 3"):
+        badam_engine(torch.nn.Linear(2, 2), {"zero_optimization": {"stage": 2}}, switch_every=5)
+
+
+def test_without_badam_its_cells_are_skipped_aloud(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = list(zero3_cells(2))
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
+    left = installed(suite)
+    assert [cell for cell in suite if cell not in left] == [c for c in suite if c["method"] == "badam-package"]
+    assert len(suite) - len(left) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["skipped: badam-package needs the package badam, not installed here (pip install badam)"]
+
+
+def test_zero3_rounds_are_alike_and_hold_switches() -> None:
+    suite = list(zero3_cells(2))
+    half = len(suite) // 2
+    assert [{**cell, "seed": 1} for cell in suite[:half]] == suite[half:]
+    assert {cell["method"] for cell in suite} <= set(stages.LABELS) & set(methods.METHODS)
+    assert all(cell["steps"] >= 3 * cell["grass"]["sample_period"] for cell in suite)
+
+
+def zero3_row(method: str, stage: int, seconds: list[float], **changed: Any) -> dict[str, Any]:
+    """A row as a cell of the suite writes it, as far as the table reads it."""
+    parts = {"median_forward": 0.5, "median_backward": 0.25, "median_step": 0.125}
+    one = {"method": method, "stage": stage, "trainable": 2_000_000, "changed": [None] * len(seconds), **parts}
+    if method == "full":
+        one["active"] = [None] * len(seconds)
+    return row(None, seconds, **{**one, **changed})
+
+
+def test_zero3_ratios_are_within_the_round() -> None:
+    rows = [
+        zero3_row("full", 3, [4.0, 4.0, 10.0]),
+        zero3_row("grass", 3, [1.0, 1.0, 7.0]),
+        zero3_row("full", 3, [2.0, 2.0, 2.0], seed=1),
+        zero3_row("grass", 3, [1.0, 1.0, 1.0], seed=1),
+        zero3_row("full", 2, [4.0, 4.0, 4.0], seed=2),  # in a round without its base
+    ]
+    full, grass, zero2 = (line.split(" | ") for line in stages.zero3_table(rows)[2:])
+    assert full[3:5] == ["1.00 (1.00 to 1.00)"] * 2
+    assert grass[1:] == [
+        "3",
+        "1.00 (1.00 to 7.00), 2.00",
+        "0.38 (0.25 to 0.50)",
+        "0.50 (0.50 to 0.50)",
+        "0.50, 0.25, 0.12",
+        "3.00 GB",
+        "2.0 M",
+        "0.7 |",
+    ]
+    assert full[-1] == " |"
+    assert zero2[1] == "2" and zero2[3:5] == ["", ""]
+
+
+def test_results_tell_of_zero3_once_there_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "FOLDER", tmp_path)
+    assert "ZeRO-3" not in render.results()
+    shared = {"grass": {"sample_period": 5}, "model": TINY, "device": "cpu", "hardware": "any", "threads": 1}
+    shared |= {"commit": "0123abc", "versions": {"torch": "2", "badam": "1.4"}}
+    rows = [
+        zero3_row("full", 3, [4.0, 4.0], **shared),
+        zero3_row("badam-package", 3, [2.0, 2.0], **{**shared, "changed": [True, False]}),
+        zero3_row("full", 2, [4.0, 4.0], **shared),
+    ]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "zero3.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    text = render.results()
+    assert "## ZeRO-3: seconds per step and memory" in text
+    assert f"{TINY}, ZeRO-2 / ZeRO-3, 2 rank(s)" in text
+    assert "badam 1.4, blocks in random order: 1 of its 2 measured steps changed no weight" in text
+
+
 def test_variants_are_valid_and_share_their_seeds() -> None:
     suite = list(offload_cells(2))
     assert {cell["offload"] for cell in suite} == set(places.OFFLOADS) == set(places.LABELS)
@@ -59,7 +162,7 @@ def test_variants_are_valid_and_share_their_seeds() -> None:
         assert OffloadConfig(**block, nvme_path="/disk").device == name.split("-")[0]
 
 
-def row(offload: str, seconds: list[float], **changed: Any) -> dict[str, Any]:
+def row(offload: str | None, seconds: list[float], **changed: Any) -> dict[str, Any]:
     """A row as a cell writes it, as far as the tables read it."""
     return {
         "method": "uniform",
