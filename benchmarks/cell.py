@@ -64,7 +64,7 @@ def main() -> None:
     args = parse()
     distributed.start()
     torch.manual_seed(args.seed)
-    model, tokenizer = load(args.model)
+    model, tokenizer = distributed.on_every_rank(lambda: load(args.model))
     if args.checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})

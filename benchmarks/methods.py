@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "badam": {"sampler": "cyclic", "num_active_layers": 1, "state_on_switch": "reset"},
     "lisa": {"sampler": "uniform", "always_active": EVERYTHING},
     "grass-embed": {"sampler": "grass", "always_active": EVERYTHING},
+    "full-sampler": {"sampler": "full", "offload": {"device": "none"}},
     "grass-device": {"sampler": "grass", "offload": {"device": "none"}},
     "badam-package": None,
 }

@@ -14,7 +14,9 @@ LABELS = {
     "full": "full fine-tuning (stock DeepSpeed)",
     "grass": "**grass**, 2 of 30 layers + final norm (default)",
     "uniform": "uniform (LISA's draw), 2 of 30 layers + final norm",
+    "badam": "cyclic in BAdam's way (ours), 1 of 30 layers + final norm",
     "badam-package": "BAdam (its own package), 1 of 30 layers",
+    "full-sampler": "our wrapper doing all that stock does (sampler `full`)",
 }
 
 

@@ -18,7 +18,9 @@ ZERO3_METHODS = (
     ("full", 3),
     ("grass", 3),
     ("uniform", 3),
+    ("badam", 3),
     ("badam-package", 3),
+    ("full-sampler", 3),
     ("full", 2),
     ("grass", 2),
 )

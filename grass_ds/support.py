@@ -21,6 +21,21 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         'optimizer state is moved by the "grass" block: use grass.offload',
     ),
     (
+        "zero_optimization.offload_optimizer.super_offload",
+        (None, False),
+        "SuperOffload replaces the same optimizer wrapper: remove it, and use grass.offload",
+    ),
+    (
+        "zero_optimization.cpu_offload",
+        (None, False),
+        'optimizer state is moved by the "grass" block: use grass.offload',
+    ),
+    (
+        "zero_optimization.cpu_offload_param",
+        (None, False),
+        "a name of the past: use offload_param.device, on ZeRO stage 3",
+    ),
+    (
         "zero_optimization.zero_hpz_partition_size",
         (None, 0, 1),
         "a second partition of the weights is kept: set it to 1",

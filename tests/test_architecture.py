@@ -119,18 +119,36 @@ def used_private_names(name: str) -> set[str]:
     return {n for n in found if is_private(n)}
 
 
+SEARCHED = ("runtime/engine.py", "runtime/base_optimizer.py", "utils/tensor_fragment.py", "utils/groups.py")
+SEARCHED_OF_ZERO3 = tuple(
+    f"runtime/zero/{name}.py"
+    for name in ("stage3", "parameter_offload", "partitioned_param_coordinator", "partition_parameters")
+)
+
+
 def deepspeeds_private_names() -> set[str]:
-    """Of the engine and of the ZeRO base class, and those that the engine and the utilities ask of any ZeRO optimizer
-    or parameter (where a plain text search has to do)."""
+    """Of the engine and of the ZeRO base class, those that the engine and the utilities ask of any ZeRO optimizer or
+    parameter (where a plain text search has to do), and all of the classes that make up ZeRO-3, mangled ones included."""
     names = {n for cls in (DeepSpeedEngine, ZeROOptimizer) for n in vars(cls)}
     root = Path(deepspeed.__file__).parent
-    for file in ("runtime/engine.py", "runtime/base_optimizer.py", "utils/tensor_fragment.py", "utils/groups.py"):
+    for file in (*SEARCHED, *SEARCHED_OF_ZERO3):
         source = (root / file).read_text()
         names |= set(re.findall(r"(?:optimizer|param|lp|p)\.(_[a-z]\w*)", source)) | set(
             re.findall(r"def (_[a-z]\w*)", source)
         )
         names |= set(re.findall(r"(?:hasattr|getattr)\([^,()]+(?:\(\))?, ['\"](_[a-z]\w*)['\"]", source))
+    for file in SEARCHED_OF_ZERO3:
+        source = (root / file).read_text()
+        names |= set(re.findall(r"\bself\.(_[a-z]\w*)", source))
+        hidden = {n for n in re.findall(r"\b(?:self\.|def )(__[a-z]\w*)", source) if not n.endswith("__")}
+        names |= {f"_{cls}{n}" for cls in re.findall(r"^class (\w+)", source, re.MULTILINE) for n in hidden}
     return {n for n in names if is_private(n)}
+
+
+def test_the_search_finds_what_makes_up_zero3() -> None:
+    found = deepspeeds_private_names()
+    assert {"_invalidate_trace", "_partition_param", "_register_deepspeed_module", "_create_fp16_sub_groups"} <= found
+    assert {"_prefetch_bucket_sz", "_z3_optimizer", "_PartitionedParameterCoordinator__params_to_release"} <= found
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "runtime/seams.py"])

@@ -21,6 +21,10 @@ EXPECTED: dict[str, tuple[int, str | None, int, frozenset[str]]] = {
     "grass.json": (2, "grass", 2, frozenset({"norm"})),
     "lisa.json": (2, "uniform", 2, frozenset({"embed", "norm", "head"})),
     "zero1_grass.json": (1, "grass", 2, frozenset({"norm"})),
+    "zero3_full.json": (3, None, LAYERS, frozenset({"embed", "norm", "head"})),
+    "zero3_grass.json": (3, "grass", 2, frozenset({"norm"})),
+    "zero3_grass_nvme.json": (3, "grass", 2, frozenset({"norm"})),
+    "zero3_lisa.json": (3, "uniform", 2, frozenset({"embed", "norm", "head"})),
 }
 OUTSIDE = {"model.embed_tokens.weight": "embed", "model.norm.weight": "norm", "lm_head.weight": "head"}
 
@@ -35,6 +39,11 @@ def two_steps(file: str, folder: Path) -> dict[str, Any]:
     config = json.loads((FOLDER / file).read_text())
     if "grass" in config:
         config["grass"]["probe_steps"] = 1
+        if config["grass"]["offload"]["device"] == "nvme":
+            assert (
+                config["grass"]["offload"]["nvme_path"] == "$SLURM_TMPDIR"
+            )  # a folder per job, where the cluster makes one
+            config["grass"]["offload"]["nvme_path"] = str(folder)
     model = tiny_llama().to(torch.bfloat16)
     before = snapshot(model)
     with hf_trainer(config, folder, model, max_steps=2, learning_rate=1e-2, bf16=True) as trainer:

@@ -6,6 +6,7 @@ sampler. States of layers that were never stepped are not written: their fp32 we
 """
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
@@ -99,11 +100,6 @@ def load(
             "load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
         )
     stage = optimizer.settings.stage
-    if (saved[keys.ZERO_STAGE] == 3) != (stage == 3):
-        raise ValueError(
-            f"the checkpoint was saved with ZeRO stage {saved[keys.ZERO_STAGE]} and this run has stage {stage}, which cuts weights into "
-            "other shards; set zero_optimization.stage as it was, or load the weights alone with load_optimizer_states=False"
-        )
     ours = saved[GRASS]
     _check_layout(_layout(optimizer.units), ours["layout"])
     optimizer.loss_scaler = saved[keys.LOSS_SCALER]
@@ -128,6 +124,23 @@ def load(
             optimizer.store.drop(unit)
     if not load_from_fp32_weights:
         optimizer.refresh_fp32_params()
+
+
+def check_stage(folder: str | Path, tag: str | None, stage: int) -> None:
+    """Raise ValueError for a checkpoint of ZeRO-3 on another stage or the reverse: DeepSpeed would look for files that are not there."""
+    if tag is None:
+        latest = Path(folder, "latest")
+        if not latest.is_file():
+            return  # DeepSpeed has a message for that
+        tag = latest.read_text().strip()
+    partitioned = any(Path(folder, str(tag)).glob("zero_pp_rank_*_model_states.pt"))
+    replicated = any(Path(folder, str(tag)).glob("mp_rank_*_model_states.pt"))
+    if partitioned != replicated and partitioned != (stage == 3):
+        raise ValueError(
+            f"the checkpoint {tag} was saved with ZeRO stage {'3' if partitioned else '1 or 2'} and this run has stage {stage}, which "
+            "cuts weights into other shards; set zero_optimization.stage as it was, or start from its weights: zero_to_fp32.py in "
+            "the checkpoint's folder writes them for any run"
+        )
 
 
 def _layout(units: list[Unit]) -> list[tuple[str, list[str], int, int]]:

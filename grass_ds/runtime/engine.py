@@ -8,12 +8,14 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.runtime import seams
 from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
+from grass_ds.runtime.checkpoint import check_stage
 from grass_ds.runtime.gradients import ReduceSettings
 from grass_ds.runtime.handle import GrassHandle
 from grass_ds.runtime.offload.assemble import Surroundings, open_store
@@ -45,7 +47,7 @@ class GrassEngine(seams.DeepSpeedEngine):
         except BaseException:
             if self.grass is not None:  # what failed came later, and the caller has nothing to call destroy() on
                 self.optimizer.destroy()
-                self._leave_model()
+            self._leave_model()
             raise
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
@@ -74,14 +76,15 @@ class GrassEngine(seams.DeepSpeedEngine):
         units = build_units(optimizer.param_groups, self.param_names, plan)
         _check_coverage(units, layers)
         controller = Controller(len(layers.names), **config.policy_arguments())
-        full_backward = fit_input_gradients(self.module, "embed" in always)
+        embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
+        full_backward = fit_input_gradients(self.module, embeddings_train)
         store = self._open_store(config, optimizer, units)
         parts = (optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
         with ExitStack() as undo:
             undo.callback(store.close)
             if stage3:  # without an optimizer DeepSpeed sets up the hooks on the weights alone
                 offload = super()._configure_zero_optimizer(None)
-                undo.callback(offload.destroy)
+                undo.callback(seams.remove_zero3_hooks, offload)
                 zero: GrassZeroOptimizer = GrassZero3Optimizer(
                     *parts, parameter_offload=offload, full_backward=full_backward
                 )
@@ -173,15 +176,37 @@ class GrassEngine(seams.DeepSpeedEngine):
         with self.optimizer.all_trainable():
             return super().save_checkpoint(*args, **kwargs)
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
         """As DeepSpeed's; the sampler continues where it was saved, whatever this engine's active set is."""
+        what = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn)
         if self.grass is None:
-            return super().load_checkpoint(*args, **kwargs)
+            return super().load_checkpoint(load_dir, tag, *what)
+        check_stage(load_dir, tag, self.zero_optimization_stage())
         with self.optimizer.all_trainable():
-            result = super().load_checkpoint(*args, **kwargs)
+            result = super().load_checkpoint(load_dir, tag, *what)
+            weights_alone = load_module_only or not load_optimizer_states
+            if weights_alone and self.zero_optimization_stage() == 3 and result[0] is not None:
+                self._load_weights(load_dir, tag)
         self.optimizer.flush()
         self.optimizer.activate()
         return result
+
+    def _load_weights(self, load_dir: Any, tag: Any) -> None:
+        """The weights of that tag: of ZeRO-3 DeepSpeed loads those of the latest one, or with ``load_module_only`` none at all."""
+        weights = get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
+        self.optimizer.checkpoint_event_prologue()
+        self.load_module_state_dict({"module": weights}, fetch_z3_params=True)
+        self.optimizer.checkpoint_event_epilogue()
+        self.optimizer.refresh_fp32_params()
 
     def destroy(self) -> None:
         """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""
@@ -190,8 +215,9 @@ class GrassEngine(seams.DeepSpeedEngine):
             self._leave_model()
 
     def _leave_model(self) -> None:
-        for hook in (self.module_forward_pre_hook, self.module_forward_post_hook):
-            hook.remove()
+        for name in ("module_forward_pre_hook", "module_forward_post_hook"):
+            if name in vars(self):  # construction may have failed before
+                getattr(self, name).remove()
         self.grass = None
 
 

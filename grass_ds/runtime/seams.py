@@ -46,6 +46,7 @@ HOOK_STATE = (
 PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping", "_z3_optimizer")
 # ZeRO-3: what gathers and releases weights, its attributes, and the coordinator that it does it by.
 OFFLOAD_METHODS = (
+    "_register_deepspeed_module",
     "destroy",
     "empty_partition_cache",
     "get_param_coordinator",
@@ -53,10 +54,17 @@ OFFLOAD_METHODS = (
     "release_backward_leftovers",
 )
 OFFLOAD_ATTRIBUTES = ("module", "persistent_parameters")
-COORDINATOR = ("_invalidate_trace", "is_invalid_trace")
+# ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
+LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
+COORDINATOR = (
+    "_PartitionedParameterCoordinator__params_to_release",  # a private method behind a cache, see forget_releases()
+    "_invalidate_trace",
+    "is_complete_trace",
+    "is_invalid_trace",
+)
 # ZeRO-3: what DeepSpeed puts on a parameter that it partitions.
 PARTITIONED_PARAMETER = (
-    "all_gather",
+    "all_gather_coalesced",
     "ds_active_sub_modules",
     "ds_numel",
     "ds_persist",
@@ -112,10 +120,13 @@ def _missing_in_zero3() -> list[str]:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     hooks = offload.DeepSpeedZeRoOffload
-    missing = [f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_METHODS if not hasattr(hooks, name)]
-    missing += [
+    if missing := [f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_METHODS if not hasattr(hooks, name)]:
+        return missing  # some of them are looked into next
+    missing = [
         f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_ATTRIBUTES if name not in hooks.__init__.__code__.co_names
     ]
+    set_on_modules = hooks._register_deepspeed_module.__code__.co_names
+    missing += [f"Module.{name} (ZeRO-3)" for name in LEFT_ON_MODULES if name not in set_on_modules]
     missing += [
         f"PartitionedParameterCoordinator.{n}" for n in COORDINATOR if not hasattr(PartitionedParameterCoordinator, n)
     ]
@@ -144,9 +155,34 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_s
 from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.torch import register_grad_hook  # noqa: E402
+
+
+def forget_releases() -> None:
+    """Let ZeRO-3 decide anew which weights to release after which module.
+
+    It decides by the trace of modules, but remembers every decision for the life of the process, whatever becomes of that trace.
+    """
+    decide = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in decide.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
+    """Take ZeRO-3's hooks off the model.
+
+    Its own ``destroy()`` leaves two functions on every module, which the next engine on this model takes for its own: the backward
+    pass would gather by the coordinator of the engine that is gone.
+    """
+    offload.destroy()
+    for module in offload.module.modules():
+        for name in LEFT_ON_MODULES:
+            module.__dict__.pop(name, None)
+
 
 __all__ = [
     "BFLOAT16",
@@ -158,7 +194,9 @@ __all__ = [
     "checkpoint_keys",
     "count_used_parameters_in_backward",
     "create_loss_scaler",
+    "forget_releases",
     "fragment_address",
     "register_grad_hook",
+    "remove_zero3_hooks",
     "sequence_parallel_size",
 ]

@@ -169,7 +169,7 @@ class ReplicatedUnit(Unit):
             param.data = view
 
     def disown(self) -> None:
-        del self.flat
+        vars(self).pop("flat", None)
 
     def write(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         _put(flat.narrow(0, self.offsets[slot], self.sizes[slot]), gradient.reshape(-1), accumulate)
@@ -237,7 +237,7 @@ class PartitionedUnit(Unit):
         self._shard = shard
 
     def disown(self) -> None:
-        del self._shard
+        vars(self).pop("_shard", None)
 
     def write(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         rows, values = self._rows(flat, slot), gradient.reshape(-1)
@@ -299,7 +299,7 @@ def build_units(
 ) -> list[Unit]:
     """Sort the optimizer's parameters into units, in reduction order; nothing is allocated.
 
-    Parameters that the user froze (``requires_grad`` False) belong to no unit.
+    Parameters that the user froze (``requires_grad`` False), and those without elements, belong to no unit.
 
     Raises:
         ValueError: a parameter of the optimizer that the model does not have.
@@ -308,7 +308,7 @@ def build_units(
     members: dict[tuple[str, int | None, int], list[tuple[nn.Parameter, str]]] = {}
     for group, settings in enumerate(param_groups):
         for param in settings["params"]:
-            if not param.requires_grad:
+            if not param.requires_grad or whole_numel(param) == 0:
                 continue
             name = param_names.get(param)
             if name is None:

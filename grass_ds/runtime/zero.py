@@ -103,13 +103,19 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         layout = digest([(u.name, u.param_names, [tuple(whole_shape(p)) for p in u.params]) for u in units])
         check_ranks_agree([layout], "the layers and param groups", self.dp_process_group, self.device)
         self._check_agreement("the sampler's first state")
-        for unit in units:
-            unit.claim()
-        for settings_ in optimizer.param_groups:
-            settings_["params"] = []
-        self._hooks = [self._hook(unit, slot) for unit in units for slot in range(len(unit.params))]
+        self._hooks: list[Any] = []
         self._active: list[Unit] = []
-        self.activate()
+        try:
+            for unit in units:
+                unit.claim()
+            for settings_ in optimizer.param_groups:
+                settings_["params"] = []
+            for unit in units:
+                self._hooks += [self._hook(unit, slot) for slot in range(len(unit.params))]
+            self.activate()
+        except BaseException:
+            self._let_go()
+            raise
 
     # ---- backward -------------------------------------------------------------------------------------------------------
 
@@ -342,6 +348,13 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
 
     def destroy(self) -> None:
         """Give the model back: hooks removed, every owned parameter trainable, states released."""
+        self._let_go()
+        self.reducer.track([], keep=True)
+        if get_accelerator().is_available():
+            get_accelerator().synchronize()  # copies under way read host memory that is released next
+        self.store.close()
+
+    def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
         units, self.units, self._active, self._hooks = self.units, [], [], []
@@ -350,7 +363,3 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                 self._conceal(param)
                 param.requires_grad_(True)
             unit.disown()
-        self.reducer.track([], keep=True)
-        if get_accelerator().is_available():
-            get_accelerator().synchronize()  # copies under way read host memory that is released next
-        self.store.close()

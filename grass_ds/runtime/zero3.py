@@ -9,13 +9,14 @@ of just the weights that it has, and no gather is needed after the step.
 [Note: Trace] DeepSpeed records in which order modules run in forward and backward, and gathers weights ahead of their use by that
 trace. Inactive layers change nothing in the order, with one exception: where the embeddings do not train, backward stops at the lowest
 active layer. A trace that is too short makes DeepSpeed start over in the middle of backward, and one that is too long makes it gather
-weights that nobody uses. So whenever that floor moves the trace is forgotten, once: the next step records a new one, the step after it
-prefetches again.
+weights that nobody uses. So when that floor has moved, the trace is forgotten at the start of the next training forward, once: that step
+records a new one, the step after it prefetches again. (Not earlier: an evaluation in between would be recorded, which has no backward.)
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from grass_ds.runtime import seams
@@ -37,17 +38,19 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     """
 
     traces_forgotten = 0
+    _destroyed = False
 
     def __init__(self, *args: Any, parameter_offload: seams.DeepSpeedZeRoOffload, full_backward: bool):
         self.parameter_offload = parameter_offload
         self.persistent_parameters: list[nn.Parameter] = parameter_offload.persistent_parameters
         self.module = parameter_offload.module
         self._full_backward = full_backward
-        self._floor: int | None = None
+        self._floor = self._traced_floor = 0
         self._access = PartitionedAccess()
         super().__init__(*args)  # which activates the first layers, and so needs the above
         for param in self.module.parameters():
             param._z3_optimizer = self._access
+        self._settle()
 
     @property
     def fp16_groups(self) -> list[list[nn.Parameter]]:
@@ -60,29 +63,48 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """End of one micro-step: also of modules that backward ran through without an end, like the lowest active layer."""
         super().backward_epilogue(**kwargs)
         self.parameter_offload.release_backward_leftovers()
+        if not self.parameter_offload.get_param_coordinator().is_complete_trace():
+            seams.forget_releases()  # what was decided by another trace would keep weights that this one no longer needs
 
     def _publish(self, units: Sequence[Unit]) -> None:
         """Release what is gathered of the old weights; of the persistent parameters, gather the new ones."""
+        if any(param.ds_status is seams.ZeroParamStatus.INFLIGHT for param in self.module.parameters()):
+            self.parameter_offload.partition_all_parameters()  # prefetched by an evaluation for a backward that did not come
         params: list[Any] = [param for unit in units for param in unit.params]
         stale = [param for param in params if param.ds_status is seams.ZeroParamStatus.AVAILABLE]
         for param in stale:
             param.ds_active_sub_modules.clear()
             param.partition()
+        self._settle()
         self._gather([param for param in stale if param.ds_persist])
 
     @staticmethod
     def _gather(params: Sequence[Any]) -> None:
-        if params:
-            params[0].all_gather(params)
+        """All of them that are released, in one all-gather."""
+        released = [param for param in params if param.ds_status is seams.ZeroParamStatus.NOT_AVAILABLE]
+        if released:
+            released[0].all_gather_coalesced(released).wait()
+
+    @staticmethod
+    def _settle() -> None:
+        """Wait until shards are written: DeepSpeed gathers from them on a stream of its own, which waits for no other."""
+        if not get_accelerator().is_synchronized_device():
+            get_accelerator().current_stream().synchronize()
 
     def activate(self) -> None:
         super().activate()
-        floor = 0 if self._full_backward else min(self.controller.active_layers)
+        self._floor = 0 if self._full_backward else min(self.controller.active_layers)
+
+    def clear_backward_seen_flag(self) -> None:
+        """Called by the engine at the start of every forward. See [Note: Trace]."""
+        super().clear_backward_seen_flag()
+        if self._floor == self._traced_floor or not self.module.training:
+            return
         coordinator = self.parameter_offload.get_param_coordinator()
-        if floor != self._floor and not coordinator.is_invalid_trace():  # see [Note: Trace]
+        if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
             self.traces_forgotten += 1
-        self._floor = floor
+        self._traced_floor = self._floor
 
     def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
         self._access.add(param, Partition(fragment))
@@ -98,6 +120,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
 
     def checkpoint_event_epilogue(self) -> None:
         """After that."""
+        self._settle()
         self._gather(self.persistent_parameters)
 
     def empty_partition_cache(self) -> None:
@@ -105,9 +128,12 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.parameter_offload.empty_partition_cache()
 
     def destroy(self) -> None:
-        """As in the other stages; the weights stay partitioned, as after DeepSpeed's own."""
+        """As in the other stages; the weights stay partitioned, as after DeepSpeed's own. Later calls do nothing."""
+        if self._destroyed:  # by now the model may be another engine's, and a collected engine calls this again
+            return
+        self._destroyed = True
         super().destroy()
-        self.parameter_offload.destroy()
+        seams.remove_zero3_hooks(self.parameter_offload)
         for param in self.module.parameters():
             if getattr(param, "_z3_optimizer", None) is self._access:
                 del param._z3_optimizer

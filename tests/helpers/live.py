@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,6 +63,13 @@ def settle(live: LiveBytes, expected: int) -> int:
         gc.collect()
         time.sleep(0.002)
     return live.now
+
+
+def hooks_on(model: nn.Module) -> int:
+    """Hooks on the model and on its parameters."""
+    on_params = [(p._post_accumulate_grad_hooks, p._backward_hooks) for p in model.parameters()]
+    on_modules = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks) for m in model.modules()]
+    return sum(len(hooks or ()) for owner in (*on_params, *on_modules) for hooks in owner)
 
 
 def process_bytes(key: str) -> int:

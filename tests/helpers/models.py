@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 VOCAB, SEQUENCE, LAYERS = 128, 16, 4
+# ZeRO-3 gathers weights for each use and releases them after it, as those of a large model; by default it keeps such small ones.
+RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
 
 
-def tiny_llama(layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: int = 32) -> nn.Module:
-    """A random Llama; the odd intermediate size makes shards that do not divide evenly."""
+def tiny_llama(
+    layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: int = 32, bias: bool = False
+) -> nn.Module:
+    """A random Llama; the odd intermediate size makes shards that do not divide evenly, and with ``bias`` parameters that do not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -25,6 +29,7 @@ def tiny_llama(layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: 
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
+        mlp_bias=bias,
         attention_dropout=0.0,
     )
     return LlamaForCausalLM(config)

@@ -74,7 +74,8 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
     config["grass"] |= {"num_active_layers": 1, "probe_steps": PROBE, "sample_period": 3}
     (tmp_path / "grass.json").write_text(json.dumps(config))
     options = ["--deepspeed", str(tmp_path / "grass.json"), "--model", str(model_folder), "--max_steps", str(STEPS)]
-    options += ["--eval_samples", "3", "--per_device_eval_batch_size", "1", "--max_new_tokens", "8", "--report_to", "wandb", "--logging_steps", "1"]
+    options += ["--eval_samples", "3", "--per_device_eval_batch_size", "1", "--max_new_tokens", "8"]
+    options += ["--report_to", "wandb", "--logging_steps", "1"]
     done = start(deepspeed_launcher(), options, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.live import LiveBytes, settle, tensors_in
+from helpers.live import LiveBytes, hooks_on, settle
 from helpers.models import VOCAB, batch, ds_config, engine_of, grass_block, tiny_llama, train
+from helpers.traffic import Collectives
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.dist
 
@@ -34,21 +34,6 @@ def shard(numel: int, world: int) -> int:
 
 def cyclic(**settings: Any) -> dict[str, Any]:
     return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
-
-
-class Collectives(TorchDispatchMode):
-    """Every collective that torch dispatches while this is on: (operator, bytes of its largest tensor)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.calls.append(
-                (func._schema.name.removeprefix("c10d::").strip("_"), max(t.nbytes for t in tensors_in(args)))
-            )
-        return func(*args, **(kwargs or {}))
 
 
 def width(config: dict[str, Any]) -> int:
@@ -277,12 +262,6 @@ def test_optimizer_state_is_that_of_layers_ever_active(
             assert now["visited"] == step // PERIOD + 1
             assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (window_bytes(world), state))
             assert now["peak"] == now["device"]
-
-
-def hooks_on(model: nn.Module) -> int:
-    on_params = [(p._post_accumulate_grad_hooks, p._backward_hooks) for p in model.parameters()]
-    on_modules = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks) for m in model.modules()]
-    return sum(len(hooks or ()) for owner in (*on_params, *on_modules) for hooks in owner)
 
 
 def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[str, Any]]:

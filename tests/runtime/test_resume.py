@@ -17,6 +17,8 @@ PROBE_STEPS, STEPS = 2, 12
 SAVED_AFTER = {"mid-probe": 1, "switch": 5, "mid-period": 7, "switch and refresh": 8}
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_num_steps": 20, "warmup_max_lr": 1e-2}}
 
+ZERO3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
 # name -> (ds_config arguments, grass settings)
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grass-bf16-zero2-cpu": ({"dtype": "bf16"}, {"sampler": "grass", "num_active_layers": 2}),
@@ -32,6 +34,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "uniform-bf16-zero2-cpu-gas2": (
         {"dtype": "bf16", "gas": 2},
         {"sampler": "uniform", "always_active": ["embed", "head"]},
+    ),
+    "grass-bf16-zero3-cpu": ({"dtype": "bf16", "stage": 3, "clip": 0.5}, {"sampler": "grass", "num_active_layers": 2}),
+    "static-fp32-zero3-device-reset": (
+        {"stage": 3, "gas": 2},
+        {"sampler": "static", "state_on_switch": "reset", "offload": {"device": "none"}, "always_active": ["embed"]},
+    ),
+    "uniform-bf16-zero3-nvme": (
+        {"dtype": "bf16", "stage": 3},
+        {"sampler": "uniform", "offload": {"device": "nvme", "io": "posix"}},
     ),
     "grass-fp16-zero2-overflow": (
         {"dtype": "fp16", "fp16": {"initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 3}},
@@ -79,6 +90,9 @@ def continued(engine: Any, history: list[dict[str, Any]], losses: list[float], a
 def test_resumed_run_is_the_straight_run(two_ranks: Any, case: str, tmp_path: Path) -> None:
     settings, sampler = CASES[case]
     config = ds_config(**settings, scheduler=SCHEDULER, grass=grass_block(**sampler))
+    if "nvme" in case:
+        config["grass"]["offload"]["nvme_path"] = str(tmp_path / "state")
+        (tmp_path / "state").mkdir()
     for report in two_ranks.run(straight_and_resumed, config=config, folder=tmp_path):
         assert len(set(report["active"])) > 2
         assert {tag: report[tag]["difference"] for tag in SAVED_AFTER} == dict.fromkeys(SAVED_AFTER)
@@ -129,6 +143,43 @@ def test_tools_read_every_layer(two_ranks: Any, tied: bool, tmp_path: Path) -> N
         assert not report["frozen"]  # inactive layers are not stored a second time as frozen ones
 
 
+def read_back_from_parts(config: dict[str, Any], tied: bool, folder: Path) -> dict[str, Any]:
+    """ZeRO-3: the merged fp32 weights and the consolidated ones, next to the live ones. One layer norm is frozen by the user."""
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    model = tiny_llama(tied=tied)
+    frozen = "model.layers.1.input_layernorm.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    with engine_of(config, model) as engine:
+        train(engine, 6)
+        engine.save_checkpoint(folder, tag="here")
+        engine.save_16bit_model(folder, "whole.bin")
+        live, visits = snapshot(model), engine.grass.visits
+        masters = {n: safe_get_full_fp32_param(p) for n, p in model.named_parameters() if n != frozen}
+        train(engine, 1, start=6)  # saving left all as it was
+    merged = get_fp32_state_dict_from_zero_checkpoint(folder, tag="here")
+    whole = torch.load(folder / "whole.bin")
+    return {
+        "visits": visits,
+        "merged": difference({**masters, frozen: live[frozen].float()}, {name: merged[name].float() for name in live}),
+        "names": sorted({*merged} ^ {*tiny_llama(tied=tied).state_dict()}),
+        "whole": difference(live, {name: whole[name] for name in live}),
+        "rounded": max(float((master - live[name].float()).abs().max()) for name, master in masters.items()),
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tools_read_every_layer_of_zero3(two_ranks: Any, tied: bool, tmp_path: Path) -> None:
+    config = ds_config(dtype="bf16", lr=1e-2, zero_optimization=ZERO3, grass=grass_block())
+    for report in two_ranks.run(read_back_from_parts, config=config, tied=tied, folder=tmp_path):
+        assert 0 in report["visits"]
+        assert any(report["visits"])
+        assert report["rounded"] > 0
+        assert report["merged"] is report["whole"] is None
+        assert report["names"] == []
+
+
 def exclude_frozen(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = tiny_llama()
     frozen = ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"]
@@ -143,7 +194,8 @@ def exclude_frozen(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         active = engine.grass.active_layers
         live = snapshot(model)
     lean, full = torch.load(folder / "lean.bin"), torch.load(folder / "full.bin")
-    file = torch.load(folder / "lean" / "mp_rank_00_model_states.pt", weights_only=False)
+    [path, *_] = sorted((folder / "lean").glob("*mp_rank_00_model_states.pt"))
+    file = torch.load(path, weights_only=False)
     return {
         "frozen": frozen,
         "active": active,
@@ -156,8 +208,12 @@ def exclude_frozen(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def test_exclude_frozen_drops_what_the_user_froze_and_nothing_else(two_ranks: Any, tmp_path: Path) -> None:
-    for report in two_ranks.run(exclude_frozen, config=ds_config(grass=grass_block()), folder=tmp_path):
+@pytest.mark.parametrize("zero", [{"stage": 2}, ZERO3], ids=["zero2", "zero3"])
+def test_exclude_frozen_drops_what_the_user_froze_and_nothing_else(
+    two_ranks: Any, zero: dict[str, Any], tmp_path: Path
+) -> None:
+    config = ds_config(zero_optimization=zero, grass=grass_block())
+    for report in two_ranks.run(exclude_frozen, config=config, folder=tmp_path):
         [layer] = report["active"]
         assert all(
             name == "model.norm.weight" or name.startswith(f"model.layers.{layer}.") for name in report["trainable"]
@@ -224,6 +280,20 @@ def test_a_checkpoint_of_plain_deepspeed_is_refused_with_the_remedy(two_ranks: A
         assert "load_optimizer_states=False" in message
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 3), (3, 2), (3, 1)])
+def test_a_checkpoint_of_another_cut_is_refused_with_the_remedy(
+    two_ranks: Any, saved: int, loaded: int, tmp_path: Path
+) -> None:
+    two_ranks.run(save, config=ds_config(stage=saved, grass=grass_block()), folder=tmp_path)
+    for message in two_ranks.run(error_of_load, config=ds_config(stage=loaded, grass=grass_block()), folder=tmp_path):
+        was = "3" if saved == 3 else "1 or 2"
+        assert (
+            f"ValueError: the checkpoint here was saved with ZeRO stage {was} and this run has stage {loaded}"
+            in message
+        )
+        assert "zero_to_fp32.py" in message
+
+
 def restart(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     with engine_of(config, tiny_llama(seed=9)) as engine:
         engine.load_checkpoint(folder, tag="here", load_optimizer_states=False, load_lr_scheduler_states=False)
@@ -247,10 +317,11 @@ def from_weights(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> di
         return {"losses": train(engine, 4), "end": snapshot(engine.module)}
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("saved_by", ["grass", "stock"])
-def test_restart_from_weights_alone(two_ranks: Any, saved_by: str, tmp_path: Path) -> None:
-    config = ds_config(grass=grass_block())
-    [weights, _] = two_ranks.run(save, config=config if saved_by == "grass" else ds_config(), folder=tmp_path)
+def test_restart_from_weights_alone(two_ranks: Any, saved_by: str, stage: int, tmp_path: Path) -> None:
+    config, plain = ds_config(stage=stage, grass=grass_block()), ds_config(stage=stage)
+    [weights, _] = two_ranks.run(save, config=config if saved_by == "grass" else plain, folder=tmp_path)
     reference = two_ranks.run(from_weights, config=config, weights=weights)
     for report, fresh in zip(two_ranks.run(restart, config=config, folder=tmp_path), reference, strict=True):
         assert difference(weights, report["weights"]) is None
@@ -259,3 +330,29 @@ def test_restart_from_weights_alone(two_ranks: Any, saved_by: str, tmp_path: Pat
         assert not any(report["visits"])
         assert report["losses"] == fresh["losses"]
         assert difference(report["end"], fresh["end"]) is None
+
+
+def weights_of_a_tag(config: dict[str, Any], folder: Path) -> list[str | None]:
+    with engine_of(config) as engine:
+        train(engine, 4)
+        engine.save_checkpoint(folder, tag="here")
+        weights = snapshot(engine.module)
+        train(engine, 2, start=4)
+        engine.save_checkpoint(folder, tag="later")
+    found = []
+    for alone in ({"load_optimizer_states": False}, {"load_module_only": True}):
+        with engine_of(config, tiny_llama(seed=9)) as engine:
+            engine.load_checkpoint(folder, tag="here", load_lr_scheduler_states=False, **alone)
+            found.append(difference(weights, snapshot(engine.module)))
+            assert (optimizer_state(engine), engine.grass.phase) == ({}, "probe")
+            train(engine, 4)
+            found.append(None if difference(weights, snapshot(engine.module)) else "it did not train")
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("threshold", [0, 100])
+def test_weights_alone_are_those_of_the_tag(two_ranks: Any, stage: int, threshold: int, tmp_path: Path) -> None:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": threshold}
+    config = ds_config(dtype="bf16", zero_optimization=zero, grass=grass_block())
+    assert two_ranks.run(weights_of_a_tag, config=config, folder=tmp_path) == [[None] * 4] * 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
 from torch import nn
 
 from grass_ds import GrassConfigError
@@ -36,12 +36,21 @@ def trained_names(model: nn.Module, layers: Iterable[int]) -> set[str]:
     return {name for name, _ in model.named_parameters() if name == "model.norm.weight" or layer_of(name) in active}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of every bit of every parameter."""
+def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    """Hash of every bit of a :func:`snapshot`."""
     total = hashlib.sha256()
-    for name, param in model.named_parameters():
-        total.update(name.encode() + param.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, weight in weights.items():
+        total.update(name.encode() + weight.contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def kept(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the weights that rest on this rank: its partitions in ZeRO-3, all of them before."""
+    return {name: getattr(param, "ds_tensor", param).detach().clone() for name, param in model.named_parameters()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in one if not torch.equal(one[name], other[name])}
 
 
 def backward(engine: Any, step: int) -> None:
@@ -58,21 +67,25 @@ def backward(engine: Any, step: int) -> None:
 
 
 def run_and_watch(config: dict[str, Any]) -> dict[str, Any]:
-    """Train; per step: active layers, which parameters changed a bit, and a hash of all weights."""
+    """Train; per step: active layers, which parameters changed a bit, here and as a whole, and a hash of all."""
     model = tiny_llama(hidden=HIDDEN)
-    active, changed, hashes = [], [], []
+    active, changed, changed_here, hashes = [], [], [], []
     with engine_of(config, model) as engine:
-        before = snapshot(model)
+        before, before_here = snapshot(model), kept(model)
         trained: list[set[str]] = []
         for step in range(STEPS):
             active.append(engine.grass.active_layers)
             trained.append(set() if engine.grass.phase == "probe" else trained_names(model, active[-1]))
             train(engine, 1, start=step)
-            after = snapshot(model)
-            changed.append({name for name in after if not torch.equal(before[name], after[name])})
-            hashes.append(fingerprint(model))
-            before = after
-    return {"active": active, "trained": trained, "changed": changed, "hashes": hashes}
+            after_here, after = kept(model), snapshot(model)
+            changed.append(differing(before, after))
+            changed_here.append(differing(before_here, after_here))
+            hashes.append(fingerprint(after))
+            before, before_here = after, after_here
+    return {"active": active, "trained": trained, "changed": changed, "here": changed_here, "hashes": hashes}
+
+
+GATHERED = {"zero_optimization": RELEASED}
 
 
 WATCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -87,6 +100,19 @@ WATCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "zero2-grass-bf16": ("two_ranks", {"dtype": "bf16"}, grass_block(sampler="grass", sample_period=2)),
     "zero2-cyclic-bf16-one-rank": ("one_rank", {"dtype": "bf16"}, cyclic()),
     "zero2-cyclic-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, cyclic()),
+    "zero3-cyclic-bf16-gas2-reset": (
+        "two_ranks",
+        {"stage": 3, "dtype": "bf16", "gas": 2, **GATHERED},
+        cyclic(state_on_switch="reset"),
+    ),
+    "zero3-uniform-two-of-four": (
+        "two_ranks",
+        {"stage": 3, "clip": 0.5},
+        grass_block(sampler="uniform", num_active_layers=2, sample_period=1),
+    ),
+    "zero3-grass-bf16": ("two_ranks", {"stage": 3, "dtype": "bf16"}, grass_block(sampler="grass", sample_period=2)),
+    "zero3-cyclic-one-rank": ("one_rank", {"stage": 3, **GATHERED}, cyclic()),
+    "zero3-cyclic-bf16-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16", **GATHERED}, cyclic()),
 }
 
 
@@ -95,7 +121,7 @@ def test_exactly_the_active_layers_move(request: pytest.FixtureRequest, case: st
     pool, settings, block = WATCHED[case]
     ranks = request.getfixturevalue(pool).run(run_and_watch, config=ds_config(lr=LR, grass=block, **settings))
     for result in ranks:
-        assert result["changed"] == result["trained"]
+        assert result["changed"] == result["here"] == result["trained"]
         assert result["active"] == ranks[0]["active"]
         assert result["hashes"] == ranks[0]["hashes"]
     if block["sampler"] == "cyclic":
@@ -110,7 +136,7 @@ class Reference:
     """AdamW of torch on whole fp32 tensors, one optimizer per parameter: what a single process does with the same gradients."""
 
     def __init__(self, model: nn.Module, hyper: Any):
-        self.masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+        self.masters = {name: nn.Parameter(weight.float()) for name, weight in snapshot(model).items()}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self._hyper = hyper
 
@@ -182,17 +208,16 @@ def follow_with_same_gradients(config: dict[str, Any], split: bool) -> list[int]
             gradients = {name: safe_get_full_grad(named[name]).clone() for name in sorted(names)}
             engine.step()
             reference.step(clipped(engine, gradients))
+            weights = snapshot(model)
             for name in sorted(names):
                 master = reference.masters[name].detach()
-                assert torch.equal(named[name].detach(), master.to(named[name].dtype)), (
-                    f"weights of {name}, step {step}"
-                )
+                assert torch.equal(weights[name], master.to(weights[name].dtype)), f"weights of {name}, step {step}"
                 if config["grass"]["state_on_switch"] == "keep" or active == engine.grass.active_layers:
                     assert torch.equal(safe_get_full_fp32_param(named[name]), master), f"master of {name}, step {step}"
             if active == (0,):
                 counts.append(reference.count("model.layers.0.mlp.up_proj.weight"))
             if config["grass"]["state_on_switch"] == "reset" and active != engine.grass.active_layers:
-                reference.forget(trained_names(model, active) - {"model.norm.weight"}, snapshot(model))
+                reference.forget(trained_names(model, active) - {"model.norm.weight"}, weights)
     return counts
 
 
@@ -205,6 +230,14 @@ EXACT: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "zero1-bf16-two-groups-keep": ("two_ranks", {"stage": 1, "dtype": "bf16"}, "keep", True),
     "zero2-bf16-two-groups-keep-four-ranks": ("four_ranks", {"dtype": "bf16"}, "keep", True),
     "zero2-bf16-keep-one-rank": ("one_rank", {"dtype": "bf16"}, "keep", False),
+    "zero3-fp32-two-groups-keep": ("two_ranks", {"stage": 3}, "keep", True),
+    "zero3-bf16-reset-gas3-clip": (
+        "two_ranks",
+        {"stage": 3, "dtype": "bf16", "gas": 3, "clip": 0.05, **GATHERED},
+        "reset",
+        False,
+    ),
+    "zero3-bf16-two-groups-keep-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16", **GATHERED}, "keep", True),
 }
 
 
@@ -237,11 +270,13 @@ def follow_with_own_gradients(config: dict[str, Any]) -> float:
             with torch.no_grad():
                 for name in names:
                     live[name].copy_(reference.masters[name])
-            worst = max(worst, *(float((p - live[n]).abs().max()) for n, p in model.named_parameters()))
+            worst = max(worst, *(float((weight - live[n]).abs().max()) for n, weight in snapshot(model).items()))
     return worst
 
 
-@pytest.mark.parametrize(("pool", "stage", "gas"), [("two_ranks", 2, 1), ("two_ranks", 1, 2), ("four_ranks", 2, 2)])
+@pytest.mark.parametrize(
+    ("pool", "stage", "gas"), [("two_ranks", 2, 1), ("two_ranks", 1, 2), ("four_ranks", 2, 2), ("two_ranks", 3, 2)]
+)
 def test_follows_a_plain_model_trained_on_the_batches_of_all_ranks(
     request: pytest.FixtureRequest, pool: str, stage: int, gas: int
 ) -> None:
@@ -322,7 +357,7 @@ def run_to_end(config: dict[str, Any], layers: int) -> dict[str, Any]:
     with engine_of(config, model) as engine:
         start = (engine.grass.phase, engine.grass.active_layers)
         losses = train(engine, 4)
-        return {"start": start, "losses": losses, "hash": fingerprint(model), "visits": engine.grass.visits}
+        return {"start": start, "losses": losses, "hash": fingerprint(snapshot(model)), "visits": engine.grass.visits}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 
 import importlib
 import inspect
+import re
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from helpers.models import batch, ds_config, engine_of, tiny_llama
 from torch import nn
 
@@ -35,6 +39,11 @@ LISTED = [
     ),
     *((seams.ZeROOptimizer, name, f"ZeROOptimizer.{name}") for name in seams.HOOK_STATE),
     *((module, name, f"{module}.{name}") for module, names in seams.MODULE_NAMES.items() for name in names),
+    *((seams.DeepSpeedZeRoOffload, name, f"DeepSpeedZeRoOffload.{name}") for name in seams.OFFLOAD_METHODS),
+    *(
+        (PartitionedParameterCoordinator, name, f"PartitionedParameterCoordinator.{name}")
+        for name in seams.COORDINATOR
+    ),
 ]
 
 
@@ -46,6 +55,29 @@ def test_a_missing_name_is_named(owner: Any, name: str, shown: str, monkeypatch:
         seams.check()
     assert f"does not have: {shown}. " in str(caught.value)
     assert f"Install deepspeed>={seams.TESTED[0]},<{seams.TESTED[1]}" in str(caught.value)
+
+
+SET_BY = [
+    *((seams.DeepSpeedZeRoOffload, "__init__", n, f"DeepSpeedZeRoOffload.{n}") for n in seams.OFFLOAD_ATTRIBUTES),
+    *((Init, "_convert_to_deepspeed_param", n, f"Parameter.{n} (ZeRO-3)") for n in seams.PARTITIONED_PARAMETER),
+    *(
+        (seams.DeepSpeedZeRoOffload, "_register_deepspeed_module", n, f"Module.{n} (ZeRO-3)")
+        for n in seams.LEFT_ON_MODULES
+    ),
+]
+
+
+@pytest.mark.parametrize(("owner", "setter", "name", "shown"), SET_BY, ids=[shown for *_, shown in SET_BY])
+def test_an_attribute_that_is_no_longer_set_is_named(
+    owner: Any, setter: str, name: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = getattr(owner, setter)
+    code = function.__code__
+    renamed = code.replace(co_names=tuple(f"{n}_now" if n == name else n for n in code.co_names))
+    assert renamed.co_names != code.co_names
+    monkeypatch.setattr(owner, setter, types.FunctionType(renamed, {}, closure=function.__closure__))
+    with pytest.raises(ImportError, match=rf"does not have: {re.escape(shown)}\. "):
+        seams.check()
 
 
 @pytest.mark.parametrize(
@@ -69,13 +101,20 @@ def test_methods_that_are_overridden_take_what_we_pass_on() -> None:
     assert parameters(engine._do_optimizer_sanity_check) == ["self", "basic_optimizer"]
     assert parameters(engine._take_model_step) == ["self", "lr_kwargs"]
     assert "exclude_frozen_parameters" in parameters(engine.module_state_dict)
+    assert "exclude_frozen_parameters" in parameters(engine._zero3_consolidated_16bit_state_dict)
 
 
 def test_checkpoint_keys_are_those_that_deepspeeds_tools_read() -> None:
     from deepspeed.utils import zero_to_fp32
 
     keys = seams.checkpoint_keys
-    for name in ("SINGLE_PARTITION_OF_FP32_GROUPS", "PARTITION_COUNT", "ZERO_STAGE"):
+    for name in (
+        "FP32_FLAT_GROUPS",
+        "OPTIMIZER_STATE_DICT",
+        "PARTITION_COUNT",
+        "SINGLE_PARTITION_OF_FP32_GROUPS",
+        "ZERO_STAGE",
+    ):
         assert getattr(zero_to_fp32, name) == getattr(keys, name)
     names = seams.MODULE_NAMES["deepspeed.checkpoint.constants"]
     assert len({getattr(keys, name) for name in names}) == len(names)

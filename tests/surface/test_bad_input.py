@@ -49,8 +49,8 @@ def refusal(config: dict[str, Any], model: nn.Module | None = None, **arguments:
 # ---- the DeepSpeed config -----------------------------------------------------------------------------------------------
 
 
-def with_value(path: str, value: Any) -> dict[str, Any]:
-    config = ds_config(grass=grass_block())
+def with_value(path: str, value: Any, stage: int = 2) -> dict[str, Any]:
+    config = ds_config(stage=stage, grass=grass_block())
     *parents, key = path.split(".")
     section = config
     for parent in parents:
@@ -73,22 +73,26 @@ def test_a_block_inside_zero_optimization_gets_our_message() -> None:
     assert "Extra inputs" not in message  # pydantic's words for it
 
 
-@pytest.mark.parametrize("stage", [0, 3, None, 4, "two"])
+@pytest.mark.parametrize("stage", [0, None, 4, "two"])
 def test_other_zero_stages(stage: Any) -> None:
     message = refusal(with_value("zero_optimization.stage", stage))
     assert f"zero_optimization.stage = {stage!r}" in message
-    assert "ZeRO stage 1 or 2" in message
+    assert "ZeRO stage 1 or 2 or 3" in message
 
 
 @pytest.mark.parametrize("section", [{}, True, None])
 def test_no_zero_stage_at_all(section: Any) -> None:
     config = {**ds_config(grass=grass_block()), "zero_optimization": section}
-    assert "ZeRO stage 1 or 2" in refusal(config)
+    assert "ZeRO stage 1 or 2 or 3" in refusal(config)
 
 
 REFUSED = {
     "zero_optimization.offload_optimizer.device": "cpu",
-    "zero_optimization.offload_param.device": "nvme",
+    "zero_optimization.offload_optimizer.super_offload": True,
+    "zero_optimization.cpu_offload": True,
+    "zero_optimization.cpu_offload_param": True,
+    "zero_optimization.zero_hpz_partition_size": 2,
+    "zero_optimization.mics_shard_size": 2,
     "zero_optimization.zenflow": {"topk_ratio": 0.1},
     "zero_optimization.elastic_checkpoint": True,
     "zero_optimization.zero_quantized_weights": True,
@@ -113,16 +117,39 @@ def test_every_refused_setting_is_tested() -> None:
     assert set(REFUSED) == {path for path, *_ in support._REFUSED}
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(("path", "value"), REFUSED.items(), ids=REFUSED.keys())
-def test_refused_setting_names_key_value_and_remedy(path: str, value: Any) -> None:
-    message = refusal(with_value(path, value))
+def test_refused_setting_names_key_value_and_remedy(path: str, value: Any, stage: int) -> None:
+    message = refusal(with_value(path, value, stage))
     [why] = [why for name, _, why in support._REFUSED if name == path]
     assert f"{path} = {value!r}: {why}" in message
     assert message.count("\n") == 1  # nothing else is wrong with this config
 
 
+@pytest.mark.parametrize(("stage", "device"), [(1, "cpu"), (2, "cpu"), (2, "nvme"), (3, "nvme")])
+def test_weights_that_cannot_rest_there(stage: int, device: str) -> None:
+    config = with_value("zero_optimization.offload_param", {"device": device, "nvme_path": "/missing"}, stage)
+    message = refusal(config)
+    assert f"zero_optimization.offload_param.device = {device!r}: weights stay on the device on ZeRO-1/2" in message
+    assert message.count("\n") == 1
+
+
+HARMLESS = {
+    "zero_optimization.offload_param": {"device": "cpu"},
+    "zero_optimization.offload_optimizer": {"device": "none"},
+    "zero_optimization.zero_hpz_partition_size": 1,
+    "zero_optimization.mics_shard_size": -1,
+    "zero_optimization.zero_quantized_weights": False,
+}
+
+
+@pytest.mark.parametrize(("path", "value"), HARMLESS.items(), ids=HARMLESS.keys())
+def test_values_that_ask_for_nothing_are_no_mistake(path: str, value: Any) -> None:
+    support.check_ds_config(with_value(path, value, stage=3))
+
+
 def test_all_refused_settings_are_listed_at_once() -> None:
-    config = with_value("zero_optimization.stage", 3)
+    config = with_value("zero_optimization.stage", 4)
     config["sparse_gradients"] = True
     config["optimizer"]["type"] = "Muon"
     message = refusal(config)
@@ -150,10 +177,20 @@ def test_the_aio_block_is_no_concern_of_other_offloads() -> None:
     support.check_ds_config(ds_config(grass=grass_block(), aio={"block_size": 1000}))
 
 
-@pytest.mark.parametrize("kind", ["Muon", "Lamb", "OneBitAdam", "OneBitLamb", "ZeroOneAdam"])
-def test_optimizers_that_need_whole_matrices(kind: str) -> None:
-    assert f"optimizer.type = {kind.lower()!r}" in (message := refusal(with_value("optimizer.type", kind)))
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("Muon", 3), *((k, 2) for k in ("Muon", "Lamb", "OneBitAdam", "OneBitLamb", "ZeroOneAdam"))]
+)
+def test_optimizers_that_need_whole_matrices(kind: str, stage: int) -> None:
+    message = refusal(with_value("optimizer.type", kind, stage))
+    assert f"optimizer.type = {kind.lower()!r}" in message
     assert "use AdamW" in message
+
+
+def test_a_client_optimizer_that_needs_whole_matrices() -> None:
+    model = nn.Linear(2, 2)
+    muon = type("Muon", (torch.optim.SGD,), {})(model.parameters(), lr=0.1)
+    message = refusal(ds_config(stage=3, grass=grass_block()), model, optimizer=muon)
+    assert "the optimizer Muon needs whole matrices" in message and "use torch.optim.AdamW" in message
 
 
 def test_every_way_to_hand_over_the_config_is_checked(tmp_path: Path) -> None:
@@ -283,7 +320,8 @@ SCRIPT = """
     rank, folder = dist.get_rank(), pathlib.Path(sys.argv[1])
     cases = {
         "block": ds_config(grass={"num_active_layers": 0}),
-        "stage": ds_config(stage=3, grass=grass_block()),
+        "stage": ds_config(stage=0, grass=grass_block()),
+        "quantised": ds_config(zero_optimization={"stage": 3, "zero_quantized_weights": True}, grass=grass_block()),
         "one rank's seed": ds_config(grass=grass_block(seed=rank)),
     }
     last = None
@@ -318,9 +356,10 @@ def test_an_error_ends_a_launched_job_on_every_rank(tmp_path: Path) -> None:
     assert done.returncode != 0
     for rank in (0, 1):
         found = {path.stem: path.read_text() for path in tmp_path.glob(f"*.{rank}")}
-        assert set(found) == {"block", "stage", "one rank's seed"}, done.stderr
+        assert set(found) == {"block", "stage", "quantised", "one rank's seed"}, done.stderr
         assert "GrassConfigError" in found["block"]
         assert "grass.num_active_layers: got 0" in found["block"]
-        assert "zero_optimization.stage = 3" in found["stage"]
+        assert "zero_optimization.stage = 0" in found["stage"]
+        assert "zero_optimization.zero_quantized_weights = True" in found["quantised"]
         assert found["one rank's seed"].startswith("RankDivergenceError")
     assert "RankDivergenceError" in done.stderr
