@@ -120,7 +120,7 @@ def section(title: str, rows: list[Row], table: list[str], note: str = "") -> li
 def results() -> str:
     """The whole of RESULTS.md."""
     cost, quality, offload = read("cpu"), read("quality"), read("offload")
-    zero3, gpu = read("zero3"), read("gpu")
+    zero3, gpu, zero3_gpu = read("zero3"), read("gpu"), read("zero3-gpu")
     lines = ["# Results", "", "Generated from `benchmarks/rows/` by `benchmarks/render.py`; do not edit.", ""]
     if cost:
         lines += section("Cost: seconds per step and memory", cost, cost_table(cost))
@@ -139,6 +139,9 @@ def results() -> str:
         lines += section("ZeRO-3: seconds per step and memory", zero3, zero3_table(zero3), zero3_note(zero3))
     if gpu:
         lines += section(f"GPU: {gpu[0]['model']}", gpu, gpu_table(gpu), gpu_note(gpu))
+    if zero3_gpu:
+        title = f"ZeRO-3 on GPUs: {zero3_gpu[0]['model']}"
+        lines += section(title, zero3_gpu, zero3_table(zero3_gpu), zero3_note(zero3_gpu))
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@
     python benchmarks/run.py --suite offload    # seconds per step and memory per place of the optimizer state, interleaved
     python benchmarks/run.py --suite zero3      # seconds per step and memory on ZeRO-3, against stock and BAdam's package
     python benchmarks/run.py --suite gpu        # LLaMA-2-7B shape with random weights on one GPU
+    python benchmarks/run.py --suite zero3-gpu  # the zero3 suite on that shape, one rank per GPU
 
 Resumable: a cell whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cells run one after another
 and want a quiet machine; ``--jobs`` runs cells of ``quality`` side by side, one core each.
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,15 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.methods import missing_package
-from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells, zero3_cells
+from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells, zero3_cells, zero3_gpu_cells
 
+COST_SUITES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
+    "cpu": cost_cells,
+    "offload": offload_cells,
+    "zero3": zero3_cells,
+    "gpu": gpu_cells,
+    "zero3-gpu": zero3_gpu_cells,
+}
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 
@@ -74,7 +82,7 @@ def run_cell(cell: dict[str, Any], timeout: float, nvme_path: str | None = None)
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("cpu", "quality", "offload", "zero3", "gpu"), required=True)
+    parser.add_argument("--suite", choices=("quality", *COST_SUITES), required=True)
     parser.add_argument(
         "--rounds", type=int, default=3, help="repetitions of the whole suite, each with its own seed (not quality)"
     )
@@ -95,8 +103,7 @@ def parse() -> argparse.Namespace:
 def cells_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.suite == "quality":
         return list(quality_cells(args.gsm8k))
-    suite = {"cpu": cost_cells, "offload": offload_cells, "zero3": zero3_cells, "gpu": gpu_cells}[args.suite]
-    return list(suite(args.rounds))
+    return list(COST_SUITES[args.suite](args.rounds))
 
 
 def installed(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ Row = dict[str, Any]
 BASE = ("full", 3)
 LABELS = {
     "full": "full fine-tuning (stock DeepSpeed)",
-    "grass": "**grass**, 2 of 30 layers + final norm (default)",
-    "uniform": "uniform (LISA's draw), 2 of 30 layers + final norm",
-    "badam": "cyclic in BAdam's way (ours), 1 of 30 layers + final norm",
-    "badam-package": "BAdam (its own package), 1 of 30 layers",
+    "grass": "**grass**, 2 layers + final norm (default)",
+    "uniform": "uniform (LISA's draw), 2 layers + final norm",
+    "badam": "cyclic in BAdam's way (ours), 1 layer + final norm",
+    "badam-package": "BAdam (its own package), 1 layer",
     "full-sampler": "our wrapper doing all that stock does (sampler `full`)",
 }
 
@@ -29,7 +29,7 @@ def zero3_table(rows: list[Row]) -> list[str]:
         "of stock ZeRO-3: median step",
         "of stock ZeRO-3: all steps",
         "forward, backward, `step()`: medians",
-        "peak RSS per rank",
+        "peak memory per rank",
         "weights trained per step",
         "lowest layer trained: mean",
     )

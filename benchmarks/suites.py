@@ -4,6 +4,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+
 from benchmarks.places import OFFLOADS
 
 Cell = dict[str, Any]
@@ -86,8 +88,13 @@ def offload_cells(rounds: int) -> Iterator[Cell]:
             }
 
 
-def zero3_cells(rounds: int) -> Iterator[Cell]:
-    """Sharded weights, against stock ZeRO-3 and BAdam's package. One switch in five steps, more than anybody wants: five are measured."""
+def zero3_cells(rounds: int, shape: Cell | None = None) -> Iterator[Cell]:
+    """Sharded weights, against stock ZeRO-3 and BAdam's package. One switch in five steps, more than anybody wants: five are measured.
+
+    Args:
+        shape: model, ranks, batch and sequence; default: SmolLM2 on two ranks.
+    """
+    shape = shape or {"ranks": 2, "micro-batch": 2, "sequence": 128}
     for repetition in range(rounds):
         for method, stage in ZERO3_METHODS:
             yield {
@@ -95,13 +102,18 @@ def zero3_cells(rounds: int) -> Iterator[Cell]:
                 "method": method,
                 "stage": stage,
                 "seed": repetition,
-                "ranks": 2,
-                "micro-batch": 2,
-                "sequence": 128,
+                **shape,
                 "grass": {"sample_period": 5},
                 "warmup": 5,
                 "steps": 25,
             }
+
+
+def zero3_gpu_cells(rounds: int, model: str = "llama2-7b-random") -> Iterator[Cell]:
+    """The same on a LLaMA-2-7B shape, one rank per GPU of this machine."""
+    ranks = max(1, get_accelerator().device_count())
+    shape = {"model": model, "ranks": ranks, "micro-batch": 1, "sequence": 1024, "checkpointing": True}
+    yield from zero3_cells(rounds, shape)
 
 
 def gpu_cells(rounds: int, model: str = "llama2-7b-random") -> Iterator[Cell]:

@@ -25,11 +25,23 @@ def weights_after(config: dict[str, Any]) -> dict[str, torch.Tensor]:
         return {name: weight.cpu() for name, weight in snapshot(engine.module).items()}
 
 
-def test_side_stream_changes_no_bit(one_gpu: Any) -> None:
-    """A missing wait between the compute and the reduction stream would show in the weights."""
+@pytest.mark.parametrize("stage", [2, 3])
+def test_side_stream_changes_no_bit(one_gpu: Any, stage: int) -> None:
+    """A missing wait between the compute stream and those of the reductions and of ZeRO-3's gathers would show in the weights."""
     results = []
     for overlap in (False, True):
-        config = ds_config(dtype="bf16", clip=1.0, grass=grass_block(), zero_optimization={"overlap_comm": overlap})
+        zero = {"overlap_comm": overlap, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        config = ds_config(stage=stage, dtype="bf16", clip=1.0, grass=grass_block(), zero_optimization=zero)
+        results.append(one_gpu.run(weights_after, config=config)[0])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_weights_in_host_memory_change_no_bit(one_gpu: Any, pin: bool) -> None:
+    """ZeRO-3 with ``offload_param``: the step writes to host memory what the next forward gathers from there."""
+    results = []
+    for place in ({}, {"offload_param": {"device": "cpu", "pin_memory": pin}}):
+        config = ds_config(stage=3, dtype="bf16", grass=grass_block(), zero_optimization={"overlap_comm": True, **place})
         results.append(one_gpu.run(weights_after, config=config)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -44,13 +56,14 @@ OFFLOADS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("case", OFFLOADS)
-def test_offloaded_states_change_no_bit(one_gpu: Any, case: str, tmp_path: Path) -> None:
+def test_offloaded_states_change_no_bit(one_gpu: Any, case: str, stage: int, tmp_path: Path) -> None:
     """Copies on streams of their own, several chunks a layer, a switch every third step: a missing wait would show."""
     results = []
     for offload in ({"device": "none"}, OFFLOADS[case]):
         path = {"nvme_path": str(tmp_path)} if offload["device"] == "nvme" else {}
-        config = ds_config(dtype="bf16", grass=grass_block(offload={**offload, **path}))
+        config = ds_config(stage=stage, dtype="bf16", grass=grass_block(offload={**offload, **path}))
         results.append(one_gpu.run(weights_after, config=config)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
