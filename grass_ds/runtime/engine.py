@@ -21,9 +21,10 @@ from grass_ds.runtime.handle import GrassHandle
 from grass_ds.runtime.offload.assemble import Surroundings, open_store
 from grass_ds.runtime.offload.template import learn_template
 from grass_ds.runtime.recompute import fit_input_gradients
+from grass_ds.runtime.stepping import StepSettings
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit, UnitPlan, build_units
-from grass_ds.runtime.zero import GrassZeroOptimizer, StepSettings
+from grass_ds.runtime.zero import GrassZeroOptimizer
 from grass_ds.runtime.zero3 import GrassZero3Optimizer
 from grass_ds.runtime.zero12 import GrassZero12Optimizer
 

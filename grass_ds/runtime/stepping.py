@@ -1,10 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client optimizer's own step, on one unit's shard at a time."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of the DeepSpeed config that shape a step.
+
+    Attributes:
+        stage: ZeRO stage.
+        clip_grad: largest global gradient norm, 0 for no clipping.
+        reset_on_switch: ``state_on_switch: reset``.
+        loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
+    """
+
+    stage: int
+    clip_grad: float
+    reset_on_switch: bool
+    loss_scale: float = 1.0
+    dynamic_loss_scale: bool = False
+    dynamic_loss_args: Mapping[str, Any] | None = None
 
 
 def step_unit(

@@ -11,9 +11,8 @@ Inactive units appear in none of it: no gradient, no buffer, no collective, no s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,30 +25,11 @@ from grass_ds.runtime.agreement import check_ranks_agree, digest, succeeding_tog
 from grass_ds.runtime.fragments import ParamFragment
 from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
 from grass_ds.runtime.norms import global_squares, layer_rms
-from grass_ds.runtime.stepping import step_unit
+from grass_ds.runtime.stepping import StepSettings, step_unit
 from grass_ds.runtime.store import StateStore
 from grass_ds.runtime.units import Unit, whole_shape
 
 MAX_CONSECUTIVE_SKIPS = 20
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """Settings of the DeepSpeed config that shape a step.
-
-    Attributes:
-        stage: ZeRO stage.
-        clip_grad: largest global gradient norm, 0 for no clipping.
-        reset_on_switch: ``state_on_switch: reset``.
-        loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
-    """
-
-    stage: int
-    clip_grad: float
-    reset_on_switch: bool
-    loss_scale: float = 1.0
-    dynamic_loss_scale: bool = False
-    dynamic_loss_args: Mapping[str, Any] | None = None
 
 
 class GrassZeroOptimizer(seams.ZeROOptimizer):
@@ -105,16 +85,19 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self._check_agreement("the sampler's first state")
         self._hooks: list[Any] = []
         self._active: list[Unit] = []
+        client_params = [group["params"] for group in optimizer.param_groups]
         try:
             for unit in units:
                 unit.claim()
-            for settings_ in optimizer.param_groups:
-                settings_["params"] = []
+            for group in optimizer.param_groups:
+                group["params"] = []
             for unit in units:
                 self._hooks += [self._hook(unit, slot) for slot in range(len(unit.params))]
             self.activate()
         except BaseException:
             self._let_go()
+            for group, params in zip(optimizer.param_groups, client_params, strict=True):
+                group["params"] = params
             raise
 
     # ---- backward -------------------------------------------------------------------------------------------------------
