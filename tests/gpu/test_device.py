@@ -41,7 +41,9 @@ def test_weights_in_host_memory_change_no_bit(one_gpu: Any, pin: bool) -> None:
     """ZeRO-3 with ``offload_param``: the step writes to host memory what the next forward gathers from there."""
     results = []
     for place in ({}, {"offload_param": {"device": "cpu", "pin_memory": pin}}):
-        config = ds_config(stage=3, dtype="bf16", grass=grass_block(), zero_optimization={"overlap_comm": True, **place})
+        config = ds_config(
+            stage=3, dtype="bf16", grass=grass_block(), zero_optimization={"overlap_comm": True, **place}
+        )
         results.append(one_gpu.run(weights_after, config=config)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
