@@ -58,24 +58,22 @@ def test_zero3_cells_shard_and_badam_loses_the_last_step_on_every_block() -> Non
     pytest.importorskip("badam")
     tiny = {"model": TINY, "sequence": 16, "steps": 10}
     suite = {cell["method"]: {**cell, **tiny} for cell in zero3_cells(1) if cell["stage"] == 3}
-    wanted = [suite[method] for method in ("full", "uniform", "badam-package")]
-    with ThreadPoolExecutor() as pool:
-        full, uniform, badam = pool.map(lambda cell: run_cell(cell, 300), wanted)
-    assert full["stage"] == uniform["stage"] == badam["stage"] == 3
+    uniform, badam = (run_cell(suite[method], 300) for method in ("uniform", "badam-package"))
+    assert uniform["stage"] == badam["stage"] == 3
     assert len({tuple(active) for active in uniform["active"]}) == 2  # a draw within the measured steps
-    # Of six layers all, two and one are trained; sharded parameters are counted whole.
-    assert full["trainable"] > 6 * badam["trainable"] > 2.5 * uniform["trainable"] > 0
+    # Two layers of six are trained, and one; sharded parameters are counted whole.
+    assert 6 * badam["trainable"] > 2.5 * uniform["trainable"] > 0
     assert badam["versions"]["badam"]
     blocks = badam["active"]
     assert [len(block) for block in blocks] == [1] * 10
     switches = [step for step in range(9) if blocks[step] != blocks[step + 1]]
     assert len(switches) == 2
     assert [step for step, changed in enumerate(badam["changed"]) if not changed] == switches  # what the note says
-    assert set(full["changed"]) == {None}
-    table = stages.zero3_table([full, uniform, badam])
-    assert len(table) == 5
-    assert " | 3 | " in table[2] and "| 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |" in table[2]
-    assert "2 of its 10 measured steps changed no weight" in stages.zero3_note([full, uniform, badam])
+    assert set(uniform["changed"]) == {None}
+    table = stages.zero3_table([uniform, badam])
+    assert len(table) == 4
+    assert all(" | 3 | " in row for row in table[2:])
+    assert "2 of its 10 measured steps changed no weight" in stages.zero3_note([uniform, badam])
 
 
 def test_badam_is_refused_off_stage_3() -> None:

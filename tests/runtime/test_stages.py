@@ -119,7 +119,7 @@ CASES: dict[str, Case] = {
         loss=2e-6,
         weight=5e-5,
         drift=1e-5,
-        offloads=(CPU, {**CPU, **PERIOD}, {**NVME, **STREAM, "host_buffers": 4}, {**NVME, **PERIOD}),
+        offloads=(CPU, {**NVME, **STREAM, "host_buffers": 4}),
     ),
     "bf16, clipping, accumulation, embeddings": Case(
         {"dtype": "bf16", "clip": 0.1, "gas": 2, "grass": sampled("grass", always_active=["embed"])},
