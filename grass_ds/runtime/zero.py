@@ -85,7 +85,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self._check_agreement("the sampler's first state")
         self._hooks: list[Any] = []
         self._active: list[Unit] = []
-        client_params = [group["params"] for group in optimizer.param_groups]
+        self._client_params = [group["params"] for group in optimizer.param_groups]
         try:
             for unit in units:
                 unit.claim()
@@ -96,8 +96,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
             self.activate()
         except BaseException:
             self._let_go()
-            for group, params in zip(optimizer.param_groups, client_params, strict=True):
-                group["params"] = params
             raise
 
     # ---- backward -------------------------------------------------------------------------------------------------------
@@ -330,7 +328,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     reload_states = offload_states
 
     def destroy(self) -> None:
-        """Give the model back: hooks removed, every owned parameter trainable, states released."""
+        """Give model and client optimizer back: hooks removed, every owned parameter trainable, states released."""
         self._let_go()
         self.reducer.track([], keep=True)
         if get_accelerator().is_available():
@@ -346,3 +344,6 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                 self._conceal(param)
                 param.requires_grad_(True)
             unit.disown()
+        for group, params in zip(self.optimizer.param_groups, self._client_params, strict=False):
+            group["params"] = params
+        self._client_params = []

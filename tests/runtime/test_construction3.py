@@ -312,9 +312,11 @@ FAULTS: dict[str, tuple[Any, str]] = {
 def fail_and_try_again(owner: Any, method: str, config: dict[str, Any]) -> dict[str, Any]:
     weights = snapshot(tiny_llama(seed=2))
     model = copy_of(weights)
-    before = hooks_on(model)
+    before, client = hooks_on(model), torch.optim.AdamW(model.parameters())
+    own = {key: value for key, value in config.items() if key != "optimizer"}
     try:
-        with mock.patch.object(owner, method, side_effect=RuntimeError("injected")), engine_of(config, model):
+        fault = mock.patch.object(owner, method, side_effect=RuntimeError("injected"))
+        with fault, engine_of(own, model, optimizer=client):
             message = ""
     except RuntimeError as error:
         message = str(error)
@@ -322,6 +324,7 @@ def fail_and_try_again(owner: Any, method: str, config: dict[str, Any]) -> dict[
     return {
         "message": message,
         "left": {kind: n for kind, n in after.items() if n != before[kind]},
+        "optimizer": [id(param) for param in client.param_groups[0]["params"]] == [id(p) for p in model.parameters()],
         "again": difference(run(config, model), run(config, copy_of(weights))),
     }
 
@@ -332,6 +335,7 @@ def test_an_error_within_leaves_a_model_that_can_be_used(two_ranks: Any, fault: 
     for found in two_ranks.run(fail_and_try_again, owner=owner, method=method, config=zero3()):
         assert found["message"] == "injected"
         assert found["left"] == {}
+        assert found["optimizer"]
         assert found["again"] is None
 
 
