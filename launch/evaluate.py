@@ -241,11 +241,12 @@ def _batches(model: PreTrainedModel, items: list[T], size: int, what: str) -> It
         ValueError: a rank has no items at all of a partitioned model's.
     """
     starts = list(range(0, len(items), size))
-    rounds = int(distributed.max_over_ranks(len(starts))) if is_partitioned(model) else len(starts)
-    if rounds and distributed.max_over_ranks(float(not items)) and is_partitioned(model):
-        raise ValueError(
-            f"fewer rows than ranks ({distributed.world_size()}): evaluation with ZeRO-3 needs one per rank"
-        )
+    rounds = len(starts)
+    if is_partitioned(model):
+        rounds = int(distributed.max_over_ranks(rounds))
+        if distributed.max_over_ranks(float(rounds > 0 and not items)):
+            ranks = distributed.world_size()
+            raise ValueError(f"fewer rows than ranks ({ranks}): evaluation with ZeRO-3 needs one per rank")
     quiet = distributed.rank() != 0
     for turn in tqdm(range(rounds), desc=f"Evaluating {what}", unit="batch", disable=quiet, leave=False):
         start = starts[turn] if turn < len(starts) else 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from launch import distributed
+from launch import distributed, evaluate
 from launch.arithmetic import generate
 from launch.data import Rows, tokenize
 from launch.evaluate import (
@@ -178,3 +178,24 @@ def test_training_mode_is_restored(model: LlamaForCausalLM, tokenizer: PreTraine
     mean_loss(model, template, list(tokenize(in_memory(generate("test", 2)), template, 512)))
     assert model.training
     model.eval()
+
+
+def test_ranks_of_a_whole_model_do_not_wait_for_each_other(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that has no rows is done at once: one that waited for it in the batches would wait for ever."""
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda _: pytest.fail("a collective that not all ranks enter"))
+    assert list(evaluate._batches(model, [1, 2, 3], 2, "test")) == [([1, 2], True), ([3], True)]
+    assert list(evaluate._batches(model, [], 2, "test")) == []
+
+
+def test_ranks_of_a_partitioned_model_run_as_many_batches(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "is_partitioned", lambda _: True)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda mine: max(mine, 3.0) if mine else 0.0)
+    expected = [([1, 2], True), ([3], True), ([1, 2], False)]
+    assert list(evaluate._batches(model, [1, 2, 3], 2, "test")) == expected
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda mine: max(mine, 1.0))
+    with pytest.raises(ValueError, match="fewer rows than ranks"):
+        list(evaluate._batches(model, [], 2, "test"))
