@@ -10,11 +10,8 @@ import torch
 from torch import nn
 
 from helpers.models import VOCAB, batch, ds_config, grass_block, tiny_llama
+from helpers.small import ALIGNMENT, GRAIN, HIDDEN, LAYERS, PERIOD, STATE, width
 
-HIDDEN, LAYERS, PERIOD = 24, 4, 2
-ALIGNMENT = 8  # shards are multiples of this many elements
-STATE, STEP_COUNT, GRAIN = 12, 4, 1024  # bytes per element, bytes per unit, elements in which device buffers come
-WORLD = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
 LAYER = [p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters()]
 NAMES = {name: param.numel() for name, param in tiny_llama(hidden=HIDDEN, layers=LAYERS).named_parameters()}
 NORM, EMBED = [HIDDEN], [VOCAB * HIDDEN]
@@ -46,11 +43,6 @@ def config_of(zero: dict[str, Any], grass: dict[str, Any], **settings: Any) -> d
     return ds_config(stage=3, grass=block, zero_optimization=zero, **settings)
 
 
-def width(config: dict[str, Any]) -> int:
-    """Bytes of a weight, and of a gradient on the wire."""
-    return 2 if "bf16" in config else 4
-
-
 def weight_bytes(config: dict[str, Any], world: int) -> int:
     """Partitions of the whole model on one rank."""
     return width(config) * (LAYERS * shard(LAYER, world) + 2 * shard(EMBED, world) + shard(NORM, world))
@@ -64,12 +56,6 @@ def state_bytes(layers: int, world: int) -> int:
 def window_bytes(world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
     return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
-
-
-def model_for(config: dict[str, Any]) -> nn.Module:
-    """In the dtype of the run, so that initialize() has nothing to convert."""
-    model = tiny_llama(hidden=HIDDEN, layers=LAYERS)
-    return model.bfloat16() if "bf16" in config else model
 
 
 def run_forward(engine: Any, step: int, micro: int = 0) -> torch.Tensor:

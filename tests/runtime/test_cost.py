@@ -11,18 +11,13 @@ import pytest
 import torch
 from helpers.live import LiveBytes, hooks_on, settle
 from helpers.models import VOCAB, batch, ds_config, engine_of, grass_block, tiny_llama, train
+from helpers.small import ALIGNMENT, GRAIN, HIDDEN, LAYERS, PERIOD, STATE, STEP_COUNT, WORLD, model_for, width
 from helpers.traffic import Collectives
-from torch import nn
 
 pytestmark = pytest.mark.dist
 
-HIDDEN, LAYERS, PERIOD = 24, 4, 2
-ALIGNMENT = 8  # shards are multiples of this many elements
 NORM = HIDDEN  # elements of the final norm
-STATE = 12  # bytes per element: fp32 weights and two moments
-STEP_COUNT = 4  # bytes: torch's AdamW keeps a float32 step count per tensor
 TEMPLATE = STEP_COUNT  # a fresh step count, kept to begin with
-GRAIN = 1024  # elements: device buffers are a multiple of it
 
 LAYER = sum(p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters())
 
@@ -34,11 +29,6 @@ def shard(numel: int, world: int) -> int:
 
 def cyclic(**settings: Any) -> dict[str, Any]:
     return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
-
-
-def width(config: dict[str, Any]) -> int:
-    """Bytes of a weight, and of a gradient on the wire."""
-    return 2 if "bf16" in config else 4
 
 
 def weight_bytes(config: dict[str, Any], world: int) -> int:
@@ -55,12 +45,6 @@ def state_bytes(layers: int, world: int) -> int:
 def window_bytes(world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
     return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
-
-
-def model_for(config: dict[str, Any]) -> nn.Module:
-    """In the dtype of the run, so that initialize() has nothing to convert."""
-    model = tiny_llama(hidden=HIDDEN, layers=LAYERS)
-    return model.bfloat16() if "bf16" in config else model
 
 
 def run_backward(engine: Any, step: int, micro: int) -> None:
@@ -112,7 +96,6 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     return steps
 
 
-WORLD = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
 # name -> (pool, config, active layers, micro-steps that reduce)
 TRAFFIC: dict[str, tuple[str, dict[str, Any], int, tuple[int, ...]]] = {
     "zero2-fp32": ("two_ranks", {}, 1, (0,)),

@@ -12,33 +12,27 @@ import pytest
 import torch
 from helpers.live import LiveBytes, hooks_on, settle
 from helpers.models import engine_of, train
+from helpers.small import HIDDEN, LAYERS, PERIOD, STEP_COUNT, WORLD, model_for, width
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
     AHEAD,
     BARE,
     DEFAULT,
     EMBED,
-    HIDDEN,
     LAYER,
-    LAYERS,
     NAMES,
     NORM,
-    PERIOD,
     PERSISTENT,
-    STEP_COUNT,
-    WORLD,
     calls_to,
     config_of,
     from_shards,
     layers_in,
-    model_for,
     part,
     run_forward,
     shard,
     state_bytes,
     status,
     weight_bytes,
-    width,
     window_bytes,
 )
 

@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import batch, engine_of, snapshot
+from helpers.small import PERIOD, WORLD, model_for
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
     AHEAD,
     BARE,
     DEFAULT,
     NAMES,
-    PERIOD,
     PERSISTENT,
-    WORLD,
     calls_to,
     config_of,
     from_shards,
     layers_in,
-    model_for,
     part,
     run_forward,
     status,
