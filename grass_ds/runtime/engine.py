@@ -15,7 +15,7 @@ from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.runtime import seams
 from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
-from grass_ds.runtime.checkpoint import check_stage
+from grass_ds.runtime.checkpoint.state import check_stage
 from grass_ds.runtime.gradients import ReduceSettings
 from grass_ds.runtime.handle import GrassHandle
 from grass_ds.runtime.offload.assemble import Surroundings, open_store

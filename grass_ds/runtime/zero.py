@@ -20,8 +20,9 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from grass_ds.policy.controller import FINGERPRINT_FIELDS, Controller, Phase
-from grass_ds.runtime import checkpoint, seams
+from grass_ds.runtime import seams
 from grass_ds.runtime.agreement import check_ranks_agree, digest, succeeding_together
+from grass_ds.runtime.checkpoint import state as checkpoint
 from grass_ds.runtime.fragments import ParamFragment
 from grass_ds.runtime.gradients import GradientReducer, ReduceSettings
 from grass_ds.runtime.norms import global_squares, layer_rms
@@ -304,7 +305,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     def load_state_dict(
         self, state_dict_list: list[dict[str, Any]], load_optimizer_states: bool = True, **kwargs: Any
     ) -> None:
-        """See :func:`grass_ds.runtime.checkpoint.load`."""
+        """See :func:`grass_ds.runtime.checkpoint.state.load`."""
         with self._together():
             checkpoint.load(self, state_dict_list, load_optimizer_states, **kwargs)
 

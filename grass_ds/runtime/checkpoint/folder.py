@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint folders on disk: which are complete, and how one becomes visible.
+
+[Note: Publication] A checkpoint is complete or invisible. All ranks write into ``.saving.<tag>``, which no tool looks into; every file
+is fsynced, and each rank's last one, its :class:`Part`, says which files it wrote, how long they are and what their checksums are. When
+the parts of all ranks are there, rank 0 renames the folder to ``<tag>`` and then rewrites ``latest``, by a rename as well. A process
+killed at any moment leaves the previous checkpoint, the new one, or both. What DeepSpeed's tools read is as they know it: parts are
+further files beside theirs.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LATEST = "latest"
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file must be: its length in bytes and the CRC-32 of its content."""
+
+    bytes: int
+    crc32: int
+
+
+@dataclass
+class Part:
+    """What one rank wrote, kept as ``grass_rank_<rank>.json``.
+
+    Attributes:
+        step: optimizer steps of the engine (``global_steps``).
+        files: name within the checkpoint's folder -> what it must be.
+        layout: name, parameters and elements of every unit, on rank 0; what a run must have alike to go on from here.
+    """
+
+    rank: int
+    world_size: int
+    zero_stage: int
+    step: int
+    files: dict[str, FileSum] = field(default_factory=dict)
+    layout: list[Any] = field(default_factory=list)
+
+    @staticmethod
+    def name(rank: int) -> str:
+        return f"grass_rank_{rank}.json"
+
+    def write(self, checkpoint: Path) -> None:
+        """Write it durably: it is there as a whole, or not at all."""
+        replace_file(checkpoint / self.name(self.rank), json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, checkpoint: Path, rank: int) -> "Part | None":
+        """The part of that rank, None if it has none.
+
+        Raises:
+            ValueError: the file cannot be understood.
+        """
+        path = checkpoint / cls.name(rank)
+        try:
+            content = json.loads(path.read_text())
+            return cls(**{**content, "files": {name: FileSum(**sums) for name, sums in content["files"].items()}})
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path.name} cannot be read ({error})") from error
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------------
+
+
+class SummedFile:
+    """A new file to be written from start to end, which knows its length and checksum and is on disk when closed without an error.
+
+    Attributes:
+        error: the first error of a write. Callers that go on after one, like torch's zip writer, may raise another later.
+    """
+
+    def __init__(self, path: Path):
+        self.bytes = self.crc32 = 0
+        self.error: OSError | None = None
+        self._file = open(path, "wb", buffering=0)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done : done + _BLOCK])
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.crc32 = zlib.crc32(view, self.crc32)
+        self.bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def __enter__(self) -> "SummedFile":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    @property
+    def sums(self) -> FileSum:
+        return FileSum(self.bytes, self.crc32)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a small file durably and at once: readers see the old content or the new."""
+    aside = path.with_name(f".{path.name}.new")
+    with SummedFile(aside) as file:
+        file.write(content.encode())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def saving_path(folder: Path, tag: str) -> Path:
+    """Where the checkpoint is while it is being written. DeepSpeed is told this name as the tag."""
+    target = folder / tag
+    return target.with_name(f".saving.{target.name}")
+
+
+def _replaced_path(folder: Path, tag: str) -> Path:
+    target = folder / tag
+    return target.with_name(f".replaced.{target.name}")
+
+
+def begin(folder: Path, tag: str) -> None:
+    """Make an empty place to write to. What other attempts in ``folder`` left behind goes; published checkpoints stay."""
+    target = saving_path(folder, tag)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in [*target.parent.glob(".saving.*"), *target.parent.glob(".replaced.*")]:
+        if left.name.startswith(".saving.") or (target.parent / left.name.removeprefix(".replaced.")).exists():
+            shutil.rmtree(left)
+    target.mkdir()
+
+
+def publish(folder: Path, tag: str, latest: bool) -> None:
+    """Make the checkpoint visible, see [Note: Publication]; an older one of the same tag is there until then."""
+    target, aside = folder / tag, _replaced_path(folder, tag)
+    sync_folder(saving_path(folder, tag))
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    os.rename(saving_path(folder, tag), target)
+    sync_folder(target.parent)
+    if latest:
+        replace_file(folder / LATEST, tag)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def restore_replaced(folder: Path, tag: str) -> None:
+    """Undo a publication that was cut off between its renames."""
+    target, aside = folder / tag, _replaced_path(folder, tag)
+    if aside.is_dir() and not target.exists():
+        os.rename(aside, target)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def candidates(folder: Path) -> list[str]:
+    """Tags to resume from, best first: the one that ``latest`` names, then the others that were published, newest step first."""
+    latest = folder / LATEST
+    named = [latest.read_text().strip()] if latest.is_file() else []
+    for tag in named:
+        restore_replaced(folder, tag)
+    steps = {path.parent.name: step_of(path.parent) for path in folder.glob(f"[!.]*/{Part.name(0)}")}
+    others = sorted((tag for tag in steps if tag not in named), key=lambda tag: steps[tag] or 0, reverse=True)
+    return [*named, *others]
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Optimizer steps of a checkpoint; None if it does not say."""
+    try:
+        part = Part.read(checkpoint, 0)
+    except ValueError:
+        return None
+    return None if part is None else part.step
+
+
+def problems(checkpoint: Path) -> list[str]:
+    """What is missing or cut off in a published checkpoint; nothing if all files of all ranks are there in their length.
+
+    A checkpoint without parts was written by something else, and cannot be judged.
+    """
+    if not checkpoint.is_dir():
+        return [f"{checkpoint.name} is not there"]
+    if not any(checkpoint.glob(Part.name(0).replace("0", "*"))):
+        return []
+    found: list[str] = []
+    try:
+        first = Part.read(checkpoint, 0)
+        world = first.world_size if first is not None else 1
+        for rank in range(world):
+            part = Part.read(checkpoint, rank)
+            if part is None:
+                found.append(f"{Part.name(rank)} is missing")
+                continue
+            found += [text for name, sums in part.files.items() if (text := _lacks(checkpoint / name, sums))]
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def _lacks(path: Path, sums: FileSum) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    return None if size == sums.bytes else f"{path.name} has {size} of {sums.bytes} bytes"
+
+
+def corrupt(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
+    """Files whose content is not what was written, of those that a part knows (``names``: of these only). Reads them as a whole."""
+    part = Part.read(checkpoint, 0)
+    known: dict[str, FileSum] = {}
+    for rank in range(part.world_size if part is not None else 0):
+        known |= (Part.read(checkpoint, rank) or Part(rank, 0, 0, 0)).files
+    wanted = [name for name in known if names is None or name in names]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # checksums and reads let go of the interpreter
+        sums = list(pool.map(lambda name: _checksum(checkpoint / name), wanted))
+    return [
+        f"{name} is not what was written (checksum)"
+        for name, crc32 in zip(wanted, sums, strict=True)
+        if crc32 != known[name].crc32
+    ]
+
+
+def _checksum(path: Path) -> int | None:
+    total = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(_BLOCK):
+                total = zlib.crc32(block, total)
+    except OSError:
+        return None
+    return total
