@@ -61,6 +61,22 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hybrid_engine.enabled", (None, False), "the hybrid engine is another engine class: remove it"),
     ("elasticity.enabled", (None, False), "the world size is fixed within a run: remove it"),
     ("tensor_parallel.autotp_size", (None, 0, 1), "tensor parallelism is not supported yet: remove it"),
+    ("checkpoint.async", (None, False, True), "expected true or false"),
+    (
+        "checkpoint.writer",
+        (None,),
+        'checkpoints are written by grass_ds, complete or not at all: remove it; for a short stall use "checkpoint": {"async": true}',
+    ),
+    (
+        "checkpoint.use_node_local_storage",
+        (None, False),
+        "a checkpoint is published when the files of all ranks are there: save to a folder that all nodes share",
+    ),
+    (
+        "datastates_ckpt.enabled",
+        (None, False),
+        'checkpoints are written by grass_ds: use "checkpoint": {"async": true}',
+    ),
     ("expert_parallel.enabled", (None, False), "mixture-of-experts parallelism is not supported: remove it"),
 )
 # Optimizers whose update of an element depends on its tensor: ranks hold flat shards of layers.

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,10 @@ from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.runtime import seams
 from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
+from grass_ds.runtime.checkpoint import reading
+from grass_ds.runtime.checkpoint.folder import Part, saving_path
 from grass_ds.runtime.checkpoint.state import check_stage
+from grass_ds.runtime.checkpoint.writer import CheckpointWriter
 from grass_ds.runtime.gradients import ReduceSettings
 from grass_ds.runtime.handle import GrassHandle
 from grass_ds.runtime.offload.assemble import Surroundings, open_store
@@ -169,13 +175,63 @@ class GrassEngine(seams.DeepSpeedEngine):
         with self.optimizer.all_trainable():
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's, with inactive layers saved like active ones."""
+    def _configure_checkpointing(self) -> None:
+        super()._configure_checkpointing()
+        if self.grass is not None:
+            background = self.config.get("checkpoint", {}).get("async", False)
+            self.checkpoint_engine = CheckpointWriter(
+                self._config, self.seq_data_parallel_group, self.device, background
+            )
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        """As DeepSpeed's, with inactive layers saved like active ones; and what is killed on the way leaves no checkpoint.
+
+        It is written to ``<save_dir>/.saving.<tag>`` and becomes ``<save_dir>/<tag>`` when it is complete and on disk; ``latest``
+        follows. With ``"checkpoint": {"async": true}`` the call returns once everything is copied, and a thread does the rest.
+
+        Raises:
+            Exception: on every rank, what went wrong on one, here or with the asynchronous save before; checkpoints that were published
+                are as they were.
+        """
         if self.grass is None:
-            return super().save_checkpoint(*args, **kwargs)
+            return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        began = time.perf_counter()
+        folder, tag = Path(save_dir), str(tag if tag is not None else f"global_step{self.global_steps}")
         self.optimizer.flush()
-        with self.optimizer.all_trainable():
-            return super().save_checkpoint(*args, **kwargs)
+        writer = self.checkpoint_engine
+        report = writer.begin(folder, tag, save_latest, self._part())
+        aside = str(saving_path(folder, tag).relative_to(folder))
+        try:
+            with self.optimizer.all_trainable():
+                saved = super().save_checkpoint(save_dir, aside, client_state or {}, False, exclude_frozen_parameters)
+        finally:
+            writer.end()
+        report.stall_seconds = time.perf_counter() - began
+        if self.global_rank == 0:
+            logger.info(f"grass_ds: {report.sentence()}")
+        return saved
+
+    def wait_for_checkpoint(self) -> None:
+        """Block until an asynchronous save is published. Call it on every rank.
+
+        Raises:
+            Exception: on every rank, what went wrong on one: that checkpoint does not exist.
+        """
+        if self.grass is not None:
+            self.checkpoint_engine.wait()
+
+    def _part(self) -> Part:
+        group = self.seq_data_parallel_group
+        rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
+        layout = reading.layout(self.optimizer.units) if rank == 0 else []
+        return Part(rank, world, self.zero_optimization_stage(), self.global_steps, layout=layout)
 
     def load_checkpoint(
         self,
@@ -187,14 +243,26 @@ class GrassEngine(seams.DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
-        """As DeepSpeed's; the sampler continues where it was saved, whatever this engine's active set is."""
+        """As DeepSpeed's; the sampler continues where it was saved, whatever this engine's active set is.
+
+        Without a ``tag`` a damaged checkpoint is passed over for the newest intact one in ``load_dir``, with a warning.
+
+        Raises:
+            ValueError: on every rank, before anything of this run is changed: the checkpoint is damaged, or of another model, other param
+                groups, another number of ranks or another ZeRO stage; with the difference and the remedy.
+        """
         what = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn)
         if self.grass is None:
             return super().load_checkpoint(load_dir, tag, *what)
-        check_stage(load_dir, tag, self.zero_optimization_stage())
+        weights_alone = load_module_only or not load_optimizer_states
+        self.wait_for_checkpoint()
+        if not self.load_universal_checkpoint():
+            tag = reading.choose(Path(load_dir), None if tag is None else str(tag), self.seq_data_parallel_group)
+            check_stage(load_dir, tag, self.zero_optimization_stage())
+            if tag is not None:
+                reading.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
         with self.optimizer.all_trainable():
             result = super().load_checkpoint(load_dir, tag, *what)
-            weights_alone = load_module_only or not load_optimizer_states
             if weights_alone and self.zero_optimization_stage() == 3 and result[0] is not None:
                 self._load_weights(load_dir, tag)
         self.optimizer.flush()
@@ -211,6 +279,8 @@ class GrassEngine(seams.DeepSpeedEngine):
 
     def destroy(self) -> None:
         """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""
+        if self.grass is not None:
+            self.checkpoint_engine.close()
         super().destroy()
         if self.grass is not None:
             self._leave_model()

@@ -7,11 +7,18 @@ from torch import nn
 
 from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers
+from grass_ds.runtime.checkpoint.writer import CheckpointWriter, SaveReport
 from grass_ds.runtime.zero import GrassZeroOptimizer
 
 
 class GrassHandle:
-    """Read-only view of the sampler and of memory, plus the sampler's state."""
+    """Read-only view of the sampler, of memory and of checkpoints, plus the sampler's state.
+
+    Attributes:
+        writer: of the engine's checkpoints; the engine sets it.
+    """
+
+    writer: CheckpointWriter | None = None
 
     def __init__(self, layers: ModelLayers, controller: Controller, optimizer: GrassZeroOptimizer, module: nn.Module):
         self._layers, self._controller, self._optimizer, self._module = layers, controller, optimizer, module
@@ -76,6 +83,16 @@ class GrassHandle:
         for tensor in (*params, *self._module.buffers(), *partitions):
             held["device" if tensor.device.type == self._optimizer.device.type else "host"] += tensor.nbytes
         return held
+
+    @property
+    def checkpoint(self) -> SaveReport | None:
+        """Size and time of the last checkpoint of this rank; None before the first."""
+        return None if self.writer is None else self.writer.report
+
+    def wait_for_checkpoint(self) -> None:
+        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for those who are handed the optimizer alone."""
+        if self.writer is not None:
+            self.writer.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler: phase, counters, scores, active set, generator. Plain Python and tensors."""

@@ -16,6 +16,7 @@ TESTED = ("0.19.8", "0.20")
 
 # What GrassEngine overrides.
 ENGINE_METHODS = (
+    "_configure_checkpointing",  # sets checkpoint_engine
     "_configure_zero_optimizer",  # also called, without an optimizer, for the hooks of ZeRO-3
     "_do_optimizer_sanity_check",
     "_take_model_step",
@@ -89,6 +90,7 @@ MODULE_NAMES = {
         "SINGLE_PARTITION_OF_FP32_GROUPS",
         "ZERO_STAGE",
     ),
+    "deepspeed.runtime.checkpoint_engine": ("TorchCheckpointEngine",),
     "deepspeed.runtime.engine": ("BFLOAT16", "ZERO_OPTIMIZATION"),
     "deepspeed.runtime.fp16.loss_scaler": ("CreateLossScaler",),
     "deepspeed.runtime.utils": ("count_used_parameters_in_backward",),
@@ -150,6 +152,7 @@ def check() -> None:
 check()
 
 from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
 from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
@@ -189,6 +192,7 @@ __all__ = [
     "ZERO_OPTIMIZATION",
     "DeepSpeedEngine",
     "DeepSpeedZeRoOffload",
+    "TorchCheckpointEngine",
     "ZeROOptimizer",
     "ZeroParamStatus",
     "checkpoint_keys",

@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Part:
     Attributes:
         step: optimizer steps of the engine (``global_steps``).
         files: name within the checkpoint's folder -> what it must be.
-        layout: name, parameters and elements of every unit, on rank 0; what a run must have alike to go on from here.
+        layout: per unit its name and its parameters' [name, shape], on rank 0; what a run must have alike to go on from here.
     """
 
     rank: int
@@ -85,7 +86,7 @@ class SummedFile:
     def __init__(self, path: Path):
         self.bytes = self.crc32 = 0
         self.error: OSError | None = None
-        self._file = open(path, "wb", buffering=0)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed in __exit__
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -188,8 +189,8 @@ def candidates(folder: Path) -> list[str]:
     for tag in named:
         restore_replaced(folder, tag)
     steps = {path.parent.name: step_of(path.parent) for path in folder.glob(f"[!.]*/{Part.name(0)}")}
-    others = sorted((tag for tag in steps if tag not in named), key=lambda tag: steps[tag] or 0, reverse=True)
-    return [*named, *others]
+    others = [tag for tag in steps if tag not in named]
+    return [*named, *sorted(others, key=lambda tag: steps[tag] or 0, reverse=True)]
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -208,21 +209,25 @@ def problems(checkpoint: Path) -> list[str]:
     """
     if not checkpoint.is_dir():
         return [f"{checkpoint.name} is not there"]
-    if not any(checkpoint.glob(Part.name(0).replace("0", "*"))):
+    if not is_ours(checkpoint):
         return []
     found: list[str] = []
-    try:
-        first = Part.read(checkpoint, 0)
-        world = first.world_size if first is not None else 1
-        for rank in range(world):
+    for rank in ranks_of(checkpoint) or range(1):
+        try:
             part = Part.read(checkpoint, rank)
-            if part is None:
-                found.append(f"{Part.name(rank)} is missing")
-                continue
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if part is None:
+            found.append(f"{Part.name(rank)} is missing")
+        else:
             found += [text for name, sums in part.files.items() if (text := _lacks(checkpoint / name, sums))]
-    except ValueError as error:
-        found.append(str(error))
     return found
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether it was written with parts; DeepSpeed alone writes none."""
+    return any(checkpoint.glob("grass_rank_*.json"))
 
 
 def _lacks(path: Path, sums: FileSum) -> str | None:
@@ -233,23 +238,34 @@ def _lacks(path: Path, sums: FileSum) -> str | None:
     return None if size == sums.bytes else f"{path.name} has {size} of {sums.bytes} bytes"
 
 
-def corrupt(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
-    """Files whose content is not what was written, of those that a part knows (``names``: of these only). Reads them as a whole."""
-    part = Part.read(checkpoint, 0)
+def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
+    """Files whose content is not what was written, of those that the parts of ``ranks`` (default: all) know. Reads them as a whole."""
     known: dict[str, FileSum] = {}
-    for rank in range(part.world_size if part is not None else 0):
-        known |= (Part.read(checkpoint, rank) or Part(rank, 0, 0, 0)).files
-    wanted = [name for name in known if names is None or name in names]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # checksums and reads let go of the interpreter
-        sums = list(pool.map(lambda name: _checksum(checkpoint / name), wanted))
+    for rank in ranks_of(checkpoint) if ranks is None else ranks:
+        with suppress(ValueError):  # see problems()
+            part = Part.read(checkpoint, rank)
+            known |= {} if part is None else part.files
+    with ThreadPoolExecutor(
+        max_workers=min(8, os.cpu_count() or 1)
+    ) as pool:  # reads and checksums let go of the interpreter
+        sums = list(pool.map(lambda name: _checksum(checkpoint / name), known))
     return [
         f"{name} is not what was written (checksum)"
-        for name, crc32 in zip(wanted, sums, strict=True)
-        if crc32 != known[name].crc32
+        for name, crc32 in zip(known, sums, strict=True)
+        if crc32 not in (None, known[name].crc32)
     ]
 
 
+def ranks_of(checkpoint: Path) -> range:
+    """The ranks that wrote it, by its first part; none if that says nothing."""
+    with suppress(ValueError):
+        part = Part.read(checkpoint, 0)
+        return range(0 if part is None else part.world_size)
+    return range(0)
+
+
 def _checksum(path: Path) -> int | None:
+    """CRC-32 of a file; None if it cannot be read."""
     total = 0
     try:
         with open(path, "rb", buffering=0) as file:

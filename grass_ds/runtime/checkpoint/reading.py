@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing the checkpoint to load: intact, and fit for this run, before anything of the run is touched. Alike on every rank."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.utils import logger
+
+from grass_ds.runtime.checkpoint import folder as folders
+from grass_ds.runtime.checkpoint.folder import Part
+from grass_ds.runtime.units import Unit, whole_shape
+
+
+def layout(units: Sequence[Unit]) -> list[Any]:
+    """Per unit its name and its parameters' [name, shape], as :class:`Part` keeps it."""
+    return [
+        [unit.name, [[n, list(whole_shape(p))] for n, p in zip(unit.param_names, unit.params, strict=True)]]
+        for unit in units
+    ]
+
+
+def choose(folder: Path, tag: str | None, group: Any) -> str | None:
+    """The tag to load: ``tag``, or the newest checkpoint that is intact. Called on every rank; each reads its share of the files.
+
+    Returns:
+        None if ``folder`` holds no checkpoint and no ``tag`` was asked for.
+
+    Raises:
+        ValueError: on every rank: the checkpoint that was asked for, or every one, is damaged.
+    """
+    rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
+    tags = [tag] if tag is not None else _from_first(lambda: folders.candidates(folder), rank, world, group)
+    damage: dict[str, list[str]] = {}
+    for name in tags:
+        found = _problems(folder / name, rank, world, group)
+        if not found:
+            _report(folder, damage, name, rank)
+            return name
+        damage[name] = found
+    if not damage:
+        return None
+    others = [] if tag is None else [name for name in folders.candidates(folder) if name not in damage]
+    remedy = f"load another: {', '.join(others)}" if others else "there is no other checkpoint in this folder"
+    raise ValueError(
+        f"{folder}: {'; '.join(f'{_called(folder, n)} is damaged: {_list(d)}' for n, d in damage.items())}; {remedy}"
+    )
+
+
+def _from_first(ask: Any, rank: int, world: int, group: Any) -> list[str]:
+    """What rank 0 found: a folder may change while ranks look into it."""
+    answers: list[Any] = [None] * world
+    dist.all_gather_object(answers, ask() if rank == 0 else None, group=group)
+    return answers[0]
+
+
+def _problems(checkpoint: Path, rank: int, world: int, group: Any) -> list[str]:
+    mine = folders.problems(checkpoint) if rank == 0 else []
+    if folders.is_ours(checkpoint):
+        mine += folders.corrupt(checkpoint, [r for r in folders.ranks_of(checkpoint) if r % world == rank])
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, mine, group=group)
+    return [text for texts in found for text in texts]
+
+
+def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone: bool) -> None:
+    """Refuse a checkpoint that this run cannot go on from. One without parts cannot be judged here.
+
+    Args:
+        world: ranks of this run.
+        weights_alone: optimizer states stay behind, so only the parameters have to be alike.
+
+    Raises:
+        ValueError: it is of other ranks, another model or other param groups, naming the difference and the remedy.
+    """
+    part = Part.read(checkpoint, 0)
+    if part is None:
+        return
+    if part.world_size != world and not (weights_alone and part.zero_stage < 3):
+        raise ValueError(_convert(checkpoint, part.world_size, world))
+    here, saved = layout(units), part.layout
+    if weights_alone:
+        here, saved = ([param for _, params in units_of for param in params] for units_of in (here, saved))
+        here, saved = sorted(here), sorted(saved)
+    if here != saved:
+        raise ValueError(_difference(checkpoint, here, saved, "model" if weights_alone else "layers or param groups"))
+
+
+def _convert(checkpoint: Path, saved: int, here: int) -> str:
+    universal = f"{checkpoint}_universal"
+    return (
+        f"the checkpoint {checkpoint.name} was saved by {saved} ranks and this run has {here}, whose shards are cut elsewhere; convert "
+        f"it once with `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {checkpoint} "
+        f'--output_folder {universal}`, then load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
+    )
+
+
+def _difference(checkpoint: Path, here: list[Any], saved: list[Any], what: str) -> str:
+    ours, theirs = dict(map(tuple, here)), dict(map(tuple, saved))
+    names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+    listed = [f"{name}: here {ours.get(name)}, saved {theirs.get(name)}" for name in names]
+    return (
+        (
+            f"the checkpoint {checkpoint.name} has another {what} than this run: "
+            if what == "model"
+            else f"the checkpoint {checkpoint.name} has other {what} than this run: "
+        )
+        + (_list(listed, 3) or "the same ones in another order")
+        + "; resume with the model and optimizer that it was saved from"
+    )
+
+
+def _report(folder: Path, damage: dict[str, list[str]], used: str, rank: int) -> None:
+    if rank == 0:
+        for name, found in damage.items():
+            logger.warning(
+                f"grass_ds: {_called(folder, name)} is damaged: {_list(found)}; {_called(folder, used)} is used instead"
+            )
+
+
+def _called(folder: Path, tag: str) -> str:
+    step = folders.step_of(folder / tag)
+    return f"checkpoint {tag}" + ("" if step is None else f" (step {step})")
+
+
+def _list(found: Sequence[str], most: int = 4) -> str:
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
