@@ -79,12 +79,31 @@ def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone
         return
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
         raise ValueError(_convert(checkpoint, part.world_size, world))
-    here, saved = layout(units), part.layout
+    here, saved = _named(layout(units), weights_alone), _named(part.layout, weights_alone)
+    if here != saved if weights_alone else layout(units) != part.layout:
+        what = "another model" if weights_alone else "other layers or param groups"
+        raise ValueError(
+            f"the checkpoint {checkpoint.name} has {what} than this run: {_list(_differences(here, saved))}; resume with the model and "
+            "the optimizer that it was saved from"
+        )
+
+
+def _named(units: list[Any], weights_alone: bool) -> dict[str, Any]:
+    """Name -> what there is to compare: units with their parameters, or the parameters' shapes."""
     if weights_alone:
-        here, saved = ([param for _, params in units_of for param in params] for units_of in (here, saved))
-        here, saved = sorted(here), sorted(saved)
-    if here != saved:
-        raise ValueError(_difference(checkpoint, here, saved, "model" if weights_alone else "layers or param groups"))
+        return dict(sorted((name, shape) for _, params in units for name, shape in params))
+    return {name: dict(map(tuple, params)) for name, params in units}
+
+
+def _differences(here: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    found = []
+    for name in dict.fromkeys([*here, *saved]):
+        ours, theirs = here.get(name), saved.get(name)
+        if ours is None or theirs is None:
+            found.append(f"{name} is only {'in the checkpoint' if ours is None else 'here'}")
+        elif ours != theirs:
+            found += _differences(ours, theirs) if isinstance(ours, dict) else [f"{name}: here {ours}, saved {theirs}"]
+    return found or ["the same ones in another order"]
 
 
 def _convert(checkpoint: Path, saved: int, here: int) -> str:
@@ -93,21 +112,6 @@ def _convert(checkpoint: Path, saved: int, here: int) -> str:
         f"the checkpoint {checkpoint.name} was saved by {saved} ranks and this run has {here}, whose shards are cut elsewhere; convert "
         f"it once with `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {checkpoint} "
         f'--output_folder {universal}`, then load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
-    )
-
-
-def _difference(checkpoint: Path, here: list[Any], saved: list[Any], what: str) -> str:
-    ours, theirs = dict(map(tuple, here)), dict(map(tuple, saved))
-    names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
-    listed = [f"{name}: here {ours.get(name)}, saved {theirs.get(name)}" for name in names]
-    return (
-        (
-            f"the checkpoint {checkpoint.name} has another {what} than this run: "
-            if what == "model"
-            else f"the checkpoint {checkpoint.name} has other {what} than this run: "
-        )
-        + (_list(listed, 3) or "the same ones in another order")
-        + "; resume with the model and optimizer that it was saved from"
     )
 
 
