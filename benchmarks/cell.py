@@ -26,6 +26,7 @@ from benchmarks.methods import METHODS, PACKAGES, ds_config, prepare_model
 from benchmarks.models import largest_layer, load
 from benchmarks.peers import BlockWatch, badam_engine
 from benchmarks.places import OFFLOADS
+from benchmarks.saves import measure_save
 from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
 from launch.data import Collator, load_splits, tokenize
@@ -37,7 +38,7 @@ VERSIONS = ("torch", "deepspeed", "transformers", "peft")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("cost", "quality"))
+    parser.add_argument("kind", choices=("cost", "quality", "checkpoint"))
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--out", required=True, type=Path, help="JSON file for the row")
     parser.add_argument("--model", default="smollm2-135m")
@@ -56,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--offload", choices=OFFLOADS, help="where optimizer state lives; default: the method's way")
     parser.add_argument("--nvme-path", help="existing folder on a local disk, for the nvme variants; not in the row")
     parser.add_argument("--prepare-state", action="store_true", help="make the state of all layers first (cost)")
+    parser.add_argument("--async", action="store_true", help="write checkpoints in the background (checkpoint)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     return parser.parse_args()
 
@@ -68,7 +70,7 @@ def main() -> None:
     if args.checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    measure = cost if args.kind == "cost" else quality
+    measure = {"cost": cost, "quality": quality, "checkpoint": checkpoint}[args.kind]
     row = conditions(args)
     try:
         row.update(measure(args, model, tokenizer))
@@ -96,6 +98,8 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "grass",
         "offload",
         "checkpointing",
+        "prepare_state",
+        "async",
     )
     accelerator = get_accelerator()
     block = METHODS[args.method]
@@ -142,6 +146,8 @@ def build(args: argparse.Namespace, model: Any) -> Any:
         bucket=max(5_000_000, largest_layer(model)),
         fused=get_accelerator().device_name() != "cpu",
     )
+    if getattr(args, "async"):
+        config["checkpoint"] = {"async": True}
     if args.method == "badam-package":
         return badam_engine(model, config, switch_every=args.grass.get("sample_period", 50))
     model = prepare_model(args.method, model)
@@ -180,22 +186,21 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         prepare_state(engine)
     generator = torch.Generator().manual_seed(1000 * args.seed + distributed.rank())
 
-    def micro_batch() -> dict[str, torch.Tensor]:
-        ids = torch.randint(0, 1000, (args.micro_batch, args.sequence), generator=generator).to(engine.device)
-        return {"input_ids": ids, "labels": ids}
+    def one_step() -> dict[str, float]:
+        return _one_step(engine, lambda: micro_batch(args, engine, generator), args.accumulation)
 
     grass = engine.grass
     probing = []
     while grass is not None and grass.phase == "probe":
-        probing.append(_one_step(engine, micro_batch, args.accumulation))
+        probing.append(one_step())
     for _ in range(args.warmup):
-        _one_step(engine, micro_batch, args.accumulation)
+        one_step()
     measured, active, changed, first_steps, disk = [], [], [], 0, disk_bytes()
     for _ in range(args.steps):
         watch = BlockWatch(engine) if args.method in PACKAGES else None
         active.append(list(grass.active_layers) if grass is not None else watch.layers if watch is not None else None)
         first_steps += count_first_steps(engine) if grass is not None else 0
-        measured.append(_one_step(engine, micro_batch, args.accumulation))
+        measured.append(one_step())
         changed.append(bool(distributed.max_over_ranks(watch.changed())) if watch is not None else None)
     moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
     totals = [sum(parts.values()) for parts in measured]
@@ -214,6 +219,27 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         "bytes": grass.memory(peak=True) if grass is not None else None,
         "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad),
     }
+
+
+def checkpoint(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Bytes of a checkpoint, and seconds that it takes; after probing."""
+    engine = build(args, model)
+    if args.prepare_state:
+        prepare_state(engine)
+    generator = torch.Generator().manual_seed(1000 * args.seed + distributed.rank())
+
+    def one_step() -> float:
+        return sum(_one_step(engine, lambda: micro_batch(args, engine, generator), args.accumulation).values())
+
+    while engine.grass is not None and engine.grass.phase == "probe":
+        one_step()
+    return measure_save(engine, one_step, args.steps, args.nvme_path)
+
+
+def micro_batch(args: argparse.Namespace, engine: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random tokens; what they are does not change what a step costs."""
+    ids = torch.randint(0, 1000, (args.micro_batch, args.sequence), generator=generator).to(engine.device)
+    return {"input_ids": ids, "labels": ids}
 
 
 def prepare_state(engine: Any) -> None:

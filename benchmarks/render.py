@@ -18,6 +18,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.places import gpu_note, gpu_table, offload_note, offload_table
+from benchmarks.saves import save_note, save_table
 from benchmarks.stages import zero3_note, zero3_table
 
 FOLDER = Path(__file__).resolve().parent
@@ -137,6 +138,8 @@ def results() -> str:
         )
     if zero3:
         lines += section("ZeRO-3: seconds per step and memory", zero3, zero3_table(zero3), zero3_note(zero3))
+    if saves := read("checkpoint"):
+        lines += section("Checkpoints: bytes and seconds", saves, save_table(saves), save_note(saves))
     if gpu:
         lines += section(f"GPU: {gpu[0]['model']}", gpu, gpu_table(gpu), gpu_note(gpu))
     if zero3_gpu:

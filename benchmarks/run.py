@@ -31,9 +31,11 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.methods import missing_package
+from benchmarks.saves import save_cells
 from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells, zero3_cells, zero3_gpu_cells
 
 COST_SUITES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
+    "checkpoint": save_cells,
     "cpu": cost_cells,
     "offload": offload_cells,
     "zero3": zero3_cells,
@@ -122,7 +124,7 @@ def current_commit() -> str:
 @contextmanager
 def disk_folder(args: argparse.Namespace) -> Iterator[str | None]:
     """A new folder for state files, if the suite makes any."""
-    if args.suite != "offload":
+    if args.suite not in ("offload", "checkpoint"):
         yield None
         return
     args.nvme_path.mkdir(exist_ok=True)

@@ -31,6 +31,8 @@ def grass_metrics(handle: Any) -> dict[str, float]:
     | `grass/prob/<layer>` | p_l of the next draw |
     | `grass/visits/<layer>` | optimizer steps in which the layer was trained |
     | `grass/bytes/<category>/<place>` | bytes held by this rank: weights, gradients, optimizer_state on device, host (and nvme) |
+    | `grass/checkpoint/stall_seconds` | that training stood still for the last checkpoint; absent before the first |
+    | `grass/checkpoint/bytes` | of it on this rank's account, as far as written |
 
     Args:
         handle: `engine.grass`.
@@ -50,6 +52,9 @@ def grass_metrics(handle: Any) -> dict[str, float]:
         metrics.update({f"grass/{name}/{i:0{width}d}": float(value) for i, value in enumerate(values)})
     for category, places in handle.memory().items():
         metrics.update({f"grass/bytes/{category}/{place}": float(size) for place, size in places.items()})
+    if handle.checkpoint is not None:
+        metrics["grass/checkpoint/stall_seconds"] = handle.checkpoint.stall_seconds
+        metrics["grass/checkpoint/bytes"] = float(handle.checkpoint.bytes)
     return metrics
 
 

@@ -179,9 +179,8 @@ class GrassEngine(seams.DeepSpeedEngine):
         super()._configure_checkpointing()
         if self.grass is not None:
             background = self.config.get("checkpoint", {}).get("async", False)
-            self.checkpoint_engine = CheckpointWriter(
-                self._config, self.seq_data_parallel_group, self.device, background
-            )
+            writer = CheckpointWriter(self._config, self.seq_data_parallel_group, self.device, background)
+            self.checkpoint_engine = self.grass.writer = writer
 
     def save_checkpoint(
         self,

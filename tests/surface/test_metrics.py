@@ -28,12 +28,19 @@ def make_handle(**changes: object) -> SimpleNamespace:
         "probabilities": (0.2, 0.5, 0.3),
         "visits": (4, 0, 7),
         "memory": lambda peak=False: memory,
+        "checkpoint": None,
     }
     return SimpleNamespace(**{**values, **changes})
 
 
 def row(step: int, phase: str = "train", active: tuple[int, ...] = (1,), p: float = 0.5) -> HistoryRow:
     return HistoryRow(step, phase, active, (0.5, p, 0.5 - p), None if phase == "probe" else (1.0, p, 2.0))
+
+
+def test_metrics_tell_of_the_last_checkpoint() -> None:
+    report = SimpleNamespace(stall_seconds=0.5, bytes=1000)
+    more = grass_metrics(make_handle(checkpoint=report)).items() - grass_metrics(make_handle()).items()
+    assert dict(more) == {"grass/checkpoint/stall_seconds": 0.5, "grass/checkpoint/bytes": 1000.0}
 
 
 def test_metrics_hold_every_value_under_its_layer() -> None:
