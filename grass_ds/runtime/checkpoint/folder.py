@@ -21,6 +21,8 @@ from typing import Any
 
 LATEST = "latest"
 _BLOCK = 1 << 24
+# Being written by this process: another engine in it may save to the same folder.
+_underway: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -143,40 +145,46 @@ def saving_path(folder: Path, tag: str) -> Path:
     return target.with_name(f".saving.{target.name}")
 
 
-def _replaced_path(folder: Path, tag: str) -> Path:
-    target = folder / tag
-    return target.with_name(f".replaced.{target.name}")
-
-
 def begin(folder: Path, tag: str) -> None:
     """Make an empty place to write to. What other attempts in ``folder`` left behind goes; published checkpoints stay."""
     target = saving_path(folder, tag)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in [*target.parent.glob(".saving.*"), *target.parent.glob(".replaced.*")]:
-        if left.name.startswith(".saving.") or (target.parent / left.name.removeprefix(".replaced.")).exists():
-            shutil.rmtree(left)
+    replaced = [
+        p for p in target.parent.glob(".replaced.*") if p.with_name(p.name.removeprefix(".replaced.")).exists()
+    ]
+    for left in {*target.parent.glob(".saving.*"), *replaced} - _underway:
+        shutil.rmtree(left)
     target.mkdir()
+    _underway.add(target)
+
+
+def give_up(folder: Path, tag: str) -> None:
+    """Remove what was written of it so far, as far as that is possible."""
+    shutil.rmtree(saving_path(folder, tag), ignore_errors=True)
+    _underway.discard(saving_path(folder, tag))
 
 
 def publish(folder: Path, tag: str, latest: bool) -> None:
     """Make the checkpoint visible, see [Note: Publication]; an older one of the same tag is there until then."""
-    target, aside = folder / tag, _replaced_path(folder, tag)
+    target = folder / tag
+    aside = target.with_name(f".replaced.{target.name}")
     sync_folder(saving_path(folder, tag))
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)
     os.rename(saving_path(folder, tag), target)
+    _underway.discard(saving_path(folder, tag))
     sync_folder(target.parent)
     if latest:
         replace_file(folder / LATEST, tag)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def restore_replaced(folder: Path, tag: str) -> None:
+def restore_replaced(checkpoint: Path) -> None:
     """Undo a publication that was cut off between its renames."""
-    target, aside = folder / tag, _replaced_path(folder, tag)
-    if aside.is_dir() and not target.exists():
-        os.rename(aside, target)
+    aside = checkpoint.with_name(f".replaced.{checkpoint.name}")
+    if aside.is_dir() and not checkpoint.exists():
+        os.rename(aside, checkpoint)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
@@ -186,8 +194,6 @@ def candidates(folder: Path) -> list[str]:
     """Tags to resume from, best first: the one that ``latest`` names, then the others that were published, newest step first."""
     latest = folder / LATEST
     named = [latest.read_text().strip()] if latest.is_file() else []
-    for tag in named:
-        restore_replaced(folder, tag)
     steps = {path.parent.name: step_of(path.parent) for path in folder.glob(f"[!.]*/{Part.name(0)}")}
     others = [tag for tag in steps if tag not in named]
     return [*named, *sorted(others, key=lambda tag: steps[tag] or 0, reverse=True)]

@@ -56,12 +56,19 @@ def _from_first(ask: Any, rank: int, world: int, group: Any) -> list[str]:
 
 
 def _problems(checkpoint: Path, rank: int, world: int, group: Any) -> list[str]:
-    mine = folders.problems(checkpoint) if rank == 0 else []
-    if folders.is_ours(checkpoint):
-        mine += folders.corrupt(checkpoint, [r for r in folders.ranks_of(checkpoint) if r % world == rank])
+    """What is wrong with it; names and lengths first, then contents, of which every rank reads its share."""
+    missing = _from_first(lambda: _structure(checkpoint), rank, world, group)
+    if missing:
+        return missing
+    mine = folders.corrupt(checkpoint, [r for r in folders.ranks_of(checkpoint) if r % world == rank])
     found: list[Any] = [None] * world
     dist.all_gather_object(found, mine, group=group)
     return [text for texts in found for text in texts]
+
+
+def _structure(checkpoint: Path) -> list[str]:
+    folders.restore_replaced(checkpoint)
+    return folders.problems(checkpoint)
 
 
 def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone: bool) -> None:

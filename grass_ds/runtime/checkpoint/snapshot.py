@@ -11,30 +11,41 @@ import torch
 def snapshot(value: Any) -> Any:
     """Copy ``value`` with all that it holds; its tensors in host memory.
 
-    Tensors that share storage share it in the copy, and whole storages are copied, as ``torch.save`` writes them: the file of the
-    copy is that of the original, byte for byte. Peak: one more copy of every storage.
+    What is shared in it, objects and storages alike, is shared in the copy, and whole storages are copied, as ``torch.save`` writes
+    them: the file of the copy is that of the original, byte for byte. Peak: one more copy of every storage.
     """
-    return _copy(value, {})
+    return _Copier().copy(value)
 
 
-def _copy(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return _copy_tensor(value, storages)
-    if isinstance(value, Mapping):
-        copied: Any = copy.copy(value)
-        for key, item in value.items():
-            copied[key] = _copy(item, storages)
-        return copied
-    if isinstance(value, (list, tuple)):
-        items = [_copy(item, storages) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return copy.deepcopy(value)
+class _Copier:
+    """One snapshot: what was copied so far, by what it is a copy of."""
 
+    def __init__(self) -> None:
+        self._objects: dict[int, Any] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
 
-def _copy_tensor(tensor: torch.Tensor, storages: dict[int, torch.UntypedStorage]) -> torch.Tensor:
-    source = tensor.untyped_storage()
-    key = source._cdata
-    if key not in storages:
-        storages[key] = source.clone() if source.device.type == "cpu" else source.cpu()
-    copied = torch.empty(0, dtype=tensor.dtype)
-    return copied.set_(storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())
+    def copy(self, value: Any) -> Any:
+        if id(value) not in self._objects:
+            self._objects[id(value)] = self._copy(value)
+        return self._objects[id(value)]
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._copy_tensor(value)
+        if isinstance(value, Mapping):
+            copied: Any = copy.copy(value)
+            for key, item in value.items():
+                copied[key] = self.copy(item)
+            return copied
+        if isinstance(value, (list, tuple)):
+            items = [self.copy(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return copy.deepcopy(value)
+
+    def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        source = tensor.untyped_storage()
+        key = source._cdata
+        if key not in self._storages:
+            self._storages[key] = source.clone() if source.device.type == "cpu" else source.cpu()
+        copied = torch.empty(0, dtype=tensor.dtype)
+        return copied.set_(self._storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing checkpoints: durable, visible only when complete, and in the background if wished. See [Note: Publication]."""
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -104,7 +103,7 @@ class _Save:
         if self.part.rank == 0:
             if self.published is not None:
                 self.published.exception()
-            shutil.rmtree(self.path, ignore_errors=True)
+            folders.give_up(self.folder, self.tag)
 
 
 class CheckpointWriter(seams.TorchCheckpointEngine):
