@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import methods, places, render, stages
+from benchmarks import methods, places, render, saves, stages
 from benchmarks.peers import badam_engine
 from benchmarks.run import installed, run_cell
 from benchmarks.suites import gpu_cells, offload_cells, zero3_cells
@@ -54,11 +54,31 @@ def test_gpu_cells_run_on_a_tiny_shape() -> None:
 
 
 @pytest.mark.dist
+def test_checkpoint_cells_weigh_what_they_save(tmp_path: Path) -> None:
+    tiny = {"model": TINY, "sequence": 16, "steps": 2}
+    suite = [{**cell, **tiny} for cell in saves.save_cells(1) if cell["stage"] == 2]
+    stock, late = ({**cell} for cell in suite if cell["method"] == "full" or cell.get("async"))
+    folders = [tmp_path / name for name in ("stock", "late")]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(lambda cell, folder: run_cell(cell, 300, str(folder)), (stock, late), folders))
+    # Weights, their fp32 values and all moments, but for those of the embeddings, which never train.
+    assert 0.6 < rows[1]["checkpoint_bytes"] / rows[0]["checkpoint_bytes"] < 1
+    assert [row["async"] for row in rows] == [False, True]
+    assert all(0 < row["stall_seconds"] <= row["disk_seconds"] for row in rows)
+    table = saves.save_table(rows)
+    assert len(table) == 4
+    assert "training stood still" in table[0]
+
+
+@pytest.mark.dist
 def test_zero3_cells_shard_and_badam_loses_the_last_step_on_every_block() -> None:
     pytest.importorskip("badam")
     tiny = {"model": TINY, "sequence": 16, "steps": 10}
     suite = {cell["method"]: {**cell, **tiny} for cell in zero3_cells(1) if cell["stage"] == 3}
-    uniform, badam = (run_cell(suite[method], 300) for method in ("uniform", "badam-package"))
+    with ThreadPoolExecutor() as pool:
+        uniform, badam = pool.map(lambda method: run_cell(suite[method], 300), ("uniform", "badam-package"))
     assert uniform["stage"] == badam["stage"] == 3
     assert len({tuple(active) for active in uniform["active"]}) == 2  # a draw within the measured steps
     # Two layers of six are trained, and one; sharded parameters are counted whole.

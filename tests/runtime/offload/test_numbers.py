@@ -143,7 +143,6 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
         "four_ranks",
         ds_config(dtype="bf16", grass=sampled(sampler="uniform")),
         {
-            "cpu period grain": {**CPU, **PERIODIC, **GRAIN},
             "posix stream whole": {**POSIX, **STREAM, **UNIT, **buffers(2, 5)},
             "aio stream odd through files": {**AIO, **STREAM, **ODD, **buffers(2, 4)},
         },
