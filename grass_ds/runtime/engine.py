@@ -21,6 +21,7 @@ from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded,
 from grass_ds.runtime.checkpoint import reading
 from grass_ds.runtime.checkpoint.folder import Part, saving_path
 from grass_ds.runtime.checkpoint.state import check_stage
+from grass_ds.runtime.checkpoint.universal import UniversalCheckpoint
 from grass_ds.runtime.checkpoint.writer import CheckpointWriter
 from grass_ds.runtime.gradients import ReduceSettings
 from grass_ds.runtime.handle import GrassHandle
@@ -209,7 +210,13 @@ class GrassEngine(seams.DeepSpeedEngine):
         aside = str(saving_path(folder, tag).relative_to(folder))
         try:
             with self.optimizer.all_trainable():
-                saved = super().save_checkpoint(save_dir, aside, client_state or {}, False, exclude_frozen_parameters)
+                saved = super().save_checkpoint(
+                    save_dir,
+                    aside,
+                    {**self._universal_info(), **(client_state or {})},
+                    False,
+                    exclude_frozen_parameters,
+                )
         finally:
             writer.end()
         report.stall_seconds = time.perf_counter() - began
@@ -225,6 +232,12 @@ class GrassEngine(seams.DeepSpeedEngine):
         """
         if self.grass is not None:
             self.checkpoint_engine.wait()
+
+    def _universal_info(self) -> dict[str, Any]:
+        """What ``ds_to_universal.py`` asks for in stages 1 and 2: that the model knows of universal checkpoints."""
+        keys = seams.checkpoint_keys
+        version = {keys.UNIVERSAL_CHECKPOINT_VERSION_KEY: keys.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        return {keys.UNIVERSAL_CHECKPOINT_INFO: getattr(self.module, keys.UNIVERSAL_CHECKPOINT_INFO, version)}
 
     def _part(self) -> Part:
         group = self.seq_data_parallel_group
@@ -255,18 +268,34 @@ class GrassEngine(seams.DeepSpeedEngine):
             return super().load_checkpoint(load_dir, tag, *what)
         weights_alone = load_module_only or not load_optimizer_states
         self.wait_for_checkpoint()
-        if not self.load_universal_checkpoint():
+        if self.load_universal_checkpoint():
+            check_stage(load_dir, tag, self.zero_optimization_stage(), universal=True)
+        else:
             tag = reading.choose(Path(load_dir), None if tag is None else str(tag), self.seq_data_parallel_group)
             check_stage(load_dir, tag, self.zero_optimization_stage())
             if tag is not None:
                 reading.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
         with self.optimizer.all_trainable():
             result = super().load_checkpoint(load_dir, tag, *what)
-            if weights_alone and self.zero_optimization_stage() == 3 and result[0] is not None:
+            lacking = self.zero_optimization_stage() == 3 and not self.load_universal_checkpoint()
+            if weights_alone and lacking and result[0] is not None:
                 self._load_weights(load_dir, tag)
+            if self.load_universal_checkpoint() and result[0] is not None:
+                self._load_untrained(Path(result[0]).parent)
         self.optimizer.flush()
         self.optimizer.activate()
         return result
+
+    def _load_untrained(self, folder: Path) -> None:
+        """What belongs to no unit, of a universal checkpoint: DeepSpeed loads no module then."""
+        owned = {name for unit in self.optimizer.units for name in unit.param_names}
+        stage3 = self.zero_optimization_stage() == 3
+        if stage3:
+            self.optimizer.checkpoint_event_prologue()
+        rank = dist.get_rank(group=self.seq_data_parallel_group)
+        UniversalCheckpoint(folder).restore_untrained(self.module, owned, rank)
+        if stage3:
+            self.optimizer.checkpoint_event_epilogue()
 
     def _load_weights(self, load_dir: Any, tag: Any) -> None:
         """The weights of that tag: of ZeRO-3 DeepSpeed loads those of the latest one, or with ``load_module_only`` none at all."""

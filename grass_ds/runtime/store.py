@@ -85,6 +85,10 @@ class StateStore:
             planes = self._tier.fetch(unit)
         return UnitState(planes[0], dict(zip(self._moments(unit), planes[1:], strict=True)), self._scalars[unit])
 
+    def template(self, unit: Unit) -> StateTemplate:
+        """What the optimizer keeps for the unit."""
+        return self._templates[unit.group]
+
     # ---- memory ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -154,7 +158,7 @@ class StateStore:
         if self.error is not None:
             raise self.error
         unit = chunk.unit
-        template = self._templates[unit.group]
+        template = self.template(unit)
         planes = self._window.take(chunk)
         scalars: Any = self._scalars.get(unit, template.start)
         if unit not in self:
@@ -186,7 +190,7 @@ class StateStore:
         Raises:
             ValueError: a moment that the optimizer does not keep, or none where it cannot start at zero.
         """
-        template = self._templates[unit.group]
+        template = self.template(unit)
         unknown = state.moments.keys() - set(template.moments)
         if unknown:
             raise ValueError(f"{unit.name}: the optimizer keeps no {sorted(unknown)}, only {list(template.moments)}")
@@ -243,7 +247,7 @@ class StateStore:
     # ---- inside ---------------------------------------------------------------------------------------------------------
 
     def _moments(self, unit: Unit) -> tuple[str, ...]:
-        return self._templates[unit.group].moments
+        return self.template(unit).moments
 
     def _named(self, unit: Unit, planes: Planes) -> dict[str, torch.Tensor]:
         return dict(zip(self._moments(unit), planes[1:], strict=True))

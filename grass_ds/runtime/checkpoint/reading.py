@@ -41,7 +41,9 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
         damage[name] = found
     if not damage:
         return None
-    others = [] if tag is None else [name for name in folders.candidates(folder) if name not in damage]
+    others = (
+        [] if tag is None else [name for name in folders.candidates(folder) if not folders.problems(folder / name)]
+    )
     remedy = f"load another: {', '.join(others)}" if others else "there is no other checkpoint in this folder"
     raise ValueError(
         f"{folder}: {'; '.join(f'{_called(folder, n)} is damaged: {_list(d)}' for n, d in damage.items())}; {remedy}"
@@ -72,17 +74,22 @@ def _structure(checkpoint: Path) -> list[str]:
 
 
 def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone: bool) -> None:
-    """Refuse a checkpoint that this run cannot go on from. One without parts cannot be judged here.
+    """Refuse a checkpoint that this run cannot go on from. Of one without parts only the weights may fit.
 
     Args:
         world: ranks of this run.
         weights_alone: optimizer states stay behind, so only the parameters have to be alike.
 
     Raises:
-        ValueError: it is of other ranks, another model or other param groups, naming the difference and the remedy.
+        ValueError: it is of plain DeepSpeed, other ranks, another model or other param groups, naming the difference and the remedy.
     """
     part = Part.read(checkpoint, 0)
     if part is None:
+        if not weights_alone:
+            raise ValueError(
+                f"the checkpoint {checkpoint.name} was not written by grass_ds (it has no {Part.name(0)}), so its optimizer state has "
+                "another layout; load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
+            )
         return
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
         raise ValueError(_convert(checkpoint, part.world_size, world))
@@ -117,7 +124,7 @@ def _convert(checkpoint: Path, saved: int, here: int) -> str:
     universal = f"{checkpoint}_universal"
     return (
         f"the checkpoint {checkpoint.name} was saved by {saved} ranks and this run has {here}, whose shards are cut elsewhere; convert "
-        f"it once with `python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {checkpoint} "
+        f"it once with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint} "
         f'--output_folder {universal}`, then load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
     )
 

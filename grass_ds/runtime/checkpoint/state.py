@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """State dict of the ZeRO wrapper: DeepSpeed's own schema of the stage, one flat group per unit, plus one key of ours.
 
-DeepSpeed's tools (``zero_to_fp32.py``) read the stock keys; ``"grass"`` holds what they do not know: which units have state, and the
-sampler. States of layers that were never stepped are not written: their fp32 weights are the low-precision ones.
+DeepSpeed's tools (``zero_to_fp32.py``, ``ds_to_universal.py``) read the stock keys; ``"grass"`` holds what they do not know: which units
+have state, and the sampler. The tools want state of every unit. Those that were never stepped have zero moments in the files, of which
+each is one stored number, repeated by a stride of 0; their fp32 weights are the low-precision ones.
 """
 
+import copy
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +16,11 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
+from grass_ds.runtime.agreement import check_ranks_succeeded
+from grass_ds.runtime.checkpoint.universal import WEIGHTS, UniversalCheckpoint
 from grass_ds.runtime.seams import checkpoint_keys as keys
 from grass_ds.runtime.seams import fragment_address
-from grass_ds.runtime.store import UnitState
+from grass_ds.runtime.store import StateStore, UnitState
 from grass_ds.runtime.units import Unit
 
 if TYPE_CHECKING:
@@ -34,10 +38,13 @@ def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
     states = {unit: optimizer.store[unit] for unit in units if unit in optimizer.store}
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     base = {
-        "state": {unit.index: _lean_state(unit, state) for unit, state in states.items()},
+        "state": {
+            unit.index: _lean_state(unit, states[unit]) if unit in states else _idle_state(unit, optimizer.store)
+            for unit in units
+        },
         "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
     }
-    masters = [_lean(unit, states[unit].master if unit in states else unit.shard).to(torch.float32) for unit in units]
+    masters = [_lean(unit, states[unit].master) if unit in states else _idle_master(unit) for unit in units]
     stage = optimizer.settings.stage
     return {
         keys.ZERO_STAGE: stage,
@@ -52,6 +59,7 @@ def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
             "layout": _layout(units),
             "param_groups": hyper,
             "skips": optimizer._skips,
+            "stepped": {unit.name: state.scalars for unit, state in states.items()},
         },
     }
 
@@ -61,7 +69,7 @@ def _replicated(base: dict[str, Any], masters: list[torch.Tensor], units: list[U
     return {
         keys.BASE_OPTIMIZER_STATE: base,
         keys.SINGLE_PARTITION_OF_FP32_GROUPS: masters,
-        keys.GROUP_PADDINGS: [unit.shard_numel - unit.saved_numel for unit in units],
+        keys.GROUP_PADDINGS: [0] * len(units),  # ds_to_universal.py cuts off that many elements of every state
         keys.PARTITION_COUNT: [unit.world for unit in units],
         keys.PARAM_SLICE_MAPPINGS: [_slices(unit) for unit in units],
     }
@@ -78,34 +86,31 @@ def _partitioned(base: dict[str, Any], masters: list[torch.Tensor], units: list[
 
 def load(
     optimizer: "GrassZeroOptimizer",
-    state_dict_list: list[dict[str, Any]],
+    state_dict_list: list[dict[str, Any]] | None,
     load_optimizer_states: bool,
     load_from_fp32_weights: bool = True,
     checkpoint_folder: str | None = None,
     **_: Any,
 ) -> None:
-    """Restore what :func:`save` wrote on a run with the same number of ranks. The active set follows at the end of the load.
+    """Restore what :func:`save` wrote. The active set follows at the end of the load.
+
+    Args:
+        state_dict_list: of a run with the same number of ranks; only this rank's is looked at.
+        load_optimizer_states: otherwise the weights alone.
+        load_from_fp32_weights: otherwise master weights are taken from the low-precision ones; not of a universal checkpoint.
+        checkpoint_folder: a universal checkpoint, saved by any number of ranks, to be loaded instead.
 
     Raises:
-        ValueError: a universal checkpoint, a checkpoint of plain DeepSpeed, or one of other layers, naming the difference.
+        ValueError: a checkpoint of plain DeepSpeed, one of other layers, naming the difference, or a damaged universal one.
     """
     if checkpoint_folder is not None:
-        raise ValueError(
-            "loading universal checkpoints is not supported yet; load a checkpoint saved with the same number of ranks"
-        )
+        _load_universal(optimizer, UniversalCheckpoint(Path(checkpoint_folder)), load_optimizer_states)
+        return
+    assert state_dict_list is not None
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
-    if GRASS not in saved:
-        raise ValueError(
-            "the checkpoint was not written by grass_ds, so its optimizer state has another layout; "
-            "load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
-        )
-    stage = optimizer.settings.stage
-    ours = saved[GRASS]
+    ours = _ours(saved)
     _check_layout(_layout(optimizer.units), ours["layout"])
-    optimizer.loss_scaler = saved[keys.LOSS_SCALER]
-    optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
-    optimizer.overflow = saved["overflow"]
-    optimizer.controller.load_state_dict(ours["controller"])
+    stage = optimizer.settings.stage
     base, masters = (keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS) if stage == 3 else _REPLICATED_KEYS
     if stage == 3:  # the only place where the weights are saved
         for unit, master in zip(optimizer.units, saved[masters], strict=True):
@@ -113,12 +118,10 @@ def load(
     if not load_optimizer_states:
         optimizer.store.clear()
         return
-    optimizer._skips = ours["skips"]
-    for group, values in zip(optimizer.param_groups, ours["param_groups"], strict=True):
-        group.update(values)
+    _restore_progress(optimizer, saved)
     states = saved[base]["state"]
     for unit, master in zip(optimizer.units, saved[masters], strict=True):
-        if unit.index in states:
+        if unit.name in ours["stepped"]:
             optimizer.store.put(unit, _padded_state(unit, master, states[unit.index]))
         else:
             optimizer.store.drop(unit)
@@ -126,25 +129,99 @@ def load(
         optimizer.refresh_fp32_params()
 
 
-def check_stage(folder: str | Path, tag: str | None, stage: int) -> None:
-    """Raise ValueError for a checkpoint of ZeRO-3 on another stage or the reverse: DeepSpeed would look for files that are not there."""
+def _load_universal(optimizer: "GrassZeroOptimizer", checkpoint: UniversalCheckpoint, with_states: bool) -> None:
+    """Take this rank's part of everything. A file may be broken where one rank alone reads, so all ranks meet at the end.
+
+    The weights go into this rank's shard of the low-precision ones; the engine lets the model see them.
+    """
+    error: BaseException | None = None
+    try:
+        _take_universal(optimizer, checkpoint, with_states)
+    except Exception as caught:
+        error = caught
+    check_ranks_succeeded(error, optimizer.dp_process_group, optimizer.device)
+
+
+def _take_universal(optimizer: "GrassZeroOptimizer", checkpoint: UniversalCheckpoint, with_states: bool) -> None:
+    units, store = optimizer.units, optimizer.store
+    saved = checkpoint.common() if with_states else {}
+    stepped: dict[str, Any] = {}
+    if with_states:
+        ours = _ours(saved)
+        _check_layout(_layout(units, ranks=False), [entry[:3] for entry in ours["layout"]])
+        stepped = ours["stepped"]
+    moments = {unit: store.template(unit).moments if unit.name in stepped else () for unit in units}
+    checkpoint.check(moments)
+    if with_states:
+        _restore_progress(optimizer, saved)
+    for unit in units:
+        if unit.name in stepped:
+            state = checkpoint.state(unit, moments[unit], stepped[unit.name])
+            store.put(unit, state)
+            unit.shard.copy_(state.master)
+        else:
+            store.drop(unit)
+            unit.shard.copy_(checkpoint.shard(unit, WEIGHTS))
+
+
+def _ours(saved: dict[str, Any]) -> dict[str, Any]:
+    """Our entry of a state dict.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if GRASS not in saved:
+        raise ValueError(
+            "the checkpoint was not written by grass_ds, so its optimizer state has another layout and no sampler; load the weights "
+            "alone with load_checkpoint(..., load_optimizer_states=False), or load_module_only=True if it is a universal one"
+        )
+    return saved[GRASS]
+
+
+def _restore_progress(optimizer: "GrassZeroOptimizer", saved: dict[str, Any]) -> None:
+    """Everything but weights and states: loss scale, sampler, hyper-parameters."""
+    ours = saved[GRASS]
+    optimizer.controller.load_state_dict(ours["controller"])
+    optimizer.loss_scaler = saved[keys.LOSS_SCALER]
+    optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
+    optimizer.overflow = saved["overflow"]
+    optimizer._skips = ours["skips"]
+    for group, values in zip(optimizer.param_groups, ours["param_groups"], strict=True):
+        group.update(values)
+
+
+def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool = False) -> None:
+    """Refuse a checkpoint of ZeRO-3 on another stage or the reverse: DeepSpeed would look for files that are not there.
+
+    Args:
+        tag: None for the one that ``latest`` (``latest_universal``) names.
+
+    Raises:
+        ValueError: the stages differ, or it is to be a ``universal`` one and is no checkpoint at all.
+    """
     if tag is None:
-        latest = Path(folder, "latest")
+        latest = Path(folder, "latest_universal" if universal else "latest")
         if not latest.is_file():
             return  # DeepSpeed has a message for that
         tag = latest.read_text().strip()
     partitioned = any(Path(folder, str(tag)).glob("zero_pp_rank_*_model_states.pt"))
     replicated = any(Path(folder, str(tag)).glob("mp_rank_*_model_states.pt"))
+    if universal and not partitioned and not replicated:
+        raise ValueError(
+            f"{Path(folder, str(tag))} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load a "
+            'checkpoint as it was saved without "checkpoint": {"load_universal": true}'
+        )
     if partitioned != replicated and partitioned != (stage == 3):
         raise ValueError(
             f"the checkpoint {tag} was saved with ZeRO stage {'3' if partitioned else '1 or 2'} and this run has stage {stage}, which "
             "cuts weights into other shards; set zero_optimization.stage as it was, or start from its weights: zero_to_fp32.py in "
-            "the checkpoint's folder writes them for any run"
+            f"the {'folder that it was converted from' if universal else 'checkpoint folder'} writes them for any run"
         )
 
 
-def _layout(units: list[Unit]) -> list[tuple[str, list[str], int, int]]:
-    return [(unit.name, unit.param_names, unit.numel, unit.world) for unit in units]
+def _layout(units: list[Unit], ranks: bool = True) -> list[tuple[Any, ...]]:
+    """Per unit name, parameters and elements; with ``ranks`` also how many of them share it."""
+    return [(unit.name, unit.param_names, unit.numel, *([unit.world] if ranks else [])) for unit in units]
 
 
 def _check_layout(here: list[Any], saved: list[Any]) -> None:
@@ -169,6 +246,18 @@ def _lean(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
 
 def _lean_state(unit: Unit, state: UnitState) -> dict[str, Any]:
     return {**state.scalars, **{k: _lean(unit, t) for k, t in state.moments.items()}}
+
+
+def _idle_master(unit: Unit) -> torch.Tensor:
+    """A copy: a view of fp32 weights would be saved with all that it is a view of, which is every rank's shard."""
+    return _lean(unit, unit.shard).to(torch.float32, copy=True)
+
+
+def _idle_state(unit: Unit, store: StateStore) -> dict[str, Any]:
+    """What a unit that was never stepped would start from."""
+    template = store.template(unit)
+    zeros = torch.zeros(()).expand(unit.saved_numel)
+    return {**copy.deepcopy(dict(template.start or {})), **dict.fromkeys(template.moments, zeros)}
 
 
 def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> UnitState:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.runtime import seams
-from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
+from grass_ds.runtime.agreement import check_ranks_succeeded
 from grass_ds.runtime.checkpoint import folder as folders
 from grass_ds.runtime.checkpoint.folder import Part, SummedFile
 from grass_ds.runtime.checkpoint.snapshot import snapshot
@@ -135,10 +136,11 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
         """Make the place for a checkpoint, once the one before is done.
 
         Raises:
-            Exception: on every rank: that one failed, or the place cannot be made. Published checkpoints are untouched.
+            Exception: on every rank: that one failed, the ranks mean different places, or the place cannot be made. Published checkpoints
+                are untouched.
         """
         self.wait()
-        check_ranks_agree([digest(str(folder), tag)], "the checkpoint's folder and tag", self._group, self._device)
+        self._check_same_place(folder / tag, part.world_size)
         self._together(lambda: folders.begin(folder, tag) if part.rank == 0 else None)
         self.report = SaveReport(tag)
         self._open = _Save(folder, tag, latest, part, self.report)
@@ -229,6 +231,16 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
         except Exception as error:
             done.set_exception(error)
         return done
+
+    def _check_same_place(self, checkpoint: Path, world: int) -> None:
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, str(checkpoint), group=self._group)
+        for rank, place in enumerate(everyone):
+            if place != everyone[0]:
+                raise ValueError(
+                    f"rank 0 saves a checkpoint to {everyone[0]} and rank {rank} to {place}; call save_checkpoint() with the same save_dir "
+                    "and tag on every rank"
+                )
 
     def _together(self, task: Callable[[], None]) -> None:
         error: BaseException | None = None
