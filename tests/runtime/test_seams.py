@@ -116,7 +116,7 @@ def test_checkpoint_keys_are_those_that_deepspeeds_tools_read() -> None:
         "ZERO_STAGE",
     ):
         assert getattr(zero_to_fp32, name) == getattr(keys, name)
-    names = seams.MODULE_NAMES["deepspeed.checkpoint.constants"]
+    names = set(seams.MODULE_NAMES["deepspeed.checkpoint.constants"]) - {"UNIVERSAL_CHECKPOINT_VERSION_VALUE"}
     assert len({getattr(keys, name) for name in names}) == len(names)
     assert all(isinstance(getattr(keys, name), str) for name in names)
 
