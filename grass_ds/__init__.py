@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.entry import enable, initialize
+from grass_ds.resume import last_checkpoint
 from grass_ds.runtime.engine import GrassEngine
 
 if TYPE_CHECKING:
@@ -16,7 +17,15 @@ try:
 except PackageNotFoundError:  # used from a source tree
     __version__ = "0+source"
 
-__all__ = ["GrassCallback", "GrassConfig", "GrassConfigError", "GrassEngine", "enable", "initialize"]
+__all__ = [
+    "GrassCallback",
+    "GrassConfig",
+    "GrassConfigError",
+    "GrassEngine",
+    "enable",
+    "initialize",
+    "last_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.keeper import CheckpointKeeper
 from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
 from grass_ds.plots import save_plots
 
@@ -41,6 +42,12 @@ class GrassCallback(TrainerCallback):
       prefix them with `train/`).
     - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
       rows after it; a file that cannot be continued is set aside as `grass_history.jsonl.old`.
+    - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete
+      one from what a killed job left. `save_total_limit` counts complete checkpoints only, so that it never removes the
+      only good one: the callback keeps it in the Trainer's place, and `args.save_total_limit` is None while training
+      runs (and after a `train()` that failed, until the next). With `save_only_model` and in a hyperparameter search
+      both are left to the Trainer.
+    - Training ends when the checkpoint under way, if there is one, is published.
     - When training ends, `<output_dir>/plots/*.png` are drawn on global rank 0 and sent to wandb if a run is active.
 
     Without DeepSpeed or without a `"grass"` block only `tokens_per_second` is reported, so one script serves every
@@ -64,6 +71,7 @@ class GrassCallback(TrainerCallback):
         self.history: History | None = None
         self.plot_paths: list[Path] = []
         self._handle: Any = None
+        self._keeper: CheckpointKeeper | None = None
         self._row: HistoryRow | None = None
         self._throughput: Throughput | None = None
         self._token_counter: _TokenCounter | None = None
@@ -94,6 +102,8 @@ class GrassCallback(TrainerCallback):
                 "the block"
             )
         self._move_to_front()
+        if self._handle is not None and not args.save_only_model and not state.is_hyper_param_search:
+            self._keeper = CheckpointKeeper(args)
         self._token_counter = _TokenCounter(kwargs.get("model"), state, args)
         self._throughput = Throughput()
         self.history = None
@@ -147,13 +157,24 @@ class GrassCallback(TrainerCallback):
         self._resume_clock()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Saving is not training time."""
+        """Seal the checkpoint and remove old ones. Saving is not training time.
+
+        Raises:
+            OSError: on every rank, if a file of the checkpoint could not be put on disk on one.
+        """
+        if self._keeper is not None:
+            self._keeper.seal(state.global_step)
+            self._keeper.tidy(state.global_step, state.best_model_checkpoint)
         self._resume_clock()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw the plots and let go of the engine."""
+        """Draw the plots, wait for the checkpoint under way and let go of the engine.
+
+        Raises:
+            Exception: on every rank, what went wrong with that checkpoint.
+        """
         if self.history is not None and importlib.util.find_spec("matplotlib") is not None:
             try:
                 self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
@@ -161,11 +182,19 @@ class GrassCallback(TrainerCallback):
             except Exception:
                 # The trained weights are not saved yet and the other ranks wait for this one to save them.
                 logger.exception("could not draw or upload the plots; training itself is complete")
-        self._release()
+        try:
+            if self._handle is not None:
+                self._handle.wait_for_checkpoint()
+            if self._keeper is not None:
+                self._keeper.tidy(state.global_step, state.best_model_checkpoint, at_end=True)
+        finally:
+            self._release()
 
     def _release(self) -> None:
         """Let go of the engine: a second `train()` builds another, and both would not fit."""
-        self._handle = self._row = None
+        if self._keeper is not None:
+            self._keeper.close()
+        self._handle = self._row = self._keeper = None
         if self._token_counter is not None:
             self._token_counter.remove()
             self._token_counter = None

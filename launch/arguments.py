@@ -140,6 +140,13 @@ class TrainingArguments(transformers.TrainingArguments):
             "help": "When to write checkpoints to resume from: no, steps, epoch. The final model is always saved."
         },
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint-N folder to continue from; or true for the newest complete one in --output_dir, and "
+            "from the beginning if there is none (what a requeued job needs)."
+        },
+    )
     report_to: str = field(
         default="none", metadata={"help": "Where metrics go besides the terminal: wandb, tensorboard, none."}
     )

@@ -46,6 +46,7 @@ from launch import distributed, report
 from launch.data import Collator, Rows, load_splits, tokenize
 from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
 from launch.model import load_model, load_tokenizer
+from launch.resume import resume_point
 from launch.template import Template
 
 _ACTIVE = "grass/active/"
@@ -243,6 +244,7 @@ def measure(task: Task, model: PreTrainedModel, options: command_line.Arguments)
 def run(options: command_line.Arguments) -> dict[str, Any] | None:
     """Measure, train, measure, save and report; the report on rank 0, None elsewhere."""
     set_seed(options.training.seed)
+    checkpoint = resume_point(options.training.resume_from_checkpoint, Path(str(options.training.output_dir)))
     task = distributed.on_every_rank(lambda: prepare(options))
     model, probe_steps = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
     stopwatch = Stopwatch(lambda: measure(task, model, options))
@@ -261,7 +263,7 @@ def run(options: command_line.Arguments) -> dict[str, Any] | None:
     if not options.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TerminalProgress)
-    trainer.train(resume_from_checkpoint=options.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     peak = report.peak_memory()
     after = measure(task, model, options)
     trainer.save_model()

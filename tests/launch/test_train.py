@@ -100,6 +100,7 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "missing-model": (["--model", "no/such/folder"], "no/such/folder"),
     "row-without-field": (["--data", "{folder}/rows.jsonl"], "row 1"),
+    "torn-checkpoint": (["--resume_from_checkpoint", "{folder}/checkpoint-3"], "trainer_state.json is missing"),
     "no-wandb-login": (["--report_to", "wandb"], "wandb login"),
 }
 
@@ -108,6 +109,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: Path, case: str) -> None:
     rows = [{"instruction": "1 + 1?", "output": "The answer is 2."}, {"instruction": "2 + 2?"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "checkpoint-3").mkdir()
     options, expected = BAD[case]
     options = [option.format(folder=tmp_path) for option in options]
     if "--model" not in options:

@@ -26,9 +26,11 @@ class FakeHandle:
 
     layers = tuple(f"model.layers.{i}" for i in range(NUM_LAYERS))
     probabilities = (0.25, 0.25, 0.5)
+    checkpoint = None
 
     def __init__(self, step: int = 0) -> None:
         self.step = step
+        self.waits = 0
 
     @property
     def phase(self) -> str:
@@ -48,6 +50,9 @@ class FakeHandle:
 
     def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
         return {"weights": {"device": 10, "host": 0}}
+
+    def wait_for_checkpoint(self) -> None:
+        self.waits += 1
 
 
 class FakeGrassOptimizer(torch.optim.SGD):
@@ -191,9 +196,10 @@ def test_a_history_of_another_model_is_set_aside(tmp_path: Path) -> None:
 
 
 def test_a_second_train_starts_anew(tmp_path: Path) -> None:
-    callback = GrassCallback()
-    trainer = make_trainer(tmp_path, [callback], FakeHandle())
+    callback, handle = GrassCallback(), FakeHandle()
+    trainer = make_trainer(tmp_path, [callback], handle)
     trainer.train()
+    assert handle.waits == 1, "a checkpoint may still be under way"
     assert callback._handle is None, "the callback keeps the engine alive"
     assert not trainer.model._forward_pre_hooks
     trainer.train()
@@ -223,7 +229,11 @@ def test_without_grass_only_the_throughput_is_reported(tmp_path: Path) -> None:
 def begin(config: dict[str, Any] | None, **kwargs: Any) -> None:
     source = None if config is None else SimpleNamespace(config=config)
     args = SimpleNamespace(
-        hf_deepspeed_config=source, include_num_input_tokens_seen="no", world_size=1, output_dir="unused"
+        hf_deepspeed_config=source,
+        include_num_input_tokens_seen="no",
+        world_size=1,
+        output_dir="unused",
+        save_only_model=True,
     )
     state = SimpleNamespace(is_world_process_zero=False, global_step=0, num_input_tokens_seen=0)
     GrassCallback().on_train_begin(args, state, None, **{"model": torch.nn.Linear(1, 1), **kwargs})

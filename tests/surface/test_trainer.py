@@ -2,21 +2,28 @@
 """HF Trainer, accelerate and a plain loop train alike; the Trainer saves, resumes and reports a GRASS run."""
 
 import copy
+import json
 import os
 import pickle
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from helpers.models import LAYERS, grass_block, snapshot, tiny_llama
+from helpers.observed import difference, observe
 from helpers.trainers import Rows, clean_process, hf_trainer, losses, losses_seen
 from helpers.wandb_runs import read_history
 from torch import nn
 
 import grass_ds
+from grass_ds import keeper, resume
+from grass_ds.runtime.checkpoint import folder as engine_parts
 
 pytestmark = pytest.mark.dist
 
@@ -251,57 +258,130 @@ def test_a_second_train_can_train_every_layer(two_ranks: Any, again: str, optimi
 
 # ---- resuming -----------------------------------------------------------------------------------------------------------
 
-SAVED = 6  # 2 probing steps, one period of 3, one step into the next
+# While probing, on a switch (2 probing steps and a period of 3), one step into a period.
+SAVED = {"probing": 1, "switch": 5, "mid-period": 6}
 
 
-def run_and_resume(folder: Path, optimizer: bool) -> dict[str, Any]:
-    """bf16, shuffled data: straight through, then from the checkpoint with a model of other weights."""
+def train_from(folder: Path, step: int, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """bf16, shuffled data; from ``checkpoint-<step>``, with a model of other weights, or straight from the beginning."""
+    model, callback = model_of("bf16", seed=step), grass_ds.GrassCallback()
+    settings = {**settings, "save_strategy": "no" if step else "steps", "save_steps": 1}
+    with hf_trainer(config, folder, model, callbacks=[callback], **settings) as trainer, losses_seen(model) as seen:
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
+        return {
+            **observe(trainer.deepspeed),
+            "losses": seen,
+            "logged": losses(trainer),
+            "history": None if callback.history is None else [row.active_layers for row in callback.history.rows],
+        }
+
+
+def run_and_resume(folder: Path, optimizer: bool, background: bool) -> dict[str, Any]:
+    config = hf_config("bf16", optimizer=optimizer) | ({"checkpoint": {"async": True}} if background else {})
     settings = {**trainer_settings("bf16", clip=1.0), "weight_decay": 0.1, "train_sampling_strategy": "random"}
-    settings |= {"save_strategy": "steps", "save_steps": SAVED}
-    runs = []
-    for seed, checkpoint in ((0, None), (5, str(folder / f"checkpoint-{SAVED}"))):
-        model = model_of("bf16", seed)
-        config = hf_config("bf16", optimizer=optimizer)
-        callback = grass_ds.GrassCallback()
-        with (
-            hf_trainer(config, folder, model, callbacks=[callback], **settings) as trainer,
-            losses_seen(model) as seen,
-        ):
-            trainer.train(resume_from_checkpoint=checkpoint)
-            run = observed(trainer.deepspeed, model, seen[-(STEPS - SAVED) * GAS :])
-            store = trainer.deepspeed.optimizer.store
-            run["state"] = {
-                unit.name: {
-                    "master": store[unit].master.clone(),
-                    **{k: t.clone() for k, t in store[unit].moments.items()},
-                }
-                for unit in trainer.deepspeed.optimizer.units
-                if unit in store
-            }
-            run["fingerprint"] = trainer.deepspeed.optimizer.controller.fingerprint()
-            run["logged"] = losses(trainer)
-            run["history"] = None if callback.history is None else [row.active_layers for row in callback.history.rows]
-            runs.append(run)
-    straight, resumed = runs
-    states = straight.pop("state"), resumed.pop("state")
-    weights = straight.pop("weights"), resumed.pop("weights")
-    return {
-        "straight": straight,
-        "resumed": resumed,
-        "weights": weights[0].keys() == weights[1].keys()
-        and all(torch.equal(w, weights[1][n]) for n, w in weights[0].items()),
-        "state": states[0].keys() == states[1].keys()
-        and all(torch.equal(t, states[1][unit][k]) for unit, tensors in states[0].items() for k, t in tensors.items()),
-    }
+    straight = train_from(folder, 0, copy.deepcopy(config), settings)
+    found = {}
+    for step in SAVED.values():
+        resumed = train_from(folder, step, copy.deepcopy(config), settings)
+        found[step] = difference({**straight, "losses": straight["losses"][step * GAS :]}, resumed)
+    return {"differences": found, "losses": len(straight["losses"]), "logged": len(straight["logged"])}
 
 
-@pytest.mark.parametrize("optimizer", [True, False], ids=["config's optimizer", "trainer's optimizer"])
-def test_resume_is_exact(two_ranks: Any, optimizer: bool, tmp_path: Path) -> None:
-    for found in two_ranks.run(run_and_resume, folder=tmp_path, optimizer=optimizer):
-        assert len(found["straight"]["losses"]) == (STEPS - SAVED) * GAS
-        assert found["resumed"] == found["straight"]
-        assert found["weights"]
-        assert found["state"]
+@pytest.mark.parametrize(
+    ("optimizer", "background"),
+    [(True, False), (False, True)],
+    ids=["config's optimizer", "trainer's optimizer, saved in the background"],
+)
+def test_resume_is_exact(two_ranks: Any, optimizer: bool, background: bool, tmp_path: Path) -> None:
+    for found in two_ranks.run(run_and_resume, folder=tmp_path, optimizer=optimizer, background=background):
+        assert found["differences"] == dict.fromkeys(SAVED.values())
+        assert found["losses"] == STEPS * GAS and found["logged"] == STEPS
+    assert [resume.problems(checkpoint) for checkpoint in resume.checkpoints(tmp_path)] == [[]] * STEPS
+    newest = tmp_path / f"checkpoint-{STEPS}"
+    assert grass_ds.last_checkpoint(tmp_path) == newest
+    sealed = json.loads((newest / resume.SEAL).read_text())["files"]
+    assert {"model.safetensors", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
+    (newest / resume.SEAL).unlink()
+    assert resume.problems(newest) == []
+    os.truncate(newest / "model.safetensors", sealed["model.safetensors"]["bytes"] - 1)
+    assert resume.problems(newest) == ["model.safetensors is cut off"]
+
+
+# ---- retention ----------------------------------------------------------------------------------------------------------
+
+
+def save_with_limit(folder: Path, background: bool) -> dict[str, Any]:
+    """Saves at every step with a limit of 1; which checkpoints were there, and complete, after each save and at the end.
+
+    In the background none is published before the next step begins.
+    """
+    from transformers import TrainerCallback
+
+    publish, allowed, seen = engine_parts.publish, threading.Event(), []
+
+    def there() -> dict[int, bool]:
+        return {resume.step_of(path): not resume.problems(path, contents=False) for path in resume.checkpoints(folder)}
+
+    def publish_late(*arguments: Any) -> None:
+        assert not background or allowed.wait(30)
+        allowed.clear()
+        publish(*arguments)
+
+    class Watch(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            seen.append(there())
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **__: Any) -> None:
+            if state.global_step:
+                allowed.set()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
+            if "train_runtime" in logs:
+                allowed.set()
+
+    config = hf_config() | {"checkpoint": {"async": background}}
+    settings = {**trainer_settings("fp32", steps=4), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    callbacks = [Watch(), grass_ds.GrassCallback()]
+    with (
+        mock.patch.object(engine_parts, "publish", publish_late),
+        hf_trainer(config, folder, tiny_llama(), callbacks=callbacks, **settings) as trainer,
+    ):
+        trainer.train()
+        return {"seen": seen, "end": there(), "limit": trainer.args.save_total_limit}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_limit_never_takes_the_only_complete_checkpoint(two_ranks: Any, background: bool, tmp_path: Path) -> None:
+    found, other = two_ranks.run(save_with_limit, folder=tmp_path, background=background)
+    late = [{1: False}, {1: True, 2: False}, {2: True, 3: False}, {3: True, 4: False}]
+    assert found["seen"] == (late if background else [{step: True} for step in range(1, 5)])
+    assert found["end"] == {4: True}
+    assert found["limit"] == other["limit"] == 1
+
+
+def seal_without_a_file(folder: Path) -> str:
+    """Rank 1 has not written its random state."""
+    from deepspeed import comm as dist
+
+    rank, checkpoint = dist.get_rank(), folder / "checkpoint-3"
+    args = SimpleNamespace(
+        output_dir=folder, process_index=rank, world_size=2, should_save=rank == 0, save_total_limit=None
+    )
+    if rank == 0:
+        checkpoint.mkdir()
+        (checkpoint / "rng_state_0.pth").touch()
+    dist.barrier()
+    try:
+        keeper.CheckpointKeeper(args).seal(3)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_learns_of_a_checkpoint_that_cannot_be_sealed(two_ranks: Any, tmp_path: Path) -> None:
+    for message in two_ranks.run(seal_without_a_file, folder=tmp_path):
+        assert "rank 1" in message and "rng_state_1.pth" in message
+    assert not (tmp_path / "checkpoint-3" / resume.SEAL).exists()
 
 
 # ---- the callback -------------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from helpers.observed import difference, observe
 from helpers.trainers import Rows, hf_trainer, losses
 
 import grass_ds
+from grass_ds import resume
 
 pytestmark = pytest.mark.dist
 
-STEPS, SAVED = 10, 6  # 2 probing steps, a switch every 3
+STEPS = 10  # 2 probing steps, a switch every 3
+SAVED = {"probing": 1, "switch": 5}
 
 
 def hf_config() -> dict[str, Any]:
@@ -32,24 +34,32 @@ def hf_config() -> dict[str, Any]:
 
 
 def run_and_resume(folder: Path) -> dict[str, Any]:
-    """Straight through with evaluations, then from the checkpoint with a model of other weights."""
+    """Straight through with evaluations, then from checkpoints with a model of other weights, without any."""
     from deepspeed import comm as dist
     from transformers import AutoModelForCausalLM, IntervalStrategy
 
-    settings = {"max_steps": STEPS, "learning_rate": 1e-2, "bf16": True, "max_grad_norm": 1.0}
-    settings |= {"save_strategy": "steps", "save_steps": SAVED, "eval_steps": 2}
-    ends, reports = [], {}
-    for seed, checkpoint in ((0, None), (5, str(folder / f"checkpoint-{SAVED}"))):
-        model, callback = tiny_llama(seed=seed).to(torch.bfloat16), grass_ds.GrassCallback()
+    settings = {
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "bf16": True,
+        "max_grad_norm": 1.0,
+        "save_steps": 1,
+        "eval_steps": 2,
+    }
+    ends, reports = {}, {}
+    for step in (0, *SAVED.values()):
+        model, callback = tiny_llama(seed=step).to(torch.bfloat16), grass_ds.GrassCallback()
+        settings["save_strategy"] = "no" if step else "steps"
         with hf_trainer(hf_config(), folder, model, callbacks=[callback], **settings) as trainer:
-            trainer.eval_dataset, trainer.args.eval_strategy = Rows(8), IntervalStrategy.STEPS
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if step == 0:
+                trainer.eval_dataset, trainer.args.eval_strategy = Rows(8), IntervalStrategy.STEPS
+            trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
             engine = trainer.deepspeed
-            ends.append({**observe(engine), "losses": losses(trainer)})
-            reports["evaluations"] = [
-                entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
-            ]
-            if checkpoint is None:
+            ends[step] = {**observe(engine), "losses": losses(trainer)}
+            if step == 0:
+                reports["evaluations"] = [
+                    entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+                ]
                 reports["memory"], reports["peak"] = engine.grass.memory(), engine.grass.memory(peak=True)
                 reports["units"] = [
                     (u.active, u.always, u.shard_numel, u in engine.optimizer.store) for u in engine.optimizer.units
@@ -59,13 +69,15 @@ def run_and_resume(folder: Path) -> dict[str, Any]:
                 dist.barrier()
                 loaded = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
                 reports["saved"] = difference(snapshot(model), snapshot(loaded))
-    return {**reports, "difference": difference(*ends), "losses": ends[0]["losses"]}
+    reports["differences"] = {step: difference(ends[0], ends[step]) for step in SAVED.values()}
+    return {**reports, "losses": ends[0]["losses"]}
 
 
 def test_train_evaluate_save_and_resume(two_ranks: Any, tmp_path: Path) -> None:
     ranks = two_ranks.run(run_and_resume, folder=tmp_path)
+    assert [resume.problems(checkpoint) for checkpoint in resume.checkpoints(tmp_path)] == [[]] * STEPS
     for found in ranks:
-        assert found["difference"] is None
+        assert found["differences"] == dict.fromkeys(SAVED.values())
         assert found["saved"] is None
         assert len(found["evaluations"]) == STEPS // 2
         assert len(set(found["evaluations"])) > 2
