@@ -73,7 +73,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
         "a checkpoint is published when the files of all ranks are there: save to a folder that all nodes share",
     ),
     (
-        "datastates_ckpt.enabled",
+        "datastates_ckpt",
         (None, False),
         'checkpoints are written by grass_ds: use "checkpoint": {"async": true}',
     ),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README: its Python blocks run, its commands name files that exist, its numbers are those of the benchmark rows."""
 
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -67,14 +69,16 @@ def test_python_blocks_run(two_ranks: Any, tmp_path: Path, index: int) -> None:
         assert list((tmp_path / "out" / "plots").glob("*.png"))
 
 
-def test_shell_blocks_name_existing_files() -> None:
+def test_shell_blocks_name_what_exists() -> None:
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 4
     for command in commands:
         words = shlex.split(command, comments=True)
         files = [word for word in words if re.fullmatch(r"(launch|tests|ds_configs|benchmarks)/\S+", word)]
-        assert files, command
+        modules = [module for flag, module in itertools.pairwise(words) if flag == "-m"]
+        assert files or modules, command
         assert all((ROOT / file).is_file() for file in files), command
+        assert all(importlib.util.find_spec(module) for module in modules), command
 
 
 def test_tables_match_the_benchmark_rows() -> None:

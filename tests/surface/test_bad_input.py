@@ -110,6 +110,10 @@ REFUSED = {
     "elasticity.enabled": True,
     "tensor_parallel.autotp_size": 2,
     "expert_parallel.enabled": True,
+    "checkpoint.async": "yes",
+    "checkpoint.writer": {"type": "FAST"},
+    "checkpoint.use_node_local_storage": True,
+    "datastates_ckpt": {"host_cache_size": 1},
 }
 
 
