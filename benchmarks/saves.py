@@ -34,7 +34,7 @@ def save_cells(rounds: int) -> Iterator[Row]:
                     "ranks": 2,
                     "micro-batch": 2,
                     "sequence": 128,
-                    "grass": {"sample_period": 5},
+                    "grass": {"probe_steps": 2, "sample_period": 5},
                     "steps": 10,
                     **way,
                 }
