@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 
 from grass_ds import resume
 from grass_ds.resume import Sums
+from grass_ds.runtime.checkpoint.folder import sync_folder
 
 
 class CheckpointKeeper:
@@ -63,6 +64,7 @@ class CheckpointKeeper:
     def _write_seal(self, checkpoint: Path, sums: Sums) -> Sums:
         if self._args.should_save:
             resume.write_seal(checkpoint, sums)
+            sync_folder(self._folder)
         return sums
 
     def _together(self, task: Callable[[], Sums]) -> Sums:

@@ -114,6 +114,10 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         value = _lookup(config, path)
         if value not in allowed:
             problems.append(f"{path} = {value!r}: {why}")
+    if not isinstance(config.get("checkpoint", {}), Mapping):
+        problems.append(
+            f"checkpoint = {config['checkpoint']!r}: expected an object {{...}}; leave it out for the defaults"
+        )
     where = _lookup(config, "zero_optimization.offload_param.device") or "none"
     if where not in (("none", "cpu") if stage == 3 else ("none",)):
         problems.append(

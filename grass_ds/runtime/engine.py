@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -19,7 +20,7 @@ from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.runtime import seams
 from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
 from grass_ds.runtime.checkpoint import reading
-from grass_ds.runtime.checkpoint.folder import Part, saving_path
+from grass_ds.runtime.checkpoint.folder import Part, saving_tag
 from grass_ds.runtime.checkpoint.state import check_stage
 from grass_ds.runtime.checkpoint.universal import UniversalCheckpoint
 from grass_ds.runtime.checkpoint.writer import CheckpointWriter
@@ -35,6 +36,7 @@ from grass_ds.runtime.zero import GrassZeroOptimizer
 from grass_ds.runtime.zero3 import GrassZero3Optimizer
 from grass_ds.runtime.zero12 import GrassZero12Optimizer
 
+_RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _OUTSIDE = ("embed", "norm", "head", "other")
 
 
@@ -179,7 +181,7 @@ class GrassEngine(seams.DeepSpeedEngine):
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
         if self.grass is not None:
-            background = self.config.get("checkpoint", {}).get("async", False)
+            background = bool(self.config.get("checkpoint", {}).get("async"))
             writer = CheckpointWriter(self._config, self.seq_data_parallel_group, self.device, background)
             self.checkpoint_engine = self.grass.writer = writer
 
@@ -203,16 +205,16 @@ class GrassEngine(seams.DeepSpeedEngine):
         if self.grass is None:
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
         began = time.perf_counter()
-        folder, tag = Path(save_dir), str(tag if tag is not None else f"global_step{self.global_steps}")
+        folder = Path(save_dir).absolute()  # a thread may write to it later
+        tag = str(tag if tag is not None else f"global_step{self.global_steps}")
         self.optimizer.flush()
         writer = self.checkpoint_engine
         report = writer.begin(folder, tag, save_latest, self._part())
-        aside = str(saving_path(folder, tag).relative_to(folder))
         try:
             with self.optimizer.all_trainable():
                 saved = super().save_checkpoint(
-                    save_dir,
-                    aside,
+                    str(folder),
+                    saving_tag(tag),
                     {**self._universal_info(), **(client_state or {})},
                     False,
                     exclude_frozen_parameters,
@@ -223,6 +225,22 @@ class GrassEngine(seams.DeepSpeedEngine):
         if self.global_rank == 0:
             logger.info(f"grass_ds: {report.sentence()}")
         return saved
+
+    def _copy_recovery_script(self, save_path: Any) -> None:
+        """As DeepSpeed's, which writes them anew in place: on a full disk that would spoil those that are there."""
+        pairs = [(Path(deepspeed.utils.__file__).with_name(name), Path(save_path, name)) for name in _RECOVERY_SCRIPTS]
+        if not all(there.is_file() and there.read_bytes() == source.read_bytes() for source, there in pairs):
+            super()._copy_recovery_script(save_path)
+
+    def _save_zero_checkpoint(self, save_path: Any, tag: Any) -> None:
+        """As DeepSpeed's; collectives follow it, so what goes wrong on one rank alone is told in the writer's commit()."""
+        if self.grass is None:
+            super()._save_zero_checkpoint(save_path, tag)
+            return
+        try:
+            super()._save_zero_checkpoint(save_path, tag)
+        except Exception as error:
+            self.checkpoint_engine.note(error)
 
     def wait_for_checkpoint(self) -> None:
         """Block until an asynchronous save is published. Call it on every rank.
@@ -297,8 +315,15 @@ class GrassEngine(seams.DeepSpeedEngine):
         if stage3:
             self.optimizer.checkpoint_event_epilogue()
 
+    def _load_checkpoint(
+        self, load_dir: Any, tag: Any, load_module_strict: bool = True, load_optimizer_states: bool = True, **what: Any
+    ) -> Any:
+        """As DeepSpeed's. Of ZeRO-3 without optimizer states it would load the weights that ``latest`` names, whatever the tag."""
+        asked = load_optimizer_states or (self.grass is not None and self.zero_optimization_stage() == 3)
+        return super()._load_checkpoint(load_dir, tag, load_module_strict, asked, **what)
+
     def _load_weights(self, load_dir: Any, tag: Any) -> None:
-        """The weights of that tag: of ZeRO-3 DeepSpeed loads those of the latest one, or with ``load_module_only`` none at all."""
+        """The weights of ZeRO-3, which DeepSpeed loads with the optimizer states only."""
         weights = get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
         self.optimizer.checkpoint_event_prologue()
         self.load_module_state_dict({"module": weights}, fetch_z3_params=True)

@@ -17,8 +17,11 @@ TESTED = ("0.19.8", "0.20")
 # What GrassEngine overrides.
 ENGINE_METHODS = (
     "_configure_checkpointing",  # sets checkpoint_engine
+    "_copy_recovery_script",
     "_configure_zero_optimizer",  # also called, without an optimizer, for the hooks of ZeRO-3
     "_do_optimizer_sanity_check",
+    "_load_checkpoint",
+    "_save_zero_checkpoint",
     "_take_model_step",
     "_zero3_consolidated_16bit_state_dict",
     "module_state_dict",

@@ -197,7 +197,35 @@ def test_changed_content_is_found_by_the_rank_that_is_asked_to_read_it(tmp_path:
         == ["rank1.pt is not what was written (checksum)"]
     )
     (checkpoint / "rank1.pt").unlink()
-    assert folders.corrupt(checkpoint) == []  # problems() tells that
+    assert folders.corrupt(checkpoint) == ["rank1.pt cannot be read"]
+
+
+def test_parts_of_two_checkpoints_are_no_checkpoint(tmp_path: Path) -> None:
+    old, new = save(tmp_path, "one", 1), save(tmp_path, "two", 2)
+    for name in ("rank1.pt", "grass_rank_1.json"):
+        shutil.copy(old / name, new / name)
+    assert folders.problems(old) == folders.corrupt(new) == []
+    assert folders.problems(new) == ["grass_rank_1.json is of another checkpoint"]
+
+
+def test_what_cannot_be_read_is_damage_and_not_an_error(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, "one", 1)
+    (checkpoint / "grass_rank_1.json").unlink()
+    (checkpoint / "grass_rank_1.json").mkdir()
+    assert "cannot be read" in folders.problems(checkpoint)[0]
+    (tmp_path / "empty").mkdir()
+    assert folders.problems(tmp_path / "empty") == ["empty is empty"]
+    assert "cannot be looked into" in folders.problems(tmp_path / ("x" * 300))[0]
+    for content in (b"", b"\xff\xfe\xfa"):
+        (tmp_path / folders.LATEST).write_bytes(content)
+        assert folders.candidates(tmp_path) == ["one"]
+
+
+@pytest.mark.parametrize("tag", ["", ".", "..", "../up", "/absolute", ".hidden", "a/.hidden"])
+def test_tags_that_name_no_folder_below_are_refused(tag: str) -> None:
+    with pytest.raises(ValueError, match="expected the name of a folder to make in save_dir"):
+        folders.check_tag(tag)
+    folders.check_tag("epoch1/global_step5")
 
 
 def test_candidates_are_the_latest_and_then_the_newest(tmp_path: Path) -> None:

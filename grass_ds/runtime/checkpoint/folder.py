@@ -50,13 +50,19 @@ class Part:
     files: dict[str, FileSum] = field(default_factory=dict)
     layout: list[Any] = field(default_factory=list)
 
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        """What tells it from the parts of other ranks and checkpoints."""
+        return self.rank, self.world_size, self.zero_stage, self.step
+
     @staticmethod
     def name(rank: int) -> str:
         return f"grass_rank_{rank}.json"
 
     def write(self, checkpoint: Path) -> None:
         """Write it durably: it is there as a whole, or not at all."""
-        replace_file(checkpoint / self.name(self.rank), json.dumps(asdict(self), indent=1))
+        content = asdict(self)
+        replace_file(checkpoint / self.name(self.rank), json.dumps({**content, "crc32": _sum_of(content)}, indent=1))
 
     @classmethod
     def read(cls, checkpoint: Path, rank: int) -> "Part | None":
@@ -68,11 +74,17 @@ class Part:
         path = checkpoint / cls.name(rank)
         try:
             content = json.loads(path.read_text())
+            if content.pop("crc32") != _sum_of(content):
+                raise ValueError("checksum")
             return cls(**{**content, "files": {name: FileSum(**sums) for name, sums in content["files"].items()}})
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.name} cannot be read ({error})") from error
+
+
+def _sum_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------------
@@ -135,14 +147,36 @@ def replace_file(path: Path, content: str) -> None:
     aside = path.with_name(f".{path.name}.new")
     with SummedFile(aside) as file:
         file.write(content.encode())
-    os.replace(aside, path)
-    sync_folder(path.parent)
+    handle = os.open(path.parent, os.O_RDONLY)  # before: with its last part a checkpoint's folder may get another name
+    try:
+        os.replace(aside, path)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_tag(tag: str) -> None:
+    """Refuse a tag that does not name a folder below the one that is saved to.
+
+    Raises:
+        ValueError: it is empty, absolute, goes upwards or is hidden.
+    """
+    path = Path(tag)
+    if path.is_absolute() or not path.parts or ".." in path.parts or path.name.startswith("."):
+        raise ValueError(
+            f"tag = {tag!r}: expected the name of a folder to make in save_dir, relative and not beginning with a dot; leave it out for "
+            "global_step<n>"
+        )
+
+
+def saving_tag(tag: str) -> str:
+    """The tag that DeepSpeed is told: where the checkpoint is while it is being written."""
+    return str(Path(tag).with_name(f".saving.{Path(tag).name}"))
 
 
 def saving_path(folder: Path, tag: str) -> Path:
-    """Where the checkpoint is while it is being written. DeepSpeed is told this name as the tag."""
-    target = folder / tag
-    return target.with_name(f".saving.{target.name}")
+    """The folder of :func:`saving_tag`."""
+    return folder / saving_tag(tag)
 
 
 def begin(folder: Path, tag: str) -> None:
@@ -174,7 +208,8 @@ def publish(folder: Path, tag: str, latest: bool) -> None:
         os.rename(target, aside)
     os.rename(saving_path(folder, tag), target)
     _underway.discard(saving_path(folder, tag))
-    sync_folder(target.parent)
+    for parent in {target.parent, folder, folder.parent}:
+        sync_folder(parent)
     if latest:
         replace_file(folder / LATEST, tag)
     shutil.rmtree(aside, ignore_errors=True)
@@ -183,8 +218,9 @@ def publish(folder: Path, tag: str, latest: bool) -> None:
 def restore_replaced(checkpoint: Path) -> None:
     """Undo a publication that was cut off between its renames."""
     aside = checkpoint.with_name(f".replaced.{checkpoint.name}")
-    if aside.is_dir() and not checkpoint.exists():
-        os.rename(aside, checkpoint)
+    with suppress(OSError):  # a folder that can only be read: the checkpoint is missing then
+        if aside.is_dir() and not checkpoint.exists():
+            os.rename(aside, checkpoint)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------
@@ -192,11 +228,19 @@ def restore_replaced(checkpoint: Path) -> None:
 
 def candidates(folder: Path) -> list[str]:
     """Tags to resume from, best first: the one that ``latest`` names, then the others that were published, newest step first."""
-    latest = folder / LATEST
-    named = [latest.read_text().strip()] if latest.is_file() else []
+    tag = named_latest(folder)
+    named = [] if tag is None else [tag]
     steps = {path.parent.name: step_of(path.parent) for path in folder.glob(f"[!.]*/{Part.name(0)}")}
     others = [tag for tag in steps if tag not in named]
     return [*named, *sorted(others, key=lambda tag: steps[tag] or 0, reverse=True)]
+
+
+def named_latest(folder: Path) -> str | None:
+    """The tag that ``latest`` names; None if there is no such file or nothing readable in it."""
+    try:
+        return (folder / LATEST).read_text().strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -213,11 +257,15 @@ def problems(checkpoint: Path) -> list[str]:
 
     A checkpoint without parts was written by something else, and cannot be judged.
     """
-    if not checkpoint.is_dir():
-        return [f"{checkpoint.name} is not there"]
-    if not is_ours(checkpoint):
-        return []
+    try:
+        if not checkpoint.is_dir():
+            return [f"{checkpoint.name} is not there"]
+        if not is_ours(checkpoint):
+            return [] if any(checkpoint.iterdir()) else [f"{checkpoint.name} is empty"]
+    except OSError as error:
+        return [f"{checkpoint.name} cannot be looked into ({error})"]
     found: list[str] = []
+    first: Part | None = None
     for rank in ranks_of(checkpoint) or range(1):
         try:
             part = Part.read(checkpoint, rank)
@@ -226,8 +274,11 @@ def problems(checkpoint: Path) -> list[str]:
             continue
         if part is None:
             found.append(f"{Part.name(rank)} is missing")
-        else:
-            found += [text for name, sums in part.files.items() if (text := _lacks(checkpoint / name, sums))]
+            continue
+        first = first or part
+        if part.key != (rank, *first.key[1:]):
+            found.append(f"{Part.name(rank)} is of another checkpoint")
+        found += [text for name, sums in part.files.items() if (text := _lacks(checkpoint / name, sums))]
     return found
 
 
@@ -241,6 +292,8 @@ def _lacks(path: Path, sums: FileSum) -> str | None:
         size = path.stat().st_size
     except FileNotFoundError:
         return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error})"
     return None if size == sums.bytes else f"{path.name} has {size} of {sums.bytes} bytes"
 
 
@@ -256,9 +309,9 @@ def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
     ) as pool:  # reads and checksums let go of the interpreter
         sums = list(pool.map(lambda name: _checksum(checkpoint / name), known))
     return [
-        f"{name} is not what was written (checksum)"
+        f"{name} {'cannot be read' if crc32 is None else 'is not what was written (checksum)'}"
         for name, crc32 in zip(known, sums, strict=True)
-        if crc32 not in (None, known[name].crc32)
+        if crc32 != known[name].crc32
     ]
 
 

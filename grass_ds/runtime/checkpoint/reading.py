@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Choosing the checkpoint to load: intact, and fit for this run, before anything of the run is touched. Alike on every rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
     for name in tags:
         found = _problems(folder / name, rank, world, group)
         if not found:
-            _report(folder, damage, name, rank)
+            if rank == 0:
+                _report(folder, damage, name, asked=tag is not None)
             return name
         damage[name] = found
     if not damage:
@@ -50,11 +51,24 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
     )
 
 
-def _from_first(ask: Any, rank: int, world: int, group: Any) -> list[str]:
-    """What rank 0 found: a folder may change while ranks look into it."""
+def _from_first(ask: Callable[[], list[str]], rank: int, world: int, group: Any) -> list[str]:
+    """What rank 0 found: a folder may change while ranks look into it.
+
+    Raises:
+        ValueError: on every rank, if rank 0 could not look.
+    """
+    mine: tuple[list[str], str | None] = [], None
+    if rank == 0:
+        try:
+            mine = ask(), None
+        except (OSError, ValueError) as error:
+            mine = [], str(error)
     answers: list[Any] = [None] * world
-    dist.all_gather_object(answers, ask() if rank == 0 else None, group=group)
-    return answers[0]
+    dist.all_gather_object(answers, mine, group=group)
+    found, reason = answers[0]
+    if reason is not None:
+        raise ValueError(f"the checkpoints cannot be looked at: {reason}")
+    return found
 
 
 def _problems(checkpoint: Path, rank: int, world: int, group: Any) -> list[str]:
@@ -129,12 +143,13 @@ def _convert(checkpoint: Path, saved: int, here: int) -> str:
     )
 
 
-def _report(folder: Path, damage: dict[str, list[str]], used: str, rank: int) -> None:
-    if rank == 0:
-        for name, found in damage.items():
-            logger.warning(
-                f"grass_ds: {_called(folder, name)} is damaged: {_list(found)}; {_called(folder, used)} is used instead"
-            )
+def _report(folder: Path, damage: dict[str, list[str]], used: str, asked: bool) -> None:
+    """Warn of what is used instead of what."""
+    instead = f"{_called(folder, used)} is used instead"
+    for name, found in damage.items():
+        logger.warning(f"grass_ds: {_called(folder, name)} is damaged: {_list(found)}; {instead}")
+    if not asked and folders.named_latest(folder) is None:
+        logger.warning(f"grass_ds: {folder} has no readable {folders.LATEST}; {instead}")
 
 
 def _called(folder: Path, tag: str) -> str:

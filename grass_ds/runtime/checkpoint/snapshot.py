@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def snapshot(value: Any) -> Any:
@@ -43,9 +44,19 @@ class _Copier:
         return copy.deepcopy(value)
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or _is_lazy(tensor):
+            return copy.deepcopy(tensor.detach().cpu())
         source = tensor.untyped_storage()
         key = source._cdata
         if key not in self._storages:
             self._storages[key] = source.clone() if source.device.type == "cpu" else source.cpu()
         copied = torch.empty(0, dtype=tensor.dtype)
-        return copied.set_(self._storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())
+        copied.set_(self._storages[key], tensor.storage_offset(), tensor.shape, tensor.stride())
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(copied, tensor.requires_grad)
+        return copied.requires_grad_(tensor.requires_grad)
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether its values are not those of its storage."""
+    return tensor.is_conj() or tensor.is_neg() or tensor.is_quantized

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing checkpoints: durable, visible only when complete, and in the background if wished. See [Note: Publication]."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from grass_ds.runtime.checkpoint.snapshot import snapshot
 
 # Seconds that a checkpoint written in the background waits for another rank's part before it is given up.
 PATIENCE = 600.0
+# The same once the engine is destroyed.
+LAST_PATIENCE = 60.0
 _POLL = 0.05
 
 
@@ -59,6 +62,7 @@ class _Save:
     waiting: list[tuple[Any, Path]] = field(default_factory=list)
     error: BaseException | None = None
     given_up: threading.Event = field(default_factory=threading.Event)
+    deadline: float = math.inf
     written: "Future[None] | None" = None
     published: "Future[None] | None" = None
 
@@ -87,15 +91,16 @@ class _Save:
 
     def publish(self) -> None:
         """On rank 0: make it visible once all parts are there."""
+        assert self.written is not None
+        if self.written.exception() is not None:  # on this rank: its part will not come
+            return
         missing = list(range(self.part.world_size))
-        deadline = time.monotonic() + PATIENCE
+        self.deadline = min(self.deadline, time.monotonic() + PATIENCE)
         while missing := [rank for rank in missing if not (self.path / Part.name(rank)).exists()]:
             if self.given_up.wait(_POLL):
                 return
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"checkpoint {self.tag}: rank {missing[0]} did not write its part in {PATIENCE:.0f} s"
-                )
+            if time.monotonic() > self.deadline:
+                raise TimeoutError(f"checkpoint {self.tag}: rank {missing[0]} has not written its part")
         folders.publish(self.folder, self.tag, self.latest)
 
     def give_up(self) -> None:
@@ -141,10 +146,16 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
         """
         self.wait()
         self._check_same_place(folder / tag, part.world_size)
+        folders.check_tag(tag)
         self._together(lambda: folders.begin(folder, tag) if part.rank == 0 else None)
         self.report = SaveReport(tag)
         self._open = _Save(folder, tag, latest, part, self.report)
         return self.report
+
+    def note(self, error: Exception) -> None:
+        """What this rank could not hand over; told in :meth:`commit`, where all ranks are."""
+        assert self._open is not None
+        self._open.error = self._open.error or error
 
     def end(self) -> None:
         """Give up the checkpoint that DeepSpeed did not come to an end with, if there is one."""
@@ -175,9 +186,13 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
     def close(self) -> None:
         """Finish what is under way, without the other ranks; what goes wrong is logged. Idempotent."""
         self.end()
-        self._underway = None
+        save, self._underway = self._underway, None
+        if save is not None:
+            save.deadline = min(save.deadline, time.monotonic() + LAST_PATIENCE)
         if self._pool is not None:
             self._pool.shutdown()
+        if save is not None and any(task is not None and task.exception() for task in (save.written, save.published)):
+            save.give_up()
 
     # ---- what DeepSpeed calls -------------------------------------------------------------------------------------------
 

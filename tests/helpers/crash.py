@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that may be killed at any time: it resumes from the newest checkpoint, trains, saves, and tells what it is doing.
+
+A :class:`Life` is one start of it, with a process per rank. Ranks are forked from a process that has called :func:`prepare`, which has
+imported everything and has no second thread, so that a life costs a fraction of a second.
+"""
+
+import copy
+import hashlib
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from helpers.models import engine_of, tiny_llama, train
+from helpers.observed import observe
+from helpers.ranks import free_port, rank_environment
+
+WORLD = 2
+HUNG = 30.0  # seconds without a word from any rank
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of ``steps`` optimizer steps that saves after every ``every`` of them; ``folder`` is None for one that never does."""
+
+    config: dict[str, Any]
+    steps: int
+    every: int
+    folder: Path | None = None
+
+    @property
+    def background(self) -> bool:
+        return bool(self.config.get("checkpoint", {}).get("async"))
+
+    def published(self) -> int:
+        """The step to resume from: that of ``latest``; killed before there is one, that of the first checkpoint; or 0."""
+        if self.folder is None:
+            return 0
+        latest = self.folder / "latest"
+        tags = [latest.read_text()] if latest.exists() else [path.name for path in self.folder.glob("step*")]
+        return max((int(tag.removeprefix("step")) for tag in tags), default=0)
+
+    def litter(self) -> list[str]:
+        """What is in the folder and is no checkpoint."""
+        return sorted(path.name for path in self.folder.glob(".*")) if self.folder is not None else []
+
+
+# ---- a rank ----------------------------------------------------------------------------------------------------------------
+
+
+class Word(NamedTuple):
+    """What a rank says: it is ``loading``, has made a ``step``, is ``saving`` or has ``saved``; ``state`` is a digest of all it is."""
+
+    what: str
+    step: int
+    value: Any = None
+    time: float = 0.0
+
+
+def digest_of(value: Any) -> str:
+    """Of nested dicts with tensors: differs when :func:`helpers.observed.difference` would find something."""
+    total = hashlib.blake2b(digest_size=16)
+
+    def add(item: Any) -> None:
+        if isinstance(item, dict):
+            for key in sorted(item, key=str):
+                total.update(f"{key}:".encode())
+                add(item[key])
+        elif isinstance(item, torch.Tensor):
+            total.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            total.update(item.contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            total.update(repr(item).encode())
+
+    add(value)
+    return total.hexdigest()
+
+
+def _rank(rank: int, run: Run, port: int, words: Any, log: Path) -> None:
+    """The whole life of one rank."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(rank_environment(rank, WORLD, port))
+    try:
+        _train(run, lambda *word: words.send(Word(*word, *[None] * (3 - len(word)), time.monotonic())))
+    except BaseException:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def _train(run: Run, say: Callable[..., None]) -> None:
+    from deepspeed import init_distributed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    init_distributed("gloo", verbose=False)
+    config, seed = copy.deepcopy(run.config), 0
+    if run.published():  # nothing of what this life begins with may be seen later
+        config["grass"]["seed"] += 1
+        seed = 9
+    with engine_of(config, tiny_llama(seed=seed)) as engine:
+        if run.folder is not None:
+            say("loading", 0)
+            engine.load_checkpoint(run.folder)
+        say("state", engine.global_steps, digest_of(observe(engine)))
+
+        while (step := engine.global_steps) < run.steps:
+            [loss] = train(engine, 1, start=step)
+            say("step", step + 1, loss)
+            if (step + 1) % run.every:
+                continue
+            if run.folder is None:
+                say("state", step + 1, digest_of(observe(engine)))
+            else:
+                say("saving", step + 1)
+                engine.save_checkpoint(run.folder, tag=f"step{step + 1}")
+                say("saved", step + 1)
+        if run.background:
+            engine.wait_for_checkpoint()
+        say("state", run.steps, digest_of(observe(engine)))
+
+
+# ---- a life ----------------------------------------------------------------------------------------------------------------
+
+
+class Hung(Exception):
+    """No rank said anything for a long time."""
+
+
+class Life:
+    """One start of ``run``, with what its ranks have said; what they print goes to ``<log>.rank<n>``."""
+
+    def __init__(self, run: Run, log: Path):
+        context, port = multiprocessing.get_context("fork"), free_port()
+        self.run = run
+        self.said: list[list[Word]] = [[] for _ in range(WORLD)]
+        self._logs = [log.with_name(f"{log.name}.rank{rank}") for rank in range(WORLD)]
+        self._pipes, self._ranks = [], []
+        for rank in range(WORLD):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(rank, run, port, there, self._logs[rank]))
+            process.start()
+            there.close()  # or the pipe would outlive the rank
+            self._pipes.append(here)
+            self._ranks.append(process)
+
+    def words(self) -> Iterator[tuple[int, Word]]:
+        """As they come, until all ranks are gone."""
+        while open_pipes := [pipe for pipe in self._pipes if not pipe.closed]:
+            if not (ready := connection.wait(open_pipes, timeout=HUNG)):
+                raise Hung
+            for pipe in ready:
+                rank = self._pipes.index(pipe)
+                try:
+                    word = pipe.recv()
+                except EOFError:
+                    pipe.close()
+                    continue
+                self.said[rank].append(word)
+                yield rank, word
+
+    def run_out(self) -> None:
+        """Wait for all ranks to end."""
+        for _ in self.words():
+            pass
+
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self._ranks[rank].kill()
+
+    def bury(self) -> None:
+        """Kill who is left, and hear what all had said."""
+        self.kill(list(range(WORLD)))
+        for process in self._ranks:
+            process.join()
+        self.run_out()
+
+    @property
+    def alive(self) -> list[int]:
+        return [rank for rank, process in enumerate(self._ranks) if process.is_alive()]
+
+    @property
+    def failures(self) -> list[str]:
+        """Ranks that ended by themselves and not well, with what they wrote last."""
+        codes = {rank: process.exitcode for rank, process in enumerate(self._ranks)}
+        return [
+            f"rank {rank} ended with exit code {code}:\n{self._logs[rank].read_text()[-1000:]}"
+            for rank, code in codes.items()
+            if code not in (0, -signal.SIGKILL)
+        ]
+
+    def begun(self, rank: int) -> int | None:
+        """The step that the rank has resumed at."""
+        return next((word.step for word in self.said[rank] if word.what == "state"), None)
+
+
+def prepare() -> None:
+    """Make this a process to fork ranks from: do once what each of them would do again, as far as that starts no thread."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # every engine imports it: a second
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from deepspeed.accelerator import get_accelerator
+
+    torch.set_num_threads(1)
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)  # its build is locked by a file
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"{len(threads)} threads; a fork would not have them"

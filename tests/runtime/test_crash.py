@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints under attack: ranks killed at random moments, damaged files, disks that are full or read-only."""
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.campaign import Campaign, nursery
+from helpers.crash import WORLD, Run
+from helpers.models import ds_config, grass_block
+
+pytestmark = pytest.mark.dist
+
+SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_num_steps": 20, "warmup_max_lr": 1e-2}}
+KILLS = int(os.environ.get("GRASS_DS_KILLS", "50"))
+# name -> ds_config arguments, where optimizer state is
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "stage 2, host": ({"dtype": "bf16", "stage": 2}, "cpu"),
+    "stage 3, nvme": ({"dtype": "bf16", "stage": 3}, "nvme"),
+    "stage 3, host, async": ({"stage": 3, "checkpoint": {"async": True}}, "cpu"),
+    "stage 1, nvme, async": ({"dtype": "bf16", "stage": 1, "checkpoint": {"async": True}}, "nvme"),
+}
+
+
+def run_of(case: str, folder: Path) -> Run:
+    """With 2 probe steps, draws every 3 and saves every 2, checkpoints are of all phases of the sampler."""
+    settings, device = CASES[case]
+    offload = {"device": device}
+    folder.mkdir()
+    if device == "nvme":
+        offload |= {"io": "posix", "nvme_path": str(folder / "state")}
+        (folder / "state").mkdir()
+    sampler = grass_block(sampler="grass", num_active_layers=2, offload=offload)
+    return Run(ds_config(**settings, scheduler=SCHEDULER, grass=sampler), steps=16, every=2, folder=folder / "runs")
+
+
+@pytest.mark.slow
+def test_killed_runs_are_the_run_that_was_left_alone(tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    with nursery() as campaign:
+        reports: dict[str, Campaign] = {
+            case: campaign(
+                run_of(case, tmp_path / case), KILLS // len(CASES) + (place < KILLS % len(CASES)), seed + place
+            )
+            for place, case in enumerate(CASES)
+        }
+    wrong = [f"{case}: {text}" for case, report in reports.items() for text in report.wrong]
+    assert not wrong, f"seed {seed}:\n" + "\n".join(wrong)
+    assert all(report.finished for report in reports.values())
+
+    deaths = [death for report in reports.values() for death in report.deaths]
+    assert len(deaths) == KILLS
+    hit = {
+        "inside save_checkpoint": sum(death.saving is not None for death in deaths),
+        "a checkpoint under way": sum(death.underway for death in deaths),
+        "fell back": sum(death.resumed < death.saving for death in deaths if death.saving is not None),
+        "while training": sum(death.moment == "step" for death in deaths),
+        "while loading": sum(death.moment == "loading" for death in deaths),
+        "one rank": sum(len(death.victims) < WORLD for death in deaths),
+        "all ranks": sum(len(death.victims) == WORLD for death in deaths),
+    }
+    print({case: round(report.seconds, 1) for case, report in reports.items()}, hit)
+    assert hit["inside save_checkpoint"] >= KILLS / 3, (seed, hit)
+    assert all(hit.values()), (seed, hit)
