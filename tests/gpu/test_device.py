@@ -70,6 +70,34 @@ def test_offloaded_states_change_no_bit(one_gpu: Any, case: str, stage: int, tmp
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def straight_and_resumed(config: dict[str, Any], folder: str) -> list[dict[str, torch.Tensor]]:
+    """Weights at the end of a run that saves on the way, and of one that goes on from there."""
+    ends = []
+    with engine_of(config, tiny_llama(hidden=256)) as engine:
+        train(engine, 7)
+        engine.save_checkpoint(folder)
+        train(engine, STEPS - 7, start=7)
+        engine.wait_for_checkpoint()
+        ends.append({name: weight.cpu() for name, weight in snapshot(engine.module).items()})
+    with engine_of(config, tiny_llama(hidden=256, seed=9)) as engine:
+        engine.load_checkpoint(folder)
+        train(engine, STEPS - 7, start=7)
+        ends.append({name: weight.cpu() for name, weight in snapshot(engine.module).items()})
+    return ends
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("device", ["none", "cpu"])
+def test_a_checkpoint_saved_in_the_background_is_that_of_its_step(
+    one_gpu: Any, device: str, stage: int, tmp_path: Path
+) -> None:
+    """What is copied from the device must be complete before training goes on."""
+    block = grass_block(offload={"device": device})
+    config = ds_config(stage=stage, dtype="bf16", grass=block, checkpoint={"async": True})
+    straight, resumed = one_gpu.run(straight_and_resumed, config=config, folder=str(tmp_path))[0]
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 def resident_bytes(offload: str) -> dict[str, int]:
     accelerator = get_accelerator()
     accelerator.empty_cache()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving: in the background as at once, nothing seen of it before it is complete, and as large as it has to be."""
 
+import os
 import threading
 import time
 import zipfile
@@ -16,6 +17,7 @@ from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
 from helpers.observed import difference, observe
 
 from grass_ds.runtime.checkpoint import folder as folders
+from grass_ds.runtime.checkpoint import writer
 from grass_ds.runtime.checkpoint.folder import Part, SummedFile
 
 pytestmark = pytest.mark.dist
@@ -238,3 +240,68 @@ def test_layers_that_were_never_drawn_have_no_moments_on_disk(two_ranks: Any, st
     for what in ("stock", "grass"):
         assert size(what, "*model_states.pt") == pytest.approx(weights, abs=0.01 * 14 * numel["all"])
     assert size("grass", "grass_rank_*.json") < 0.01 * size("grass", "*")
+
+
+# ---- what goes wrong behind the caller's back ----------------------------------------------------------------------------------
+
+
+def lose_and_save_again(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Rank 1 cannot write "lost" in the background; the engine is destroyed without anybody asking. The next one saves "lost", too."""
+    from deepspeed import comm as dist
+    from deepspeed.utils import logger
+
+    seen: dict[str, Any] = {}
+
+    def broken(self: SummedFile, data: Any) -> int:
+        raise OSError("no room")
+
+    write = broken if dist.get_rank() == 1 else SummedFile.write
+    with (
+        mock.patch.object(SummedFile, "write", write),
+        mock.patch.object(writer, "LAST_PATIENCE", 0.2),
+        mock.patch.object(logger, "error") as error,
+    ):
+        with engine_of(config) as engine:
+            train(engine, 2)
+            engine.save_checkpoint(folder, tag="lost")
+            began = time.perf_counter()
+        seen["end"], seen["errors"] = time.perf_counter() - began, [str(call.args[0]) for call in error.call_args_list]
+    dist.barrier()
+    seen["left"] = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    dist.barrier()
+    with engine_of(config) as engine:
+        engine.save_checkpoint(folder, tag="lost")
+        engine.wait_for_checkpoint()
+        seen["saved"] = engine.load_checkpoint(folder)[0] is not None
+    return seen
+
+
+def test_a_save_that_fails_unseen_is_told_and_leaves_nothing(two_ranks: Any, tmp_path: Path) -> None:
+    config = ds_config(grass=grass_block(), checkpoint={"async": True})
+    for report in two_ranks.run(lose_and_save_again, config=config, folder=tmp_path):
+        assert report["end"] < 20
+        [error] = report["errors"]
+        assert "will not be published" in error
+        assert report["left"] == []
+        assert report["saved"]
+
+
+def save_and_leave(config: dict[str, Any], folder: Path) -> str:
+    """A relative folder means the place where the call was made."""
+    home = Path.cwd()
+    try:
+        with gate() as passes, engine_of(config) as engine:
+            os.chdir(folder)
+            passes.clear()
+            engine.save_checkpoint("out", tag="here")
+            os.chdir("/")
+            passes.set()
+            engine.wait_for_checkpoint()
+    finally:
+        os.chdir(home)
+    return latest(folder / "out")
+
+
+def test_a_relative_folder_is_that_of_the_call(two_ranks: Any, tmp_path: Path) -> None:
+    config = ds_config(grass=grass_block(), checkpoint={"async": True})
+    assert two_ranks.run(save_and_leave, config=config, folder=tmp_path) == ["here", "here"]

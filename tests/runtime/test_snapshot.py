@@ -91,3 +91,17 @@ def test_types_and_sharing_are_kept() -> None:
     assert shared != {original["base"].untyped_storage().data_ptr()}
     assert copied["row"].tolist() == original["row"].tolist()
     assert copied["columns"].stride() == original["columns"].stride()
+
+
+def test_values_that_are_not_those_of_the_storage_are_kept() -> None:
+    numbers = torch.view_as_complex(torch.randn(4, 2))
+    state = {
+        "conjugate": numbers.conj(),
+        "sparse": torch.eye(3).to_sparse(),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    copied = snapshot(state)
+    assert torch.equal(copied["conjugate"], numbers.conj())
+    assert torch.equal(copied["sparse"].to_dense(), torch.eye(3))
+    assert isinstance(copied["parameter"], torch.nn.Parameter)
+    assert copied["parameter"].requires_grad
