@@ -164,6 +164,7 @@ def test_private_names_are_imported_from_seams_alone(name: str) -> None:
 
 def test_seams_demands_no_engine_name_that_is_not_used() -> None:
     """A name too many would refuse a DeepSpeed that works."""
-    engine = {node.attr for node in ast.walk(tree("runtime/engine.py")) if isinstance(node, ast.Attribute)}
-    engine |= {node.name for node in ast.walk(tree("runtime/engine.py")) if isinstance(node, ast.FunctionDef)}
+    nodes = [node for file in ("runtime/engine.py", "runtime/checkpoint/engine.py") for node in ast.walk(tree(file))]
+    engine = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    engine |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     assert {*seams.ENGINE_METHODS, *seams.ENGINE_READS} - engine == set()
