@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders: complete or invisible at every step of a publication, and judged by what their parts say."""
 
+import errno
 import io
 import json
 import os
@@ -278,3 +279,29 @@ def test_a_part_says_what_can_be_read_by_others(tmp_path: Path) -> None:
     size = (checkpoint / "rank1.pt").stat().st_size
     assert content["files"] == {"rank1.pt": {"bytes": size, "crc32": folders._checksum(checkpoint / "rank1.pt")}}
     assert (content["rank"], content["world_size"], content["step"]) == (1, WORLD, 7)
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_file_systems_that_do_not_sync_folders_will_do(number: int, fails: bool, tmp_path: Path) -> None:
+    fsync = os.fsync
+
+    def of_files_only(handle: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    with mock.patch.object(os, "fsync", of_files_only):
+        if fails:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                save(tmp_path, "one", 1)
+        else:
+            save(tmp_path, "one", 1)
+            assert folders.candidates(tmp_path) == ["one"]
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
+    def refused(path: object, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "no")
+
+    with mock.patch.object(os, "open", refused):
+        folders.sync_folder(tmp_path)

@@ -8,13 +8,14 @@ killed at any moment leaves the previous checkpoint, the new one, or both. What 
 further files beside theirs.
 """
 
+import errno
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,32 @@ class SummedFile:
         return FileSum(self.bytes, self.crc32)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power failure."""
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def syncing(path: Path) -> Iterator[None]:
+    """Make the names in a folder survive a power failure, as they are at the end. Inside, the folder may be given another name.
+
+    Some network file systems do not sync folders, and some folders may be passed through but not read: then nothing more can be done.
+    """
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        yield
+        return
+    try:
+        yield
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
     finally:
         os.close(handle)
+
+
+def sync_folder(path: Path) -> None:
+    """See :func:`syncing`."""
+    with syncing(path):
+        pass
 
 
 def replace_file(path: Path, content: str) -> None:
@@ -147,12 +167,8 @@ def replace_file(path: Path, content: str) -> None:
     aside = path.with_name(f".{path.name}.new")
     with SummedFile(aside) as file:
         file.write(content.encode())
-    handle = os.open(path.parent, os.O_RDONLY)  # before: with its last part a checkpoint's folder may get another name
-    try:
+    with syncing(path.parent):  # with its last part a checkpoint's folder may get another name
         os.replace(aside, path)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_tag(tag: str) -> None:
@@ -304,9 +320,8 @@ def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
         with suppress(ValueError):  # see problems()
             part = Part.read(checkpoint, rank)
             known |= {} if part is None else part.files
-    with ThreadPoolExecutor(
-        max_workers=min(8, os.cpu_count() or 1)
-    ) as pool:  # reads and checksums let go of the interpreter
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:  # reads and checksums let go of the interpreter
         sums = list(pool.map(lambda name: _checksum(checkpoint / name), known))
     return [
         f"{name} {'cannot be read' if crc32 is None else 'is not what was written (checksum)'}"
