@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,7 @@ def finish_compute() -> None:
 def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Seconds per step (probing apart), memory of the process, bytes by category, bytes through the disk."""
     args.grass = {"probe_steps": 2, "sample_period": max(2, args.steps // 2), **args.grass}
-    engine = build(args, model)
-    if args.prepare_state:
-        prepare_state(engine)
-    generator = torch.Generator().manual_seed(1000 * args.seed + distributed.rank())
-
-    def one_step() -> dict[str, float]:
-        return _one_step(engine, lambda: micro_batch(args, engine, generator), args.accumulation)
-
+    engine, one_step = prepare(args, model)
     grass = engine.grass
     probing = []
     while grass is not None and grass.phase == "probe":
@@ -223,23 +217,24 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
 
 def checkpoint(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Bytes of a checkpoint, and seconds that it takes; after probing."""
+    engine, one_step = prepare(args, model)
+    while engine.grass is not None and engine.grass.phase == "probe":
+        one_step()
+    return measure_save(engine, lambda: sum(one_step().values()), args.steps, args.nvme_path)
+
+
+def prepare(args: argparse.Namespace, model: Any) -> tuple[Any, Callable[[], dict[str, float]]]:
+    """The engine, and a step of it: seconds of its parts. On random tokens, which do not change what a step costs."""
     engine = build(args, model)
     if args.prepare_state:
         prepare_state(engine)
     generator = torch.Generator().manual_seed(1000 * args.seed + distributed.rank())
 
-    def one_step() -> float:
-        return sum(_one_step(engine, lambda: micro_batch(args, engine, generator), args.accumulation).values())
+    def micro_batch() -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 1000, (args.micro_batch, args.sequence), generator=generator).to(engine.device)
+        return {"input_ids": ids, "labels": ids}
 
-    while engine.grass is not None and engine.grass.phase == "probe":
-        one_step()
-    return measure_save(engine, one_step, args.steps, args.nvme_path)
-
-
-def micro_batch(args: argparse.Namespace, engine: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random tokens; what they are does not change what a step costs."""
-    ids = torch.randint(0, 1000, (args.micro_batch, args.sequence), generator=generator).to(engine.device)
-    return {"input_ids": ids, "labels": ids}
+    return engine, lambda: _one_step(engine, micro_batch, args.accumulation)
 
 
 def prepare_state(engine: Any) -> None:

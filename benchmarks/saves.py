@@ -115,18 +115,18 @@ def save_table(rows: list[Row]) -> list[str]:
             sizes = [row["checkpoint_bytes"] / base[row["seed"]]["checkpoint_bytes"] for row in mine]
             stalls = [row["stall_seconds"] / base[row["seed"]]["stall_seconds"] for row in mine]
             meanwhile = [seconds for row in mine for seconds in row.get("seconds_meanwhile", [])]
-            steps = f"{_median(s for row in mine for s in row['step_seconds']):.2f}"
+            steps = f"{statistics.median(s for row in mine for s in row['step_seconds']):.2f}"
             lines.append(
                 line(
                     [
                         label,
                         str(stage),
-                        f"{_median(row['checkpoint_bytes'] for row in mine) / 1e6:.0f} MB",
-                        f"{_median(sizes):.2f}",
-                        f"{_median(row['stall_seconds'] for row in mine):.2f} s",
-                        f"{_median(stalls):.2f} ({min(stalls):.2f} to {max(stalls):.2f})",
-                        f"{_median(row['disk_seconds'] for row in mine):.2f} s",
-                        f"{steps}, {_median(meanwhile):.2f}" if meanwhile else steps,
+                        f"{statistics.median(row['checkpoint_bytes'] for row in mine) / 1e6:.0f} MB",
+                        f"{statistics.median(sizes):.2f}",
+                        f"{statistics.median(row['stall_seconds'] for row in mine):.2f} s",
+                        f"{statistics.median(stalls):.2f} ({min(stalls):.2f} to {max(stalls):.2f})",
+                        f"{statistics.median(row['disk_seconds'] for row in mine):.2f} s",
+                        f"{steps}, {statistics.median(meanwhile):.2f}" if meanwhile else steps,
                     ]
                 )
             )
@@ -136,10 +136,6 @@ def save_table(rows: list[Row]) -> list[str]:
 def _of(rows: Iterable[Row], stage: int, way: Row) -> list[Row]:
     asked = {"prepare_state": False, "async": False, **{key.replace("-", "_"): value for key, value in way.items()}}
     return [row for row in rows if row["stage"] == stage and all(row[key] == value for key, value in asked.items())]
-
-
-def _median(values: Iterable[float]) -> float:
-    return statistics.median(values)
 
 
 def save_note(rows: list[Row]) -> str:

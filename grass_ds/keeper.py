@@ -12,7 +12,7 @@ from deepspeed import comm as dist
 
 from grass_ds import resume
 from grass_ds.resume import Sums
-from grass_ds.runtime.checkpoint.folder import sync_folder
+from grass_ds.runtime.checkpoint.folder import listed, sync_folder
 
 
 class CheckpointKeeper:
@@ -83,7 +83,7 @@ class CheckpointKeeper:
             dist.all_gather_object(everyone, mine)
         failures = [failure for _, failure in everyone if failure is not None]
         if failures:
-            raise OSError(f"the checkpoint in {self._folder} could not be completed: {resume.listed(failures)}")
+            raise OSError(f"the checkpoint in {self._folder} could not be completed: {listed(failures)}")
         return {name: sums for rank_sums, _ in everyone for name, sums in rank_sums.items()}
 
 

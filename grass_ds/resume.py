@@ -21,6 +21,7 @@ from typing import Any
 from deepspeed.utils import log_dist
 
 from grass_ds.runtime.checkpoint import folder as engine_parts
+from grass_ds.runtime.checkpoint.folder import listed
 
 SEAL = "grass_trainer.json"
 TRAINER_STATE = "trainer_state.json"
@@ -62,11 +63,6 @@ def explain(used: Path | None, skipped: Mapping[Path, Sequence[str]]) -> list[st
     """A sentence for each skipped checkpoint: what is wrong with it, and what is used instead."""
     instead = "no earlier one is complete" if used is None else f"{used.name} is used instead"
     return [f"{checkpoint} is not complete: {listed(found)}; {instead}" for checkpoint, found in skipped.items()]
-
-
-def listed(found: Sequence[str], most: int = 3) -> str:
-    """The first few in one line."""
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

@@ -72,6 +72,17 @@ def check_ranks_succeeded(error: BaseException | None, group: Any, device: torch
     raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")
 
 
+@contextmanager
+def failing_together(group: Any, device: torch.device | str) -> Iterator[None]:
+    """Do what may fail on one rank alone inside, without collectives: at the end every rank raises, see :func:`check_ranks_succeeded`."""
+    error: BaseException | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    check_ranks_succeeded(error, group, device)
+
+
 class Fallible(Protocol):
     """What moves state, in threads of its own too."""
 

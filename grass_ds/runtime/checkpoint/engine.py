@@ -14,7 +14,6 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from grass_ds.runtime import seams
 from grass_ds.runtime.checkpoint import reading
 from grass_ds.runtime.checkpoint.folder import Part, saving_tag
-from grass_ds.runtime.checkpoint.state import check_stage
 from grass_ds.runtime.checkpoint.universal import UniversalCheckpoint
 from grass_ds.runtime.checkpoint.writer import CheckpointWriter
 from grass_ds.runtime.handle import GrassHandle
@@ -154,11 +153,11 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
         weights_alone = load_module_only or not load_optimizer_states
         self.wait_for_checkpoint()
         if self.load_universal_checkpoint():
-            check_stage(load_dir, tag, self.zero_optimization_stage(), universal=True)
+            reading.check_stage(load_dir, tag, self.zero_optimization_stage(), universal=True)
         else:
             tag = reading.choose(Path(load_dir), None if tag is None else str(tag), self.seq_data_parallel_group)
-            check_stage(load_dir, tag, self.zero_optimization_stage())
             if tag is not None:
+                reading.check_stage(load_dir, tag, self.zero_optimization_stage())
                 reading.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
         with self.optimizer.all_trainable():
             result = super().load_checkpoint(load_dir, tag, *what)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -251,12 +251,17 @@ def candidates(folder: Path) -> list[str]:
     return [*named, *sorted(others, key=lambda tag: steps[tag] or 0, reverse=True)]
 
 
-def named_latest(folder: Path) -> str | None:
+def named_latest(folder: Path, name: str = LATEST) -> str | None:
     """The tag that ``latest`` names; None if there is no such file or nothing readable in it."""
     try:
-        return (folder / LATEST).read_text().strip() or None
+        return (folder / name).read_text().strip() or None
     except (OSError, ValueError):
         return None
+
+
+def listed(found: Sequence[str], most: int = 4) -> str:
+    """The first few in one line."""
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.runtime.checkpoint import folder as folders
-from grass_ds.runtime.checkpoint.folder import Part
+from grass_ds.runtime.checkpoint.folder import Part, listed
 from grass_ds.runtime.units import Unit, whole_shape
 
 
@@ -47,7 +47,7 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
     )
     remedy = f"load another: {', '.join(others)}" if others else "there is no other checkpoint in this folder"
     raise ValueError(
-        f"{folder}: {'; '.join(f'{_called(folder, n)} is damaged: {_list(d)}' for n, d in damage.items())}; {remedy}"
+        f"{folder}: {'; '.join(f'{_called(folder, n)} is damaged: {listed(d)}' for n, d in damage.items())}; {remedy}"
     )
 
 
@@ -107,11 +107,21 @@ def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone
         return
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
         raise ValueError(_convert(checkpoint, part.world_size, world))
-    here, saved = _named(layout(units), weights_alone), _named(part.layout, weights_alone)
-    if here != saved if weights_alone else layout(units) != part.layout:
-        what = "another model" if weights_alone else "other layers or param groups"
+    check_layout(f"the checkpoint {checkpoint.name}", units, part.layout, weights_alone)
+
+
+def check_layout(what: str, units: Sequence[Unit], saved: list[Any], weights_alone: bool = False) -> None:
+    """Compare the :func:`layout` of this run with that of ``what``; with ``weights_alone`` the parameters only.
+
+    Raises:
+        ValueError: they differ, naming where.
+    """
+    here = layout(units)
+    ours, theirs = _named(here, weights_alone), _named(saved, weights_alone)
+    if ours != theirs if weights_alone else here != saved:
+        other = "another model" if weights_alone else "other layers or param groups"
         raise ValueError(
-            f"the checkpoint {checkpoint.name} has {what} than this run: {_list(_differences(here, saved))}; resume with the model and "
+            f"{what} has {other} than this run: {listed(_differences(ours, theirs))}; resume with the model and "
             "the optimizer that it was saved from"
         )
 
@@ -134,6 +144,34 @@ def _differences(here: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     return found or ["the same ones in another order"]
 
 
+def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool = False) -> None:
+    """Refuse a checkpoint of ZeRO-3 on another stage or the reverse: DeepSpeed would look for files that are not there.
+
+    Args:
+        tag: None for the one that ``latest_universal`` names.
+
+    Raises:
+        ValueError: the stages differ, or it is to be a ``universal`` one and is no checkpoint at all.
+    """
+    if tag is None:
+        tag = folders.named_latest(Path(folder), "latest_universal")
+        if tag is None:
+            return  # DeepSpeed has a message for that
+    partitioned = any(Path(folder, str(tag)).glob("zero_pp_rank_*_model_states.pt"))
+    replicated = any(Path(folder, str(tag)).glob("mp_rank_*_model_states.pt"))
+    if universal and not partitioned and not replicated:
+        raise ValueError(
+            f"{Path(folder, str(tag))} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load a "
+            'checkpoint as it was saved without "checkpoint": {"load_universal": true}'
+        )
+    if partitioned != replicated and partitioned != (stage == 3):
+        raise ValueError(
+            f"the checkpoint {tag} was saved with ZeRO stage {'3' if partitioned else '1 or 2'} and this run has stage {stage}, which "
+            "cuts weights into other shards; set zero_optimization.stage as it was, or start from its weights: zero_to_fp32.py in "
+            f"the {'folder that it was converted from' if universal else 'checkpoint folder'} writes them for any run"
+        )
+
+
 def _convert(checkpoint: Path, saved: int, here: int) -> str:
     universal = f"{checkpoint}_universal"
     return (
@@ -147,7 +185,7 @@ def _report(folder: Path, damage: dict[str, list[str]], used: str, asked: bool) 
     """Warn of what is used instead of what."""
     instead = f"{_called(folder, used)} is used instead"
     for name, found in damage.items():
-        logger.warning(f"grass_ds: {_called(folder, name)} is damaged: {_list(found)}; {instead}")
+        logger.warning(f"grass_ds: {_called(folder, name)} is damaged: {listed(found)}; {instead}")
     if not asked and folders.named_latest(folder) is None:
         logger.warning(f"grass_ds: {folder} has no readable {folders.LATEST}; {instead}")
 
@@ -155,7 +193,3 @@ def _report(folder: Path, damage: dict[str, list[str]], used: str, asked: bool) 
 def _called(folder: Path, tag: str) -> str:
     step = folders.step_of(folder / tag)
     return f"checkpoint {tag}" + ("" if step is None else f" (step {step})")
-
-
-def _list(found: Sequence[str], most: int = 4) -> str:
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")

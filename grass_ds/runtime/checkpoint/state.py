@@ -16,7 +16,8 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
-from grass_ds.runtime.agreement import check_ranks_succeeded
+from grass_ds.runtime.agreement import failing_together
+from grass_ds.runtime.checkpoint.reading import check_layout, layout
 from grass_ds.runtime.checkpoint.universal import WEIGHTS, UniversalCheckpoint
 from grass_ds.runtime.seams import checkpoint_keys as keys
 from grass_ds.runtime.seams import fragment_address
@@ -56,7 +57,7 @@ def save(optimizer: "GrassZeroOptimizer") -> dict[str, Any]:
         keys.DS_VERSION: deepspeed.__version__,
         GRASS: {
             "controller": optimizer.controller.state_dict(),
-            "layout": _layout(units),
+            "layout": layout(units),
             "param_groups": hyper,
             "skips": optimizer._skips,
             "stepped": {unit.name: state.scalars for unit, state in states.items()},
@@ -109,7 +110,7 @@ def load(
     assert state_dict_list is not None
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
     ours = _ours(saved)
-    _check_layout(_layout(optimizer.units), ours["layout"])
+    check_layout("the checkpoint", optimizer.units, ours["layout"])
     stage = optimizer.settings.stage
     base, masters = (keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS) if stage == 3 else _REPLICATED_KEYS
     if stage == 3:  # the only place where the weights are saved
@@ -134,12 +135,8 @@ def _load_universal(optimizer: "GrassZeroOptimizer", checkpoint: UniversalCheckp
 
     The weights go into this rank's shard of the low-precision ones; the engine lets the model see them.
     """
-    error: BaseException | None = None
-    try:
+    with failing_together(optimizer.dp_process_group, optimizer.device):
         _take_universal(optimizer, checkpoint, with_states)
-    except Exception as caught:
-        error = caught
-    check_ranks_succeeded(error, optimizer.dp_process_group, optimizer.device)
 
 
 def _take_universal(optimizer: "GrassZeroOptimizer", checkpoint: UniversalCheckpoint, with_states: bool) -> None:
@@ -148,7 +145,7 @@ def _take_universal(optimizer: "GrassZeroOptimizer", checkpoint: UniversalCheckp
     stepped: dict[str, Any] = {}
     if with_states:
         ours = _ours(saved)
-        _check_layout(_layout(units, ranks=False), [entry[:3] for entry in ours["layout"]])
+        check_layout(f"the checkpoint {checkpoint.folder.name}", units, ours["layout"])
         stepped = ours["stepped"]
     moments = {unit: store.template(unit).moments if unit.name in stepped else () for unit in units}
     checkpoint.check(moments)
@@ -188,56 +185,6 @@ def _restore_progress(optimizer: "GrassZeroOptimizer", saved: dict[str, Any]) ->
     optimizer._skips = ours["skips"]
     for group, values in zip(optimizer.param_groups, ours["param_groups"], strict=True):
         group.update(values)
-
-
-def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool = False) -> None:
-    """Refuse a checkpoint of ZeRO-3 on another stage or the reverse: DeepSpeed would look for files that are not there.
-
-    Args:
-        tag: None for the one that ``latest`` (``latest_universal``) names.
-
-    Raises:
-        ValueError: the stages differ, or it is to be a ``universal`` one and is no checkpoint at all.
-    """
-    if tag is None:
-        latest = Path(folder, "latest_universal" if universal else "latest")
-        if not latest.is_file():
-            return  # DeepSpeed has a message for that
-        tag = latest.read_text().strip()
-    partitioned = any(Path(folder, str(tag)).glob("zero_pp_rank_*_model_states.pt"))
-    replicated = any(Path(folder, str(tag)).glob("mp_rank_*_model_states.pt"))
-    if universal and not partitioned and not replicated:
-        raise ValueError(
-            f"{Path(folder, str(tag))} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load a "
-            'checkpoint as it was saved without "checkpoint": {"load_universal": true}'
-        )
-    if partitioned != replicated and partitioned != (stage == 3):
-        raise ValueError(
-            f"the checkpoint {tag} was saved with ZeRO stage {'3' if partitioned else '1 or 2'} and this run has stage {stage}, which "
-            "cuts weights into other shards; set zero_optimization.stage as it was, or start from its weights: zero_to_fp32.py in "
-            f"the {'folder that it was converted from' if universal else 'checkpoint folder'} writes them for any run"
-        )
-
-
-def _layout(units: list[Unit], ranks: bool = True) -> list[tuple[Any, ...]]:
-    """Per unit name, parameters and elements; with ``ranks`` also how many of them share it."""
-    return [(unit.name, unit.param_names, unit.numel, *([unit.world] if ranks else [])) for unit in units]
-
-
-def _check_layout(here: list[Any], saved: list[Any]) -> None:
-    if [tuple(entry) for entry in saved] == here:
-        return
-    ours, theirs = {entry[0]: entry for entry in here}, {entry[0]: tuple(entry) for entry in saved}
-    difference = [
-        f"{name}: here {ours.get(name)}, saved {theirs.get(name)}"
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
-    raise ValueError(
-        "the checkpoint has other layers, param groups or ranks than this run (name, parameters, elements, ranks): "
-        + ("; ".join(difference[:3]) or "the same ones in another order")
-        + (f"; and {len(difference) - 3} more" if len(difference) > 3 else "")
-    )
 
 
 def _lean(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.runtime import seams
-from grass_ds.runtime.agreement import check_ranks_succeeded
+from grass_ds.runtime.agreement import check_ranks_succeeded, failing_together
 from grass_ds.runtime.checkpoint import folder as folders
 from grass_ds.runtime.checkpoint.folder import Part, SummedFile
 from grass_ds.runtime.checkpoint.snapshot import snapshot
@@ -147,7 +147,9 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
         self.wait()
         self._check_same_place(folder / tag, part.world_size)
         folders.check_tag(tag)
-        self._together(lambda: folders.begin(folder, tag) if part.rank == 0 else None)
+        with failing_together(self._group, self._device):
+            if part.rank == 0:
+                folders.begin(folder, tag)
         self.report = SaveReport(tag)
         self._open = _Save(folder, tag, latest, part, self.report)
         return self.report
@@ -215,7 +217,7 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
             else:
                 save.waiting.append((snapshot(state_dict), Path(path)))
         except Exception as error:
-            save.error = save.error or error
+            self.note(error)
 
     def commit(self, info: Any) -> bool:
         """The last file was handed over: publish, or begin to."""
@@ -256,14 +258,6 @@ class CheckpointWriter(seams.TorchCheckpointEngine):
                     f"rank 0 saves a checkpoint to {everyone[0]} and rank {rank} to {place}; call save_checkpoint() with the same save_dir "
                     "and tag on every rank"
                 )
-
-    def _together(self, task: Callable[[], None]) -> None:
-        error: BaseException | None = None
-        try:
-            task()
-        except Exception as caught:
-            error = caught
-        check_ranks_succeeded(error, self._group, self._device)
 
 
 def _log_failure(task: "Future[None]") -> None:
