@@ -8,8 +8,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
+from grass_ds import placement
 from grass_ds.config import parse_grass_block
 from grass_ds.policy.layers import discover_layers
 from grass_ds.runtime.engine import GrassEngine
@@ -22,14 +24,18 @@ _SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` with the same arguments and the same 4-tuple, whose engine is a :class:`GrassEngine`.
 
-    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock otherwise.
+    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock otherwise. Where there is no
+    process group yet, the ranks find each other under every launcher, plain ``srun python`` and ``mpirun python`` included.
 
     Raises:
+        PlacementError: launchers contradict each other, see :func:`grass_ds.placement.find`.
         GrassConfigError: the block, the rest of the config or the model cannot be used; before anything is allocated or any
             process group is made, and alike on every rank.
     """
     bound = _SIGNATURE.bind(*args, **kwargs).arguments
     _check(bound)
+    if not dist.is_initialized():
+        placement.find().export()
     with _engine_class():
         return _STOCK_INITIALIZE(*args, **kwargs)
 

@@ -22,6 +22,7 @@ from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.keeper import CheckpointKeeper
 from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
 from grass_ds.plots import save_plots
+from grass_ds.preemption import Preemption
 
 logger = logging.get_logger(__name__)
 
@@ -212,6 +213,31 @@ class GrassCallback(TrainerCallback):
         # Safe inside the handler's loop over this list: only callbacks that were already called move back.
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
+
+
+class PreemptionCallback(TrainerCallback):
+    """Save and end training in the step in which the ranks agree that one of them was asked to stop, see `Preemption`.
+
+        preemption = grass_ds.Preemption()
+        trainer = Trainer(model, args, callbacks=[GrassCallback(), PreemptionCallback(preemption)], ...)
+        trainer.train(resume_from_checkpoint=grass_ds.last_checkpoint(args.output_dir))
+        if preemption.reason:
+            sys.exit(grass_ds.PREEMPTED)
+
+    The checkpoint is written whatever `save_strategy` is, and published when `train()` returns. An evaluation due in the same step is left out:
+    there may be no time for it.
+    """
+
+    def __init__(self, preemption: Preemption) -> None:
+        self.preemption = preemption
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask, at the boundary of an optimizer step. It runs after the Trainer's own callback, which decides what else is due."""
+        if self.preemption.agreed():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
 
 class _TokenCounter:

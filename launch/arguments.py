@@ -1,4 +1,4 @@
-"""The command line of launch/train.py: four groups of options, and defaults that fit the DeepSpeed configuration."""
+"""The command line of launch/train.py: five groups of options, and defaults that fit the DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -112,6 +112,20 @@ class EvalArguments:
 
 
 @dataclass
+class ClusterArguments:
+    """What to do when machines fail."""
+
+    _argument_group_name = "cluster"
+
+    rank_timeout: float = field(
+        default=120.0,
+        metadata={
+            "help": "When a rank has been silent for so many seconds, the others name it and stop with exit code 76. At least 15."
+        },
+    )
+
+
+@dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """Every option of the Hugging Face Trainer, with defaults for a first run.
 
@@ -162,6 +176,7 @@ class Arguments:
     model: ModelArguments
     data: DataArguments
     evaluation: EvalArguments
+    cluster: ClusterArguments
     training: TrainingArguments
     ds_config: Mapping[str, Any]
 
@@ -182,7 +197,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, EvalArguments, TrainingArguments),
+        (ModelArguments, DataArguments, EvalArguments, ClusterArguments, TrainingArguments),
         prog=PROG,
         usage="%(prog)s --deepspeed FILE [options]",
         description=DESCRIPTION,
@@ -199,9 +214,18 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     if not {"-h", "--help"} & set(given):
         distributed.start()
     groups = parser.parse_args_into_dataclasses(args=given)
+    _seed_the_sampler(ds_config, groups[-1])
     arguments = Arguments(*groups, ds_config=ds_config)
     _check(arguments)
     return arguments
+
+
+def _seed_the_sampler(ds_config: dict[str, Any], training: TrainingArguments) -> None:
+    """Runs with another --seed draw other layers, unless the configuration says which."""
+    used = training.hf_deepspeed_config
+    for config in (ds_config, used.config if used is not None else {}):
+        if isinstance(config.get("grass"), dict) and config["grass"].get("seed") is None:
+            config["grass"]["seed"] = training.seed
 
 
 def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +13,9 @@ from typing import TypeVar
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
+
+from grass_ds import placement
+from grass_ds.placement import TRUE_LOCAL_RANK
 
 T = TypeVar("T")
 _GLOO_RELEASE_SECONDS = 0.25
@@ -29,7 +32,7 @@ def rank() -> int:
 
 def local_rank() -> int:
     """The rank of this process on its machine (0 without a launcher)."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(os.environ.get(TRUE_LOCAL_RANK, os.environ.get("LOCAL_RANK", "0")))
 
 
 def world_size() -> int:
@@ -38,13 +41,13 @@ def world_size() -> int:
 
 
 def start(timeout_minutes: float = 30.0) -> None:
-    """Join the process group that the launcher describes; without a launcher, one process of its own."""
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    get_accelerator().set_device(local_rank())
+    """Join the process group that the launcher describes; without a launcher, one process of its own.
+
+    Raises:
+        PlacementError: what launchers say is contradictory or incomplete.
+    """
+    placement.find().export()
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
 
 
@@ -55,6 +58,12 @@ def stop() -> None:
         # A thread of gloo lets go of the tensors that it sent a moment after they arrived, and needs the interpreter for it. If that
         # is gone by then the process aborts, and a run that went well ends with an error.
         time.sleep(_GLOO_RELEASE_SECONDS)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -105,6 +114,14 @@ def _gather(message: str | None) -> list[str]:
     messages: list[str | None] = [None] * world_size()
     dist.all_gather_object(messages, message)
     return [found for found in messages if found is not None]
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether a collective failed, as it does when a rank at its other end is gone: gloo has no exception of its own."""
+    return (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|NCCL|c10d|Connection (reset|closed|refused)", str(error)) is not None
+    )
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:

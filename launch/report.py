@@ -111,12 +111,13 @@ def _accuracy(report: Mapping[str, Any]) -> list[str]:
     before, after = report["before"], report["after"]
     names = {"exact": "exact match", "choice": "right choices"}
     lines = []
-    for key, value in before.items():
+    for key, value in after.items():
         if key == "loss":
-            lines.append(_line("eval loss", f"{value:.3f} before, {after[key]:.3f} after"))
+            start = f"{before[key]:.3f} before, " if key in before else ""
+            lines.append(_line("eval loss", f"{start}{value:.3f} after"))
         else:
-            rows = report["eval_rows"]
-            lines.append(_line(names[key], f"{value:.1%} before, {after[key]:.1%} after ({rows} test rows)"))
+            start = f"{before[key]:.1%} before, " if key in before else ""
+            lines.append(_line(names[key], f"{start}{value:.1%} after ({report['eval_rows']} test rows)"))
     return lines
 
 

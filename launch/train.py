@@ -8,11 +8,12 @@ every rank, before training, with one message and a non-zero exit code (GRASS_TR
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -36,20 +38,21 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import WandbCallback
 
 import grass_ds
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.layers import discover_layers
 from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
-from launch import distributed, report
+from launch import distributed, report, tracking
 from launch.data import Collator, Rows, load_splits, tokenize
 from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
 from launch.model import load_model, load_tokenizer
-from launch.resume import resume_point
+from launch.resume import resume_point, wants_to_resume
 from launch.template import Template
+from launch.terminal import TerminalLines, TerminalProgress
 
-_ACTIVE = "grass/active/"
 UserError = (ValueError, OSError, DeepSpeedConfigError)
 
 
@@ -83,47 +86,34 @@ class GrassTrainer(Trainer):
         return super().create_scheduler(max(1, num_training_steps - self.probe_steps), optimizer)
 
 
-class TerminalProgress(ProgressCallback):
-    """The Trainer's progress bar and log lines, with GRASS's hundred values per step reduced to the active layers."""
-
-    SHOWN = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second")
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print the few values that a reader of the terminal follows; the others go to --report_to."""
-        shown = {key: value for key, value in (logs or {}).items() if key in self.SHOWN}
-        active = [key.rsplit("/", 1)[-1] for key, value in (logs or {}).items() if key.startswith(_ACTIVE) and value]
-        if active:
-            layers = len([key for key in logs or {} if key.startswith(_ACTIVE)])
-            shown["active_layers"] = " ".join(active) if len(active) < layers else "all"
-        if "loss" in shown:
-            super().on_log(args, state, control, logs=shown, **kwargs)
-
-
 # ---- preparing ------------------------------------------------------------------------------------------------------
 
 
 class Stopwatch(TrainerCallback):
     """Measures the model when the engine stands but nothing is trained, and times the training alone.
 
-    Not before: in ZeRO-3 nobody can run the model until the engine gathers its weights.
+    Not before: in ZeRO-3 nobody can run the model until the engine gathers its weights. What was measured is kept in a file: a run that is
+    resumed has no untrained model any more.
     """
 
-    def __init__(self, measure: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, measure: Callable[[], dict[str, float]], kept: Path) -> None:
         self._measure = measure
+        self._kept = kept
         self.before: dict[str, float] = {}
         self.seconds = 0.0
+        self.first_step = 0
         self._start = 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Measure, then start."""
-        self.before = self._measure()
+        self.first_step = state.global_step
+        if self.first_step == 0:
+            self.before = self._measure()
+            if state.is_world_process_zero:
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                self._kept.write_text(json.dumps(self.before))
+        elif self._kept.is_file():
+            self.before = json.loads(self._kept.read_text())
         report.reset_peak_memory()
         self._start = time.perf_counter()
 
@@ -138,7 +128,7 @@ def prepare(options: command_line.Arguments) -> Task:
     Raises:
         ValueError: whatever is wrong with the data or the configuration.
     """
-    _check_wandb(options.training.report_to)
+    tracking.check(options.training.report_to)
     config = parse_grass_block(options.ds_config)
     if config is not None:
         check_ds_config(options.ds_config)
@@ -202,27 +192,6 @@ def _measure(wanted: str, test: Rows | None) -> str:
     return (detect_task(test) or "loss") if wanted == "auto" else wanted
 
 
-def _check_wandb(report_to: Sequence[str]) -> None:
-    """End now, on every rank, rather than let rank 0 fail at a login prompt while the others wait for it.
-
-    Raises:
-        ValueError: wandb is asked for, but is not installed or has nobody logged in.
-    """
-    if "wandb" not in report_to or distributed.rank() != 0:
-        return
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--report_to wandb: the package is missing; run `pip install wandb`") from error
-    if os.environ.get("WANDB_MODE", "online") in ("offline", "disabled"):
-        return
-    if not wandb.login(prompt=False, verify=False):
-        raise ValueError(
-            "--report_to wandb: nobody is logged in; run `wandb login`, or set WANDB_API_KEY, or set "
-            "WANDB_MODE=offline to keep the run on this machine"
-        )
-
-
 # ---- running --------------------------------------------------------------------------------------------------------
 
 
@@ -241,13 +210,14 @@ def measure(task: Task, model: PreTrainedModel, options: command_line.Arguments)
     return results
 
 
-def run(options: command_line.Arguments) -> dict[str, Any] | None:
-    """Measure, train, measure, save and report; the report on rank 0, None elsewhere."""
+def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int:
+    """Measure, train, measure, save and report; returns the exit status, `PREEMPTED` if the scheduler ended training before its time."""
     set_seed(options.training.seed)
     checkpoint = resume_point(options.training.resume_from_checkpoint, Path(str(options.training.output_dir)))
     task = distributed.on_every_rank(lambda: prepare(options))
     model, probe_steps = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
-    stopwatch = Stopwatch(lambda: measure(task, model, options))
+    folder = Path(str(options.training.output_dir))
+    stopwatch = Stopwatch(lambda: measure(task, model, options), folder / "before.json")
 
     grass_ds.enable()
     callback = grass_ds.GrassCallback()
@@ -257,30 +227,45 @@ def run(options: command_line.Arguments) -> dict[str, Any] | None:
         train_dataset=task.train,
         data_collator=Collator(task.tokenizer.pad_token_id),
         processing_class=task.tokenizer,
-        callbacks=[stopwatch, callback],
+        callbacks=[stopwatch, callback, grass_ds.PreemptionCallback(preemption)],
         probe_steps=probe_steps,
     )
-    if not options.training.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(TerminalProgress)
+    trainer.remove_callback(PrinterCallback if options.training.disable_tqdm else ProgressCallback)
+    trainer.add_callback(TerminalLines if options.training.disable_tqdm else TerminalProgress)
+    if "wandb" in options.training.report_to:
+        trainer.remove_callback(WandbCallback)
+        trainer.add_callback(tracking.WandbRun(resuming=wants_to_resume(options.training.resume_from_checkpoint)))
     trainer.train(resume_from_checkpoint=checkpoint)
+    if preemption.reason:
+        _say_where_to_go_on(preemption, trainer)
+        return grass_ds.PREEMPTED
     peak = report.peak_memory()
     after = measure(task, model, options)
     trainer.save_model()
 
-    numbers = _report(options, task, trainer, stopwatch.seconds, callback)
+    numbers = _report(options, task, trainer, stopwatch, callback)
     numbers |= {"before": stopwatch.before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
-    if not trainer.is_world_process_zero():
-        return None
-    report.save(numbers, Path(str(options.training.output_dir)))
-    return numbers
+    if trainer.is_world_process_zero():
+        report.save(numbers, folder)
+        print(report.render(numbers), flush=True)
+    return 0
+
+
+def _say_where_to_go_on(preemption: grass_ds.Preemption, trainer: GrassTrainer) -> None:
+    if trainer.is_world_process_zero():
+        folder, step = trainer.args.output_dir, trainer.state.global_step
+        print(
+            f"stopped by {preemption.reason} with checkpoint-{step} in {folder} (exit code {grass_ds.PREEMPTED}); to go on: the same command "
+            "with --resume_from_checkpoint true",
+            flush=True,
+        )
 
 
 def _report(
     options: command_line.Arguments,
     task: Task,
     trainer: GrassTrainer,
-    seconds: float,
+    stopwatch: Stopwatch,
     callback: grass_ds.GrassCallback,
 ) -> dict[str, Any]:
     """The numbers of the finished run, but for what was measured around it."""
@@ -306,7 +291,7 @@ def _report(
         "speed": {
             "steps": steps,
             "probe_steps": trainer.probe_steps,
-            "seconds_per_step": seconds / max(steps, 1),
+            "seconds_per_step": stopwatch.seconds / max(steps - stopwatch.first_step, 1),
             "tokens_per_second": callback.tokens_per_second or 0.0,
             "rows_per_step": training.train_batch_size
             * training.gradient_accumulation_steps
@@ -322,20 +307,41 @@ def _report(
     }
 
 
+def run_watched(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int:
+    """`run`, with an end that says who is missing when a rank is lost."""
+    with grass_ds.Heartbeat(options.cluster.rank_timeout) as heartbeat:
+        try:
+            status = run(options, preemption)
+        except RuntimeError as error:
+            if distributed.is_communication_error(error):
+                first_line = str(error).splitlines()[0]
+                print(
+                    f"[rank {distributed.rank()}] {first_line}\nwaiting to learn whether a rank is lost",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                heartbeat.wait_for_verdict()
+            raise
+        tracking.finish(status)
+        if status == grass_ds.PREEMPTED:
+            # Launchers kill the rest as soon as one process has ended with an error, and rank 0 may just have become ready.
+            distributed.barrier()
+        return status
+
+
 def main() -> int:
     """Run the command line; the exit status."""
+    preemption, status = grass_ds.Preemption(), 1
     try:
-        numbers = run(command_line.parse())
-        if numbers is not None:
-            print(report.render(numbers), flush=True)
+        status = run_watched(command_line.parse(), preemption)
     except UserError as error:
         if os.environ.get("GRASS_TRACEBACK"):
             traceback.print_exc()
         distributed.report_error(error)
-        return 1
     finally:
+        tracking.finish(status)
         distributed.stop()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

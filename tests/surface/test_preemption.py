@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals are noted, and acted on by all ranks in the same step."""
+
+import os
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from deepspeed import comm as dist
+from helpers.ranks import RankPool
+from helpers.traffic import Collectives
+
+import grass_ds
+from grass_ds.hf import PreemptionCallback
+
+
+def steps_until_agreed(signalled: dict[int, int]) -> dict[str, Any]:
+    """Ten steps, in which rank r is signalled in step ``signalled[r]``, three times: schedulers repeat themselves."""
+    before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)
+    preemption = grass_ds.Preemption()
+    answers, cost = [], []
+    for step in range(10):
+        if signalled.get(dist.get_rank()) == step:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        with Collectives() as sent:
+            answers.append(preemption.agreed())
+        cost.append(len(sent.calls))
+        assert all(call == ("allreduce", 8) for call in sent.calls)
+    reason = preemption.reason
+    preemption.close()
+    restored = (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)) == before
+    return {"answers": answers, "cost": cost, "reason": reason, "restored": restored}
+
+
+@pytest.mark.dist
+def test_all_ranks_agree_in_the_step_in_which_the_first_was_signalled(two_ranks: RankPool) -> None:
+    for result in two_ranks.run(steps_until_agreed, signalled={0: 7, 1: 4}):
+        assert result["answers"] == [False] * 4 + [True] * 6
+        assert result["cost"] == [1] * 5 + [0] * 5  # one number per step until then
+        assert (result["reason"], result["restored"]) == ("SIGTERM", True)
+
+
+def test_one_process_asks_nobody() -> None:
+    preemption = grass_ds.Preemption([signal.SIGUSR1])
+    try:
+        assert not preemption.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert preemption.agreed()
+        assert preemption.reason == "SIGUSR1"
+    finally:
+        preemption.close()
+    assert grass_ds.PREEMPTED == 75
+
+
+def test_the_callback_saves_and_stops_and_puts_off_the_evaluation() -> None:
+    control = SimpleNamespace(should_save=False, should_training_stop=False, should_evaluate=True)
+    stand_in: Any = SimpleNamespace(agreed=lambda: False)
+    arguments: Any = (None, None, control)
+    PreemptionCallback(stand_in).on_step_end(*arguments)
+    assert vars(control) == {"should_save": False, "should_training_stop": False, "should_evaluate": True}
+    stand_in.agreed = lambda: True
+    PreemptionCallback(stand_in).on_step_end(*arguments)
+    assert vars(control) == {"should_save": True, "should_training_stop": True, "should_evaluate": False}
