@@ -1,24 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-sampled full-parameter fine-tuning under DeepSpeed ZeRO (after GRASS, arXiv 2604.07808)."""
+"""Layer-sampled full-parameter fine-tuning under DeepSpeed ZeRO (after GRASS, arXiv 2604.07808).
 
+Names are imported when they are first used: an own loop need not have transformers, and ``python -m grass_ds doctor`` has to run where
+torch or DeepSpeed does not load.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from grass_ds.config import GrassConfig, GrassConfigError
-from grass_ds.entry import enable, initialize
-from grass_ds.heartbeat import RANK_LOST, Heartbeat
-from grass_ds.placement import Placement, PlacementError
-from grass_ds.preemption import PREEMPTED, Preemption
-from grass_ds.resume import last_checkpoint
-from grass_ds.runtime.engine import GrassEngine
-
 if TYPE_CHECKING:
+    from grass_ds.config import GrassConfig, GrassConfigError
+    from grass_ds.entry import enable, initialize
+    from grass_ds.heartbeat import RANK_LOST, Heartbeat
     from grass_ds.hf import GrassCallback, PreemptionCallback
+    from grass_ds.placement import Placement, PlacementError
+    from grass_ds.preemption import PREEMPTED, Preemption
+    from grass_ds.resume import last_checkpoint
+    from grass_ds.runtime.engine import GrassEngine
 
 try:
     __version__ = version("grass_ds")
 except PackageNotFoundError:  # used from a source tree
     __version__ = "0+source"
+
+_MODULES = {
+    "PREEMPTED": "preemption",
+    "RANK_LOST": "heartbeat",
+    "GrassCallback": "hf",
+    "GrassConfig": "config",
+    "GrassConfigError": "config",
+    "GrassEngine": "runtime.engine",
+    "Heartbeat": "heartbeat",
+    "Placement": "placement",
+    "PlacementError": "placement",
+    "Preemption": "preemption",
+    "PreemptionCallback": "hf",
+    "enable": "entry",
+    "initialize": "entry",
+    "last_checkpoint": "resume",
+}
 
 __all__ = [
     "PREEMPTED",
@@ -39,8 +60,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GrassCallback", "PreemptionCallback"):  # they need transformers, which an own loop need not have
-        from grass_ds import hf
-
-        return getattr(hf, name)
+    if name in _MODULES:
+        return getattr(import_module(f"grass_ds.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

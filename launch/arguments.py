@@ -120,7 +120,7 @@ class ClusterArguments:
     rank_timeout: float = field(
         default=120.0,
         metadata={
-            "help": "When a rank has been silent for so many seconds, the others name it and stop with exit code 76. At least 15."
+            "help": "When a rank has been silent for so many seconds, the others name it and stop with exit code 76."
         },
     )
 
@@ -273,6 +273,7 @@ def _check(arguments: Arguments) -> None:
         ("eval_samples", arguments.evaluation.eval_samples),
         ("max_new_tokens", arguments.evaluation.max_new_tokens),
         ("train_samples", arguments.data.train_samples),
+        ("rank_timeout", arguments.cluster.rank_timeout),
     ):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")

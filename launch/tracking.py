@@ -126,7 +126,7 @@ class WandbRun(WandbCallback):
                 self._stored = _last_stored(run)
         super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:
-            pass
+            self._fill_in(state.log_history)
 
     on_train_begin = _harmless(WandbCallback.on_train_begin)
     on_train_end = _harmless(WandbCallback.on_train_end)

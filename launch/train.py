@@ -309,7 +309,8 @@ def _report(
 
 def run_watched(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int:
     """`run`, with an end that says who is missing when a rank is lost."""
-    with grass_ds.Heartbeat(options.cluster.rank_timeout) as heartbeat:
+    limit = options.cluster.rank_timeout
+    with grass_ds.Heartbeat(limit, interval=min(5.0, limit / 6)) as heartbeat:
         try:
             status = run(options, preemption)
         except RuntimeError as error:

@@ -3,7 +3,8 @@
 #
 #   CONFIG   DeepSpeed configuration (ds_configs/grass.json)      MODEL, DATA   as --model and --data of launch/train.py
 #   ARGS     further options of launch/train.py, e.g. ARGS="--max_steps 2000 --save_strategy steps --save_steps 200"
-#   OUTPUT   output folder on a file system that all machines share (runs/<job name>-<job id>, the same after a requeue)
+#   OUTPUT   output folder on a file system that all machines share ($OUTPUT_ROOT/<job name>-<job id>, the same after a requeue;
+#            OUTPUT_ROOT: runs)
 #   RANKS    processes per machine (one per GPU that the job was given)
 #   VENV     Python environment (.venv); VENV=none takes python from the PATH
 
@@ -12,7 +13,7 @@ if [ "$VENV" != none ]; then source "$VENV/bin/activate"; fi
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}" TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 RANKS="${RANKS:-${SLURM_GPUS_ON_NODE:-1}}"
-OUTPUT="${OUTPUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}"
+OUTPUT="${OUTPUT:-${OUTPUT_ROOT:-runs}/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}"
 
 # --resume_from_checkpoint true: from the newest complete checkpoint in $OUTPUT, or from the beginning if there is none.
 TRAIN=(launch/train.py --deepspeed "${CONFIG:-ds_configs/grass.json}" --output_dir "$OUTPUT" --resume_from_checkpoint true --disable_tqdm true

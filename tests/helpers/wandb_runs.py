@@ -13,13 +13,13 @@ def read_history(file: Path) -> list[dict[str, Any]]:
     """The rows logged to an offline run. ``wandb.finish()`` may return a moment before its process has written the end."""
     deadline = time.monotonic() + 20
     while True:
-        kinds = list(_records(file))
+        kinds = list(records(file))
         if any(kind == "exit" for kind, _ in kinds) or time.monotonic() > deadline:
             return [row for kind, row in kinds if kind == "history"]
         time.sleep(0.05)
 
 
-def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Kind and row of the protobuf records in a file of LevelDB's log format (wandb ships no reader)."""
     from wandb.proto.wandb_internal_pb2 import Record
 

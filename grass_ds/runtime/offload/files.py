@@ -173,7 +173,7 @@ class StateFiles:
         for path in stale:
             path.unlink()
         self.direct = _supports_direct(self._directory)
-        if _filesystem(self._root) in _IN_MEMORY:
+        if filesystem(self._root) in _IN_MEMORY:
             logger.warning(f'{_KEY} = "{self._root}" is a filesystem in memory: the state still takes RAM')
         elif not self.direct:
             logger.info(f"{self._root} does not support direct I/O: transfers go through the page cache")
@@ -288,7 +288,7 @@ def _gigabytes(nbytes: int) -> str:
     return f"{nbytes / 1e9:.3f} GB"
 
 
-def _filesystem(path: Path) -> str | None:
+def filesystem(path: Path) -> str | None:
     """Type of the filesystem that ``path`` is on, None if unknown."""
     device = os.stat(path).st_dev
     with contextlib.suppress(OSError):

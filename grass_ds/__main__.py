@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``python -m grass_ds doctor``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from grass_ds.doctor.run import run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` (default: those of the process) name; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grass_ds", description="Layer-sampled fine-tuning under DeepSpeed ZeRO."
+    )
+    commands = parser.add_subparsers(dest="command")
+    doctor = commands.add_parser(
+        "doctor",
+        help="would training start on this machine, or under this launcher, and if not, why",
+        description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: it would fail.",
+    )
+    doctor.add_argument("--nvme_path", metavar="FOLDER", help='measure the folder meant for "grass.offload.nvme_path"')
+    doctor.add_argument(
+        "--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there (--output_dir)"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    doctor.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the DeepSpeed launcher adds it; LOCAL_RANK says the same
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    return run(options.nvme_path, options.shared_path, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
