@@ -50,14 +50,17 @@ def run_block(code: str, folder: str) -> dict[str, Any]:
     )
     visits = engine.grass.visits
     engine.destroy()
+    if "preemption" in names:
+        names["preemption"].close()
     return {"moved": moved, "visits": visits}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("index", range(2))
+@pytest.mark.parametrize("index", range(3))
 def test_python_blocks_run(two_ranks: Any, tmp_path: Path, index: int) -> None:
     code = blocks("python")
-    assert len(code) == 2
+    assert len(code) == 3
+    code[2] = code[0] + code[2]  # "in your own loop", with the engine of the first
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     for result in two_ranks.run(run_block, code=code[index], folder=str(tmp_path), timeout=180):
         assert sum(result["visits"]) > 0
@@ -74,7 +77,7 @@ def test_shell_blocks_name_what_exists() -> None:
     assert len(commands) >= 4
     for command in commands:
         words = shlex.split(command, comments=True)
-        files = [word for word in words if re.fullmatch(r"(launch|tests|ds_configs|benchmarks)/\S+", word)]
+        files = [word for word in words if re.fullmatch(r"(launch|tests|ds_configs|benchmarks|slurm)/\S+", word)]
         modules = [module for flag, module in itertools.pairwise(words) if flag == "-m"]
         assert files or modules, command
         assert all((ROOT / file).is_file() for file in files), command
