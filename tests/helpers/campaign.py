@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs killed at random moments, started again, and compared with one that was left alone."""
 
-import multiprocessing
 import random
 import statistics
 import time
@@ -10,7 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from helpers.crash import WORLD, Hung, Life, Run, prepare
+from helpers.crash import WORLD, Hung, Life, Run
+from helpers.ranks import FORKED
 
 GRACE = 0.3  # seconds, at most, from the death of one rank until a launcher kills the others
 MOST_WRONG = 3  # more of it teaches nothing
@@ -163,8 +163,9 @@ class _Chain:
 
 
 def _campaign(run: Run, kills: int, seed: int) -> Campaign:
+    import helpers.preloaded  # noqa: F401  # ranks are forked from here
+
     assert run.folder is not None
-    prepare()
     began, report, killer = time.monotonic(), Campaign(), _Killer(seed)
     run.folder.mkdir()
     alone = Life(replace(run, folder=None), run.folder / "alone")
@@ -183,5 +184,5 @@ def _campaign(run: Run, kills: int, seed: int) -> Campaign:
 @contextmanager
 def nursery() -> Iterator[Callable[[Run, int, int], Campaign]]:
     """``campaign(run, kills, seed)``: kill ``run`` so many times. A new folder within ``run.folder`` whenever it came to its end."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         yield lambda run, kills, seed: pool.submit(_campaign, run, kills, seed).result()

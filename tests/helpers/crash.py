@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that may be killed at any time: it resumes from the newest checkpoint, trains, saves, and tells what it is doing.
 
-A :class:`Life` is one start of it, with a process per rank. Ranks are forked from a process that has called :func:`prepare`, which has
-imported everything and has no second thread, so that a life costs a fraction of a second.
+A :class:`Life` is one start of it, with a process per rank. Ranks are forked from a process that has imported :mod:`helpers.preloaded`
+and has no second thread, so that a life costs a fraction of a second.
 """
 
 import copy
@@ -202,15 +202,3 @@ class Life:
     def begun(self, rank: int) -> int | None:
         """The step that the rank has resumed at."""
         return next((word.step for word in self.said[rank] if word.what == "state"), None)
-
-
-def prepare() -> None:
-    """Make this a process to fork ranks from: do once what each of them would do again, as far as that starts no thread."""
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # every engine imports it: a second
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    from deepspeed.accelerator import get_accelerator
-
-    torch.set_num_threads(1)
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)  # its build is locked by a file
-    threads = os.listdir("/proc/self/task")
-    assert len(threads) == 1, f"{len(threads)} threads; a fork would not have them"

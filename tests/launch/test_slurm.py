@@ -164,7 +164,9 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(
     assert len(parts) == 5
     assert len({part.name.rsplit("-", 1)[1] for part in parts}) == 1
     # SIGTERM ends wandb's own process too, and what it had not written is filled in by the next start.
-    rows = [row for part in parts for file in part.glob("run-*.wandb") for kind, row in records(file) if kind == "history"]
+    rows = [
+        row for part in parts for file in part.glob("run-*.wandb") for kind, row in records(file) if kind == "history"
+    ]
     steps = [row["train/global_step"] for row in rows if "train/loss" in row]
     assert steps == list(range(1, STEPS + 1))
 

@@ -142,24 +142,25 @@ def watch_growth(config: dict[str, Any], folder: Path, switches: tuple[int, ...]
         for end in switches:
             train(engine, end - start, start=start)
             engine.optimizer.flush()
+            torch.distributed.barrier()  # the folder is shared: another rank may not be done with its files
             state = engine.grass.memory()["optimizer_state"]
             seen.append({**footprint(folder), **state, "memory": process_bytes("VmRSS")})
+            torch.distributed.barrier()
             start = end
     return seen
 
 
-NOISE = (
-    6 * 2**20
-)  # bytes; a switch that lost one chunk of state would lose 12 kB, 200 of them 2.4 MB, all chunks 12 MB
+CHUNK = 4 * GRAIN  # elements, two of which make up a layer
+NOISE = 6 * 2**20  # bytes; two hundred switches that lost one chunk of state each would lose 9.6 MB
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "offload",
     [
-        {"device": "cpu", "residency": "period", "chunk_numel": 1},
-        {**POSIX, "chunk_numel": 1, "host_buffers": 4},
-        {**AIO, "residency": "period", "chunk_numel": 1},
+        {"device": "cpu", "residency": "period", "chunk_numel": CHUNK},
+        {**POSIX, "chunk_numel": CHUNK, "host_buffers": 4},
+        {**AIO, "residency": "period", "chunk_numel": CHUNK},
     ],
     ids=["cpu-period", "posix-stream", "aio-period"],
 )
