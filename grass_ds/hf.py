@@ -22,7 +22,7 @@ from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.keeper import CheckpointKeeper
 from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
 from grass_ds.plots import save_plots
-from grass_ds.preemption import Preemption
+from grass_ds.preemption import Preemption, shielded
 
 logger = logging.get_logger(__name__)
 
@@ -230,6 +230,14 @@ class PreemptionCallback(TrainerCallback):
 
     def __init__(self, preemption: Preemption) -> None:
         self.preemption = preemption
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the signals from the processes that load data (`dataloader_num_workers`)."""
+        loader = kwargs.get("train_dataloader")
+        if loader is not None:
+            loader.worker_init_fn = shielded(loader.worker_init_fn)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

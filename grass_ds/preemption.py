@@ -5,11 +5,13 @@
 several times, and at different steps of different ranks: a rank that acted on it alone would leave the others waiting. So the handler only
 takes note. At the end of each step the ranks compare notes, in one all-reduce of one number, and all of them act in the same step: save, and
 exit with :data:`PREEMPTED`, by which a job script knows that the run is to be queued again.
+
+Schedulers send their signals to helper processes as well, whose death would end the step at once: see :func:`shielded`.
 """
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -41,6 +43,7 @@ class Preemption:
     def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGUSR1, signal.SIGTERM)) -> None:
         self.received: signal.Signals | None = None
         self._agreed: signal.Signals | None = None
+        self._process = os.getpid()
         self._previous: dict[signal.Signals, Any] = {}
         for number in signals:
             self._previous[number] = signal.signal(number, self._note)
@@ -74,8 +77,36 @@ class Preemption:
         return signal.Signals(int(note.item())) if note.item() else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None:
+        if os.getpid() != self._process:
+            _as_child(number)
+        elif self.received is None:
             self.received = signal.Signals(number)
             # Not by a logger: this interrupts the program anywhere, perhaps inside the logger.
             text = f"grass_ds: {self.received.name} received: saving and stopping at the end of this step\n"
             os.write(2, text.encode())
+
+
+def _as_child(number: int) -> None:
+    """A forked process has inherited the handler. Its parent ends it by SIGTERM, and waits for that; the rest is not meant for it."""
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+class shielded:
+    """A ``worker_init_fn`` of `torch.utils.data.DataLoader` whose workers survive the signals: the step they load for is still to be done.
+
+    torch lets workers die of a SIGTERM that is not their parent's, and the parent of that. They end with their parent anyway.
+
+    Args:
+        init: the ``worker_init_fn`` to call besides, if any.
+    """
+
+    def __init__(self, init: Callable[[int], None] | None = None) -> None:
+        self._init = init
+
+    def __call__(self, worker: int) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        if self._init is not None:
+            self._init(worker)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals are noted, and acted on by all ranks in the same step."""
 
+import multiprocessing
 import os
 import signal
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,12 @@ import pytest
 from deepspeed import comm as dist
 from helpers.ranks import RankPool
 from helpers.traffic import Collectives
+from torch.utils.data import DataLoader, Dataset
 
 import grass_ds
 from grass_ds.hf import PreemptionCallback
+
+UNUSED: Any = (None, None, None)
 
 
 def steps_until_agreed(signalled: dict[int, int]) -> dict[str, Any]:
@@ -63,3 +68,40 @@ def test_the_callback_saves_and_stops_and_puts_off_the_evaluation() -> None:
     stand_in.agreed = lambda: True
     PreemptionCallback(stand_in).on_step_end(*arguments)
     assert vars(control) == {"should_save": True, "should_training_stop": True, "should_evaluate": False}
+
+
+class Rows(Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid() if index < 3 else index
+
+
+def test_processes_that_load_data_survive_the_signals() -> None:
+    loader = DataLoader(Rows(), batch_size=None, num_workers=1, prefetch_factor=1, multiprocessing_context="fork")
+    PreemptionCallback(grass_ds.Preemption([])).on_train_begin(*UNUSED, train_dataloader=loader)
+    batches = iter(loader)
+    worker = int(next(batches))
+    assert worker != os.getpid()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(worker, number)
+    assert list(batches) == [worker, worker, 3]
+
+
+def test_a_forked_process_can_still_be_ended() -> None:
+    """By SIGTERM, whose handler it has inherited; SIGUSR1 is not meant for it."""
+    preemption = grass_ds.Preemption()
+    try:
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGUSR1)
+        child.join(0.3)
+        assert child.is_alive()
+        child.terminate()
+        child.join(10)
+        assert child.exitcode == -signal.SIGTERM
+    finally:
+        preemption.close()
+    assert not preemption.received
