@@ -13,6 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m grass_ds", description="Layer-sampled fine-tuning under DeepSpeed ZeRO."
     )
+    # DeepSpeed's launcher puts it before all other arguments; LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command")
     doctor = commands.add_parser(
         "doctor",
@@ -24,9 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there (--output_dir)"
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    doctor.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the DeepSpeed launcher adds it; LOCAL_RANK says the same
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()

@@ -223,11 +223,12 @@ LAUNCHERS = {
 
 
 def test_every_launcher_trains_alike(cluster: Cluster, settings: dict[str, str], tmp_path: Path) -> None:
-    """Three steps of the same four rows: two ranks of two rows each, wherever they are, or one of four."""
+    """Three steps of the same four rows: two ranks of two rows each, wherever they are, or one of four. And what the doctor says there."""
     lines = ["#!/bin/bash", "#SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=2 --cpus-per-task=2"]
     for name, start in LAUNCHERS.items():
         rows = "--per_device_train_batch_size 4" if name == "none" else ""
         lines.append(f"{start} launch/train.py $TRAIN {rows} --output_dir {tmp_path / name} &> {tmp_path / name}.log")
+    lines.append(f"srun python -m grass_ds doctor --json --shared_path {tmp_path} > {tmp_path / 'doctor.json'}")
     script = tmp_path / "launchers.sbatch"
     script.write_text("\n".join(lines) + "\n")
     common = f"--deepspeed {settings['CONFIG']} --model {settings['MODEL']} {arguments(3)} --disable_tqdm true"
@@ -242,3 +243,9 @@ def test_every_launcher_trains_alike(cluster: Cluster, settings: dict[str, str],
             assert found == pytest.approx(losses["srun"], abs=0.02)
         else:
             assert_same_run(tmp_path / name, tmp_path / "srun")
+    doctor = json.loads((tmp_path / "doctor.json").read_text())
+    assert [(rank["rank"], rank["host"], rank["local_rank"]) for rank in doctor["ranks"]] == [
+        (0, "n1", 0),
+        (1, "n2", 0),
+    ]
+    assert doctor["status"] != "FAIL"
