@@ -247,6 +247,13 @@ class PreemptionCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Trainer ends the epoch all the same: what is due then is saved already."""
+        if self.preemption.reason:
+            control.should_save = control.should_evaluate = False
+
 
 class _TokenCounter:
     """Input tokens of all ranks per optimizer step: the Trainer's own count if it keeps one, else a forward hook's."""

@@ -11,13 +11,11 @@ shell would make every task rank 0.
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deepspeed.accelerator import get_accelerator
-
-TRUE_LOCAL_RANK = "GRASS_LOCAL_RANK"
-"""The variable with the local rank where ``LOCAL_RANK`` is a device's index and differs from it, see :meth:`Placement.export`."""
 
 # Launchers that start one process per rank in an environment of its own; the devices of others' ranks may be hidden in it.
 _PER_RANK = ("srun", "mpirun")
@@ -41,7 +39,7 @@ class Placement:
         rank: global rank, in 0 .. world_size - 1.
         local_rank: the same among the ranks of this machine.
         world_size: number of ranks.
-        local_world_size: number of ranks on this machine.
+        local_world_size: number of ranks on this machine, None if nobody said.
         master_addr: name or address of the machine of rank 0.
         master_port: TCP port on it at which ranks meet.
         launcher: who said so: "torchrun" (also ``accelerate launch``), "deepspeed", "srun", "mpirun", "environment" (the variables alone)
@@ -51,7 +49,7 @@ class Placement:
     rank: int
     local_rank: int
     world_size: int
-    local_world_size: int
+    local_world_size: int | None
     master_addr: str
     master_port: int
     launcher: str
@@ -78,7 +76,8 @@ class Placement:
     def export(self) -> None:
         """Say it in the variables that torch, DeepSpeed and accelerate read, for this process and its children.
 
-        They take ``LOCAL_RANK`` for the index of the device; so where each task sees a single one, that is what it becomes.
+        They take ``LOCAL_RANK`` for the index of the device; so where each task sees a single one, that is what it becomes. :func:`find` in this
+        process still tells the local rank.
 
         Raises:
             PlacementError: there is no device for this rank.
@@ -86,18 +85,26 @@ class Placement:
         accelerator = get_accelerator()
         cpu = accelerator.device_name() == "cpu"
         index = self.local_rank if cpu else self.device_index(accelerator.device_count())
-        os.environ.update(
-            RANK=str(self.rank),
-            LOCAL_RANK=str(index),
-            WORLD_SIZE=str(self.world_size),
-            LOCAL_WORLD_SIZE=str(self.local_world_size),
-            MASTER_ADDR=self.master_addr,
-            MASTER_PORT=str(self.master_port),
-        )
-        if index != self.local_rank:
-            os.environ[TRUE_LOCAL_RANK] = str(self.local_rank)
-            if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed insists that both be equal
-                os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+        said = {
+            "RANK": self.rank,
+            "LOCAL_RANK": index,
+            "WORLD_SIZE": self.world_size,
+            "LOCAL_WORLD_SIZE": self.local_world_size,
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": self.master_port,
+        }
+        os.environ.update({name: str(value) for name, value in said.items() if value is not None})
+        if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed insists that both be equal
+            os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
+        _exported.append(self)
+
+
+_exported: list[Placement] = []
+
+
+def exported() -> Placement | None:
+    """What this process has exported last."""
+    return _exported[-1] if _exported else None
 
 
 def find(environ: Mapping[str, str] | None = None) -> Placement:
@@ -108,14 +115,18 @@ def find(environ: Mapping[str, str] | None = None) -> Placement:
     Raises:
         PlacementError: the launchers contradict each other, or say too little.
     """
+    if environ is None and _exported:
+        return _exported[-1]
     seen = _Seen(os.environ if environ is None else environ)
-    if seen.has("RANK") or seen.has("WORLD_SIZE"):
+    if seen.has("RANK"):
         return _from_variables(seen)
     if _under_mpirun(seen):
         return _from_mpi(seen)
     if seen.has("SLURM_STEP_ID"):
         return _from_slurm(seen)
-    if seen.integer("SLURM_NTASKS", 1) > 1:
+    if seen.integer("WORLD_SIZE", default=1) > 1:
+        return _from_variables(seen)  # which says what is missing
+    if seen.integer("SLURM_NTASKS", default=1) > 1:
         raise seen.error(
             f"this SLURM job has {seen.text('SLURM_NTASKS')} tasks, but the program was started without srun and would run once; put srun "
             "before it (or torchrun, deepspeed, mpirun), or set SLURM_NTASKS=1 for a single process"
@@ -132,20 +143,20 @@ class _Seen:
     def has(self, name: str) -> bool:
         return self._environ.get(name, "") != ""
 
-    def text(self, name: str, default: str | None = None) -> str:
-        if not self.has(name):
-            if default is None:
-                raise self.error(
-                    f"{name} is not set; start with torchrun, deepspeed, accelerate launch, srun or mpirun, which set it"
-                )
-            return default
-        return self._environ[name]
+    def text(self, *names: str, default: str | None = None) -> str:
+        """The first of the names that is set."""
+        found = next((self._environ[name] for name in names if self.has(name)), default)
+        if found is None:
+            raise self.error(
+                f"{names[0]} is not set; start with torchrun, deepspeed, accelerate launch, srun or mpirun, which set it"
+            )
+        return found
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        if default is not None and not self.has(name):
-            return default
-        text = self.text(name)
+    def integer(self, *names: str, default: int | None = None) -> int:
+        """The same, as a number that is at least 0."""
+        text = self.text(*names, default=None if default is None else str(default))
         if not text.isdecimal():
+            name = next(name for name in names if self.has(name))
             raise self.error(f"{name}={text!r} must be a whole number, at least 0")
         return int(text)
 
@@ -162,19 +173,18 @@ class _Seen:
 
 def _from_variables(seen: _Seen) -> Placement:
     rank, world = seen.integer("RANK"), seen.integer("WORLD_SIZE")
-    slurm = _from_slurm(seen) if seen.has("SLURM_STEP_ID") else None
     launcher = (
         "torchrun" if seen.has("TORCHELASTIC_RUN_ID") else "deepspeed" if seen.has("CROSS_SIZE") else "environment"
     )
     if rank >= world:
         raise seen.error(f"RANK={rank} must be below WORLD_SIZE={world}")
     _check_against_mpi(seen, rank, world)
-    if slurm is not None and _check_against_slurm(seen, rank, world, slurm):
-        return slurm
+    if seen.has("SLURM_STEP_ID") and not _under_mpirun(seen):
+        slurm = _from_slurm(seen, check_world=False)
+        if _check_against_slurm(seen, rank, world, slurm):
+            return slurm
     alone = world == 1
-    local_rank = seen.first((TRUE_LOCAL_RANK, "LOCAL_RANK"))
-    if local_rank is None:
-        local_rank = 0 if alone else seen.integer("LOCAL_RANK")
+    local_rank = seen.integer("LOCAL_RANK", default=0 if alone else None)
     local_world = seen.first(("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
     if local_world is not None and local_rank >= local_world:
         raise seen.error(f"LOCAL_RANK={local_rank} must be below the number of ranks on this machine, {local_world}")
@@ -182,9 +192,9 @@ def _from_variables(seen: _Seen) -> Placement:
         rank,
         local_rank,
         world,
-        local_world or local_rank + 1,
-        seen.text("MASTER_ADDR", "127.0.0.1" if alone else None),
-        seen.integer("MASTER_PORT", _free_port() if alone else None),
+        1 if alone else local_world,
+        seen.text("MASTER_ADDR", default="127.0.0.1" if alone else None),
+        seen.integer("MASTER_PORT", default=_free_port() if alone else None),
         launcher,
     )
 
@@ -201,14 +211,14 @@ def _check_against_mpi(seen: _Seen, rank: int, world: int) -> None:
 def _check_against_slurm(seen: _Seen, rank: int, world: int, slurm: Placement) -> bool:
     """Whether srun started each rank and agrees: then what it says is complete. Else it started launchers, one per machine, or a shell."""
     agents = seen.first(("GROUP_WORLD_SIZE", "CROSS_SIZE"))
+    if slurm.world_size == 1:
+        return False  # a step of one task says nothing of other steps and of what was started in it
     if agents is not None:
         if agents != slurm.world_size:
             raise seen.error(
                 f"srun started {slurm.world_size} tasks, but the launcher in them counts {agents} machines; start torchrun or deepspeed once per "
                 "machine (srun --ntasks-per-node=1) and tell it of all of them (torchrun --nnodes=$SLURM_NNODES --rdzv-endpoint=...)"
             )
-        return False
-    if slurm.world_size == 1:
         return False
     if (slurm.rank, slurm.world_size) != (rank, world):
         raise seen.error(
@@ -221,21 +231,25 @@ def _check_against_slurm(seen: _Seen, rank: int, world: int, slurm: Placement) -
 # ---- srun ------------------------------------------------------------------------------------------------------------------
 
 
-def _from_slurm(seen: _Seen) -> Placement:
+def _from_slurm(seen: _Seen, check_world: bool = True) -> Placement:
     rank, local_rank = seen.integer("SLURM_PROCID"), seen.integer("SLURM_LOCALID")
-    world = seen.integer("SLURM_STEP_NUM_TASKS", seen.integer("SLURM_NTASKS"))
-    nodes = seen.text("SLURM_STEP_NODELIST", seen.text("SLURM_JOB_NODELIST"))
-    per_node = _tasks_per_node(seen.text("SLURM_STEP_TASKS_PER_NODE", seen.text("SLURM_TASKS_PER_NODE", str(world))))
+    world = seen.integer("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    if check_world and seen.integer("WORLD_SIZE", default=world) != world:
+        raise seen.error(
+            f"WORLD_SIZE={seen.text('WORLD_SIZE')}, but srun started {world} tasks; unset it, or correct srun's --ntasks"
+        )
+    nodes = seen.text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
+    per_node = _tasks_per_node(seen.text("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", default=""))
     node = seen.integer("SLURM_NODEID")
-    master = seen.text("MASTER_ADDR", first_host(nodes))
+    master = seen.text("MASTER_ADDR", default=first_host(nodes))
     if len(per_node) > 1 and (master == "localhost" or master.startswith("127.")):
         raise seen.error(
             f"MASTER_ADDR={master} means another machine on each of {nodes}; unset it, or set it to the first of them"
         )
     # Jobs that share a machine must not share a port, and the ranks of a step must agree on it without talking.
     port = 20000 + (16 * seen.integer("SLURM_JOB_ID") + seen.integer("SLURM_STEP_ID") % 16) % 10000
-    local_world = per_node[node] if node < len(per_node) else local_rank + 1
-    return Placement(rank, local_rank, world, local_world, master, seen.integer("MASTER_PORT", port), "srun")
+    local_world = per_node[node] if node < len(per_node) else None
+    return Placement(rank, local_rank, world, local_world, master, seen.integer("MASTER_PORT", default=port), "srun")
 
 
 def first_host(nodelist: str) -> str:
@@ -259,11 +273,12 @@ def _under_mpirun(seen: _Seen) -> bool:
         seen.has("SLURM_STEP_ID")
         and not seen.has("OMPI_COMM_WORLD_SIZE")
         and (seen.first(_MPI_RANKS), size)
-        == (seen.integer("SLURM_PROCID"), seen.integer("SLURM_STEP_NUM_TASKS", size))
+        == (seen.integer("SLURM_PROCID"), seen.integer("SLURM_STEP_NUM_TASKS", default=size))
     )
 
 
 def _from_mpi(seen: _Seen) -> Placement:
+    ours = "mpi4py.MPI" not in sys.modules
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -279,9 +294,12 @@ def _from_mpi(seen: _Seen) -> Placement:
         )
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     host = "127.0.0.1" if local.size == world.size else socket.gethostname()
-    port = seen.integer("MASTER_PORT", _free_port())
-    address, port = world.bcast((seen.text("MASTER_ADDR", host), port), root=0)
-    return Placement(world.rank, local.rank, world.size, local.size, address, port, "mpirun")
+    mine = seen.text("MASTER_ADDR", default=host), seen.integer("MASTER_PORT", default=_free_port())
+    address, port = world.bcast(mine, root=0)
+    found = Placement(world.rank, local.rank, world.size, local.size, address, port, "mpirun")
+    if ours:
+        MPI.Finalize()  # at exit it would wait for all ranks, and one that failed would keep mpirun from ending the others
+    return found
 
 
 def _free_port() -> int:

@@ -33,7 +33,8 @@ class Preemption:
             if preemption.agreed():
                 engine.save_checkpoint(folder)
                 engine.wait_for_checkpoint()
-                sys.exit(grass_ds.PREEMPTED)
+                break
+        sys.exit(grass_ds.PREEMPTED if preemption.reason else 0)
 
     Args:
         signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which ``scancel``, ``scontrol
@@ -69,6 +70,8 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _largest(self) -> signal.Signals | None:
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_distributed()  # takes over a process group that is not DeepSpeed's
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.received
         device = get_accelerator().current_device_name()

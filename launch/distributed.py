@@ -15,7 +15,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from grass_ds import placement
-from grass_ds.placement import TRUE_LOCAL_RANK
 
 T = TypeVar("T")
 _GLOO_RELEASE_SECONDS = 0.25
@@ -32,7 +31,8 @@ def rank() -> int:
 
 def local_rank() -> int:
     """The rank of this process on its machine (0 without a launcher)."""
-    return int(os.environ.get(TRUE_LOCAL_RANK, os.environ.get("LOCAL_RANK", "0")))
+    here = placement.exported()
+    return int(os.environ.get("LOCAL_RANK", "0")) if here is None else here.local_rank
 
 
 def world_size() -> int:

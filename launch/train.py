@@ -8,12 +8,9 @@ every rank, before training, with one message and a non-zero exit code (GRASS_TR
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +29,6 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.integrations import WandbCallback
@@ -46,12 +39,12 @@ from grass_ds.policy.layers import discover_layers
 from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, report, tracking
+from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
 from launch.data import Collator, Rows, load_splits, tokenize
 from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
 from launch.model import load_model, load_tokenizer
 from launch.resume import resume_point, wants_to_resume
 from launch.template import Template
-from launch.terminal import TerminalLines, TerminalProgress
 
 UserError = (ValueError, OSError, DeepSpeedConfigError)
 
@@ -69,7 +62,7 @@ class Task:
 
 
 class GrassTrainer(Trainer):
-    """The Trainer, with a learning-rate schedule over the steps that train.
+    """The Trainer, with a learning-rate schedule over the steps that train, and an end that can be resumed.
 
     `max_steps` counts the probing steps too, but the engine does not advance the schedule in them: spread over all of
     `max_steps`, it would end that many steps early, at a learning rate above its last one.
@@ -85,41 +78,15 @@ class GrassTrainer(Trainer):
         """See `Trainer.create_scheduler`; without the probing steps."""
         return super().create_scheduler(max(1, num_training_steps - self.probe_steps), optimizer)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Not a step more for a run that is resumed from its last one: the Trainer asks only after each step whether to stop."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
 
 # ---- preparing ------------------------------------------------------------------------------------------------------
-
-
-class Stopwatch(TrainerCallback):
-    """Measures the model when the engine stands but nothing is trained, and times the training alone.
-
-    Not before: in ZeRO-3 nobody can run the model until the engine gathers its weights. What was measured is kept in a file: a run that is
-    resumed has no untrained model any more.
-    """
-
-    def __init__(self, measure: Callable[[], dict[str, float]], kept: Path) -> None:
-        self._measure = measure
-        self._kept = kept
-        self.before: dict[str, float] = {}
-        self.seconds = 0.0
-        self.first_step = 0
-        self._start = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure, then start."""
-        self.first_step = state.global_step
-        if self.first_step == 0:
-            self.before = self._measure()
-            if state.is_world_process_zero:
-                self._kept.parent.mkdir(parents=True, exist_ok=True)
-                self._kept.write_text(json.dumps(self.before))
-        elif self._kept.is_file():
-            self.before = json.loads(self._kept.read_text())
-        report.reset_peak_memory()
-        self._start = time.perf_counter()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Stop."""
-        self.seconds = time.perf_counter() - self._start
 
 
 def prepare(options: command_line.Arguments) -> Task:
@@ -213,6 +180,7 @@ def measure(task: Task, model: PreTrainedModel, options: command_line.Arguments)
 def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int:
     """Measure, train, measure, save and report; returns the exit status, `PREEMPTED` if the scheduler ended training before its time."""
     set_seed(options.training.seed)
+    resuming = wants_to_resume(options.training.resume_from_checkpoint)
     checkpoint = resume_point(options.training.resume_from_checkpoint, Path(str(options.training.output_dir)))
     task = distributed.on_every_rank(lambda: prepare(options))
     model, probe_steps = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
@@ -234,14 +202,16 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     trainer.add_callback(TerminalLines if options.training.disable_tqdm else TerminalProgress)
     if "wandb" in options.training.report_to:
         trainer.remove_callback(WandbCallback)
-        trainer.add_callback(tracking.WandbRun(resuming=wants_to_resume(options.training.resume_from_checkpoint)))
+        trainer.add_callback(tracking.WandbRun(resuming))
+    if resuming:
+        trainer.add_callback(LastCheckpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     if preemption.reason:
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
     peak = report.peak_memory()
-    after = measure(task, model, options)
     trainer.save_model()
+    after = measure(task, model, options)
 
     numbers = _report(options, task, trainer, stopwatch, callback)
     numbers |= {"before": stopwatch.before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}

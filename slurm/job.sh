@@ -2,29 +2,35 @@
 # Settings are environment variables; give them before sbatch:  MODEL=my_model DATA=my.jsonl sbatch slurm/single_node.sbatch
 #
 #   CONFIG   DeepSpeed configuration (ds_configs/grass.json)      MODEL, DATA   as --model and --data of launch/train.py
-#   ARGS     further options of launch/train.py, e.g. ARGS="--max_steps 2000 --save_strategy steps --save_steps 200"
-#   OUTPUT   output folder on a file system that all machines share ($OUTPUT_ROOT/<job name>-<job id>, the same after a requeue;
-#            OUTPUT_ROOT: runs)
+#   ARGS     further options of launch/train.py without spaces in their values: ARGS="--max_steps 2000 --save_strategy steps --save_steps 200"
+#   OUTPUT   output folder on a file system that all machines share (runs/<job name>-<job id>, the same after a requeue)
 #   RANKS    processes per machine (one per GPU that the job was given)
 #   VENV     Python environment (.venv); VENV=none takes python from the PATH
+#   MAX_RESTARTS   how often the job goes back to the queue by itself (100)
 
 VENV="${VENV:-.venv}"
-if [ "$VENV" != none ]; then source "$VENV/bin/activate"; fi
+if [ "$VENV" != none ]; then
+    source "$VENV/bin/activate" || { echo "VENV=$VENV: no such environment in $PWD (bash launch/setup.sh makes .venv)" >&2; exit 1; }
+fi
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}" TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the job
 RANKS="${RANKS:-${SLURM_GPUS_ON_NODE:-1}}"
-OUTPUT="${OUTPUT:-${OUTPUT_ROOT:-runs}/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}}"
+OUTPUT="${OUTPUT:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}"
 
 # --resume_from_checkpoint true: from the newest complete checkpoint in $OUTPUT, or from the beginning if there is none.
-TRAIN=(launch/train.py --deepspeed "${CONFIG:-ds_configs/grass.json}" --output_dir "$OUTPUT" --resume_from_checkpoint true --disable_tqdm true
-    ${MODEL:+--model "$MODEL"} ${DATA:+--data "$DATA"} ${ARGS:-})
+read -ra more <<<"${ARGS:-}"
+TRAIN=(launch/train.py --deepspeed "${CONFIG:-ds_configs/grass.json}" --output_dir "$OUTPUT" --resume_from_checkpoint true
+    --disable_tqdm true ${MODEL:+--model "$MODEL"} ${DATA:+--data "$DATA"} "${more[@]}")
+# One process per GPU, each a task of SLURM. Whichever fails, the others are ended.
+SRUN=(srun --kill-on-bad-exit=1 --ntasks="$((SLURM_NNODES * RANKS))" --ntasks-per-node="$RANKS")
 
-# SLURM sends USR1 to this shell before the time limit (--signal=B:USR1@...). srun hands it to every process of the step: each rank notes it,
-# all of them save at the end of the step and exit with code 75. torchrun has to ignore it, or it would die of it.
-TORCHRUN=(bash -c 'trap "" USR1; exec torchrun "$@"' torchrun)
+newest_checkpoint() { ls -d "$OUTPUT"/checkpoint-* 2>/dev/null | sort -V | tail -n 1; }
 
+# SLURM sends USR1 to this shell before the time limit (--signal=B:USR1@...), and srun hands it to its tasks. The ranks take note, save at the
+# end of the step and exit with 75; with 76 when another machine fell silent. After both, and after a crash on the way, the job is queued again.
 run_and_requeue() {
-    local step code asked=0
+    local step code asked=0 before
+    before="$(newest_checkpoint)"
     trap 'asked=1; echo "time is up: saving"; kill -USR1 "$step"' USR1
     "$@" &
     step=$!
@@ -32,10 +38,18 @@ run_and_requeue() {
     while kill -0 "$step" 2>/dev/null; do # a signal ends "wait" early, not the step
         code=0; wait "$step" || code=$?
     done
-    # 75: saved, because it was asked to stop; 76: another machine fell silent. torchrun turns both into 1.
-    if [ "$code" = 75 ] || [ "$code" = 76 ] || { [ "$code" != 0 ] && [ "$asked" = 1 ]; }; then
-        echo "back to the queue (exit code $code, start ${SLURM_RESTART_COUNT:-0})"
-        scontrol requeue "$SLURM_JOB_ID"
+    case "$code" in
+        0) exit 0 ;;
+        75 | 76) ;;
+        *) # for ever, if it crashes before it saves
+            if [ "$asked" = 0 ] || [ "$(newest_checkpoint)" = "$before" ]; then exit "$code"; fi ;;
+    esac
+    if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then
+        echo "exit code $code, and not queued again after ${SLURM_RESTART_COUNT:-0} restarts (MAX_RESTARTS)"
+        exit "$code"
     fi
+    echo "back to the queue (exit code $code, restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+    # In an array the plain number may mean all its tasks.
+    scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
     exit "$code"
 }

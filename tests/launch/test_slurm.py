@@ -99,7 +99,7 @@ def test_two_machines_train_like_one(cluster: Cluster, settings: dict[str, str],
     """Two machines with two ranks each, and four ranks on one."""
     job = cluster.submit(
         MULTI_NODE, "four", "--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1",
-        OUTPUT=str(tmp_path / "two"), ARGS=arguments(8), **settings,
+        LAUNCHER="torchrun", OUTPUT=str(tmp_path / "two"), ARGS=arguments(8), **settings,
     )  # fmt: skip
     job.wait()
     assert re.search(r"4 x cpu", job.log)
@@ -191,24 +191,29 @@ def test_a_lost_machine_is_named_and_the_job_goes_on(
 
 
 def test_an_array_runs_every_sampler(cluster: Cluster, settings: dict[str, str], tmp_path: Path) -> None:
+    """And one of its jobs goes back to the queue alone, the one to which SLURM has given the number of the array."""
     lisa = tmp_path / "lisa.json"
     config = json.loads(Path(settings["CONFIG"]).read_text())
     config["grass"] = {"sampler": "uniform", "num_active_layers": 1, "sample_period": 2}
     lisa.write_text(json.dumps(config))
     environment = settings | {"CONFIGS": f"{settings['CONFIG']} {lisa}", "SEEDS": "5", "WANDB_DIR": str(tmp_path)}
     job = cluster.submit(
-        ROOT / "slurm" / "array_sweep.sbatch", "sweep", "--array=0-2", "--gpus-per-node=1", "--cpus-per-task=1",
-        ARGS=arguments(4, "--report_to wandb"), OUTPUT_ROOT=str(tmp_path / "runs"), **environment,
+        ROOT / "slurm" / "array_sweep.sbatch", "sweep", "--array=0-1", *ONE_RANK_EACH,
+        ARGS=arguments(30, "--report_to wandb"), OUTPUT_ROOT=str(tmp_path / "runs"), **environment,
     )  # fmt: skip
+    folders = [tmp_path / "runs" / f"sweep-{job.number}-{task}" for task in range(2)]
+    job.wait_until(lambda: steps_done(folders[1]) >= 3, "step")
+    cluster.run("scancel", "-b", "-s", "USR1", f"{job.number}_1")
     job.wait()
-    logs = [(cluster.folder / f"sweep-{job.number}-{task}.log").read_text() for task in range(3)]
-    assert "nothing to do" in logs[2]
-    for task, method in enumerate(("grass", "uniform")):
-        report = json.loads((tmp_path / "runs" / f"sweep-{job.number}-{task}" / "report.json").read_text())
+    logs = [(cluster.folder / f"sweep-{job.number}-{task}.log").read_text() for task in range(2)]
+    assert [log.count("back to the queue") for log in logs] == [0, 1]
+    assert [log.count("starting from the beginning") for log in logs] == [1, 1]
+    for folder, method in zip(folders, ("grass", "uniform"), strict=True):
+        report = json.loads((folder / "report.json").read_text())
         assert report["method"].startswith(method)
         assert report["seed"] == 5
     files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2
+    assert len(files) == 3
     assert all(f"sweep-{job.number}".encode() in file.read_bytes() for file in files)  # the group
 
 

@@ -44,8 +44,22 @@ def deepspeed_launcher() -> list[str]:
     return [str(binary), "--num_accelerators", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
 
 
-@pytest.mark.parametrize("file", ["grass.json", "zero3_grass.json"])
-def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
+def assert_nothing_is_trained_twice(options: list[str], folder: Path) -> None:
+    """Interrupted while it measured, the job starts again from the checkpoint of its last step."""
+    weights, history = folder / "out" / "model.safetensors", folder / "out" / "grass_history.jsonl"
+    before = weights.read_bytes(), history.read_text(), json.loads((folder / "out" / "report.json").read_text())
+    weights.unlink()
+    again = start(torchrun(), options, folder)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert (weights.read_bytes(), history.read_text()) == before[:2]
+    after = json.loads((folder / "out" / "report.json").read_text())
+    assert [after[key] for key in ("before", "after", "layers")] == [
+        before[2][key] for key in ("before", "after", "layers")
+    ]
+
+
+@pytest.mark.parametrize(("file", "resumed"), [("grass.json", True), ("zero3_grass.json", False)])
+def test_the_main_job(model_folder: Path, tmp_path: Path, file: str, resumed: bool) -> None:
     """Start to report: the model is saved and loads, only drawn layers moved, plots and one wandb run are there.
 
     With three test rows on two ranks: in ZeRO-3 the one without a second row must keep the other company.
@@ -56,8 +70,12 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
     options = ["--deepspeed", str(tmp_path / "grass.json"), "--model", str(model_folder), "--max_steps", str(STEPS)]
     options += ["--eval_samples", "3", "--per_device_eval_batch_size", "1", "--max_new_tokens", "8"]
     options += ["--report_to", "wandb", "--logging_steps", "1"]
+    if resumed:
+        options += ["--resume_from_checkpoint", "true"]
     done = start(deepspeed_launcher(), options, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
+    if resumed:
+        assert_nothing_is_trained_twice(options, tmp_path)
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["ranks"] == 2
@@ -66,7 +84,7 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
     assert report["memory"]["weights"]["device"] > 0
     assert all(Path(plot).stat().st_size > 10_000 for plot in report["files"]["plots"])
     assert len(report["files"]["plots"]) == 2
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert len({run.name.rsplit("-", 1)[1] for run in (tmp_path / "wandb").glob("offline-run-*")}) == 1
     assert "exact match" in done.stdout
 
     before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()

@@ -3,7 +3,6 @@
 
 import os
 import socket
-from typing import Any
 
 import pytest
 
@@ -45,7 +44,7 @@ SLURM_PORT = 20000 + 16 * 123 + 1
 FOUND = {
     "torchrun": (TORCHRUN, Placement(3, 1, 4, 2, "n1", 29500, "torchrun")),
     "deepspeed": (DEEPSPEED, Placement(3, 1, 4, 2, "n1", 29500, "deepspeed")),
-    "variables": (RANK_3_OF_4, Placement(3, 1, 4, 2, "n1", 29500, "environment")),
+    "variables": (RANK_3_OF_4, Placement(3, 1, 4, None, "n1", 29500, "environment")),
     "srun": (SRUN, Placement(3, 1, 4, 2, "gpu07", SLURM_PORT, "srun")),
     "srun-with-address": (SRUN | MASTER, Placement(3, 1, 4, 2, "n1", 29500, "srun")),
     "srun-with-pmi2": (SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"}, Placement(3, 1, 4, 2, "gpu07", SLURM_PORT, "srun")),
@@ -54,9 +53,14 @@ FOUND = {
     "torchrun-under-srun": (PER_MACHINE | TORCHRUN, Placement(3, 1, 4, 2, "n1", 29500, "torchrun")),
     "deepspeed-under-srun": (PER_MACHINE | DEEPSPEED, Placement(3, 1, 4, 2, "n1", 29500, "deepspeed")),
     "torchrun-in-the-batch-script": (BATCH | TORCHRUN, Placement(3, 1, 4, 2, "n1", 29500, "torchrun")),
-    "own-processes-in-one-task": (ONE_TASK | RANK_3_OF_4, Placement(3, 1, 4, 2, "n1", 29500, "environment")),
-    "exported-before": (
-        RANK_3_OF_4 | {"LOCAL_RANK": "0", "GRASS_LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+    "own-processes-in-one-task": (ONE_TASK | RANK_3_OF_4, Placement(3, 1, 4, None, "n1", 29500, "environment")),
+    "one-torchrun-per-step": (ONE_TASK | TORCHRUN, Placement(3, 1, 4, 2, "n1", 29500, "torchrun")),
+    "srun-with-world-size": (SRUN | {"WORLD_SIZE": "4"}, Placement(3, 1, 4, 2, "gpu07", SLURM_PORT, "srun")),
+    # Open MPI in a job of three machines: its daemons are a step of their own, whose variables the ranks inherit.
+    "mpirun-exported": (
+        PER_MACHINE
+        | RANK_3_OF_4
+        | {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
         Placement(3, 1, 4, 2, "n1", 29500, "environment"),
     ),
 }
@@ -79,6 +83,8 @@ def test_one_process_needs_no_launcher(environ: dict[str, str]) -> None:
 
 REFUSED = {
     "half": ({"RANK": "0"}, "WORLD_SIZE is not set"),
+    "other-half": ({"WORLD_SIZE": "2"}, "RANK is not set"),
+    "srun-with-another-world-size": (SRUN | {"WORLD_SIZE": "8"}, "WORLD_SIZE=8, but srun started 4 tasks"),
     "no-address": ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
     "not-a-number": (RANK_3_OF_4 | {"RANK": "three"}, "RANK='three' must be a whole number"),
     "rank-too-large": (RANK_3_OF_4 | {"RANK": "4"}, "RANK=4 must be below WORLD_SIZE=4"),
@@ -101,7 +107,7 @@ def test_contradictions_show_what_was_seen(case: str) -> None:
     with pytest.raises(PlacementError, match="Seen: ") as raised:
         find(environ)
     assert message in str(raised.value)
-    name = "RANK" if "RANK" in environ else "SLURM_NTASKS"
+    name = next(name for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS") if name in environ)
     assert f"{name}={environ[name]}" in str(raised.value)
 
 
@@ -138,19 +144,13 @@ class OneDevice:
 
 
 def test_where_each_task_sees_one_device_local_rank_becomes_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate and DeepSpeed take LOCAL_RANK for the device; who asks for the local rank still gets it, as do children."""
-    for name in (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "GRASS_LOCAL_RANK",
-    ):
+    """accelerate and DeepSpeed take LOCAL_RANK for the device; who asks for the local rank still gets it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
+    monkeypatch.setattr(placement, "_exported", [])
     monkeypatch.setattr(placement, "get_accelerator", OneDevice)
-    find(SRUN).export()
-    assert os.environ["LOCAL_RANK"] == "0"
-    again: Any = find(dict(os.environ))
-    assert (again.rank, again.local_rank, again.world_size, again.local_world_size) == (3, 1, 4, 2)
+    found = find(SRUN)
+    found.export()
+    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    assert list(said.values()) == ["3", "0", "4", "2", "gpu07"]
+    assert find() == found

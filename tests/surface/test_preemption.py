@@ -61,13 +61,17 @@ def test_one_process_asks_nobody() -> None:
 
 def test_the_callback_saves_and_stops_and_puts_off_the_evaluation() -> None:
     control = SimpleNamespace(should_save=False, should_training_stop=False, should_evaluate=True)
-    stand_in: Any = SimpleNamespace(agreed=lambda: False)
-    arguments: Any = (None, None, control)
-    PreemptionCallback(stand_in).on_step_end(*arguments)
+    preemption: Any = SimpleNamespace(agreed=lambda: False, reason="")
+    callback, event = PreemptionCallback(preemption), (None, None, control)
+    callback.on_step_end(*event)  # type: ignore[arg-type]
+    callback.on_epoch_end(*event)  # type: ignore[arg-type]
     assert vars(control) == {"should_save": False, "should_training_stop": False, "should_evaluate": True}
-    stand_in.agreed = lambda: True
-    PreemptionCallback(stand_in).on_step_end(*arguments)
+    preemption.agreed, preemption.reason = lambda: True, "SIGUSR1"
+    callback.on_step_end(*event)  # type: ignore[arg-type]
     assert vars(control) == {"should_save": True, "should_training_stop": True, "should_evaluate": False}
+    control.should_evaluate = True  # with save_strategy and eval_strategy "epoch"
+    callback.on_epoch_end(*event)  # type: ignore[arg-type]
+    assert vars(control) == {"should_save": False, "should_training_stop": True, "should_evaluate": False}
 
 
 class Rows(Dataset[int]):

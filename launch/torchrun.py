@@ -1,0 +1,41 @@
+"""torchrun for job scripts: it hands SIGUSR1 and SIGTERM on to its ranks, and ends with the exit code of the first that failed.
+
+    srun --ntasks-per-node=1 python launch/torchrun.py --nnodes=2 --nproc-per-node=8 ... launch/train.py ...
+
+Most clusters send signals to the processes that srun started and to no others. torchrun itself dies of SIGUSR1, gives its ranks 30 seconds after
+SIGTERM however long they have, and turns every exit code into 1: a job script could not tell a saved run from a failed one.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import psutil
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+HANDED_ON = (signal.SIGUSR1, signal.SIGTERM)
+
+
+def hand_on(number: int, frame: FrameType | None) -> None:
+    """Send it to the ranks, which decide what to do."""
+    for rank in psutil.Process().children():
+        rank.send_signal(number)
+
+
+def run() -> int:
+    """torchrun's command line; the exit status."""
+    for number in HANDED_ON:
+        signal.signal(number, hand_on)
+    try:
+        main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # of a signal, as shells say it
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
