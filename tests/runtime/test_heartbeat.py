@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed import comm as dist
 
 from grass_ds.heartbeat import FAREWELL, RANK_LOST, Heartbeat, Line, Silence, bound_socket
 
@@ -172,3 +173,21 @@ def test_ranks_of_a_process_group_meet(two_ranks: Any) -> None:
 @pytest.mark.dist
 def test_one_rank_needs_no_heartbeat(one_rank: Any) -> None:
     one_rank.run(meet_and_leave, first=0)
+
+
+def ask_for_a_verdict(leaving: int) -> float:
+    """Seconds until a rank whose collective failed knows that no rank is lost, since the one that failed has left."""
+    heartbeat = Heartbeat(limit=6.0, interval=0.5)
+    with heartbeat:
+        if dist.get_rank() == leaving:
+            time.sleep(1.0)  # all have been heard
+            return 0.0
+        start = time.monotonic()
+        heartbeat.wait_for_verdict()
+        return time.monotonic() - start
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_an_error_of_a_rank_that_is_not_lost_is_soon_known(two_ranks: Any, leaving: int) -> None:
+    assert 0.5 < max(two_ranks.run(ask_for_a_verdict, leaving=leaving)) < 4.0

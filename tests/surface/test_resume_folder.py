@@ -3,8 +3,9 @@
 
 import io
 import json
+import logging
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,10 +116,14 @@ UNSEALED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.fixture
-def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def warnings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What DeepSpeed's logger says; threads of other libraries may have something to say as well."""
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("WARNING", logger.name)
-    return caplog
+    only_ours = logging.Filter(logger.name)
+    caplog.handler.addFilter(only_ours)
+    yield caplog
+    caplog.handler.removeFilter(only_ours)
 
 
 def check_damage(folder: Path, damage: Callable[[Path], None], said: str, warnings: pytest.LogCaptureFixture) -> None:

@@ -29,7 +29,7 @@ class HostMemory:
         pin: register it with the device. Where that fails (a limit, a driver) copies are slower and do not overlap: one warning.
 
     Attributes:
-        data: uint8 [nbytes], contents undefined.
+        data: uint8 [nbytes], zeros.
         pinned: whether the device knows it.
     """
 
@@ -55,7 +55,7 @@ class StagingMemory:
         lock: page-lock them for AIO where they are not pinned, if the process may: otherwise it has to do without.
 
     Attributes:
-        buffers: uint8 [nbytes] each, page-aligned, contents undefined.
+        buffers: uint8 [nbytes] each, page-aligned, zeros.
         locked: whether they are page-locked, so that AIO accepts them.
     """
 
@@ -101,8 +101,12 @@ def _unregister(address: int) -> None:
 
 
 def _locked(nbytes: int) -> torch.Tensor:
-    """Locked by DeepSpeed, which remembers it; freed with the last view."""
-    return get_native_pinned_memory().pin_empty(torch.empty(0, dtype=torch.uint8), (nbytes,))
+    """Locked by DeepSpeed, which remembers it; freed with the last view.
+
+    The rest of a page behind a chunk's end goes to the file as it is. It must not be what was in the heap: that may be the pattern by which
+    AioIO tells that a read delivered nothing.
+    """
+    return get_native_pinned_memory().pin_empty(torch.empty(0, dtype=torch.uint8), (nbytes,)).zero_()
 
 
 def _pageable(nbytes: int) -> torch.Tensor:
