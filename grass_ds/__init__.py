@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from grass_ds.entry import enable, initialize
     from grass_ds.heartbeat import RANK_LOST, Heartbeat
     from grass_ds.hf import GrassCallback, PreemptionCallback
-    from grass_ds.placement import Placement, PlacementError
+    from grass_ds.placement import PlacementError
     from grass_ds.preemption import PREEMPTED, Preemption
     from grass_ds.resume import last_checkpoint
     from grass_ds.runtime.engine import GrassEngine
@@ -32,7 +32,6 @@ _MODULES = {
     "GrassConfigError": "config",
     "GrassEngine": "runtime.engine",
     "Heartbeat": "heartbeat",
-    "Placement": "placement",
     "PlacementError": "placement",
     "Preemption": "preemption",
     "PreemptionCallback": "hf",
@@ -49,7 +48,6 @@ __all__ = [
     "GrassConfigError",
     "GrassEngine",
     "Heartbeat",
-    "Placement",
     "PlacementError",
     "Preemption",
     "PreemptionCallback",

@@ -171,18 +171,11 @@ class GrassCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw the plots, wait for the checkpoint under way and let go of the engine.
+        """Wait for the checkpoint under way, draw the plots and let go of the engine.
 
         Raises:
             Exception: on every rank, what went wrong with that checkpoint.
         """
-        if self.history is not None and importlib.util.find_spec("matplotlib") is not None:
-            try:
-                self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
-                _log_to_wandb(self.plot_paths)
-            except Exception:
-                # The trained weights are not saved yet and the other ranks wait for this one to save them.
-                logger.exception("could not draw or upload the plots; training itself is complete")
         try:
             if self._handle is not None:
                 self._handle.wait_for_checkpoint()
@@ -190,6 +183,13 @@ class GrassCallback(TrainerCallback):
                 self._keeper.tidy(state.global_step, state.best_model_checkpoint, at_end=True)
         finally:
             self._release()
+        if self.history is not None and importlib.util.find_spec("matplotlib") is not None:
+            try:
+                self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
+                _log_to_wandb(self.plot_paths)
+            except Exception as error:
+                # The trained weights are not saved yet and the other ranks wait for this one to save them.
+                logger.warning(f"could not draw or upload the plots ({error!r}); training itself is complete")
 
     def _release(self) -> None:
         """Let go of the engine: a second `train()` builds another, and both would not fit."""
@@ -222,10 +222,10 @@ class PreemptionCallback(TrainerCallback):
         trainer = Trainer(model, args, callbacks=[GrassCallback(), PreemptionCallback(preemption)], ...)
         trainer.train(resume_from_checkpoint=grass_ds.last_checkpoint(args.output_dir))
         if preemption.reason:
-            sys.exit(grass_ds.PREEMPTED)
+            sys.exit(preemption.end())
 
     The checkpoint is written whatever `save_strategy` is, and published when `train()` returns. An evaluation due in the same step is left out:
-    there may be no time for it.
+    there may be no time for it. In the last step nothing is asked: training is over in any case.
     """
 
     def __init__(self, preemption: Preemption) -> None:
@@ -234,7 +234,7 @@ class PreemptionCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the signals from the processes that load data (`dataloader_num_workers`)."""
+        """Keep the signals from the processes that load training data (`dataloader_num_workers`)."""
         loader = kwargs.get("train_dataloader")
         if loader is not None:
             loader.worker_init_fn = shielded(loader.worker_init_fn)
@@ -243,7 +243,7 @@ class PreemptionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask, at the boundary of an optimizer step. It runs after the Trainer's own callback, which decides what else is due."""
-        if self.preemption.agreed():
+        if state.global_step < state.max_steps and self.preemption.agreed():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

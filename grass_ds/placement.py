@@ -8,6 +8,7 @@ an error: ``srun -n 2 torchrun --standalone`` would train two models into one fo
 shell would make every task rank 0.
 """
 
+import functools
 import os
 import re
 import socket
@@ -61,10 +62,10 @@ class Placement:
         the one of its local rank.
 
         Raises:
-            PlacementError: the ranks of this machine share fewer devices than they are.
+            PlacementError: no device is visible, or one launcher has started more ranks here than devices are.
         """
-        if self.launcher in _PER_RANK:
-            return self.local_rank % max(visible, 1)
+        if self.launcher in _PER_RANK and visible:
+            return self.local_rank % visible
         if self.local_rank >= visible:
             raise PlacementError(
                 f"local rank {self.local_rank} has no device: {visible} visible on {socket.gethostname()}, "
@@ -278,24 +279,31 @@ def _under_mpirun(seen: _Seen) -> bool:
 
 
 def _from_mpi(seen: _Seen) -> Placement:
-    ours = "mpi4py.MPI" not in sys.modules
     try:
-        from mpi4py import MPI
+        found = _ask_mpi(seen.text("MASTER_ADDR", default=""), seen.integer("MASTER_PORT", default=0))
     except (ImportError, RuntimeError) as error:
         raise seen.error(
             f"this process was started by mpirun, and mpi4py, which finds the other ranks, does not load ({error}); "
             "run `pip install mpi4py`, or start with torchrun"
         ) from error
-    world, expected = MPI.COMM_WORLD, seen.first(_MPI_SIZES)
-    if world.size != expected:
+    expected = seen.first(_MPI_SIZES)
+    if found.world_size != expected:
         raise seen.error(
-            f"mpirun started {expected} processes, but mpi4py sees {world.size}: it uses another MPI than the mpirun in the PATH; "
+            f"mpirun started {expected} processes, but mpi4py sees {found.world_size}: it uses another MPI than the mpirun in the PATH; "
             "load the MPI that mpi4py was installed for, or install mpi4py again"
         )
+    return found
+
+
+@functools.cache  # MPI can be begun and ended but once
+def _ask_mpi(address: str, port: int) -> Placement:
+    ours = "mpi4py.MPI" not in sys.modules
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     host = "127.0.0.1" if local.size == world.size else socket.gethostname()
-    mine = seen.text("MASTER_ADDR", default=host), seen.integer("MASTER_PORT", default=_free_port())
-    address, port = world.bcast(mine, root=0)
+    address, port = world.bcast((address or host, port or _free_port()), root=0)
     found = Placement(world.rank, local.rank, world.size, local.size, address, port, "mpirun")
     if ours:
         MPI.Finalize()  # at exit it would wait for all ranks, and one that failed would keep mpirun from ending the others

@@ -34,7 +34,7 @@ class Preemption:
                 engine.save_checkpoint(folder)
                 engine.wait_for_checkpoint()
                 break
-        sys.exit(grass_ds.PREEMPTED if preemption.reason else 0)
+        sys.exit(preemption.end())
 
     Args:
         signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which ``scancel``, ``scontrol
@@ -62,6 +62,15 @@ class Preemption:
     def reason(self) -> str:
         """The signal that all ranks act on, by name; empty while there is none."""
         return "" if self._agreed is None else self._agreed.name
+
+    def end(self) -> int:
+        """The last thing a program does: returns its exit code, :data:`PREEMPTED` or 0, and lets no signal change it any more.
+
+        The first rank that ends makes launchers send SIGTERM to the others, and Python gives handlers up long before a process is gone.
+        """
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+        return PREEMPTED if self.reason else 0
 
     def close(self) -> None:
         """Give the signals back to those who handled them before."""
@@ -97,7 +106,7 @@ def _as_child(number: int) -> None:
 
 
 class shielded:
-    """A ``worker_init_fn`` of `torch.utils.data.DataLoader` whose workers survive the signals: the step they load for is still to be done.
+    """A ``worker_init_fn`` of a `torch.utils.data.DataLoader` for training, whose workers survive the signals: the step they load for is still to be done.
 
     torch lets workers die of a SIGTERM that is not their parent's, and the parent of that. They end with their parent anyway.
 

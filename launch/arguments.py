@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from launch import distributed
 from launch.data import BUILTIN
 from launch.model import DEFAULT_MODEL
+from launch.resume import wants_to_resume
 
 PROG = "deepspeed launch/train.py"
 DESCRIPTION = """Fine-tune a language model under DeepSpeed, a few layers at a time (GRASS) or any other way that the
@@ -268,6 +269,10 @@ def _check(arguments: Arguments) -> None:
     tasks = ("auto", "exact", "choice", "loss", "none")
     if arguments.evaluation.eval_task not in tasks:
         raise ValueError(f"--eval_task {arguments.evaluation.eval_task!r}: choose one of {', '.join(tasks)}")
+    if arguments.training.save_only_model and wants_to_resume(arguments.training.resume_from_checkpoint):
+        raise ValueError(
+            "--save_only_model: nothing could be resumed from such checkpoints; leave it out, or --resume_from_checkpoint"
+        )
     for name, value in (
         ("max_length", arguments.data.max_length),
         ("eval_samples", arguments.evaluation.eval_samples),

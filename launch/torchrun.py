@@ -8,6 +8,7 @@ SIGTERM however long they have, and turns every exit code into 1: a job script c
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from types import FrameType
@@ -22,7 +23,8 @@ HANDED_ON = (signal.SIGUSR1, signal.SIGTERM)
 def hand_on(number: int, frame: FrameType | None) -> None:
     """Send it to the ranks, which decide what to do."""
     for rank in psutil.Process().children():
-        rank.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
 
 
 def run() -> int:
@@ -34,6 +36,10 @@ def run() -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code  # of a signal, as shells say it
+    finally:
+        # srun ends the other machines' agents as soon as one has ended; that must not replace the code.
+        for number in HANDED_ON:
+            signal.signal(number, signal.SIG_IGN)
     return 0
 
 

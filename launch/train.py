@@ -211,6 +211,9 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         return grass_ds.PREEMPTED
     peak = report.peak_memory()
     trainer.save_model()
+    if resuming and preemption.agreed():
+        _say_where_to_go_on(preemption, trainer)
+        return grass_ds.PREEMPTED
     after = measure(task, model, options)
 
     numbers = _report(options, task, trainer, stopwatch, callback)
@@ -312,6 +315,7 @@ def main() -> int:
     finally:
         tracking.finish(status)
         distributed.stop()
+        preemption.end()
     return status
 
 

@@ -4,17 +4,23 @@
 #   CONFIG   DeepSpeed configuration (ds_configs/grass.json)      MODEL, DATA   as --model and --data of launch/train.py
 #   ARGS     further options of launch/train.py without spaces in their values: ARGS="--max_steps 2000 --save_strategy steps --save_steps 200"
 #   OUTPUT   output folder on a file system that all machines share (runs/<job name>-<job id>, the same after a requeue)
-#   RANKS    processes per machine (one per GPU that the job was given)
+#   RANKS    processes per machine (one per GPU that the job was given; without GPUs one per task)
 #   VENV     Python environment (.venv); VENV=none takes python from the PATH
 #   MAX_RESTARTS   how often the job goes back to the queue by itself (100)
+
+# SLURM sends USR1 to this shell before the time limit (--signal=B:USR1@...), and srun hands it to its tasks. The ranks take note, save at the
+# end of the step and exit with 75; with 76 when another machine fell silent.
+asked=0 step=
+trap 'asked=1; echo "time is up: saving"; [ -z "$step" ] || kill -USR1 "$step"' USR1
 
 VENV="${VENV:-.venv}"
 if [ "$VENV" != none ]; then
     source "$VENV/bin/activate" || { echo "VENV=$VENV: no such environment in $PWD (bash launch/setup.sh makes .venv)" >&2; exit 1; }
 fi
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}" TOKENIZERS_PARALLELISM=false
+# More threads help on CPU ranks only; the other CPUs of a task are for loading data and writing checkpoints.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the job
-RANKS="${RANKS:-${SLURM_GPUS_ON_NODE:-1}}"
+RANKS="${RANKS:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}"
 OUTPUT="${OUTPUT:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}"
 
 # --resume_from_checkpoint true: from the newest complete checkpoint in $OUTPUT, or from the beginning if there is none.
@@ -26,22 +32,22 @@ SRUN=(srun --kill-on-bad-exit=1 --ntasks="$((SLURM_NNODES * RANKS))" --ntasks-pe
 
 newest_checkpoint() { ls -d "$OUTPUT"/checkpoint-* 2>/dev/null | sort -V | tail -n 1; }
 
-# SLURM sends USR1 to this shell before the time limit (--signal=B:USR1@...), and srun hands it to its tasks. The ranks take note, save at the
-# end of the step and exit with 75; with 76 when another machine fell silent. After both, and after a crash on the way, the job is queued again.
+# Start the ranks, and go back to the queue when they have saved or lost a machine, or when the signal came before Python could take note (138).
 run_and_requeue() {
-    local step code asked=0 before
+    local code=138 before
     before="$(newest_checkpoint)"
-    trap 'asked=1; echo "time is up: saving"; kill -USR1 "$step"' USR1
-    "$@" &
-    step=$!
-    code=0; wait "$step" || code=$?
-    while kill -0 "$step" 2>/dev/null; do # a signal ends "wait" early, not the step
+    if [ "$asked" = 0 ]; then
+        "$@" &
+        step=$!
         code=0; wait "$step" || code=$?
-    done
+        while kill -0 "$step" 2>/dev/null; do # a signal ends "wait" early, not the step
+            code=0; wait "$step" || code=$?
+        done
+    fi
     case "$code" in
         0) exit 0 ;;
-        75 | 76) ;;
-        *) # for ever, if it crashes before it saves
+        75 | 76 | 138) ;;
+        *) # a crash: only if it saved before, or it would go on for ever
             if [ "$asked" = 0 ] || [ "$(newest_checkpoint)" = "$before" ]; then exit "$code"; fi ;;
     esac
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "${MAX_RESTARTS:-100}" ]; then

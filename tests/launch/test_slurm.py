@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 REASON = why_not()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
 
-STEPS = 60
+STEPS = 120
 MULTI_NODE = ROOT / "slurm" / "multi_node.sbatch"
 ONE_RANK_EACH = ["--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1"]
 
@@ -28,9 +28,11 @@ ONE_RANK_EACH = ["--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1"
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    cluster.start()
-    yield cluster
-    cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,7 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(
     stops = 3
     interrupt(job, lambda: cluster.run("scancel", str(job.number)), start=4)
     job.wait(state="CANCELLED")
+    assert re.findall(r"back to the queue \(exit code (\d+)", job.log)[:2] == ["75", "75"]
     assert re.findall(r"stopped by (SIG\w+)", job.log) == ["SIGUSR1", "SIGUSR1", "SIGTERM", "SIGTERM"]
 
     last = start("by-hand")
@@ -175,7 +178,7 @@ def test_a_lost_machine_is_named_and_the_job_goes_on(
     cluster: Cluster, settings: dict[str, str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    options = arguments(STEPS, "--save_strategy steps --save_steps 5 --save_total_limit 2 --rank_timeout 3")
+    options = arguments(STEPS, "--save_strategy steps --save_steps 10 --save_total_limit 2 --rank_timeout 3")
     job = cluster.submit(
         MULTI_NODE, "lost", *ONE_RANK_EACH, OUTPUT=str(folder), LAUNCHER="srun", ARGS=options, **settings
     )

@@ -22,7 +22,8 @@ def note(number, frame):
 signal.signal(signal.SIGUSR1, note)
 signal.signal(signal.SIGTERM, note)
 (folder / f"{rank}.ready").touch()
-while not (folder / f"{rank}.SIGTERM").exists():
+end = time.monotonic() + 60
+while not (folder / f"{rank}.SIGTERM").exists() and time.monotonic() < end:
     time.sleep(0.05)
 sys.exit(int(sys.argv[2]))
 """

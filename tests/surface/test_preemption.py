@@ -4,7 +4,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 import grass_ds
 from grass_ds.hf import PreemptionCallback
 
+ROOT = Path(__file__).resolve().parents[2]
 UNUSED: Any = (None, None, None)
 
 
@@ -62,7 +66,8 @@ def test_one_process_asks_nobody() -> None:
 def test_the_callback_saves_and_stops_and_puts_off_the_evaluation() -> None:
     control = SimpleNamespace(should_save=False, should_training_stop=False, should_evaluate=True)
     preemption: Any = SimpleNamespace(agreed=lambda: False, reason="")
-    callback, event = PreemptionCallback(preemption), (None, None, control)
+    state = SimpleNamespace(global_step=3, max_steps=9)
+    callback, event = PreemptionCallback(preemption), (None, state, control)
     callback.on_step_end(*event)  # type: ignore[arg-type]
     callback.on_epoch_end(*event)  # type: ignore[arg-type]
     assert vars(control) == {"should_save": False, "should_training_stop": False, "should_evaluate": True}
@@ -72,6 +77,40 @@ def test_the_callback_saves_and_stops_and_puts_off_the_evaluation() -> None:
     control.should_evaluate = True  # with save_strategy and eval_strategy "epoch"
     callback.on_epoch_end(*event)  # type: ignore[arg-type]
     assert vars(control) == {"should_save": False, "should_training_stop": True, "should_evaluate": False}
+
+
+def test_the_last_step_ends_training_in_any_case() -> None:
+    """A Trainer that resumed from it would train one more."""
+    control = SimpleNamespace(should_save=False)
+    asked: Any = SimpleNamespace(agreed=lambda: True)
+    last: Any = SimpleNamespace(global_step=9, max_steps=9)
+    PreemptionCallback(asked).on_step_end(None, last, control)  # type: ignore[arg-type]
+    assert not control.should_save
+
+
+PROGRAM = """
+import os, signal, sys
+from grass_ds.preemption import Preemption
+preemption = Preemption()
+os.kill(os.getpid(), signal.SIGUSR1)
+preemption.agreed()
+print("ending", flush=True)
+sys.exit(preemption.end())
+"""
+
+
+def test_the_exit_code_survives_the_sigterm_that_the_first_to_end_causes() -> None:
+    """Launchers send it to the others, whose Python may have given its handlers up by then."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == "ending\n"
+    deadline = time.monotonic() + 30
+    while program.poll() is None and time.monotonic() < deadline:
+        program.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert program.wait(1) == grass_ds.PREEMPTED
 
 
 class Rows(Dataset[int]):

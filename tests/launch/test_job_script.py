@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""slurm/job.sh: which ends of a run go back to the queue. With stand-ins for srun and scontrol; test_slurm.py has the real ones."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SRUN = """#!/bin/bash
+save() { mkdir -p "$OUTPUT/checkpoint-$SAVES"; }
+trap '[ -z "$SAVES" ] || save; exit $CODE' USR1
+touch "$OUTPUT/started"
+if [ "$ASKED" = 1 ]; then for _ in {1..200}; do sleep 0.05; done; fi
+exit $CODE
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" >> "$OUTPUT/queue"
+"""
+JOB = 'source slurm/job.sh; run_and_requeue "${SRUN[@]}" python "${TRAIN[@]}"'
+
+ENDS = {
+    "finished": ({"CODE": "0"}, None),
+    "failed": ({"CODE": "1"}, None),
+    "finished-though-asked": ({"CODE": "0", "ASKED": "1"}, None),
+    "saved": ({"CODE": "75", "ASKED": "1", "SAVES": "5"}, "requeue 7"),
+    "saved-for-the-steps-alone": ({"CODE": "75"}, "requeue 7"),
+    "rank-lost": ({"CODE": "76"}, "requeue 7"),
+    "asked-before-python-could-note-it": ({"CODE": "138", "ASKED": "1"}, "requeue 7"),
+    "saved-and-crashed": ({"CODE": "143", "ASKED": "1", "SAVES": "5"}, "requeue 7"),
+    "crashed-before-it-saved": ({"CODE": "143", "ASKED": "1"}, None),
+    "task-of-an-array": (
+        {"CODE": "75", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "3"},
+        "requeue 7_2",
+    ),
+    "too-often": ({"CODE": "75", "SLURM_RESTART_COUNT": "4", "MAX_RESTARTS": "4"}, None),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_what_goes_back_to_the_queue(tmp_path: Path, case: str) -> None:
+    settings, requeued = ENDS[case]
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "grass",
+        "SLURM_NNODES": "1",
+        "VENV": "none",
+        "OUTPUT": str(tmp_path),
+    }
+    environment = {
+        **os.environ,
+        "ASKED": "0",
+        "SAVES": "",
+        **slurm,
+        **settings,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    job = subprocess.Popen(["bash", "-c", JOB], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        if environment["ASKED"] == "1":
+            deadline = time.monotonic() + 20
+            while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == int(settings["CODE"])
+    finally:
+        job.kill()
+    asked = tmp_path / "queue"
+    assert (asked.read_text().strip() if asked.exists() else None) == requeued
+
+
+def test_a_missing_environment_ends_the_job() -> None:
+    environment = {
+        **os.environ,
+        "VENV": "no/such",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "grass",
+        "SLURM_NNODES": "1",
+    }
+    done = subprocess.run(["bash", "-c", JOB], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert "VENV=no/such: no such environment" in done.stderr
