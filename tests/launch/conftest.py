@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -32,42 +33,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.fixture(scope="session")
-def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A tiny random Llama in float32, with weights large enough that its outputs differ clearly."""
+def tiny_llama(tokenizer: PreTrainedTokenizerFast, layers: int, **more: Any) -> LlamaForCausalLM:
+    """A random Llama for the tokenizer, the same each time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
+        **more,
     )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """In float32, with weights large enough that its outputs differ clearly."""
+    return tiny_llama(tokenizer, layers=2, initializer_range=0.3).eval()
 
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny bfloat16 Llama of four layers, saved with its tokenizer."""
+    """In bfloat16, saved with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tiny_llama(tokenizer, layers=4).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -119,3 +119,27 @@ def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: 
     assert expected in output, output[-3000:]
     assert 'launch/train.py", line' not in output, output[:3000]  # a message, no traceback of ours
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+FAILING = """
+import deepspeed.comm as dist
+from launch import train
+for error in (ValueError, RuntimeError):
+    def parse():
+        train.distributed.start()
+        assert dist.is_initialized()
+        raise error("no such thing")
+    train.command_line.parse = parse
+    try:
+        status = train.main()
+    except RuntimeError:
+        status = "raised"
+    print(status, dist.is_initialized())
+"""
+
+
+def test_the_process_group_is_left_however_the_program_ends() -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-c", FAILING]
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-2:] == ["1 False", "raised False"], done.stderr[-2000:]
