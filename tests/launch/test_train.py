@@ -142,4 +142,5 @@ def test_the_process_group_is_left_however_the_program_ends() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, "-c", FAILING]
     done = subprocess.run(command, cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-2:] == ["1 False", "raised False"], done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if line.endswith(("True", "False"))]
+    assert said == ["1 False", "raised False"], done.stderr[-2000:]
