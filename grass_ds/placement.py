@@ -13,9 +13,11 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 # Launchers that start one process per rank in an environment of its own; the devices of others' ranks may be hidden in it.
@@ -26,6 +28,9 @@ _SHOWN = re.compile(
     r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(CROSS|LOCAL)_SIZE|MASTER_(ADDR|PORT)|(OMPI|MV2)_COMM_WORLD_(LOCAL_)?(RANK|SIZE)|PMI_(RANK|SIZE)"
     r"|SLURM_(JOB_ID|STEP_ID|PROCID|LOCALID|NTASKS|NODEID|STEP_NUM_TASKS|STEP_NODELIST|STEP_TASKS_PER_NODE)"
 )
+
+
+_GLOO_RELEASE_SECONDS = 0.25
 
 
 class PlacementError(ValueError):
@@ -116,8 +121,8 @@ def find(environ: Mapping[str, str] | None = None) -> Placement:
     Raises:
         PlacementError: the launchers contradict each other, or say too little.
     """
-    if environ is None and _exported:
-        return _exported[-1]
+    if environ is None and (here := exported()) is not None:
+        return here
     seen = _Seen(os.environ if environ is None else environ)
     if seen.has("RANK"):
         return _from_variables(seen)
@@ -133,6 +138,15 @@ def find(environ: Mapping[str, str] | None = None) -> Placement:
             "before it (or torchrun, deepspeed, mpirun), or set SLURM_NTASKS=1 for a single process"
         )
     return Placement(0, 0, 1, 1, "127.0.0.1", _free_port(), "none")
+
+
+def leave() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A thread of gloo lets go of the tensors that it sent a moment after they arrived, and needs the interpreter for it. If that
+        # is gone by then the process aborts, and a run that went well ends with an error.
+        time.sleep(_GLOO_RELEASE_SECONDS)
 
 
 class _Seen:

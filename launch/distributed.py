@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -17,7 +16,6 @@ from deepspeed.accelerator import get_accelerator
 from grass_ds import placement
 
 T = TypeVar("T")
-_GLOO_RELEASE_SECONDS = 0.25
 
 
 class AgreedError(ValueError):
@@ -53,11 +51,7 @@ def start(timeout_minutes: float = 30.0) -> None:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        # A thread of gloo lets go of the tensors that it sent a moment after they arrived, and needs the interpreter for it. If that
-        # is gone by then the process aborts, and a run that went well ends with an error.
-        time.sleep(_GLOO_RELEASE_SECONDS)
+    placement.leave()
 
 
 def barrier() -> None:

@@ -14,6 +14,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
+from grass_ds.placement import leave
 
 SECONDS = 60.0
 """How long all of it may take. Time-outs of the process group come later: NCCL's end the process without a word on stdout."""
@@ -26,8 +27,6 @@ HANGS = Finding(
 SMALL_BYTES, LATENCY_ROUNDS = 8, 20
 ROUNDS = 5
 SLOW_GBPS = 1.0
-# A thread of gloo needs the interpreter a moment longer, or else the process aborts.
-_GLOO_RELEASE_SECONDS = 0.25
 
 
 def check_all_reduce() -> Iterator[Finding]:
@@ -36,9 +35,7 @@ def check_all_reduce() -> Iterator[Finding]:
         dist.init_distributed(verbose=False, timeout=timedelta(seconds=2 * SECONDS))
         yield from _measure()
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            time.sleep(_GLOO_RELEASE_SECONDS)
+        leave()
 
 
 def _measure() -> Iterator[Finding]:

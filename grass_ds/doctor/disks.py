@@ -13,13 +13,12 @@ import torch
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 from grass_ds.runtime.offload.blockio import AioSettings, Piece, PosixIO
-from grass_ds.runtime.offload.files import StateFiles, filesystem, resolve_path
+from grass_ds.runtime.offload.files import IN_MEMORY, StateFiles, filesystem, resolve_path
 from grass_ds.runtime.offload.memory import HostMemory
 
 TEST_BYTES = 256 * 2**20
 SHARED_SECONDS = 30.0
 """How long a new file may take to be seen on another machine: NFS looks at a folder again after 30 seconds at the latest."""
-IN_MEMORY = ("tmpfs", "ramfs")
 NETWORK = ("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "9p")
 
 

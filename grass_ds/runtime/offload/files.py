@@ -30,7 +30,7 @@ ALIGNMENT = 4096
 """Bytes. What O_DIRECT wants of offsets, lengths and addresses on every disk."""
 
 _KEY = "grass.offload.nvme_path"
-_IN_MEMORY = ("tmpfs", "ramfs")
+IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class OffloadError(RuntimeError):
@@ -173,7 +173,7 @@ class StateFiles:
         for path in stale:
             path.unlink()
         self.direct = _supports_direct(self._directory)
-        if filesystem(self._root) in _IN_MEMORY:
+        if filesystem(self._root) in IN_MEMORY:
             logger.warning(f'{_KEY} = "{self._root}" is a filesystem in memory: the state still takes RAM')
         elif not self.direct:
             logger.info(f"{self._root} does not support direct I/O: transfers go through the page cache")
