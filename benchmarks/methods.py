@@ -42,14 +42,14 @@ def ds_config(
     lr: float,
     grass: dict[str, Any],
     bucket: int = 5_000_000,
-    fused: bool = False,
+    total_steps: int | None = None,
 ) -> dict[str, Any]:
-    """bf16, AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
+    """bf16, torch's fused AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
 
     Args:
         bucket: elements of DeepSpeed's communication buffers; about one layer, as its default of 5e8 would dominate the memory of
             a small model.
-        fused: torch's fused AdamW, which makes no temporary copies.
+        total_steps: the learning rate falls linearly to zero until then; None: it stays.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -57,15 +57,16 @@ def ds_config(
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True, "fused": True}},
         "scheduler": {
             "type": "WarmupLR",
             "params": {"warmup_max_lr": lr, "warmup_num_steps": 5, "warmup_type": "linear"},
         },
         "steps_per_print": 10**9,
     }
-    if fused:
-        config["optimizer"]["params"]["fused"] = True
+    if total_steps is not None:
+        config["scheduler"]["type"] = "WarmupDecayLR"
+        config["scheduler"]["params"]["total_num_steps"] = total_steps
     block = METHODS[method]
     if block is not None:
         config["grass"] = {**block, **grass}

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -30,9 +31,11 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.contest import PARTS, contest_cells
 from benchmarks.methods import missing_package
 from benchmarks.saves import save_cells
-from benchmarks.suites import cost_cells, gpu_cells, offload_cells, quality_cells, zero3_cells, zero3_gpu_cells
+from benchmarks.suites import cost_cells, gpu_cells, offload_cells, zero3_cells, zero3_gpu_cells
+from benchmarks.tasks import TASKS
 
 COST_SUITES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "checkpoint": save_cells,
@@ -50,7 +53,9 @@ def key(cell: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
-def run_cell(cell: dict[str, Any], timeout: float, nvme_path: str | None = None) -> dict[str, Any]:
+def run_cell(
+    cell: dict[str, Any], timeout: float, nvme_path: str | None = None, data: str | None = None
+) -> dict[str, Any]:
     """Start the cell's ranks and return its row."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -69,6 +74,8 @@ def run_cell(cell: dict[str, Any], timeout: float, nvme_path: str | None = None)
         command += [str(FOLDER / "cell.py"), cell["kind"], "--out", str(out)]
         if nvme_path is not None:
             command += ["--nvme-path", nvme_path]
+        if data is not None:
+            command += ["--data", data]
         for name, value in cell.items():
             if name in ("kind", "ranks"):
                 continue
@@ -89,7 +96,11 @@ def parse() -> argparse.Namespace:
         "--rounds", type=int, default=3, help="repetitions of the whole suite, each with its own seed (not quality)"
     )
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--gsm8k", help="folder with train.jsonl and test.jsonl of GSM8K, to measure it too")
+    parser.add_argument("--data", help="quality: folder with gsm8k/, arc_easy/, ...: see benchmarks/tasks.py")
+    parser.add_argument(
+        "--part", choices=PARTS, help="quality: only this part; the learning rates of others must be there"
+    )
+    parser.add_argument("--task", choices=TASKS, help="quality: only this task; default: all that need --data")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds per cell")
     parser.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     parser.add_argument("--commit", help="of this tree; default: what git says")
@@ -102,9 +113,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cells_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+def cells_of(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All cells of the suite, as far as the rows that are there tell."""
     if args.suite == "quality":
-        return list(quality_cells(args.gsm8k))
+        tasks = [args.task] if args.task else [task for task in TASKS if task != "builtin"]
+        return list(contest_cells([args.part] if args.part else PARTS, tasks, rows))
     return list(COST_SUITES[args.suite](args.rounds))
 
 
@@ -136,32 +149,40 @@ def main() -> None:
     args = parse()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
-    rows = args.rows / f"{args.suite}.jsonl"
-    rows.parent.mkdir(exist_ok=True)
-    done = {json.loads(line)["cell"] for line in rows.read_text().splitlines()} if rows.exists() else set()
-    todo = installed([cell for cell in cells_of(args) if name(cell) not in done])
-    commit = args.commit or current_commit()
-    lock, begin = Lock(), time.monotonic()
+    file = args.rows / f"{args.suite}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    commit, begin, lock = args.commit or current_commit(), time.monotonic(), Lock()
 
-    def work(cell: dict[str, Any]) -> None:
-        row = {"cell": name(cell), "commit": commit, **run_cell(cell, args.timeout, disk)}
-        if "data" in row:
-            row["data"] = task_name(row["data"])
-        with lock, rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"[{time.monotonic() - begin:6.0f} s] {name(cell)}", flush=True)
-
-    with disk_folder(args) as disk, ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, todo))
+    with disk_folder(args) as disk:
+        while todo := left(args, file):
+            print(f"{len(todo)} cells to run", flush=True)
+            work = partial(run_and_note, args=args, disk=disk, commit=commit, file=file, lock=lock, begin=begin)
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(work, todo))
 
 
-def task_name(data: str) -> str:
-    """The task without the machine's path."""
-    return data if data.startswith("builtin:") else Path(data).name
+def left(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
+    """Cells without a row."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {row["cell"] for row in rows}
+    return installed([cell for cell in cells_of(args, rows) if key(cell) not in done])
 
 
-def name(cell: dict[str, Any]) -> str:
-    return key({k: task_name(v) if k == "data" else v for k, v in cell.items()})
+def run_and_note(
+    cell: dict[str, Any],
+    *,
+    args: argparse.Namespace,
+    disk: str | None,
+    commit: str,
+    file: Path,
+    lock: Lock,
+    begin: float,
+) -> None:
+    """Run a cell and write its row."""
+    row = {"cell": key(cell), "commit": commit, **run_cell(cell, args.timeout, disk, args.data)}
+    with lock, file.open("a") as rows:
+        rows.write(json.dumps(row) + "\n")
+    print(f"[{time.monotonic() - begin:6.0f} s] {key(cell)}", flush=True)
 
 
 if __name__ == "__main__":

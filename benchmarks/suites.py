@@ -9,12 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from benchmarks.places import OFFLOADS
 
 Cell = dict[str, Any]
-SEEDS = (0, 1, 2)
-STEPS = 40
-# Every weight moves at every step under full fine-tuning: it wants a smaller step (2e-4 ended worse, see the rows).
-LEARNING_RATE = {"full": 5e-5}
 COST_METHODS = ("full", "lora", "grass", "uniform", "grass-embed")
-QUALITY_METHODS = ("grass", "uniform", "cyclic", "static", "full")
 # What a user of ZeRO-3 would choose from, and the same on ZeRO-2.
 ZERO3_METHODS = (
     ("full", 3),
@@ -26,8 +21,6 @@ ZERO3_METHODS = (
     ("full", 2),
     ("grass", 2),
 )
-# Short runs: the sampler's periods are scaled down with them, alike for all methods.
-SETTINGS = {"probe_steps": 6, "sample_period": 6, "refresh_period": 12, "temperature": 0.5, "ema_alpha": 0.5}
 
 
 def cost_cells(rounds: int) -> Iterator[Cell]:
@@ -43,26 +36,6 @@ def cost_cells(rounds: int) -> Iterator[Cell]:
                 "sequence": 128,
                 "steps": 8,
             }
-
-
-def quality_cells(gsm8k: str | None) -> Iterator[Cell]:
-    """All methods on all tasks and seeds, then the sampler's own settings on the built-in task."""
-    tasks: list[Cell] = [{"data": "builtin:arithmetic", "sequence": 128, "accuracy": True, "test-rows": 60}]
-    if gsm8k:
-        tasks.append({"data": gsm8k, "sequence": 224, "test-rows": 40})
-    common = {"kind": "quality", "ranks": 1, "micro-batch": 2}
-    for task in tasks:
-        yield {**common, **task, "method": "full", "lr": 2e-4, "seed": 0, "steps": 0, "grass": {}}
-    for seed in SEEDS:
-        for task in tasks:
-            for method in QUALITY_METHODS:
-                lr = LEARNING_RATE.get(method, 2e-4)
-                yield {**common, **task, "method": method, "lr": lr, "seed": seed, "steps": STEPS, "grass": SETTINGS}
-    for task in tasks:
-        for changed in ({"temperature": 1.0}, {"temperature": 0.1}, {"ema_alpha": 1.0}):
-            for seed in SEEDS:
-                grass = {**SETTINGS, **changed}
-                yield {**common, **task, "method": "grass", "lr": 2e-4, "seed": seed, "steps": STEPS, "grass": grass}
 
 
 def offload_cells(rounds: int) -> Iterator[Cell]:

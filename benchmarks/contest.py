@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quality suite: its parts, and the learning rate of every method, which the first part finds for the second."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from benchmarks.tasks import TASKS
+
+Cell = dict[str, Any]
+Row = dict[str, Any]
+STEPS = 50
+GRID = (5e-5, 2e-4, 8e-4)
+TUNING_SEED = 9  # of no run that is reported
+SEEDS = (0, 1, 2)
+# Tied embeddings, as here, are the head, too: "grass-embed" is grass with an active head.
+METHODS = ("full", "lora", "uniform", "cyclic", "static", "grass", "grass-embed")
+# Short runs: the sampler's periods are a fifth of its defaults, alike for all methods.
+SETTINGS = {"probe_steps": 4, "sample_period": 5, "refresh_period": 10}
+PARTS = ("tune", "compare")
+
+
+def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row]) -> Iterator[Cell]:
+    """Cells that can run with the rows that are there: of a method whose learning rate is not yet known, only those that find it."""
+    rows = list(rows)
+    for task in tasks:
+        for part in parts:
+            yield from {"tune": _tune, "compare": _compare}[part](task, rows)
+
+
+def best_rates(task: str, rows: Iterable[Row]) -> dict[str, float]:
+    """Per method the learning rate of :data:`GRID` with the least development loss; methods whose grid is incomplete are left out."""
+    found: dict[str, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        if row["task"] == task and row["seed"] == TUNING_SEED and row["steps"] == STEPS:
+            found[row["method"]][row["lr"]] = row["dev_loss"]
+    return {
+        method: min(losses, key=losses.__getitem__) for method, losses in found.items() if set(losses) >= set(GRID)
+    }
+
+
+def _cell(task: str, method: str, **changed: Any) -> Cell:
+    return {
+        "kind": "quality",
+        "task": task,
+        "method": method,
+        "ranks": 1,
+        "micro-batch": TASKS[task].micro_batch,
+        "sequence": TASKS[task].sequence,
+        "steps": STEPS,
+        "grass": SETTINGS,
+        **changed,
+    }
+
+
+def _tune(task: str, rows: list[Row]) -> Iterator[Cell]:
+    for lr in GRID:
+        for method in METHODS:
+            yield _cell(task, method, lr=lr, seed=TUNING_SEED, tuning=True)
+
+
+def _compare(task: str, rows: list[Row]) -> Iterator[Cell]:
+    yield _cell(task, "full", lr=GRID[0], seed=0, **{"steps": 0, "grass": {}})
+    rates = best_rates(task, rows)
+    for seed in SEEDS:
+        for method in METHODS:
+            if method in rates:
+                yield _cell(task, method, lr=rates[method], seed=seed, curve=10)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells of kind ``cost``: what steps cost, on random tokens."""
+
+import argparse
+import statistics
+from typing import Any
+
+from benchmarks.engines import count_first_steps, prepare
+from benchmarks.meters import disk_bytes, peak_bytes, process_bytes
+from benchmarks.methods import PACKAGES
+from benchmarks.peers import BlockWatch
+from launch import distributed
+
+
+def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Seconds per step (probing apart), memory of the process, bytes by category, bytes through the disk."""
+    args.grass = {"probe_steps": 2, "sample_period": max(2, args.steps // 2), **args.grass}
+    engine, one_step = prepare(args, model)
+    grass = engine.grass
+    probing = []
+    while grass is not None and grass.phase == "probe":
+        probing.append(one_step())
+    for _ in range(args.warmup):
+        one_step()
+    measured, active, changed, first_steps, disk = [], [], [], 0, disk_bytes()
+    for _ in range(args.steps):
+        watch = BlockWatch(engine) if args.method in PACKAGES else None
+        active.append(list(grass.active_layers) if grass is not None else watch.layers if watch is not None else None)
+        first_steps += count_first_steps(engine) if grass is not None else 0
+        measured.append(one_step())
+        changed.append(bool(distributed.max_over_ranks(watch.changed())) if watch is not None else None)
+    moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
+    totals = [sum(parts.values()) for parts in measured]
+    return {
+        "seconds": totals,
+        "step_seconds": [parts["step"] for parts in measured],
+        "median_seconds": statistics.median(totals),
+        **{f"median_{part}": statistics.median(m[part] for m in measured) for part in ("forward", "backward", "step")},
+        "probe_seconds": [sum(parts.values()) for parts in probing],
+        "active": active,
+        "changed": changed,
+        "first_steps": first_steps,
+        "peak_bytes": distributed.max_over_ranks(peak_bytes()),
+        "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),
+        "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
+        "bytes": grass.memory(peak=True) if grass is not None else None,
+        "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad),
+    }

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells of kind ``quality``: what a method reaches in a given number of steps on a task."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import build, step
+from benchmarks.meters import peak_bytes, reset_peak
+from benchmarks.tasks import TASKS, Exam
+from launch import distributed
+from launch.data import Collator
+from launch.template import Template
+
+
+def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Train ``steps`` steps and measure; with no steps, the untrained model.
+
+    One process per cell: cells that run side by side share cores, so that time is CPU time of the steps (seconds of this process, all its
+    threads), which on a free core is wall time.
+    """
+    exam = Exam(TASKS[args.task], Template.choose(tokenizer), Path(args.data) if args.data else None, args.test_rows)
+    row: dict[str, Any] = {"data": exam.fingerprint(), "dev_rows": len(exam.dev), "test_rows": len(exam.test)}
+    if args.steps:
+        row.update(_train(args, build(args, model), model, exam, Collator(tokenizer.pad_token_id)))
+    row["dev_loss"] = exam.loss(model, "dev")
+    if not args.tuning:
+        row["test_loss"] = exam.loss(model, "test")
+        row["accuracy"] = exam.accuracy(model)
+    return row
+
+
+def _train(args: argparse.Namespace, engine: Any, model: Any, exam: Exam, collate: Collator) -> dict[str, Any]:
+    grass, batches = engine.grass, exam.batches(args.seed)
+    losses, active, curve, drawn = [], [], [], []
+    tokens = peak = 0
+    cpu = wall = 0.0
+    reset_peak()
+    for number in range(1, args.steps + 1):
+        batch = collate(next(batches))
+        tokens += int(batch["attention_mask"].sum())
+        if grass is not None:
+            active.append(None if grass.phase == "probe" else list(grass.active_layers))
+        began, began_cpu = time.perf_counter(), time.process_time()
+        losses.append(step(engine, {name: value.to(engine.device) for name, value in batch.items()})["loss"])
+        cpu, wall = cpu + time.process_time() - began_cpu, wall + time.perf_counter() - began
+        if grass is not None and grass.scores and (not drawn or drawn[-1]["scores"] != list(grass.scores)):
+            drawn.append(
+                {"step": number, "scores": list(grass.scores), "probabilities": list(grass.probabilities or [])}
+            )
+        if args.curve and number % args.curve == 0:
+            peak = max(peak, peak_bytes())
+            curve.append({"step": number, "cpu_seconds": cpu, "dev_loss": exam.loss(model, "dev")})
+            reset_peak()
+    return {
+        "train_losses": losses,
+        "tokens": tokens,
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "curve": curve,
+        "active": active,
+        "scores": drawn,
+        "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
+        "bytes": grass.memory(peak=True) if grass is not None else None,
+        "trainable": sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad),
+    }

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of the quality suite: what is trained on, and what is measured."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.data import Rows, load_splits, tokenize
+from launch.evaluate import choice_accuracy, exact_match, mean_loss
+from launch.template import Template
+
+BUILTIN = "builtin:arithmetic"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sources are folders within ``--data``, or the built-in one.
+
+    Attributes:
+        train: sources whose training rows are put together; their test rows measure the loss.
+        exact: sources answered by generating; the number is compared.
+        choice: sources answered by the likelihood of their options.
+        sequence: longest row in tokens; longer prompts lose their start, longer answers are left out.
+        micro_batch: rows per step.
+    """
+
+    train: tuple[str, ...]
+    exact: tuple[str, ...] = ()
+    choice: tuple[str, ...] = ()
+    sequence: int = 256
+    micro_batch: int = 2
+
+
+TASKS = {
+    "arithmetic": Task(train=("gsm8k",), exact=("multiarith", "addsub", "singleeq")),
+    "choice": Task(
+        train=("arc_easy", "arc_challenge", "boolq"),
+        choice=("arc_easy", "arc_challenge", "boolq"),
+        sequence=192,
+        micro_batch=4,
+    ),
+    "builtin": Task(train=(BUILTIN,), exact=(BUILTIN,), sequence=128),
+}
+
+
+class Exam:
+    """The rows of a task as tokens, and the measures on held-out ones. Development rows choose settings, test rows are reported.
+
+    Args:
+        data: folder of the sources; None will do for the built-in task.
+        rows: test rows per source for accuracy (half as many where answers are generated), and in all for each of the two losses.
+
+    Raises:
+        ValueError: a source is missing, or not readable.
+    """
+
+    def __init__(self, task: Task, template: Template, data: Path | None, rows: int) -> None:
+        self.task, self.template, self.rows = task, template, rows
+        self._data = data
+        splits = {source: self._splits(source) for source in task.train}
+        self.train = [row for found in splits.values() for row in self._tokens(found["train"])]
+        share = -(-rows // len(task.train))
+        held_out = [list(self._tokens(found["test"].take(2 * share))) for found in splits.values()]
+        self.dev = [row for found in held_out for row in found[:share]]
+        self.test = [row for found in held_out for row in found[share:]]
+
+    def batches(self, seed: int) -> Iterator[list[Mapping[str, Any]]]:
+        """Training rows, ``micro_batch`` at a time, in an order that is the same for all methods; without end."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self.train), generator=generator).tolist()
+            for first in range(0, len(order) - self.task.micro_batch + 1, self.task.micro_batch):
+                yield [self.train[index] for index in order[first : first + self.task.micro_batch]]
+
+    def loss(self, model: Any, split: str) -> float:
+        """Mean cross-entropy per answer token of the ``dev`` or the ``test`` rows, in nats."""
+        return mean_loss(model, self.template, getattr(self, split), batch_size=8)
+
+    def accuracy(self, model: Any) -> dict[str, float]:
+        """Share of right answers per source."""
+        found = {}
+        for source in self.task.exact:
+            rows = self._splits(source)["test"].take(self.rows // 2)
+            found[source] = exact_match(model, self.template, rows, batch_size=32, max_new_tokens=100)
+        for source in self.task.choice:
+            rows = self._splits(source)["test"].take(self.rows)
+            found[source] = choice_accuracy(model, self.template, rows, batch_size=16)
+        return found
+
+    def fingerprint(self) -> str:
+        """Of the training rows: rows of two machines that read the same data have the same."""
+        return f"{zlib.crc32(repr([row['input_ids'] for row in self.train]).encode()):08x}"
+
+    def _splits(self, source: str) -> dict[str, Rows]:
+        if source.startswith("builtin:"):
+            return load_splits(source)
+        if self._data is None:
+            raise ValueError(f"--data is not given: the task needs a folder with {source}/ in it")
+        return load_splits(str(self._data / source))
+
+    def _tokens(self, rows: Rows) -> Any:
+        return tokenize(rows, self.template, self.task.sequence, "drop")
