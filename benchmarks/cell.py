@@ -22,11 +22,14 @@ from deepspeed.accelerator import get_accelerator
 import grass_ds
 from benchmarks.cost import cost
 from benchmarks.engines import grass_settings, prepare
+from benchmarks.meters import process_bytes
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import load
 from benchmarks.places import OFFLOADS
+from benchmarks.plain import plain
 from benchmarks.quality import quality
 from benchmarks.saves import measure_save
+from benchmarks.shape import shape_of
 from benchmarks.tasks import TASKS
 from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
@@ -36,7 +39,7 @@ VERSIONS = ("torch", "deepspeed", "transformers", "peft")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("cost", "quality", "checkpoint"))
+    parser.add_argument("kind", choices=("cost", "quality", "checkpoint", "plain"))
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--out", required=True, type=Path, help="JSON file for the row")
     parser.add_argument("--model", default="smollm2-135m")
@@ -55,6 +58,9 @@ def parse() -> argparse.Namespace:
         "--tuning", action="store_true", help="measure nothing but the loss on development rows (quality)"
     )
     parser.add_argument("--curve", type=int, default=0, help="measure that loss every so many steps, too (quality)")
+    parser.add_argument(
+        "--reprobe", type=int, default=0, help="measure all layers' scores every so many steps, too (quality)"
+    )
     parser.add_argument("--grass", type=json.loads, default={}, help="JSON merged into the grass block")
     parser.add_argument("--offload", choices=OFFLOADS, help="where optimizer state lives; default: the method's way")
     parser.add_argument("--nvme-path", help="existing folder on a local disk, for the nvme variants; not in the row")
@@ -68,11 +74,12 @@ def main() -> None:
     args = parse()
     distributed.start()
     torch.manual_seed(args.seed)
+    baseline = process_bytes("VmRSS")
     model, tokenizer = distributed.on_every_rank(lambda: load(args.model))
+    model.train()
     if args.checkpointing:
-        model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    measure = {"cost": cost, "quality": quality, "checkpoint": checkpoint}[args.kind]
+    measure = {"cost": cost, "quality": quality, "checkpoint": checkpoint, "plain": plain}[args.kind]
     row = conditions(args)
     try:
         row.update(measure(args, model, tokenizer))
@@ -80,6 +87,8 @@ def main() -> None:
         if distributed.world_size() > 1:  # the other ranks wait for this one
             raise
         row["skipped"] = f"out of memory on a device of {get_accelerator().total_memory() / 1e9:.0f} GB"
+    row["baseline_bytes"] = int(distributed.max_over_ranks(baseline))
+    row["shape"] = shape_of(model)
     if distributed.rank() == 0:
         args.out.write_text(json.dumps(row) + "\n")
     distributed.stop()
@@ -104,7 +113,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "async",
     )
     accelerator = get_accelerator()
-    block = METHODS[args.method]
+    block = METHODS[args.method].grass
     drawn = block is not None and block["sampler"] in SCORED_SAMPLERS
     packages = (*VERSIONS, *([PACKAGES[args.method]] if args.method in PACKAGES else []))
     return {

@@ -17,7 +17,25 @@ SEEDS = (0, 1, 2)
 METHODS = ("full", "lora", "uniform", "cyclic", "static", "grass", "grass-embed")
 # Short runs: the sampler's periods are a fifth of its defaults, alike for all methods.
 SETTINGS = {"probe_steps": 4, "sample_period": 5, "refresh_period": 10}
-PARTS = ("tune", "compare")
+# One change at a time of "grass"; of its defaults, but for the periods.
+CHANGES: tuple[Cell, ...] = (
+    {"temperature": 0.25},
+    {"temperature": 4.0},
+    {"ema_alpha": 0.2},
+    {"ema_alpha": 1.0},
+    {"sample_period": 2},
+    {"sample_period": 10},
+    {"refresh_period": 5},
+    {"refresh_period": 20},
+    {"num_active_layers": 1},
+    {"num_active_layers": 4},
+    {"num_active_layers": 8},
+    {"probe_steps": 2},
+    {"probe_steps": 8},
+    {"score_normalization": "none"},
+    {"always_active": []},
+)
+PARTS = ("tune", "compare", "ablate", "reprobe")
 
 
 def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row]) -> Iterator[Cell]:
@@ -25,7 +43,8 @@ def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row
     rows = list(rows)
     for task in tasks:
         for part in parts:
-            yield from {"tune": _tune, "compare": _compare}[part](task, rows)
+            make = {"tune": _tune, "compare": _compare, "ablate": _ablate, "reprobe": _reprobe}[part]
+            yield from make(task, rows)
 
 
 def best_rates(task: str, rows: Iterable[Row]) -> dict[str, float]:
@@ -66,3 +85,18 @@ def _compare(task: str, rows: list[Row]) -> Iterator[Cell]:
         for method in METHODS:
             if method in rates:
                 yield _cell(task, method, lr=rates[method], seed=seed, curve=10)
+
+
+def _ablate(task: str, rows: list[Row]) -> Iterator[Cell]:
+    lr = best_rates(task, rows).get("grass")
+    if lr is not None:
+        for seed in SEEDS:
+            for change in CHANGES:
+                yield _cell(task, "grass", lr=lr, seed=seed, grass={**SETTINGS, **change}, tuning=True)
+
+
+def _reprobe(task: str, rows: list[Row]) -> Iterator[Cell]:
+    lr = best_rates(task, rows).get("grass")
+    if lr is not None:
+        for seed in SEEDS[:2]:
+            yield _cell(task, "grass", lr=lr, seed=seed, reprobe=10, tuning=True)

@@ -6,9 +6,9 @@ import statistics
 from typing import Any
 
 from benchmarks.engines import count_first_steps, prepare
-from benchmarks.meters import disk_bytes, peak_bytes, process_bytes
-from benchmarks.methods import PACKAGES
-from benchmarks.peers import BlockWatch
+from benchmarks.meters import disk_bytes, peak_bytes, process_bytes, reset_peak
+from benchmarks.observed import observe
+from benchmarks.peers import watch
 from launch import distributed
 
 
@@ -22,27 +22,32 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         probing.append(one_step())
     for _ in range(args.warmup):
         one_step()
-    measured, active, changed, first_steps, disk = [], [], [], 0, disk_bytes()
+    peak = peak_bytes()
+    reset_peak()
+    watched = watch(args.method, engine)
+    measured, active, facts, first_steps, disk = [], [], [], 0, disk_bytes()
     for _ in range(args.steps):
-        watch = BlockWatch(engine) if args.method in PACKAGES else None
-        active.append(list(grass.active_layers) if grass is not None else watch.layers if watch is not None else None)
+        active.append(watched.before_step())
         first_steps += count_first_steps(engine) if grass is not None else 0
         measured.append(one_step())
-        changed.append(bool(distributed.max_over_ranks(watch.changed())) if watch is not None else None)
+        facts.append(watched.after_step())
     moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
+    train_peak = distributed.max_over_ranks(peak_bytes())
     totals = [sum(parts.values()) for parts in measured]
     return {
         "seconds": totals,
-        "step_seconds": [parts["step"] for parts in measured],
+        **{f"{part}_seconds": [parts[part] for parts in measured] for part in ("forward", "backward", "step")},
         "median_seconds": statistics.median(totals),
         **{f"median_{part}": statistics.median(m[part] for m in measured) for part in ("forward", "backward", "step")},
         "probe_seconds": [sum(parts.values()) for parts in probing],
         "active": active,
-        "changed": changed,
+        **{name: [fact[name] for fact in facts] for name in ("changed", "moved_frozen")},
         "first_steps": first_steps,
-        "peak_bytes": distributed.max_over_ranks(peak_bytes()),
+        "peak_bytes": max(distributed.max_over_ranks(peak), train_peak),
+        "train_peak_bytes": train_peak,
         "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),
         "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
         "bytes": grass.memory(peak=True) if grass is not None else None,
         "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad),
+        "observed": observe(engine, args, watched.before_step()),
     }

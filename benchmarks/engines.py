@@ -10,9 +10,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import grass_ds
-from benchmarks.methods import ds_config, prepare_model
+from benchmarks.methods import METHODS, ds_config, prepare_model
 from benchmarks.models import largest_layer
-from benchmarks.peers import badam_engine
+from benchmarks.peers import badam_engine, toggle_layers
 from benchmarks.places import OFFLOADS
 from launch import distributed
 
@@ -44,7 +44,11 @@ def build(args: argparse.Namespace, model: Any) -> Any:
         return badam_engine(model, config, switch_every=args.grass.get("sample_period", 50))
     model = prepare_model(args.method, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return grass_ds.initialize(model=model, model_parameters=trainable, config=config)[0]
+    engine = grass_ds.initialize(model=model, model_parameters=trainable, config=config)[0]
+    if METHODS[args.method].toggles:  # 20 steps, 2 layers: the callbacks' defaults
+        count, period = args.grass.get("num_active_layers", 2), args.grass.get("sample_period", 20)
+        toggle_layers(engine, count, period, args.seed)
+    return engine
 
 
 def step(engine: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -8,10 +8,13 @@ from typing import Any
 
 from benchmarks.engines import build, step
 from benchmarks.meters import peak_bytes, reset_peak
+from benchmarks.staleness import Reprobe
 from benchmarks.tasks import TASKS, Exam
 from launch import distributed
 from launch.data import Collator
 from launch.template import Template
+
+REPROBE_SEED, REPROBE_BATCHES = 77, 16  # batches that no run is trained on in this order
 
 
 def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -22,8 +25,13 @@ def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
     """
     exam = Exam(TASKS[args.task], Template.choose(tokenizer), Path(args.data) if args.data else None, args.test_rows)
     row: dict[str, Any] = {"data": exam.fingerprint(), "dev_rows": len(exam.dev), "test_rows": len(exam.test)}
+    collate = Collator(tokenizer.pad_token_id)
+    reprobe = None
+    if args.reprobe:
+        others = exam.batches(REPROBE_SEED)
+        reprobe = Reprobe(model, [collate(next(others)) for _ in range(REPROBE_BATCHES)])
     if args.steps:
-        row.update(_train(args, build(args, model), model, exam, Collator(tokenizer.pad_token_id)))
+        row.update(_train(args, build(args, model), model, exam, collate, reprobe))
     row["dev_loss"] = exam.loss(model, "dev")
     if not args.tuning:
         row["test_loss"] = exam.loss(model, "test")
@@ -31,9 +39,11 @@ def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
     return row
 
 
-def _train(args: argparse.Namespace, engine: Any, model: Any, exam: Exam, collate: Collator) -> dict[str, Any]:
+def _train(
+    args: argparse.Namespace, engine: Any, model: Any, exam: Exam, collate: Collator, reprobe: Reprobe | None
+) -> dict[str, Any]:
     grass, batches = engine.grass, exam.batches(args.seed)
-    losses, active, curve, drawn = [], [], [], []
+    losses, active, curve, drawn, reprobes = [], [], [], [], []
     tokens = peak = 0
     cpu = wall = 0.0
     reset_peak()
@@ -49,6 +59,8 @@ def _train(args: argparse.Namespace, engine: Any, model: Any, exam: Exam, collat
             drawn.append(
                 {"step": number, "scores": list(grass.scores), "probabilities": list(grass.probabilities or [])}
             )
+        if reprobe is not None and grass.scores and (not reprobes or number % args.reprobe == 0):
+            reprobes.append({"step": number, "scores": list(grass.scores), "true": reprobe.measure(model)})
         if args.curve and number % args.curve == 0:
             peak = max(peak, peak_bytes())
             curve.append({"step": number, "cpu_seconds": cpu, "dev_loss": exam.loss(model, "dev")})
@@ -61,6 +73,7 @@ def _train(args: argparse.Namespace, engine: Any, model: Any, exam: Exam, collat
         "curve": curve,
         "active": active,
         "scores": drawn,
+        **({"reprobes": reprobes} if args.reprobe else {}),
         "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
         "bytes": grass.memory(peak=True) if grass is not None else None,
         "trainable": sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad),

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a suite of benchmark cells, one JSON row each; ``render.py`` makes the tables.
 
-    python benchmarks/run.py --suite cpu        # seconds per step and peak memory, side by side, interleaved
+    python benchmarks/run.py --suite cpu        # seconds, memory and traffic per step, side by side, interleaved; how they grow
     python benchmarks/run.py --suite quality    # loss and accuracy per method and seed
     python benchmarks/run.py --suite offload    # seconds per step and memory per place of the optimizer state, interleaved
-    python benchmarks/run.py --suite zero3      # seconds per step and memory on ZeRO-3, against stock and BAdam's package
-    python benchmarks/run.py --suite gpu        # LLaMA-2-7B shape with random weights on one GPU
-    python benchmarks/run.py --suite zero3-gpu  # the zero3 suite on that shape, one rank per GPU
+    python benchmarks/run.py --suite gpu        # shapes of TinyLlama, Gemma-2B and LLaMA-2-7B with random weights, on GPUs
 
 Resumable: a cell whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cells run one after another
 and want a quiet machine; ``--jobs`` runs cells of ``quality`` side by side, one core each.
@@ -34,16 +32,14 @@ if __package__ in (None, ""):
 from benchmarks.contest import PARTS, contest_cells
 from benchmarks.methods import missing_package
 from benchmarks.saves import save_cells
-from benchmarks.suites import cost_cells, gpu_cells, offload_cells, zero3_cells, zero3_gpu_cells
+from benchmarks.suites import cpu_cells, gpu_cells, offload_cells
 from benchmarks.tasks import TASKS
 
 COST_SUITES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "checkpoint": save_cells,
-    "cpu": cost_cells,
+    "cpu": cpu_cells,
     "offload": offload_cells,
-    "zero3": zero3_cells,
     "gpu": gpu_cells,
-    "zero3-gpu": zero3_gpu_cells,
 }
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -51,6 +47,19 @@ ROOT = FOLDER.parent
 
 def key(cell: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
+
+
+def arguments(cell: dict[str, Any]) -> list[str]:
+    """The cell as the command line of ``cell.py``."""
+    words = [cell["kind"]]
+    for name, value in cell.items():
+        if name in ("kind", "ranks"):
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        else:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
 
 
 def run_cell(
@@ -62,27 +71,13 @@ def run_cell(
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(cell["ranks"]),
-            "--master_port",
-            str(port),
-        ]
-        command += [str(FOLDER / "cell.py"), cell["kind"], "--out", str(out)]
+        launch = [sys.executable, "-m", "torch.distributed.run"]
+        launch += ["--nproc_per_node", str(cell["ranks"]), "--master_port", str(port)]
+        command = [*launch, str(FOLDER / "cell.py"), *arguments(cell), "--out", str(out)]
         if nvme_path is not None:
             command += ["--nvme-path", nvme_path]
         if data is not None:
             command += ["--data", data]
-        for name, value in cell.items():
-            if name in ("kind", "ranks"):
-                continue
-            if value is True:
-                command.append(f"--{name}")
-            else:
-                command += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
         done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"{key(cell)} failed:\n{done.stderr[-3000:]}")
@@ -108,7 +103,7 @@ def parse() -> argparse.Namespace:
         "--nvme-path",
         type=Path,
         default=ROOT / ".benchmarks",
-        help="folder on a local disk: state files of the offload suite are made, and removed, in a new folder in it",
+        help="folder on a local disk: state files are made, and removed, in a new folder in it",
     )
     return parser.parse_args()
 
@@ -137,7 +132,7 @@ def current_commit() -> str:
 @contextmanager
 def disk_folder(args: argparse.Namespace) -> Iterator[str | None]:
     """A new folder for state files, if the suite makes any."""
-    if args.suite not in ("offload", "checkpoint"):
+    if args.suite not in ("cpu", "offload", "checkpoint"):
         yield None
         return
     args.nvme_path.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ records a new one, the step after it prefetches again. (Not earlier: an evaluati
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
@@ -98,7 +99,8 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def clear_backward_seen_flag(self) -> None:
         """Called by the engine at the start of every forward. See [Note: Trace]."""
         super().clear_backward_seen_flag()
-        if self._floor == self._traced_floor or not self.module.training:
+        # Not module.training: models come from ``from_pretrained`` in evaluation mode, and train as well in it.
+        if self._floor == self._traced_floor or not torch.is_grad_enabled():
             return
         coordinator = self.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():

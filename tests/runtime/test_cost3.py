@@ -48,6 +48,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     a shard with its squared norm per active unit.
     """
     model, fired, steps = model_for(config), set(), []
+    model.eval()  # as ``from_pretrained`` leaves it
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
         param.register_post_accumulate_grad_hook(lambda _, name=name: fired.add(name))
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:

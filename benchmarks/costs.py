@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of suite ``cpu``: time, memory and traffic of a step, and each of them against its floor."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks import floors
+from benchmarks.lineup import Setting, lines_of, of_kind, ratios, spread, step_seconds
+from benchmarks.methods import METHODS, NOT_RUN
+from benchmarks.places import header, line
+from grass_ds.config import GrassConfig
+
+Row = dict[str, Any]
+# Above this a ratio is to be explained.
+EXPLAIN = 1.15
+# (method, stage, measure of FLOORS) -> why it is above its floor; all variants of the method on this stage share it.
+REASONS: dict[tuple[str, int, str], str] = {}
+# Optimizer steps of the run whose share of probing is told.
+RUN = 1000
+
+
+def time_table(rows: Sequence[Row]) -> list[str]:
+    """One line per setting: seconds, where they go, and what switches and probing add."""
+    cost = of_kind(rows, "cost")
+    lines = header(
+        "method",
+        "ZeRO stage",
+        "s / step",
+        "of full, ZeRO-2",
+        "of LoRA r=128",
+        "forward, backward, `step()`",
+        "tokens/s",
+        "step after a switch, of the others",
+        f"s / probing step (share of a run of {RUN})",
+    )
+    for one, mine in lines_of(cost):
+        seconds = [step_seconds(row) for row in mine]
+        cells = [
+            one.label,
+            str(one.stage),
+            spread(seconds),
+            *(spread(ratios(mine, cost, base, 2, step_seconds)) for base in ("full", "lora")),
+            ", ".join(f"{_mean(mine, f'{part}_seconds'):.2f}" for part in ("forward", "backward", "step")),
+            f"{_tokens(mine[0]) / statistics.median(seconds):.0f}",
+            spread([ratio for row in mine for ratio in after_switch(row)]),
+            _probing(mine, statistics.median(seconds)),
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def memory_table(rows: Sequence[Row]) -> list[str]:
+    """One line per setting: memory of the process and of tensors alone, and what crosses ranks."""
+    cost = of_kind(rows, "cost")
+    lines = header(
+        "method",
+        "ZeRO stage",
+        "peak RSS",
+        "of it in steps, above the imports",
+        "of LoRA r=128",
+        "live tensors at rest, peak",
+        "peak of LoRA r=128's",
+        "sent per step (collectives)",
+        "weights trained per step",
+    )
+    for one, mine in lines_of(cost):
+        seen = [row["observed"] for row in mine]
+        traffic = statistics.median(floors.wire_bytes(step["traffic"]) for step in seen)
+        calls = statistics.median(sum(step["calls"].values()) for step in seen)
+        live = (statistics.median(step[name] for step in seen) / 1e6 for name in ("rest_bytes", "peak_bytes"))
+        cells = [
+            one.label,
+            str(one.stage),
+            f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
+            f"{spread([above_imports(row) / 1e9 for row in mine])} GB",
+            spread(ratios(mine, cost, "lora", 2, above_imports)),
+            ", ".join(f"{value:.0f}" for value in live) + " MB",
+            spread(ratios(mine, cost, "lora", 2, live_peak)),
+            f"{traffic / 1e6:.1f} MB ({calls:.0f})",
+            f"{mine[0]['trainable'] / 1e6:.1f} M",
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def floor_table(rows: Sequence[Row]) -> list[str]:
+    """One line per setting: measured over the least that the algorithm needs, and the reasons for what is above."""
+    lines = header("method", "ZeRO stage", *(f"{name}: of its floor" for name in FLOORS), f"why more than {EXPLAIN:g}")
+    for one, mine in lines_of(of_kind(rows, "cost")):
+        found = {name: floor_ratios(name, mine, rows) for name in FLOORS}
+        lines.append(line([one.label, str(one.stage), *map(spread, found.values()), _reasons(one, found)]))
+    return lines
+
+
+def cost_note(rows: Sequence[Row]) -> str:
+    cost = of_kind(rows, "cost")
+    one = cost[0]
+    notes = {METHODS[row["method"]].label: METHODS[row["method"]].note for row in cost}
+    notes |= {f"`{method}` is left out": reason for method, reason in NOT_RUN.items()}
+    told = "".join(f" {label}: {note}." for label, note in notes.items() if note)
+    return (
+        f"{len({row['seed'] for row in cost})} interleaved rounds; variants once, beside the first. s / step: mean of a round's steps after "
+        f"warm-up and probing, as layers are drawn every {one['grass']['sample_period']} steps (default {GrassConfig().sample_period}) and "
+        "what a step costs depends on them; median of the rounds (least to most). Ratios are taken within a round, against the same "
+        "accumulation and checkpointing. Forward, backward, `step()`: means. Live tensors: as a GPU's allocator would count them, in one "
+        "more step that is not timed; optimizer state that rests in host memory does not count there, but does in RSS. Sent: what a ring of "
+        f"many ranks would send; an all-reduce counts twice.{told}{_moved_frozen(cost)}{_lost_steps(cost)}"
+    )
+
+
+FLOOR_NOTE = (
+    "Floors are closed forms (`benchmarks/floors.py`). FLOPs: forward, input gradients down to the lowest layer that trains, weight "
+    "gradients of what trains. Traffic: one reduce-scatter of the gradients and one all-gather of the weights that train, and what ZeRO-3 "
+    "gathers. Memory: weights, gradients, optimizer state on the device, activations that backward needs, logits. Time: forward "
+    "and backward of plain PyTorch in the same round, ranks side by side, with the same layers trained, its fused AdamW, and traffic "
+    "at the bandwidth measured. LoRA's time is that of r=128 with A trained, also for the others."
+)
+
+
+def after_switch(row: Row) -> list[float]:
+    """Seconds of each step with newly drawn layers over the median of the steps that follow with the same."""
+    active, seconds, found = row["active"], row["seconds"], []
+    for begin in range(1, len(active)):
+        if active[begin] is None or active[begin] == active[begin - 1]:
+            continue
+        end = next((i for i in range(begin, len(active)) if active[i] != active[begin]), len(active))
+        if end - begin > 1:
+            found.append(seconds[begin] / statistics.median(seconds[begin + 1 : end]))
+    return found
+
+
+def above_imports(row: Row) -> float:
+    return row["train_peak_bytes"] - row["baseline_bytes"]
+
+
+def live_peak(row: Row) -> float:
+    return row["observed"]["peak_bytes"]
+
+
+def floor_ratios(name: str, mine: Sequence[Row], rows: Sequence[Row]) -> list[float]:
+    """Measured over floor, per row that has both."""
+    found = [FLOORS[name](row, rows) for row in mine]
+    return [ratio for ratio in found if ratio is not None]
+
+
+def _flops(row: Row, rows: Sequence[Row]) -> float | None:
+    return row["observed"]["flops"] / floors.flops(row, row["observed"]["active"])
+
+
+def _traffic(row: Row, rows: Sequence[Row]) -> float | None:
+    floor = floors.wire_bytes(floors.traffic(row, row["observed"]["active"]))
+    return floors.wire_bytes(row["observed"]["traffic"]) / floor if floor else None
+
+
+def _memory(row: Row, rows: Sequence[Row]) -> float | None:
+    return live_peak(row) / floors.memory(row, row["observed"]["active"])["total"]
+
+
+def _seconds(row: Row, rows: Sequence[Row]) -> float | None:
+    """Against plain PyTorch in the same round, if that was measured with the same checkpointing."""
+    wanted = ("lora" if METHODS[row["method"]].lora_rank else "full", row["seed"], row["checkpointing"])
+    plain = [one for one in of_kind(rows, "plain") if (one["method"], one["seed"], one["checkpointing"]) == wanted]
+    return sum(row["seconds"]) / sum(floors.seconds(row, plain[0])) if plain else None
+
+
+FLOORS: dict[str, Callable[[Row, Sequence[Row]], float | None]] = {
+    "FLOPs": _flops,
+    "traffic": _traffic,
+    "memory": _memory,
+    "time": _seconds,
+}
+
+
+def _reasons(one: Setting, found: dict[str, list[float]]) -> str:
+    above = [name for name, values in found.items() if values and statistics.median(values) > EXPLAIN]
+    return "; ".join(f"{name}: {REASONS.get((one.method, one.stage, name), 'not explained')}" for name in above)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float:
+    return statistics.fmean(value for row in rows for value in row[name])
+
+
+def _tokens(row: Row) -> int:
+    """Tokens of an optimizer step, all ranks."""
+    return row["ranks"] * row["micro_batch"] * row["accumulation"] * row["sequence"]
+
+
+def _probing(mine: Sequence[Row], seconds: float) -> str:
+    probing = [value for row in mine for value in row["probe_seconds"]]
+    if not probing:
+        return ""
+    probe, steps = statistics.median(probing), GrassConfig().probe_steps
+    return f"{probe:.2f} ({steps * probe / (steps * probe + (RUN - steps) * seconds):.1%})"
+
+
+def _moved_frozen(rows: Sequence[Row]) -> str:
+    """How many layers moved that ``requires_grad`` was to freeze."""
+    moved = [count for row in rows if METHODS[row["method"]].toggles for count in row["moved_frozen"]]
+    return f" Of the layers that toggling was to freeze, {spread(moved, 0)} moved per step." if moved else ""
+
+
+def _lost_steps(rows: Sequence[Row]) -> str:
+    """What BAdam's package did with the steps that were measured."""
+    mine = [row for row in rows if row["method"] == "badam-package"]
+    if not mine:
+        return ""
+    changed = [value for row in mine for value in row["changed"]]
+    return (
+        f" badam {mine[0]['versions']['badam']}, blocks in random order: {changed.count(False)} of its {len(changed)} measured steps changed "
+        "no weight. It switches blocks inside its optimizer's step, before ZeRO-3 copies that step's result into the weights, so the last "
+        "step on every block is lost."
+    )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README.md quotes from the cpu suite: a short table, and a sentence on ZeRO-3."""
+
+import statistics
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.costs import after_switch
+from benchmarks.lineup import Setting, of_kind, ratios, setting, spread, step_seconds
+from benchmarks.places import header, line
+
+Row = dict[str, Any]
+SHOWN = (
+    Setting("full", 2),
+    Setting("lora", 2),
+    Setting("uniform", 2),
+    Setting("grass", 2),
+    Setting("full", 3),
+    Setting("grass", 3),
+    Setting("badam-package", 3),
+)
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the short table."""
+    return [row for row in of_kind(rows, "cost") if setting(row) in SHOWN]
+
+
+def short_table(rows: Sequence[Row]) -> list[str]:
+    """A line per setting of :data:`SHOWN`: seconds and memory, ratios within a round."""
+    cost = of_kind(rows, "cost")
+    lines = header(
+        "method", "ZeRO", "s / step", "of full, ZeRO-2", "of LoRA", "peak memory per rank", "weights trained per step"
+    )
+    for one in SHOWN:
+        mine = [row for row in cost if setting(row) == one]
+        if not mine:
+            continue
+        cells = [
+            one.label,
+            str(one.stage),
+            spread([step_seconds(row) for row in mine]),
+            *(_median(ratios(mine, cost, base, 2, step_seconds)) for base in ("full", "lora")),
+            f"{_peak(mine):.2f} GB",
+            f"{mine[0]['trainable'] / 1e6:.1f} M",
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def zero3_sentence(rows: Sequence[Row]) -> str:
+    """Measured on ZeRO-3, as an indented paragraph; empty without stock ZeRO-3 or grass."""
+    cost = of_kind(rows, "cost")
+    found = {one: [row for row in cost if setting(row) == one] for one in map(setting, cost)}
+    stock, grass = found.get(Setting("full", 3)), found.get(Setting("grass", 3))
+    if not stock or not grass:
+        return ""
+    parts = [f"stock ZeRO-3 {_seconds(stock):.2f} s per step and {_peak(stock):.2f} GB per rank"]
+    for name, label in (
+        ("grass", "`grass`"),
+        ("uniform", "`uniform`"),
+        ("badam-package", "BAdam's own package, one layer instead of two,"),
+    ):
+        if mine := found.get(Setting(name, 3)):
+            ratio = _median(ratios(mine, cost, "full", 3, step_seconds))
+            parts.append(f"{label} {_seconds(mine):.2f} s ({ratio} of it) and {_peak(mine):.2f} GB")
+    forward = statistics.fmean(value for row in grass for value in row["forward_seconds"])
+    switches = [ratio for row in grass for ratio in after_switch(row)]
+    one = grass[0]
+    text = (
+        f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, micro-batch {one['micro_batch']} x {one['sequence']}, a draw every "
+        f"{one['grass']['sample_period']} steps, {len({row['seed'] for row in grass})} rounds, commit {', '.join(sorted({row['commit'] for row in grass}))}): {', '.join(parts)}. "
+        f"{forward:.2f} s of a `grass` step are forward, which waits for weights."
+    )
+    if switches:
+        text += f" A step after a switch takes {statistics.median(switches):.2f} of the others' time."
+    return textwrap.fill(text, 140, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f}" if values else ""
+
+
+def _seconds(rows: Sequence[Row]) -> float:
+    return statistics.median(step_seconds(row) for row in rows)
+
+
+def _peak(rows: Sequence[Row]) -> float:
+    """GB that a rank's process holds at most while it trains."""
+    return statistics.median(row["train_peak_bytes"] for row in rows) / 1e9

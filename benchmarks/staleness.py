@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the scores that layers are drawn by still hold: they are measured anew, on all layers, while training goes on."""
+
+import copy
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from benchmarks.places import header, line
+
+Row = dict[str, Any]
+Batch = Mapping[str, torch.Tensor]
+
+
+class Reprobe:
+    """Measures the gradient RMS of every layer at the weights of a model in training, on a copy of it.
+
+    Args:
+        model: before its engine is built.
+        batches: measured on, the same ones each time; of two halves each gives scores of its own, so that their agreement tells how
+            well that many batches can measure.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self._copy = copy.deepcopy(model)
+        half = len(batches) // 2
+        self._halves = (batches[:half], batches[half : 2 * half])
+
+    def measure(self, model: nn.Module) -> list[list[float]]:
+        """m_l of every layer from each half (paper: mean over steps of sqrt(||g_l||^2 / N_l); here over batches, without an update)."""
+        self._copy.load_state_dict(model.state_dict())
+        return [self._scores(batches) for batches in self._halves]
+
+    def _scores(self, batches: Sequence[Batch]) -> list[float]:
+        layers = list(self._copy.get_decoder().layers)
+        sums = [0.0] * len(layers)
+        for batch in batches:
+            self._copy.zero_grad(set_to_none=True)
+            device = next(self._copy.parameters()).device
+            self._copy(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+            for index, layer in enumerate(layers):
+                square = sum(p.grad.float().square().sum().item() for p in layer.parameters())
+                sums[index] += math.sqrt(square / sum(p.numel() for p in layer.parameters()))
+        self._copy.zero_grad(set_to_none=True)
+        return [value / len(batches) for value in sums]
+
+
+def staleness_table(rows: Sequence[Row]) -> list[str]:
+    """Rank correlation of scores with those measured anew, as training goes on; means over the rows."""
+    lines = header(
+        "after step",
+        "scores drawn by, with true ones",
+        "probed scores, with true ones",
+        "two true measurements, with each other",
+        "largest of the sampler's scores over the true one",
+        "least",
+    )
+    for number in sorted({found["step"] for row in rows for found in row["reprobes"]}):
+        points = [(row, found) for row in rows for found in row["reprobes"] if found["step"] == number]
+        now, probed, ceiling, ratios = [], [], [], []
+        for row, found in points:
+            true = [statistics.mean(pair) for pair in zip(*found["true"], strict=True)]
+            now.append(rank_correlation(found["scores"], true))
+            probed.append(rank_correlation(row["reprobes"][0]["scores"], true))
+            ceiling.append(rank_correlation(*found["true"]))
+            ratios.append(_relative(found["scores"], true))
+        cells = [
+            str(number),
+            *(f"{statistics.mean(values):.2f}" for values in (now, probed, ceiling)),
+            f"{statistics.mean(max(values) for values in ratios):.2f}",
+            f"{statistics.mean(min(values) for values in ratios):.2f}",
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Spearman's, without ties."""
+    ranks = [numpy.argsort(numpy.argsort(values)) for values in (left, right)]
+    return float(numpy.corrcoef(*ranks)[0, 1])
+
+
+def _relative(scores: Sequence[float], true: Sequence[float]) -> list[float]:
+    """Each score over the true one, both divided by their mean first: what the draw sees."""
+    return [
+        (score / statistics.mean(scores)) / (value / statistics.mean(true))
+        for score, value in zip(scores, true, strict=True)
+    ]

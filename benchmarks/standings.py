@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of suite ``quality``: the learning rates tried, what every method reached, and differences within a seed."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.contest import CHANGES, GRID, METHODS, SETTINGS, TUNING_SEED, best_rates
+from benchmarks.methods import METHODS as KNOWN
+from benchmarks.places import header, line
+from benchmarks.staleness import staleness_table
+from benchmarks.tasks import TASKS
+
+Row = dict[str, Any]
+PAIRS = (("grass", "uniform"), ("grass", "full"), ("grass", "static"), ("grass-embed", "grass"))
+
+
+def sections(rows: Sequence[Row]) -> list[str]:
+    """Lines of all sections, one per task; nothing for tasks without rows."""
+    lines = []
+    for task in TASKS:
+        mine = [row for row in rows if row["task"] == task]
+        if mine:
+            lines += _section(task, mine)
+    return lines
+
+
+def _section(task: str, rows: Sequence[Row]) -> list[str]:
+    lines = [f"## Quality: task `{task}`", "", _conditions(task, rows), ""]
+    if tuning := [row for row in rows if row["seed"] == TUNING_SEED]:
+        lines += ["### Learning rates tried: loss on development rows", "", *_tuning_table(task, tuning), ""]
+    if reached := [row for row in rows if "test_loss" in row]:
+        lines += ["### What was reached", "", *_standings_table(reached), ""]
+        lines += ["### Differences within a seed", "", *_pairs_table(reached), ""]
+    if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
+        lines += ["### grass with one setting changed", "", *_changes_table(changed, _trained(reached, "grass")), ""]
+    if measured := [row for row in rows if row.get("reprobes")]:
+        lines += ["### Do scores go stale?", "", *staleness_table(measured), ""]
+    return lines
+
+
+def _conditions(task: str, rows: Sequence[Row]) -> str:
+    one = max(rows, key=lambda row: row["steps"])
+    what = TASKS[task]
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    seeds = sorted({row["seed"] for row in rows if "test_loss" in row and row["steps"]})
+    answers = "exact match of generated numbers" if what.exact else "the most likely option"
+    return (
+        f"{one['model']}, {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
+        f"{', '.join(what.train)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
+        f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
+        f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
+        f"a seed of its own) and on the test rows behind them; accuracy: {answers} on the first test rows of {', '.join(what.exact or what.choice)}. "
+        f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({one['hardware']}, {one['threads']} thread); two cells at a time, "
+        f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {', '.join(sorted({row['commit'] for row in rows}))}"
+    )
+
+
+def _settings(row: Row) -> str:
+    return ", ".join(f"`{name}` {value}" for name, value in row["grass"].items())
+
+
+def _tuning_table(task: str, rows: Sequence[Row]) -> list[str]:
+    """Development loss per method and learning rate; the least is bold."""
+    lines = header("method", *(f"{lr:g}" for lr in GRID))
+    best = best_rates(task, rows)
+    for method in METHODS:
+        found = {row["lr"]: f"{row['dev_loss']:.3f}" for row in rows if row["method"] == method}
+        if method in best:
+            found[best[method]] = f"**{found[best[method]]}**"
+        if found:
+            lines.append(line([method, *(found.get(lr, "") for lr in GRID)]))
+    return lines
+
+
+def _standings_table(rows: Sequence[Row]) -> list[str]:
+    sources = list(rows[0]["accuracy"])
+    lines = header(
+        "method",
+        "lr",
+        "test loss",
+        "development loss",
+        "accuracy: mean",
+        *(f"accuracy: {source}" for source in sources),
+        "CPU seconds per step",
+        "peak memory",
+        "weights trained per step",
+        "seeds",
+    )
+    for untrained in [row for row in rows if row["steps"] == 0][:1]:
+        scores = [f"{untrained['accuracy'][source]:.3f}" for source in sources]
+        losses = [f"{untrained[name]:.3f}" for name in ("test_loss", "dev_loss")]
+        mean = f"{statistics.mean(untrained['accuracy'].values()):.3f}"
+        lines.append(line(["(untrained)", "", *losses, mean, *scores, "", "", "", "1"]))
+    for method in METHODS:
+        mine = _trained(rows, method)
+        if not mine:
+            continue
+        cells = [
+            KNOWN[method].label,
+            f"{mine[0]['lr']:g}",
+            *(_spread([row[name] for row in mine]) for name in ("test_loss", "dev_loss")),
+            _spread([_mean_accuracy(row) for row in mine]),
+            *(_spread([row["accuracy"][source] for row in mine]) for source in sources),
+            f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}",
+            f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
+            f"{mine[0]['trainable'] / 1e6:.1f} M",
+            str(len(mine)),
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def _pairs_table(rows: Sequence[Row]) -> list[str]:
+    """Both methods saw the same rows with a seed: what is left of a difference is theirs, and the draws'."""
+    lines = header("difference", "test loss, negative is better", "accuracy, positive is better", "seeds")
+    for left, right in PAIRS:
+        ours, others = ({row["seed"]: row for row in _trained(rows, method)} for method in (left, right))
+        seeds = sorted(set(ours) & set(others))
+        if not seeds:
+            continue
+        measures: tuple[Callable[[Row], float], ...] = (lambda row: row["test_loss"], _mean_accuracy)
+        cells = [_differences([measure(ours[s]) - measure(others[s]) for s in seeds]) for measure in measures]
+        lines.append(line([f"{left} - {right}", *cells, str(len(seeds))]))
+    return lines
+
+
+def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
+    """Development loss against ``grass`` as it is, within a seed; and what a step costs."""
+    lines = header(
+        "changed", "development loss minus that of grass as it is", "CPU seconds per step, of grass as it is", "seeds"
+    )
+    bases = {row["seed"]: row for row in base}
+    for change in CHANGES:
+        pairs = [
+            (row, bases[row["seed"]])
+            for row in rows
+            if row["grass"] == {**SETTINGS, **change} and row["seed"] in bases
+        ]
+        if not pairs:
+            continue
+        ((name, value),) = change.items()
+        cost = sum(row["cpu_seconds"] for row, _ in pairs) / sum(other["cpu_seconds"] for _, other in pairs)
+        loss = _differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
+        lines.append(line([f"`{name}` {value}", loss, f"{cost:.2f}", str(len(pairs))]))
+    return lines
+
+
+def _trained(rows: Sequence[Row], method: str) -> list[Row]:
+    return sorted((row for row in rows if row["method"] == method and row["steps"]), key=lambda row: row["seed"])
+
+
+def _mean_accuracy(row: Row) -> float:
+    return statistics.mean(row["accuracy"].values())
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def _differences(values: Sequence[float]) -> str:
+    each = ", ".join(f"{value:+.3f}" for value in values)
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.3f}{deviation} ({each})"
