@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -30,7 +32,7 @@ from benchmarks.plain import plain
 from benchmarks.quality import quality
 from benchmarks.saves import measure_save
 from benchmarks.shape import shape_of
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import ROWS, TASKS
 from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
 
@@ -53,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--task", choices=TASKS, help="what to train on (quality)")
     parser.add_argument("--data", help="folder of the tasks' sources; not in the row")
-    parser.add_argument("--test-rows", type=int, default=48, help="rows per measure (quality)")
+    parser.add_argument("--test-rows", type=int, default=ROWS, help="rows per measure (quality)")
     parser.add_argument(
         "--tuning", action="store_true", help="measure nothing but the loss on development rows (quality)"
     )
@@ -129,11 +131,13 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """What the accelerator is called; for the CPU its kind."""
+    """What the accelerator is called; for the CPU its model, cores and memory of the machine."""
     module = torch.get_device_module(get_accelerator().device_name())
     if hasattr(module, "get_device_name"):
         return module.get_device_name()
-    return platform.processor() or platform.machine()
+    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    name = found.group(1) if found else platform.machine()
+    return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 def checkpoint(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -15,7 +15,18 @@ Row = dict[str, Any]
 # Above this a ratio is to be explained.
 EXPLAIN = 1.15
 # (method, stage, measure of FLOORS) -> why it is above its floor; all variants of the method on this stage share it.
-REASONS: dict[tuple[str, int, str], str] = {}
+_ALL_REDUCE = "DeepSpeed all-reduces gradients on stages 1 and 2, where a reduce-scatter would do"
+REASONS: dict[tuple[str, int, str], str] = {
+    **{(method, 2, "traffic"): _ALL_REDUCE for method in ("full", "full-offload", "lora-16", "lora", "lora-fa")},
+    ("lisa-toggle", 2, "traffic"): "zeros are reduced and unchanged weights gathered for layers that are not to train",
+    ("lisa-toggle", 2, "memory"): "gradients and Adam state of all layers, whether they are to train or not",
+    (
+        "full",
+        2,
+        "memory",
+    ): "DeepSpeed holds the gradient partition three times in its step: as it is, in one piece, in fp32",
+    ("full-offload", 2, "memory"): "gradients of all layers wait on the device for their way to the host",
+}
 # Optimizer steps of the run whose share of probing is told.
 RUN = 1000
 
@@ -104,7 +115,8 @@ def cost_note(rows: Sequence[Row]) -> str:
         f"warm-up and probing, as layers are drawn every {one['grass']['sample_period']} steps (default {GrassConfig().sample_period}) and "
         "what a step costs depends on them; median of the rounds (least to most). Ratios are taken within a round, against the same "
         "accumulation and checkpointing. Forward, backward, `step()`: means. Live tensors: as a GPU's allocator would count them, in one "
-        "more step that is not timed; optimizer state that rests in host memory does not count there, but does in RSS. Sent: what a ring of "
+        "more step that is not timed; optimizer state that rests in host memory does not count there, but does in RSS: that of the "
+        f"layers drawn so far; once all have trained it is {host_state(one) / 1e9:.2f} GB per rank (suite `offload` measures that). Sent: what a ring of "
         f"many ranks would send; an all-reduce counts twice.{told}{_moved_frozen(cost)}{_lost_steps(cost)}"
     )
 
@@ -136,6 +148,12 @@ def above_imports(row: Row) -> float:
 
 def live_peak(row: Row) -> float:
     return row["observed"]["peak_bytes"]
+
+
+def host_state(row: Row) -> float:
+    """Bytes of Adam state of a rank once every layer has trained, by default in host memory."""
+    shape = row["shape"]
+    return floors.STATE * (shape["layers"] * shape["layer_numel"] + shape["norm_numel"]) / row["ranks"]
 
 
 def floor_ratios(name: str, mine: Sequence[Row], rows: Sequence[Row]) -> list[float]:

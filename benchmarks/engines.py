@@ -14,6 +14,7 @@ from benchmarks.methods import METHODS, ds_config, prepare_model
 from benchmarks.models import largest_layer
 from benchmarks.peers import badam_engine, toggle_layers
 from benchmarks.places import OFFLOADS
+from grass_ds.config import SCORED_SAMPLERS, GrassConfig
 from launch import distributed
 
 
@@ -26,6 +27,14 @@ def grass_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def updates(args: argparse.Namespace) -> int:
+    """Of the cell's steps those that update weights: while probing the schedule of the learning rate waits, too."""
+    block = METHODS[args.method].grass
+    if block is None or block["sampler"] not in SCORED_SAMPLERS:
+        return args.steps
+    return args.steps - GrassConfig(**{**block, **args.grass}).probe_steps
+
+
 def build(args: argparse.Namespace, model: Any) -> Any:
     """The engine of the method."""
     config = ds_config(
@@ -36,7 +45,7 @@ def build(args: argparse.Namespace, model: Any) -> Any:
         lr=args.lr,
         grass=grass_settings(args),
         bucket=max(5_000_000, largest_layer(model)),
-        total_steps=args.steps if args.kind == "quality" else None,
+        total_steps=updates(args) if args.kind == "quality" else None,
     )
     if getattr(args, "async"):
         config["checkpoint"] = {"async": True}

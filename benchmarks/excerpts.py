@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.costs import after_switch
+from benchmarks.costs import after_switch, host_state, live_peak
 from benchmarks.lineup import Setting, of_kind, ratios, setting, spread, step_seconds
+from benchmarks.methods import METHODS
 from benchmarks.places import header, line
 
 Row = dict[str, Any]
@@ -28,10 +29,17 @@ def shown(rows: Sequence[Row]) -> list[Row]:
 
 
 def short_table(rows: Sequence[Row]) -> list[str]:
-    """A line per setting of :data:`SHOWN`: seconds and memory, ratios within a round."""
+    """A line per setting of :data:`SHOWN`: seconds and memory of a rank, ratios within a round."""
     cost = of_kind(rows, "cost")
     lines = header(
-        "method", "ZeRO", "s / step", "of full, ZeRO-2", "of LoRA", "peak memory per rank", "weights trained per step"
+        "method",
+        "ZeRO",
+        "s / step",
+        "of full, ZeRO-2",
+        "of LoRA",
+        "tensors on the device, peak",
+        "Adam state in host memory, all layers",
+        "weights trained per step",
     )
     for one in SHOWN:
         mine = [row for row in cost if setting(row) == one]
@@ -43,6 +51,7 @@ def short_table(rows: Sequence[Row]) -> list[str]:
             spread([step_seconds(row) for row in mine]),
             *(_median(ratios(mine, cost, base, 2, step_seconds)) for base in ("full", "lora")),
             f"{_peak(mine):.2f} GB",
+            f"{host_state(mine[0]) / 1e9:.2f} GB" if METHODS[one.method].grass is not None else "",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
         ]
         lines.append(line(cells))
@@ -56,7 +65,7 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
     stock, grass = found.get(Setting("full", 3)), found.get(Setting("grass", 3))
     if not stock or not grass:
         return ""
-    parts = [f"stock ZeRO-3 {_seconds(stock):.2f} s per step and {_peak(stock):.2f} GB per rank"]
+    parts = [f"stock ZeRO-3 {_seconds(stock):.2f} s per step and at most {_peak(stock):.2f} GB of tensors on a rank's device"]
     for name, label in (
         ("grass", "`grass`"),
         ("uniform", "`uniform`"),
@@ -87,5 +96,5 @@ def _seconds(rows: Sequence[Row]) -> float:
 
 
 def _peak(rows: Sequence[Row]) -> float:
-    """GB that a rank's process holds at most while it trains."""
-    return statistics.median(row["train_peak_bytes"] for row in rows) / 1e9
+    """GB of a rank's tensors at most in a step: what a GPU would hold, on the CPU too."""
+    return statistics.median(live_peak(row) for row in rows) / 1e9

@@ -28,13 +28,14 @@ def plain(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[st
     """Seconds of forward and backward for several sets of active layers, of AdamW per element, and of collectives per byte."""
     device = get_accelerator().current_device_name()
     model = prepare_model(args.method, model.to(device)).train()
+    model.bfloat16()  # PEFT makes float32 adapters, which an engine casts back
     lora = METHODS[args.method].lora_rank is not None
     if args.checkpointing and not lora:
         model.disable_input_require_grads()  # or backward never stops early
     ids = torch.randint(0, 1000, (args.micro_batch, args.sequence), device=device)
     layers = len(model.get_decoder().layers)
     whole = (list(range(layers)), True)
-    sets = [whole] if lora else [*((active, False) for active in active_sets(layers)), whole]
+    sets = [whole] if lora else [*((active, False) for active in active_sets(layers)), ([layers // 2], True), whole]
     points = []
     for active, embed in sets:
         if not lora:
@@ -53,12 +54,13 @@ def active_sets(layers: int) -> list[list[int]]:
 
 
 def freeze(model: nn.Module, active: list[int], embed: bool) -> None:
-    """All but the final norm and the active layers; with ``embed`` everything trains."""
+    """All but the final norm and the active layers; with ``embed`` the embeddings and the head train, too."""
     decoder = model.get_decoder()
     for param in model.parameters():
-        param.requires_grad_(embed)
+        param.requires_grad_(False)
         param.grad = None
-    for module in (decoder.norm, *(decoder.layers[layer] for layer in active)):
+    outside = [model.get_input_embeddings(), model.get_output_embeddings()] if embed else []
+    for module in (decoder.norm, *outside, *(decoder.layers[layer] for layer in active)):
         module.requires_grad_(True)
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -78,9 +78,16 @@ def run_cell(
             command += ["--nvme-path", nvme_path]
         if data is not None:
             command += ["--data", data]
-        done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            raise RuntimeError(f"{key(cell)} failed:\n{done.stderr[-3000:]}")
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        ) as ranks:
+            try:
+                said = ranks.communicate(timeout=timeout)[1]
+            except BaseException:
+                ranks.terminate()  # the launcher, which then ends its ranks: they would spoil what is measured next
+                raise
+        if ranks.returncode:
+            raise RuntimeError(f"{key(cell)} failed:\n{said[-3000:]}")
         return json.loads(out.read_text())
 
 
@@ -125,8 +132,13 @@ def installed(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def current_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    """What is checked out; marked if the code differs from it."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.json")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 @contextmanager
@@ -153,7 +165,13 @@ def main() -> None:
             print(f"{len(todo)} cells to run", flush=True)
             work = partial(run_and_note, args=args, disk=disk, commit=commit, file=file, lock=lock, begin=begin)
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(work, todo))
+                running = [pool.submit(work, cell) for cell in todo]
+                try:
+                    for one in as_completed(running):
+                        one.result()
+                except BaseException:  # a cell that fails ends the suite; those that run are finished
+                    pool.shutdown(cancel_futures=True)
+                    raise
 
 
 def left(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:

@@ -5,11 +5,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.contest import CHANGES, GRID, METHODS, SETTINGS, TUNING_SEED, best_rates
+from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, TUNING_SEED, best_rates, tried_rates
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import header, line
 from benchmarks.staleness import staleness_table
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import ROWS, TASKS, Task
 
 Row = dict[str, Any]
 PAIRS = (("grass", "uniform"), ("grass", "full"), ("grass", "static"), ("grass-embed", "grass"))
@@ -32,6 +32,8 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     if reached := [row for row in rows if "test_loss" in row]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", *_pairs_table(reached), ""]
+    if any(row.get("curve") for row in rows):
+        lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
         lines += ["### grass with one setting changed", "", *_changes_table(changed, _trained(reached, "grass")), ""]
     if measured := [row for row in rows if row.get("reprobes")]:
@@ -50,10 +52,14 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         f"{', '.join(what.train)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
-        f"a seed of its own) and on the test rows behind them; accuracy: {answers} on the first test rows of {', '.join(what.exact or what.choice)}. "
+        f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {_accuracy_rows(what)} test rows of {', '.join(what.exact or what.choice)} each. "
         f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({one['hardware']}, {one['threads']} thread); two cells at a time, "
         f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {', '.join(sorted({row['commit'] for row in rows}))}"
     )
+
+
+def _accuracy_rows(task: Task) -> int:
+    return ROWS // 2 if task.exact else ROWS
 
 
 def _settings(row: Row) -> str:
@@ -61,15 +67,15 @@ def _settings(row: Row) -> str:
 
 
 def _tuning_table(task: str, rows: Sequence[Row]) -> list[str]:
-    """Development loss per method and learning rate; the least is bold."""
-    lines = header("method", *(f"{lr:g}" for lr in GRID))
-    best = best_rates(task, rows)
+    """Development loss per method and learning rate; the least is bold once no other is to be tried."""
+    lines = header("method", *(f"{lr:g}" for lr in RATES))
+    best, tried = best_rates(task, rows), tried_rates(task, rows)
     for method in METHODS:
-        found = {row["lr"]: f"{row['dev_loss']:.3f}" for row in rows if row["method"] == method}
-        if method in best:
-            found[best[method]] = f"**{found[best[method]]}**"
-        if found:
-            lines.append(line([method, *(found.get(lr, "") for lr in GRID)]))
+        if method in tried:
+            shown = {lr: f"{loss:.3f}" for lr, loss in tried[method].items()}
+            if method in best:
+                shown[best[method]] = f"**{shown[best[method]]}**"
+            lines.append(line([method, *(shown.get(lr, "") for lr in RATES)]))
     return lines
 
 

@@ -166,6 +166,7 @@ def cost_row(method: str, stage: int, seconds: list[float], **changed: Any) -> d
         "baseline_bytes": 1e9,
         "train_peak_bytes": 2e9,
         "trainable": 2_000_000,
+        "shape": {"layers": 4, "layer_numel": 1_000_000, "norm_numel": 0},
         "observed": {
             "active": None,
             "flops": 300,
@@ -321,8 +322,8 @@ def test_texts_follow_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert zero3_sentence(rows) + "  <!-- end of benchmark zero3 -->" in page.read_text()
     sentence = " ".join(zero3_sentence(rows).split())
     assert (
-        "stock ZeRO-3 4.00 s per step and 2.00 GB per rank, `grass` 1.00 s (0.25 of it) and 2.00 GB, BAdam's"
-        in sentence
+        "stock ZeRO-3 4.00 s per step and at most 0.01 GB of tensors on a rank's device, `grass` 1.00 s (0.25 of it) and 0.01 GB, "
+        "BAdam's" in sentence
     )
     assert "0.50 s of a `grass` step are forward" in sentence
 

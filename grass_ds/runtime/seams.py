@@ -5,6 +5,7 @@ DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented 
 nowhere else; ``tests/runtime/test_seams.py`` checks what they do. When a release changes one, importing ``grass_ds`` says which.
 """
 
+import copy
 import importlib
 
 import deepspeed
@@ -57,11 +58,12 @@ OFFLOAD_METHODS = (
     "partition_all_parameters",
     "release_backward_leftovers",
 )
-OFFLOAD_ATTRIBUTES = ("module", "persistent_parameters")
+OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
 # ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
 LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
 COORDINATOR = (
     "_PartitionedParameterCoordinator__params_to_release",  # a private method behind a cache, see forget_releases()
+    "_clear_trace_structures",
     "_invalidate_trace",
     "is_complete_trace",
     "is_invalid_trace",
@@ -183,6 +185,15 @@ def forget_releases() -> None:
             cell.cell_contents.cache_clear()
 
 
+def untraced(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
+    """Another coordinator of the same weights, which has seen no pass yet. Weights on their way belong to both."""
+    fresh = copy.copy(coordinator)
+    if not fresh.is_invalid_trace():
+        fresh._invalidate_trace()  # which waits for what is on its way, too
+    fresh._clear_trace_structures()  # the lists of the other would grow with its own
+    return fresh
+
+
 def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
     """Take ZeRO-3's hooks off the model.
 
@@ -211,4 +222,5 @@ __all__ = [
     "register_grad_hook",
     "remove_zero3_hooks",
     "sequence_parallel_size",
+    "untraced",
 ]

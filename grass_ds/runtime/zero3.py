@@ -9,8 +9,9 @@ of just the weights that it has, and no gather is needed after the step.
 [Note: Trace] DeepSpeed records in which order modules run in forward and backward, and gathers weights ahead of their use by that
 trace. Inactive layers change nothing in the order, with one exception: where the embeddings do not train, backward stops at the lowest
 active layer. A trace that is too short makes DeepSpeed start over in the middle of backward, and one that is too long makes it gather
-weights that nobody uses. So when that floor has moved, the trace is forgotten at the start of the next training forward, once: that step
-records a new one, the step after it prefetches again. (Not earlier: an evaluation in between would be recorded, which has no backward.)
+weights that nobody uses. So there is a trace for every floor: a coordinator of its own, which takes over at the start of the first training
+forward with that floor (not earlier: an evaluation in between would be recorded, which has no backward). A floor's first step records, all
+later ones prefetch; recording, and deciding by a new trace what to release when, takes longer than a step of a small model.
 """
 
 from collections.abc import Sequence
@@ -35,10 +36,9 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         full_backward: backward runs down to the embeddings whatever is active.
 
     Attributes:
-        traces_forgotten: how often the floor of backward moved.
+        coordinators: floor of backward -> DeepSpeed's coordinator that has the trace of such passes.
     """
 
-    traces_forgotten = 0
     _destroyed = False
 
     def __init__(self, *args: Any, parameter_offload: seams.DeepSpeedZeRoOffload, full_backward: bool):
@@ -47,6 +47,8 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.module = parameter_offload.module
         self._full_backward = full_backward
         self._floor = self._traced_floor = 0
+        self.coordinators = {0: parameter_offload.get_param_coordinator()}
+        self._recorded: set[int] = set()  # floors by whose trace something may have been decided
         self._access = PartitionedAccess()
         super().__init__(*args)  # which activates the first layers, and so needs the above
         for param in self.module.parameters():
@@ -64,8 +66,12 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """End of one micro-step: also of modules that backward ran through without an end, like the lowest active layer."""
         super().backward_epilogue(**kwargs)
         self.parameter_offload.release_backward_leftovers()
-        if not self.parameter_offload.get_param_coordinator().is_complete_trace():
-            seams.forget_releases()  # what was decided by another trace would keep weights that this one no longer needs
+        complete = self.coordinators[self._traced_floor].is_complete_trace()
+        if (
+            self._traced_floor in self._recorded and not complete
+        ):  # modules ran in another order, and DeepSpeed starts over
+            self._recorded.remove(self._traced_floor)
+            seams.forget_releases()  # what was decided by the old trace would keep weights that the new one does not need
 
     def _publish(self, units: Sequence[Unit]) -> None:
         """Release what is gathered of the old weights; of the persistent parameters, gather the new ones."""
@@ -100,13 +106,13 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """Called by the engine at the start of every forward. See [Note: Trace]."""
         super().clear_backward_seen_flag()
         # Not module.training: models come from ``from_pretrained`` in evaluation mode, and train as well in it.
-        if self._floor == self._traced_floor or not torch.is_grad_enabled():
-            return
-        coordinator = self.parameter_offload.get_param_coordinator()
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
-            self.traces_forgotten += 1
-        self._traced_floor = self._floor
+        if self._floor != self._traced_floor and torch.is_grad_enabled():
+            if self._floor not in self.coordinators:
+                self.coordinators[self._floor] = seams.untraced(self.parameter_offload.param_coordinator)
+            self.parameter_offload.param_coordinator = self.coordinators[self._floor]
+            self._traced_floor = self._floor
+        if not self.coordinators[self._traced_floor].is_invalid_trace():
+            self._recorded.add(self._traced_floor)  # complete once this pass begins, be it an evaluation
 
     def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
         self._access.add(param, Partition(fragment))
@@ -136,6 +142,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self._destroyed = True
         super().destroy()
         seams.remove_zero3_hooks(self.parameter_offload)
+        seams.forget_releases()  # that memory holds on to the model
         for param in self.module.parameters():
             if getattr(param, "_z3_optimizer", None) is self._access:
                 del param._z3_optimizer

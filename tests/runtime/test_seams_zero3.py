@@ -116,6 +116,11 @@ def run_through() -> None:
             lambda *_: ahead.append(weight.ds_status is not ELSEWHERE)
         )
         assert coordinator.is_invalid_trace()
+        lists = "_PartitionedParameterCoordinator__submodule_order"
+        before = getattr(coordinator, lists)
+        assert getattr(seams.untraced(coordinator), lists) is not before
+        coordinator._clear_trace_structures()  # makes new lists, the old ones stay as they are
+        assert getattr(coordinator, lists) is not before
         forward(model).backward()
         assert not coordinator.is_invalid_trace()
         assert not coordinator.is_complete_trace()
@@ -129,6 +134,16 @@ def run_through() -> None:
         forward(model).backward()
         assert ahead == [False, True, True]
         hooks.release_backward_leftovers()
+        hooks.param_coordinator = other = seams.untraced(coordinator)
+        assert other.is_invalid_trace() and coordinator.is_complete_trace()
+        for _ in range(2):
+            forward(model).backward()
+            hooks.release_backward_leftovers()
+        hooks.param_coordinator = coordinator
+        forward(model).backward()
+        hooks.release_backward_leftovers()
+        assert other.is_complete_trace() and coordinator.is_complete_trace()
+        assert ahead == [False, True, True, False, True, True]
         coordinator._invalidate_trace()
         assert coordinator.is_invalid_trace()
         with pytest.raises(RuntimeError, match="already invalid"):

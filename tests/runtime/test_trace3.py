@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which weights ZeRO-3 gathers and when, and what becomes of the trace of modules by which it does so ahead of their use."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -40,16 +39,15 @@ def watch_gathers(
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with engine_of(config, model) as engine:
         gathers = Gathers(model)
-        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
         with calls_to("_invalidate_trace", lambda _: invalidated.append(gathers.phase)):
             for step in range(steps):
                 for micro in range(engine.gradient_accumulation_steps()):
                     gathers.clear()
                     record: dict[str, Any] = {"active": engine.grass.active_layers, "before": status(model)}
-                    forgotten = engine.optimizer.traces_forgotten
                     gathers.phase = "forward"
                     with Collectives() as sent:
                         loss = run_forward(engine, step, micro)
+                        coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
                         record |= {"complete": coordinator.is_complete_trace(), "ahead": sorted(gathers.ahead)}
                         gathers.phase = "backward"
                         engine.backward(loss)
@@ -58,7 +56,6 @@ def watch_gathers(
                     engine.step()
                     record |= {phase: gathers.names(phase) for phase in ("forward", "backward", "step")}
                     record |= {"invalidated": list(invalidated)}
-                    record |= {"forgotten": engine.optimizer.traces_forgotten - forgotten}
                     record |= {"next": engine.grass.active_layers}
                     invalidated.clear()
                     records.append(record)
@@ -107,30 +104,33 @@ TRACES: dict[str, tuple[dict[str, Any], bool | None, int, bool]] = {
     "embeddings-idle-gas2": ({}, None, 2, True),
     "non-reentrant": ({}, False, 1, True),
     "reentrant": ({}, True, 1, False),
+    "from-the-top": ({"sampler": "cyclic", "cyclic_order": "descending", "num_active_layers": 1}, None, 1, True),
     "embeddings-frozen-by-user": ({"always_active": ["embed", "norm"]}, None, 1, True),
     "embeddings-active": ({"always_active": ["embed", "norm"]}, None, 1, False),
 }
 
 
 @pytest.mark.parametrize("case", TRACES)
-def test_trace_is_forgotten_once_when_the_floor_moves_and_back_in_two_steps(two_ranks: Any, case: str) -> None:
+def test_every_floor_has_a_trace_that_its_first_step_records(two_ranks: Any, case: str) -> None:
     block, reentrant, gas, moves = TRACES[case]
     config = config_of(AHEAD, {"sampler": "uniform", "num_active_layers": 2, "seed": 3, **block}, gas=gas)
     arguments = {"config": config, "reentrant": reentrant, "frozen": "frozen" in case}
-    for steps in two_ranks.run(watch_gathers, steps=7 * PERIOD, **arguments):
-        fresh = True
+    for steps in two_ranks.run(watch_gathers, steps=9 * PERIOD, **arguments):
+        seen: set[int] = set()
         for number, step in enumerate(steps):
-            moved = moves and min(step["next"]) != min(step["active"])
-            # by us before a pass, never by DeepSpeed in one; before the first there is nothing to forget
-            assert step["invalidated"] == ["forward"] * (fresh and number > 0)
-            assert step["forgotten"] == (fresh and number > 0)
+            floor = min(step["active"]) if moves else 0
+            fresh = floor not in seen
+            seen.add(floor)
+            # by us before the first pass with a floor, never by DeepSpeed in one; what it begins with is as good as new for floor 0
+            assert step["invalidated"] == ["forward"] * (fresh and number > 0 and floor > 0)
             assert step["complete"] != fresh
             assert set(step["ahead"]) == (set() if fresh else NAMES.keys())
             assert step["after"] == {"NOT_AVAILABLE"}
-            fresh = moved
         switches = [(min(s["active"]), min(s["next"])) for s in steps if s["active"] != s["next"]]
-        assert len(switches) > 3
-        assert {before == after for before, after in switches} == {True, False}  # both kinds were seen
+        assert len({floor for _, floor in switches}) < sum(
+            before != after for before, after in switches
+        )  # some return
+        assert case == "from-the-top" or any(before == after for before, after in switches)  # and some stay
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def evaluate_between(config: dict[str, Any], moments: set[str]) -> list[dict[str
             records[-1]["left"] |= status(model)
 
         with calls_to("_invalidate_trace", lambda _: records[-1]["invalidated"].append(now["phase"])):
-            for step in range(4 * PERIOD):
+            for step in range(6 * PERIOD):
                 active = engine.grass.active_layers
                 records.append({"invalidated": [], "left": set(), "active": active})
                 for micro in range(engine.gradient_accumulation_steps()):
@@ -179,8 +179,11 @@ def evaluate_between(config: dict[str, Any], moments: set[str]) -> list[dict[str
 @pytest.mark.parametrize(("gas", "moment"), [(1, "before the step"), (2, "before the step"), (1, "after a switch")])
 def test_evaluation_sees_the_weights_as_they_are(two_ranks: Any, zero: dict[str, Any], gas: int, moment: str) -> None:
     for steps in two_ranks.run(evaluate_between, config=config_of(zero, {}, gas=gas), moments={moment}):
-        for step, after in pairwise(steps):
-            moved = step["active"] != after["active"]
-            assert after["invalidated"] == ["train"] * moved  # an evaluation is never taken for a whole pass
+        seen = {steps[0]["active"]}
+        for after in steps[1:]:
+            fresh = after["active"] not in seen
+            seen.add(after["active"])
+            assert after["invalidated"] == ["train"] * fresh  # an evaluation is never taken for a whole pass
+        assert steps[-1]["active"] == steps[PERIOD]["active"]  # a layer came back
         if moment == "before the step" and zero is AHEAD:
             assert "INFLIGHT" in steps[0]["left"]  # weights were on the way when the step wrote them

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quality suite: which learning rates are tried, which cells follow from them, and what its tables make of rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import contest, curves, staleness, standings
+from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
+
+TASK = "arithmetic"
+
+
+def row(method: str, lr: float, seed: int, dev_loss: float, **changed: Any) -> dict[str, Any]:
+    """A row as a cell writes it, as far as this suite reads it."""
+    return {
+        "task": TASK,
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "dev_loss": dev_loss,
+        "steps": STEPS,
+        "grass": SETTINGS,
+        "model": "any",
+        "micro_batch": 2,
+        "sequence": 16,
+        "dev_rows": 8,
+        "versions": {"torch": "2"},
+        "device": "cpu",
+        "hardware": "any",
+        "threads": 1,
+        "data": "0a",
+        "commit": "0123abc",
+        **changed,
+    }
+
+
+def tuned(method: str, losses: dict[float, float]) -> list[dict[str, Any]]:
+    return [row(method, lr, TUNING_SEED, loss) for lr, loss in losses.items()]
+
+
+def reached(method: str, seed: int, loss: float, accuracy: float, **changed: Any) -> dict[str, Any]:
+    measured = {"test_loss": loss, "accuracy": {"one": accuracy, "two": accuracy}, "cpu_seconds": 100.0}
+    return row(method, 1e-4, seed, loss, **measured, peak_bytes=2e9, trainable=7_000_000, **changed)
+
+
+@pytest.mark.parametrize(
+    ("losses", "left"),
+    [
+        ({}, [*GRID]),
+        ({GRID[0]: 1.0}, [*GRID[1:]]),
+        (dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)), []),
+        (dict(zip(GRID, (1.0, 2.0, 3.0), strict=True)), [RATES[0]]),
+        (dict(zip(GRID, (3.0, 2.0, 1.0), strict=True)), [RATES[4]]),
+        (dict(zip(RATES[1:], (3.0, 2.0, 1.0, 0.5), strict=True)), []),  # beyond the last there is none
+    ],
+)
+def test_rates_are_tried_until_the_best_has_worse_neighbours(losses: dict[float, float], left: list[float]) -> None:
+    assert contest.untried_rates(losses) == left
+    best = contest.best_rates(TASK, tuned("grass", losses))
+    assert ("grass" in best) == (losses != {} and not left)
+
+
+def test_methods_are_compared_once_their_rate_is_known() -> None:
+    rows = tuned("grass", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True))) + tuned("full", {GRID[0]: 1.0})
+    cells = list(contest.contest_cells(["compare", "ablate", "reprobe"], [TASK], rows))
+    assert {cell["method"] for cell in cells if cell["steps"]} == {"grass"}
+    assert {cell["lr"] for cell in cells if cell["steps"]} == {GRID[1]}
+    assert [cell["seed"] for cell in cells if "curve" in cell] == [*contest.SEEDS]
+    assert TUNING_SEED not in contest.SEEDS
+    assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == 3 * len(contest.CHANGES)
+    everything = list(contest.contest_cells(["tune"], [TASK], []))
+    assert {(cell["method"], cell["lr"]) for cell in everything} == {(m, lr) for m in METHODS for lr in GRID}
+
+
+def test_differences_are_within_a_seed() -> None:
+    rows = [
+        reached("grass", 0, 1.0, 0.5),
+        reached("uniform", 0, 1.5, 0.25),
+        reached("grass", 1, 3.0, 0.5),
+        reached("uniform", 1, 2.0, 0.75),
+        reached("uniform", 2, 9.0, 0.0),  # without its pair
+    ]
+    (line,) = standings._pairs_table(rows)[2:]
+    assert line.split(" | ") == [
+        "| grass - uniform",
+        "+0.250 ± 1.061 (-0.500, +1.000)",
+        "+0.000 ± 0.354 (+0.250, -0.250)",
+        "2 |",
+    ]
+
+
+def test_sections_show_what_there_is(tmp_path: Path) -> None:
+    assert standings.sections([]) == []
+    tuning = tuned("grass", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)))
+    text = "\n".join(standings.sections(tuning))
+    assert "| grass |  | 2.000 | **1.000** | 3.000 |  |" in text
+    assert "What was reached" not in text
+    curve = {"curve": [{"step": 10, "cpu_seconds": 3.0, "dev_loss": 1.0}], "active": [None, [0, 3]]}
+    changed = row("grass", 1e-4, 0, 0.75, grass={**SETTINGS, "temperature": 4.0}, cpu_seconds=150.0)
+    text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed]))
+    assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M | 1 |" in text
+    assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.50 | 1 |" in text
+    images = {path.name for path in curves.draw([reached("grass", 0, 1.0, 0.5, **curve)], tmp_path)}
+    assert images == {f"loss-{TASK}.png", f"layers-{TASK}.png"}
+    assert all(f"(plots/{name})" in text for name in images)
+
+
+def test_staleness_compares_with_scores_measured_anew() -> None:
+    assert staleness.rank_correlation([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]) == pytest.approx(1.0)
+    assert staleness.rank_correlation([1.0, 2.0, 3.0], [9.0, 4.0, 2.0]) == pytest.approx(-1.0)
+    points = [
+        {"step": 4, "scores": [1.0, 2.0, 3.0], "true": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
+        {"step": 8, "scores": [3.0, 2.0, 1.0], "true": [[2.0, 2.0, 2.5], [1.0, 2.0, 2.5]]},
+    ]
+    first, second = staleness.staleness_table([{"reprobes": points}])[2:]
+    assert first.split(" | ")[1:5] == ["1.00", "1.00", "1.00", "1.00"]
+    assert second.split(" | ")[1:3] == ["-1.00", "1.00"]  # what was probed still holds, what is drawn by does not
