@@ -65,7 +65,9 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
     stock, grass = found.get(Setting("full", 3)), found.get(Setting("grass", 3))
     if not stock or not grass:
         return ""
-    parts = [f"stock ZeRO-3 {_seconds(stock):.2f} s per step and at most {_peak(stock):.2f} GB of tensors on a rank's device"]
+    parts = [
+        f"stock ZeRO-3 {_seconds(stock):.2f} s per step and at most {_peak(stock):.2f} GB of tensors on a rank's device"
+    ]
     for name, label in (
         ("grass", "`grass`"),
         ("uniform", "`uniform`"),
