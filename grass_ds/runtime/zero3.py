@@ -67,11 +67,10 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         super().backward_epilogue(**kwargs)
         self.parameter_offload.release_backward_leftovers()
         complete = self.coordinators[self._traced_floor].is_complete_trace()
-        if (
-            self._traced_floor in self._recorded and not complete
-        ):  # modules ran in another order, and DeepSpeed starts over
+        if self._traced_floor in self._recorded and not complete:
+            # Modules ran in another order, and DeepSpeed starts over. By the old trace it would keep weights that the new one does not need.
             self._recorded.remove(self._traced_floor)
-            seams.forget_releases()  # what was decided by the old trace would keep weights that the new one does not need
+            seams.forget_releases()
 
     def _publish(self, units: Sequence[Unit]) -> None:
         """Release what is gathered of the old weights; of the persistent parameters, gather the new ones."""
