@@ -21,9 +21,8 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
-import grass_ds
 from benchmarks.cost import cost
-from benchmarks.engines import grass_settings, prepare
+from benchmarks.engines import grass_config, prepare
 from benchmarks.meters import process_bytes
 from benchmarks.methods import METHODS, PACKAGES
 from benchmarks.models import load
@@ -33,7 +32,6 @@ from benchmarks.quality import quality
 from benchmarks.saves import measure_save
 from benchmarks.shape import shape_of
 from benchmarks.tasks import ROWS, TASKS
-from grass_ds.config import SCORED_SAMPLERS
 from launch import distributed
 
 VERSIONS = ("torch", "deepspeed", "transformers", "peft")
@@ -115,13 +113,12 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         "async",
     )
     accelerator = get_accelerator()
-    block = METHODS[args.method].grass
-    drawn = block is not None and block["sampler"] in SCORED_SAMPLERS
+    block = grass_config(args)
     packages = (*VERSIONS, *([PACKAGES[args.method]] if args.method in PACKAGES else []))
     return {
         **{key: getattr(args, key) for key in keys},
         **({"task": args.task} if args.kind == "quality" else {}),
-        "temperature": grass_ds.GrassConfig(**{**block, **grass_settings(args)}).temperature if drawn else None,
+        "temperature": block.temperature if block is not None and block.probes else None,
         "ranks": distributed.world_size(),
         "device": accelerator.device_name(),
         "hardware": hardware(),

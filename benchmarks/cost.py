@@ -5,7 +5,7 @@ import argparse
 import statistics
 from typing import Any
 
-from benchmarks.engines import count_first_steps, prepare
+from benchmarks.engines import count_first_steps, prepare, trainable_numel
 from benchmarks.meters import disk_bytes, peak_bytes, process_bytes, reset_peak
 from benchmarks.observed import observe
 from benchmarks.peers import watch
@@ -48,6 +48,6 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),
         "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
         "bytes": grass.memory(peak=True) if grass is not None else None,
-        "trainable": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad),
+        "trainable": trainable_numel(engine),
         "observed": observe(engine, args, watched.before_step()),
     }

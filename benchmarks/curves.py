@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy
 from matplotlib.figure import Figure
 
 from benchmarks.contest import METHODS
 from benchmarks.tasks import TASKS
 
-matplotlib.use("Agg")
 Row = dict[str, Any]
 SIZE = {"dpi": 90}
 

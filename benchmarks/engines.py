@@ -14,7 +14,7 @@ from benchmarks.methods import METHODS, ds_config, prepare_model
 from benchmarks.models import largest_layer
 from benchmarks.peers import badam_engine, toggle_layers
 from benchmarks.places import OFFLOADS
-from grass_ds.config import SCORED_SAMPLERS, GrassConfig
+from grass_ds.config import GrassConfig
 from launch import distributed
 
 
@@ -27,12 +27,21 @@ def grass_settings(args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def grass_config(args: argparse.Namespace) -> GrassConfig | None:
+    """The method's whole grass block; None for methods that are not ours."""
+    block = METHODS[args.method].grass
+    return None if block is None else GrassConfig(**{**block, **grass_settings(args)})
+
+
 def updates(args: argparse.Namespace) -> int:
     """Of the cell's steps those that update weights: while probing the schedule of the learning rate waits, too."""
-    block = METHODS[args.method].grass
-    if block is None or block["sampler"] not in SCORED_SAMPLERS:
-        return args.steps
-    return args.steps - GrassConfig(**{**block, **args.grass}).probe_steps
+    block = grass_config(args)
+    return args.steps - (block.probe_steps if block is not None and block.probes else 0)
+
+
+def trainable_numel(engine: Any) -> int:
+    """Elements that train now, sharded ones counted whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
 
 
 def build(args: argparse.Namespace, model: Any) -> Any:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import build, step
+from benchmarks.engines import build, step, trainable_numel
 from benchmarks.meters import peak_bytes, reset_peak
 from benchmarks.staleness import Reprobe
 from benchmarks.tasks import TASKS, Exam
@@ -76,5 +76,5 @@ def _train(
         **({"reprobes": reprobes} if args.reprobe else {}),
         "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
         "bytes": grass.memory(peak=True) if grass is not None else None,
-        "trainable": sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad),
+        "trainable": trainable_numel(engine),
     }

@@ -9,7 +9,7 @@ from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, TUNING_SEED, b
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import header, line
 from benchmarks.staleness import staleness_table
-from benchmarks.tasks import ROWS, TASKS, Task
+from benchmarks.tasks import ROWS, TASKS
 
 Row = dict[str, Any]
 PAIRS = (("grass", "uniform"), ("grass", "full"), ("grass", "static"), ("grass-embed", "grass"))
@@ -52,14 +52,10 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         f"{', '.join(what.train)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
-        f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {_accuracy_rows(what)} test rows of {', '.join(what.exact or what.choice)} each. "
+        f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
         f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({one['hardware']}, {one['threads']} thread); two cells at a time, "
         f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {', '.join(sorted({row['commit'] for row in rows}))}"
     )
-
-
-def _accuracy_rows(task: Task) -> int:
-    return ROWS // 2 if task.exact else ROWS
 
 
 def _settings(row: Row) -> str:
