@@ -43,13 +43,14 @@ def _train(
     args: argparse.Namespace, engine: Any, model: Any, exam: Exam, collate: Collator, reprobe: Reprobe | None
 ) -> dict[str, Any]:
     grass, batches = engine.grass, exam.batches(args.seed)
-    losses, active, curve, drawn, reprobes = [], [], [], [], []
+    losses, batch_shapes, active, curve, drawn, reprobes = [], [], [], [], [], []
     tokens = peak = 0
     cpu = wall = 0.0
     reset_peak()
     for number in range(1, args.steps + 1):
         batch = collate(next(batches))
         tokens += int(batch["attention_mask"].sum())
+        batch_shapes.append(list(batch["input_ids"].shape))
         if grass is not None:
             active.append(None if grass.phase == "probe" else list(grass.active_layers))
         began, began_cpu = time.perf_counter(), time.process_time()
@@ -68,6 +69,7 @@ def _train(
     return {
         "train_losses": losses,
         "tokens": tokens,
+        "batches": batch_shapes,
         "cpu_seconds": cpu,
         "wall_seconds": wall,
         "curve": curve,
