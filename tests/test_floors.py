@@ -121,14 +121,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 @LINEAR
 def watch_step(**arguments: Any) -> dict[str, Any]:
-    """A row with its observed step, in the middle of a period; what other tests have left alive is taken off its memory."""
+    """A row with its step as this rank observes it, in the middle of a period; what other tests have left alive is taken off its memory."""
+    from benchmarks import observed
     from benchmarks.engines import prepare
-    from benchmarks.observed import Observer, observe
     from benchmarks.shape import shape_of
     from launch import distributed
 
     gc.collect()
-    left = Observer().rest_bytes
+    left = observed.Observer().rest_bytes
     row = {**CONDITIONS, **arguments, "grass": {"probe_steps": 1, "sample_period": 9, "seed": 3}}
     model = llama(row.pop("tied", False), row["checkpointing"], hidden=512)  # or ZeRO-3 never releases a matrix
     more = {"kind": "cost", "lr": 1e-3, "seed": 0, "steps": 1, "async": False, "nvme_path": None}
@@ -136,7 +136,8 @@ def watch_step(**arguments: Any) -> dict[str, Any]:
     for _ in range(4):
         one_step()
     active = engine.grass.active_layers if engine.grass is not None else None
-    row["observed"] = observe(engine, argparse.Namespace(**row), active)
+    with mock.patch.object(observed.distributed, "max_over_ranks", lambda value: value):
+        row["observed"] = observed.observe(engine, argparse.Namespace(**row), active)
     row["observed"]["peak_bytes"] -= left
     row |= {"shape": shape_of(model), "ranks": distributed.world_size()}
     engine.destroy()
@@ -146,7 +147,7 @@ def watch_step(**arguments: Any) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.parametrize("case", CASES)
 def test_steps_cost_what_the_floors_say(two_ranks: RankPool, case: str) -> None:
-    row = two_ranks.run(watch_step, **CASES[case])[0]
+    row = max(two_ranks.run(watch_step, **CASES[case]), key=lambda row: row["observed"]["peak_bytes"])
     seen, active = row["observed"], row["observed"]["active"]
     assert seen["flops"] == floors.flops(row, active)
     stock = row["method"] in ("full", "lora")
