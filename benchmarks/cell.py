@@ -39,7 +39,7 @@ VERSIONS = ("torch", "deepspeed", "transformers", "peft")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("cost", "quality", "checkpoint", "plain"))
+    parser.add_argument("kind", choices=("cost", "quality", "checkpoint"))
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--out", required=True, type=Path, help="JSON file for the row")
     parser.add_argument("--model", default="smollm2-135m")
@@ -67,6 +67,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prepare-state", action="store_true", help="make the state of all layers first (cost)")
     parser.add_argument("--async", action="store_true", help="write checkpoints in the background (checkpoint)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument(
+        "--plain", action="store_true", help="then time the same passes in plain PyTorch, the floor of time (cost)"
+    )
     return parser.parse_args()
 
 
@@ -75,11 +78,8 @@ def main() -> None:
     distributed.start()
     torch.manual_seed(args.seed)
     baseline = process_bytes("VmRSS")
-    model, tokenizer = distributed.on_every_rank(lambda: load(args.model))
-    model.train()
-    if args.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    measure = {"cost": cost, "quality": quality, "checkpoint": checkpoint, "plain": plain}[args.kind]
+    model, tokenizer = fresh(args)
+    measure = {"cost": cost, "quality": quality, "checkpoint": checkpoint}[args.kind]
     row = conditions(args)
     try:
         row.update(measure(args, model, tokenizer))
@@ -89,9 +89,20 @@ def main() -> None:
         row["skipped"] = f"out of memory on a device of {get_accelerator().total_memory() / 1e9:.0f} GB"
     row["baseline_bytes"] = int(distributed.max_over_ranks(baseline))
     row["shape"] = shape_of(model)
+    if args.plain:
+        row["plain"] = plain(row, fresh(args)[0])
     if distributed.rank() == 0:
         args.out.write_text(json.dumps(row) + "\n")
     distributed.stop()
+
+
+def fresh(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model as it is loaded, in training mode, and its tokenizer."""
+    model, tokenizer = distributed.on_every_rank(lambda: load(args.model))
+    model.train()
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:

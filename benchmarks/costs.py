@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import floors
-from benchmarks.lineup import Setting, lines_of, of_kind, ratios, spread, step_seconds
+from benchmarks.lineup import Setting, compared, lines_of, ratios, spread, step_seconds
 from benchmarks.methods import METHODS, NOT_RUN
 from benchmarks.places import header, line
 from grass_ds.config import GrassConfig
@@ -33,7 +33,7 @@ RUN = 1000
 
 def time_table(rows: Sequence[Row]) -> list[str]:
     """One line per setting: seconds, where they go, and what switches and probing add."""
-    cost = of_kind(rows, "cost")
+    cost = compared(rows)
     lines = header(
         "method",
         "ZeRO stage",
@@ -42,6 +42,7 @@ def time_table(rows: Sequence[Row]) -> list[str]:
         "of LoRA r=128",
         "forward, backward, `step()`",
         "tokens/s",
+        "lowest layer trained",
         "step after a switch, of the others",
         f"s / probing step (share of a run of {RUN})",
     )
@@ -54,6 +55,7 @@ def time_table(rows: Sequence[Row]) -> list[str]:
             *(spread(ratios(mine, cost, base, 2, step_seconds)) for base in ("full", "lora")),
             ", ".join(f"{_mean(mine, f'{part}_seconds'):.2f}" for part in ("forward", "backward", "step")),
             f"{_tokens(mine[0]) / statistics.median(seconds):.0f}",
+            _lowest(mine),
             spread([ratio for row in mine for ratio in after_switch(row)]),
             _probing(mine, statistics.median(seconds)),
         ]
@@ -63,7 +65,7 @@ def time_table(rows: Sequence[Row]) -> list[str]:
 
 def memory_table(rows: Sequence[Row]) -> list[str]:
     """One line per setting: memory of the process and of tensors alone, and what crosses ranks."""
-    cost = of_kind(rows, "cost")
+    cost = compared(rows)
     lines = header(
         "method",
         "ZeRO stage",
@@ -98,25 +100,25 @@ def memory_table(rows: Sequence[Row]) -> list[str]:
 def floor_table(rows: Sequence[Row]) -> list[str]:
     """One line per setting: measured over the least that the algorithm needs, and the reasons for what is above."""
     lines = header("method", "ZeRO stage", *(f"{name}: of its floor" for name in FLOORS), f"why more than {EXPLAIN:g}")
-    for one, mine in lines_of(of_kind(rows, "cost")):
-        found = {name: floor_ratios(name, mine, rows) for name in FLOORS}
+    for one, mine in lines_of(compared(rows)):
+        found = {name: floor_ratios(name, mine) for name in FLOORS}
         lines.append(line([one.label, str(one.stage), *map(spread, found.values()), _reasons(one, found)]))
     return lines
 
 
 def cost_note(rows: Sequence[Row]) -> str:
-    cost = of_kind(rows, "cost")
+    cost = compared(rows)
     one = cost[0]
     notes = {METHODS[row["method"]].label: METHODS[row["method"]].note for row in cost}
     notes |= {f"`{method}` is left out": reason for method, reason in NOT_RUN.items()}
     told = "".join(f" {label}: {note}." for label, note in notes.items() if note)
     return (
         f"{len({row['seed'] for row in cost})} interleaved rounds; variants once, beside the first. s / step: mean of a round's steps after "
-        f"warm-up and probing, as layers are drawn every {one['grass']['sample_period']} steps (default {GrassConfig().sample_period}) and "
-        "what a step costs depends on them; median of the rounds (least to most). Ratios are taken within a round, against the same "
+        f"warm-up and probing; median of the rounds (least to most). Layers are drawn every {_periods(cost)} (default "
+        f"{GrassConfig().sample_period}); what a step costs depends on the lowest of them. Ratios are taken within a round, against the same "
         "accumulation and checkpointing. Forward, backward, `step()`: means. Live tensors: as a GPU's allocator would count them, in one "
         "more step that is not timed; optimizer state that rests in host memory does not count there, but does in RSS: that of the "
-        f"layers drawn so far; once all have trained it is {host_state(one) / 1e9:.2f} GB per rank (suite `offload` measures that). Sent: what a ring of "
+        f"layers drawn so far; once all have trained it is {host_state(one) / 1e9:.2f} GB per rank. Sent: what a ring of "
         f"many ranks would send; an all-reduce counts twice.{told}{_moved_frozen(cost)}{_lost_steps(cost)}"
     )
 
@@ -124,9 +126,11 @@ def cost_note(rows: Sequence[Row]) -> str:
 FLOOR_NOTE = (
     "Floors are closed forms (`benchmarks/floors.py`). FLOPs: forward, input gradients down to the lowest layer that trains, weight "
     "gradients of what trains. Traffic: one reduce-scatter of the gradients and one all-gather of the weights that train, and what ZeRO-3 "
-    "gathers. Memory: weights, gradients, optimizer state on the device, activations that backward needs, logits. Time: forward "
-    "and backward of plain PyTorch in the same round, ranks side by side, with the same layers trained, its fused AdamW, and traffic "
-    "at the bandwidth measured. LoRA's time is that of r=128 with A trained, also for the others."
+    "gathers. Memory: weights, gradients, optimizer state on the device, activations that backward needs, logits; on ZeRO-3 also the "
+    f"gathered weights that DeepSpeed keeps because they are needed again within {floors.REUSE_DISTANCE:.0e} elements "
+    "(`stage3_max_reuse_distance`), in a model of this size all. Time: forward and backward of plain PyTorch, measured by the same "
+    "processes right after the steps, ranks side by side, with the same layers trained; its fused AdamW, and traffic at the bandwidth "
+    "measured then."
 )
 
 
@@ -156,33 +160,30 @@ def host_state(row: Row) -> float:
     return floors.STATE * (shape["layers"] * shape["layer_numel"] + shape["norm_numel"]) / row["ranks"]
 
 
-def floor_ratios(name: str, mine: Sequence[Row], rows: Sequence[Row]) -> list[float]:
+def floor_ratios(name: str, rows: Sequence[Row]) -> list[float]:
     """Measured over floor, per row that has both."""
-    found = [FLOORS[name](row, rows) for row in mine]
+    found = [FLOORS[name](row) for row in rows]
     return [ratio for ratio in found if ratio is not None]
 
 
-def _flops(row: Row, rows: Sequence[Row]) -> float | None:
+def _flops(row: Row) -> float | None:
     return row["observed"]["flops"] / floors.flops(row, row["observed"]["active"])
 
 
-def _traffic(row: Row, rows: Sequence[Row]) -> float | None:
+def _traffic(row: Row) -> float | None:
     floor = floors.wire_bytes(floors.traffic(row, row["observed"]["active"]))
     return floors.wire_bytes(row["observed"]["traffic"]) / floor if floor else None
 
 
-def _memory(row: Row, rows: Sequence[Row]) -> float | None:
+def _memory(row: Row) -> float | None:
     return live_peak(row) / floors.memory(row, row["observed"]["active"])["total"]
 
 
-def _seconds(row: Row, rows: Sequence[Row]) -> float | None:
-    """Against plain PyTorch in the same round, if that was measured with the same checkpointing."""
-    wanted = ("lora" if METHODS[row["method"]].lora_rank else "full", row["seed"], row["checkpointing"])
-    plain = [one for one in of_kind(rows, "plain") if (one["method"], one["seed"], one["checkpointing"]) == wanted]
-    return sum(row["seconds"]) / sum(floors.seconds(row, plain[0])) if plain else None
+def _seconds(row: Row) -> float | None:
+    return sum(row["seconds"]) / sum(floors.seconds(row)) if "plain" in row else None
 
 
-FLOORS: dict[str, Callable[[Row, Sequence[Row]], float | None]] = {
+FLOORS: dict[str, Callable[[Row], float | None]] = {
     "FLOPs": _flops,
     "traffic": _traffic,
     "memory": _memory,
@@ -197,6 +198,23 @@ def _reasons(one: Setting, found: dict[str, list[float]]) -> str:
 
 def _mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(value for row in rows for value in row[name])
+
+
+def _lowest(rows: Sequence[Row]) -> str:
+    """Mean over steps; backward goes down to it, unless embeddings train."""
+    lowest = [min(active) for row in rows for active in row["active"] if active]
+    return f"{statistics.fmean(lowest):.1f}" if lowest else ""
+
+
+def _periods(rows: Sequence[Row]) -> str:
+    """Steps between draws, per stage where they differ."""
+    stages: dict[int, set[int]] = {}
+    for row in rows:
+        if row["active"] and row["active"][0] is not None and "sample_period" in row["grass"]:
+            stages.setdefault(row["grass"]["sample_period"], set()).add(row["stage"])
+    return ", ".join(
+        f"{period} steps (ZeRO-{'/'.join(map(str, sorted(stages[period])))})" for period in sorted(stages)
+    )
 
 
 def _tokens(row: Row) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.costs import after_switch, host_state, live_peak
-from benchmarks.lineup import Setting, of_kind, ratios, setting, spread, step_seconds
+from benchmarks.lineup import Setting, compared, ratios, setting, spread, step_seconds
 from benchmarks.methods import METHODS
 from benchmarks.places import header, line
 
@@ -25,12 +25,12 @@ SHOWN = (
 
 def shown(rows: Sequence[Row]) -> list[Row]:
     """Rows of the short table."""
-    return [row for row in of_kind(rows, "cost") if setting(row) in SHOWN]
+    return [row for row in compared(rows) if setting(row) in SHOWN]
 
 
 def short_table(rows: Sequence[Row]) -> list[str]:
     """A line per setting of :data:`SHOWN`: seconds and memory of a rank, ratios within a round."""
-    cost = of_kind(rows, "cost")
+    cost = compared(rows)
     lines = header(
         "method",
         "ZeRO",
@@ -60,7 +60,7 @@ def short_table(rows: Sequence[Row]) -> list[str]:
 
 def zero3_sentence(rows: Sequence[Row]) -> str:
     """Measured on ZeRO-3, as an indented paragraph; empty without stock ZeRO-3 or grass."""
-    cost = of_kind(rows, "cost")
+    cost = compared(rows)
     found = {one: [row for row in cost if setting(row) == one] for one in map(setting, cost)}
     stock, grass = found.get(Setting("full", 3)), found.get(Setting("grass", 3))
     if not stock or not grass:

@@ -10,9 +10,6 @@ saves only what leads to its input.
 """
 
 from collections.abc import Iterator
-from typing import Any
-
-import numpy
 
 from benchmarks.case import Case, Row
 
@@ -192,35 +189,18 @@ def _outside_bytes(case: Case) -> int:
 # ---- time --------------------------------------------------------------------------------------------------------------------
 
 
-def seconds(row: Row, plain: Row) -> list[float]:
+def seconds(row: Row) -> list[float]:
     """Of every measured step: forward and backward as in plain PyTorch, AdamW on this rank's shard, and the traffic at full bandwidth.
 
     Args:
-        plain: the row of kind ``plain`` of the same model, batch, sequence, ranks and checkpointing (of method ``lora`` for LoRA).
+        row: with ``plain``, see ``plain.plain``.
     """
-    return [_seconds(row, plain, active) for active in row["active"]]
+    return [_seconds(row, active) for active in row["active"]]
 
 
-def _seconds(row: Row, plain: Row, active: list[int] | None) -> float:
-    case = Case(row, active)
-    forward, backward = pass_seconds(case, plain["points"])
-    state = sum(case.units) / row["ranks"]
-    adam = plain["adam"]["seconds"] * state / plain["adam"]["numel"]
+def _seconds(row: Row, active: list[int] | None) -> float:
+    plain, trained = row["plain"], sum(Case(row, active).units)
+    passes = next(done for done in plain["passes"] if done["active"] == active)
+    adam = plain["adam"]["seconds"] * trained / row["ranks"] / plain["adam"]["numel"]
     sent = sum(nbytes / plain["bandwidth"][name] for name, nbytes in traffic(row, active).items())
-    return row["accumulation"] * (forward + backward) + adam + sent
-
-
-def pass_seconds(case: Case, points: list[dict[str, Any]]) -> tuple[float, float]:
-    """Forward and backward: a backward costs its start, every layer that it runs through, and more for every part that trains."""
-    layers = case.shape["layers"]
-    if case.lora or len(case.layers) == layers:
-        whole = next(point for point in points if len(point["active"]) == layers)
-        return whole["forward"], whole["backward"]
-
-    def terms(active: list[int], embed: bool) -> list[float]:
-        return [1, layers - (0 if embed else min(active, default=layers)), len(active), embed]
-
-    measured = numpy.array([point["backward"] for point in points])
-    costs, *_ = numpy.linalg.lstsq(numpy.array([terms(p["active"], p["embed"]) for p in points]), measured, rcond=None)
-    forward = float(numpy.median([point["forward"] for point in points]))
-    return forward, float(numpy.array(terms(case.layers, "embed" in case.always)) @ costs)
+    return row["accumulation"] * (passes["forward"] + passes["backward"]) + adam + sent

@@ -15,7 +15,12 @@ from benchmarks.plots import log_log
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
-LABELS = {"full": "full", "grass": "grass", "grass-embed": "grass, embeddings and head active"}
+LABELS = {
+    "full": "full",
+    "grass": "grass",
+    "grass-head": "grass, head active",
+    "grass-embed": "grass, embeddings and head active",
+}
 # Where the other numbers stand while one is varied.
 REFERENCE = {"layers": 12, "gamma": 2, "ranks": 2, "chunk": 4 * 1024**2, "vocab": 32 * 1024}
 
@@ -36,7 +41,9 @@ AXES = (
     Axis("ranks", "ranks", (1, 2, 4, 8), ("full", "grass")),
     # The largest shard by far is that of the embeddings, so they have to train for chunks to matter.
     Axis("chunk", "elements per chunk", tuple(1024 * 2**n for n in (6, 8, 10, 12)), ("grass-embed",)),
-    Axis("vocab", "vocabulary", tuple(1024 * 2**n for n in (5, 6, 7, 8)), ("full", "grass", "grass-embed")),
+    Axis(
+        "vocab", "vocabulary", tuple(1024 * 2**n for n in (5, 6, 7, 8)), ("full", "grass", "grass-head", "grass-embed")
+    ),
 )
 MEASURES: dict[str, Callable[[Row], float]] = {
     "seconds per step": lambda row: statistics.mean(row["seconds"]),

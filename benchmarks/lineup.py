@@ -19,6 +19,7 @@ class Setting(NamedTuple):
     offload: str | None = None
     accumulation: int = 1
     checkpointing: bool = False
+    prepare_state: bool = False
 
     @property
     def label(self) -> str:
@@ -26,16 +27,17 @@ class Setting(NamedTuple):
         changed = [f"offload `{self.offload}`"] if self.offload is not None else []
         changed += [f"accumulation {self.accumulation}"] if self.accumulation != 1 else []
         changed += ["gradient checkpointing"] if self.checkpointing else []
+        changed += ["state of all layers made beforehand"] if self.prepare_state else []
         return "; ".join([METHODS[self.method].label, *changed])
 
 
 def setting(row: Row) -> Setting:
-    return Setting(row["method"], row["stage"], row["offload"], row["accumulation"], row["checkpointing"])
+    return Setting(*(row[name] for name in Setting._fields))
 
 
-def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+def compared(rows: Sequence[Row]) -> list[Row]:
     """Rows of the suite's one real model; those of growing shapes are a table of their own."""
-    return [row for row in rows if row["kind"] == kind and not row["model"].startswith(RANDOM)]
+    return [row for row in rows if not row["model"].startswith(RANDOM)]
 
 
 def growing(rows: Sequence[Row]) -> list[Row]:
@@ -47,8 +49,16 @@ def lines_of(rows: Sequence[Row]) -> Iterator[tuple[Setting, list[Row]]]:
     names = list(METHODS)
 
     def rank(one: Setting) -> tuple[Any, ...]:
-        variant = (one.offload or "", one.accumulation, one.checkpointing)
-        return variant != ("", 1, False), one.accumulation, one.checkpointing, names.index(one.method), *one[1:]
+        variant = one != Setting(one.method, one.stage)
+        return (
+            variant,
+            one.prepare_state,
+            one.accumulation,
+            one.checkpointing,
+            names.index(one.method),
+            one.stage,
+            one.offload or "",
+        )
 
     found: dict[Setting, list[Row]] = {}
     for row in rows:

@@ -1,66 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cells of kind ``plain``: the arithmetic of a step in plain PyTorch, without any engine, on every rank at the same time.
+"""The arithmetic of a row's steps in plain PyTorch, without any engine, on every rank at the same time: the floor of their time.
 
-What an engine adds to it is what it costs: see ``floors.seconds``.
+What an engine adds to it is what it costs, see ``floors.seconds``. Measured by the processes that have measured the steps, right
+after them, so that a slow minute of the machine is in both.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from benchmarks.case import Case, Row
 from benchmarks.engines import finish_compute
-from benchmarks.methods import METHODS, prepare_model
+from benchmarks.methods import prepare_model
 from launch import distributed
 
 REPEATS = 3
 ADAM_NUMEL = 4_000_000
 MESSAGE_NUMEL = 8 * 2**20  # 16 MiB of bf16
+# torch's own: DeepSpeed's ZeRO-3 replaces it for the life of a process.
+LINEAR = mock.patch.object(nn.functional, "linear", torch._C._nn.linear)
 
 
-def plain(args: argparse.Namespace, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
-    """Seconds of forward and backward for several sets of active layers, of AdamW per element, and of collectives per byte."""
+def plain(row: Row, model: nn.Module) -> dict[str, Any]:
+    """Seconds of forward and backward for every set of layers that the row's steps trained, of AdamW, and bytes per second of collectives.
+
+    Args:
+        row: conditions of the steps, ``shape`` and ``active``.
+        model: as it is loaded, checkpointing included; no engine has had it.
+    """
     device = get_accelerator().current_device_name()
-    model = prepare_model(args.method, model.to(device)).train()
+    model = prepare_model(row["method"], model.to(device)).train()
     model.bfloat16()  # PEFT makes float32 adapters, which an engine casts back
-    lora = METHODS[args.method].lora_rank is not None
-    if args.checkpointing and not lora:
-        model.disable_input_require_grads()  # or backward never stops early
-    ids = torch.randint(0, 1000, (args.micro_batch, args.sequence), device=device)
-    layers = len(model.get_decoder().layers)
-    whole = (list(range(layers)), True)
-    sets = [whole] if lora else [*((active, False) for active in active_sets(layers)), ([layers // 2], True), whole]
-    points = []
-    for active, embed in sets:
-        if not lora:
-            freeze(model, active, embed)
-        points.append({"active": active, "embed": embed, **forward_backward(model, ids)})
-    for param in model.parameters():
-        param.grad = None
-    return {"points": points, "adam": adam(device), "bandwidth": bandwidth(device)}
+    ids = torch.randint(0, 1000, (row["micro_batch"], row["sequence"]), device=device)
+    passes: list[dict[str, Any]] = []
+    for active in row["active"]:
+        if any(done["active"] == active for done in passes):
+            continue
+        case = Case(row, active)
+        if not case.lora:
+            freeze(model, case.layers, case.always)
+            if row["checkpointing"]:
+                model.disable_input_require_grads()  # or backward never stops early
+        with LINEAR:
+            passes.append({"active": active, **forward_backward(model, ids)})
+    return {"passes": passes, "adam": adam(device), "bandwidth": bandwidth(device)}
 
 
-def active_sets(layers: int) -> list[list[int]]:
-    """The top two, two in the middle, two at the bottom, and one and four around the middle: what a cost per layer is fitted to."""
-    middle = layers // 2
-    sets = ([layers - 2, layers - 1], [middle, layers - 1], [0, 1], [middle], list(range(middle, middle + 4)))
-    return [[layer for layer in active if 0 <= layer < layers] for active in sets]
-
-
-def freeze(model: nn.Module, active: list[int], embed: bool) -> None:
-    """All but the final norm and the active layers; with ``embed`` the embeddings and the head train, too."""
+def freeze(model: nn.Module, layers: list[int], always: set[str]) -> None:
+    """All but these layers and modules outside them; tied embeddings are the head, too."""
     decoder = model.get_decoder()
+    outside = {"embed": model.get_input_embeddings(), "norm": decoder.norm, "head": model.get_output_embeddings()}
     for param in model.parameters():
         param.requires_grad_(False)
         param.grad = None
-    outside = [model.get_input_embeddings(), model.get_output_embeddings()] if embed else []
-    for module in (decoder.norm, *outside, *(decoder.layers[layer] for layer in active)):
+    for module in (*(outside[name] for name in always), *(decoder.layers[layer] for layer in layers)):
         module.requires_grad_(True)
 
 

@@ -21,7 +21,7 @@ from benchmarks.aims import aims_table
 from benchmarks.costs import FLOOR_NOTE, cost_note, floor_table, memory_table, time_table
 from benchmarks.excerpts import short_table, shown, zero3_sentence
 from benchmarks.growth import draw_growth, growth_images, growth_note, growth_table
-from benchmarks.lineup import growing, of_kind
+from benchmarks.lineup import compared, growing
 from benchmarks.places import gpu_note, gpu_table, offload_note, offload_table
 from benchmarks.saves import save_note, save_table
 
@@ -69,7 +69,7 @@ def results(folder: Path = ROWS) -> str:
     """The whole of RESULTS.md."""
     cpu, offload, saves, gpu = (read(suite, folder) for suite in ("cpu", "offload", "checkpoint", "gpu"))
     lines = ["# Results", "", "Generated from `benchmarks/rows/` by `benchmarks/render.py`; do not edit.", ""]
-    if cost := of_kind(cpu, "cost"):
+    if cost := compared(cpu):
         tables = [
             *("### Aims", aims_table(cpu), "### Time", time_table(cpu), "### Memory and traffic", memory_table(cpu)),
             *("### Measured against the floor", FLOOR_NOTE, floor_table(cpu)),

@@ -13,6 +13,9 @@ from benchmarks.places import OFFLOADS
 Cell = dict[str, Any]
 # SmolLM2 on two ranks, one draw in five steps: several within what is measured.
 SMALL: Cell = {"kind": "cost", "ranks": 2, "micro-batch": 2, "sequence": 128, "grass": {"sample_period": 5}}
+TIMED: Cell = {**SMALL, "plain": True}
+# As many steps to a draw as by default: ZeRO-3 traces the first step of every new lowest layer, which fewer would make look dear.
+ZERO3: Cell = {"stage": 3, "grass": {"sample_period": 25}}
 SAMPLED = ("grass", "uniform", "cyclic")
 # What a user would pick instead: method, ZeRO stage.
 STOCK = (
@@ -28,7 +31,7 @@ STOCK = (
 
 
 def cpu_cells(rounds: int) -> Iterator[Cell]:
-    """The cost suite: every method in interleaved rounds, its variants in the first, and how cost grows with each number, once.
+    """The cost suite: what users choose between in interleaved rounds, its variants in the first, and how cost grows, once.
 
     Rounds are outermost, so that a slow minute of the machine hits all methods.
     """
@@ -40,28 +43,32 @@ def cpu_cells(rounds: int) -> Iterator[Cell]:
 
 
 def _core_cells(seed: int) -> Iterator[Cell]:
-    """All methods on their default offload, and what plain PyTorch takes for the same: the floor of their time."""
-    for method in ("full", "lora"):
-        yield {**SMALL, "kind": "plain", "method": method, "seed": seed}
+    """All methods as they are by default."""
     for method, stage in STOCK:
-        yield {**SMALL, "method": method, "stage": stage, "seed": seed, "steps": 10}
-    for method, stage in product(SAMPLED, (1, 2, 3)):
-        # What a step costs depends on the layers drawn: the stage that most will use has twice as many draws.
-        yield {**SMALL, "method": method, "stage": stage, "seed": seed, "steps": 20 if stage == 2 else 10}
+        yield {**TIMED, "method": method, "stage": stage, "seed": seed, "steps": 8}
+    for method in SAMPLED:
+        # What a step costs depends on the layers drawn.
+        yield {**TIMED, "method": method, "stage": 2, "seed": seed, "steps": 20}
+    yield {**TIMED, **ZERO3, "method": "grass", "seed": seed, "steps": 50}
 
 
 def _variant_cells() -> Iterator[Cell]:
-    """Offload, always-active sets, accumulation and checkpointing: once each, beside the first round."""
-    for method, stage, offload in product(SAMPLED, (1, 2, 3), ("none", "nvme-stream")):
-        yield {**SMALL, "method": method, "stage": stage, "offload": offload, "seed": 0, "steps": 6}
+    """Other stages, offload, always-active sets, accumulation and checkpointing: once each, beside the first round."""
+    for method in SAMPLED:
+        yield {**TIMED, "method": method, "stage": 1, "seed": 0, "steps": 10}
+    for method in ("uniform", "cyclic"):
+        yield {**TIMED, **ZERO3, "method": method, "seed": 0, "steps": 50}
+    for method, stage, offload in product(SAMPLED, ({"stage": 1}, {"stage": 2}, ZERO3), ("none", "nvme-stream")):
+        yield {**SMALL, **stage, "method": method, "offload": offload, "seed": 0, "steps": 6}
     # SmolLM2's head is its embeddings: {norm, head} trains the same as {embed, norm, head}.
-    yield {**SMALL, "method": "grass-embed", "stage": 2, "seed": 0, "steps": 10}
+    for method in ("full-sampler", "lisa", "grass-embed"):
+        yield {**TIMED, "method": method, "stage": 2, "seed": 0, "steps": 5 if method == "full-sampler" else 10}
+    yield {**SMALL, "method": "grass", "stage": 2, "seed": 0, "prepare-state": True, "steps": 10}
     for method in ("full", "lora", "grass"):
-        yield {**SMALL, "method": method, "stage": 2, "seed": 0, "accumulation": 4, "steps": 4}
-    yield {**SMALL, "kind": "plain", "method": "full", "seed": 0, "checkpointing": True}
+        yield {**TIMED, "method": method, "stage": 2, "seed": 0, "accumulation": 4, "steps": 4}
     for method in ("full", "lora", "grass"):
         steps = 10 if method == "grass" else 5
-        yield {**SMALL, "method": method, "stage": 2, "seed": 0, "checkpointing": True, "steps": steps}
+        yield {**TIMED, "method": method, "stage": 2, "seed": 0, "checkpointing": True, "steps": steps}
 
 
 def offload_cells(rounds: int) -> Iterator[Cell]:
