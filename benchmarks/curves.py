@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of suite ``quality``: loss against steps and time, and which layers trained when."""
+"""Plots of suite ``quality``: loss against what was spent, and which layers trained when."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ import numpy
 from matplotlib.figure import Figure
 
 from benchmarks.contest import METHODS
+from benchmarks.spending import SPENT, points, untrained_loss
 from benchmarks.tasks import TASKS
 
 Row = dict[str, Any]
@@ -21,26 +22,26 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
     for task in TASKS:
         mine = [row for row in rows if row["task"] == task and row.get("curve")]
         if mine:
-            yield _losses(task, mine, folder / f"loss-{task}.png")
+            yield _losses(task, mine, untrained_loss(rows, task), folder / f"loss-{task}.png")
             yield _layers(task, mine, folder / f"layers-{task}.png")
 
 
-def _losses(task: str, rows: Sequence[Row], file: Path) -> Path:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, axis, label in zip(
-        figure.subplots(1, 2, sharey=True), ("step", "cpu_seconds"), ("steps", "CPU seconds of steps"), strict=True
-    ):
+def _losses(task: str, rows: Sequence[Row], untrained: float | None, file: Path) -> Path:
+    """Against what was spent; a line per method, the mean of its seeds."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (what, label) in zip(figure.subplots(1, len(SPENT), sharey=True), SPENT.items(), strict=True):
         for method in METHODS:
-            runs = [row["curve"] for row in rows if row["method"] == method]
+            runs = [points(row, untrained) for row in rows if row["method"] == method]
             if runs:
-                points = list(zip(*runs, strict=True))  # one tuple of seeds per point of the curve
-                across = [statistics.mean(point[axis] for point in seeds) for seeds in points]
-                axes.plot(
-                    across, [statistics.mean(point["dev_loss"] for point in seeds) for seeds in points], label=method
+                seeds = list(zip(*runs, strict=True))  # one tuple per point of the curve
+                across, losses = (
+                    [statistics.mean(point[name] for point in point_of_seeds) for point_of_seeds in seeds]
+                    for name in (what, "dev_loss")
                 )
+                axes.plot(across, losses, label=method)
         axes.set(xlabel=label)
     figure.axes[0].set(ylabel="loss on development rows", title=f"{task}: means over seeds")
-    figure.axes[1].legend(fontsize=7)
+    figure.axes[-1].legend(fontsize=7)
     figure.savefig(file, **SIZE)
     return file
 

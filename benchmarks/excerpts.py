@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README.md quotes from the cpu suite: a short table, and a sentence on ZeRO-3."""
+"""What README.md quotes: of the cpu suite a short table and a sentence on ZeRO-3, of the quality suite a paragraph per task."""
 
 import statistics
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks import contest, standings
 from benchmarks.costs import after_switch, host_state, live_peak
 from benchmarks.lineup import Setting, compared, ratios, setting, spread, step_seconds
 from benchmarks.methods import METHODS
 from benchmarks.places import header, line
+from benchmarks.tasks import TASKS
 
 Row = dict[str, Any]
 SHOWN = (
@@ -86,6 +88,38 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
     )
     if switches:
         text += f" A step after a switch takes {statistics.median(switches):.2f} of the others' time."
+    return _wrap(text)
+
+
+def quality_sentences(rows: Sequence[Row]) -> str:
+    """What was reached on every task that has been compared, as indented paragraphs."""
+    return "".join(_quality_sentence(task, rows) for task in TASKS)
+
+
+def _quality_sentence(task: str, rows: Sequence[Row]) -> str:
+    mine = [row for row in rows if row["task"] == task and "test_loss" in row and row["steps"]]
+    losses = [
+        f"`{method}` {standings.spread([row['test_loss'] for row in found])}"
+        for method in contest.METHODS
+        if (found := standings.trained(mine, method))
+    ]
+    if not losses:
+        return ""
+    pairs = [
+        f"`{left}` - `{right}` {standings.differences(found)}"
+        for left, right in standings.PAIRS
+        if (found := standings.within_seeds(mine, left, right, lambda row: row["test_loss"]))
+    ]
+    one, commits = mine[0], sorted({row["commit"] for row in mine})
+    text = (
+        f"Task `{task}` ({', '.join(TASKS[task].train)}; SmolLM2-135M, {one['steps']} steps of {one['micro_batch']} rows, "
+        f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {', '.join(commits)}): "
+        f"held-out loss {', '.join(losses)}; within a seed {'; '.join(pairs)}."
+    )
+    return _wrap(text)
+
+
+def _wrap(text: str) -> str:
     return textwrap.fill(text, 140, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 

@@ -189,8 +189,8 @@ def _outside_bytes(case: Case) -> int:
 # ---- time --------------------------------------------------------------------------------------------------------------------
 
 
-def seconds(row: Row) -> list[float]:
-    """Of every measured step: forward and backward as in plain PyTorch, AdamW on this rank's shard, and the traffic at full bandwidth.
+def seconds(row: Row) -> list[dict[str, float]]:
+    """Of every measured step: ``forward`` and ``backward`` of plain PyTorch, ``adam`` on this rank's shard, ``traffic`` at full bandwidth.
 
     Args:
         row: with ``plain``, see ``plain.plain``.
@@ -198,9 +198,12 @@ def seconds(row: Row) -> list[float]:
     return [_seconds(row, active) for active in row["active"]]
 
 
-def _seconds(row: Row, active: list[int] | None) -> float:
+def _seconds(row: Row, active: list[int] | None) -> dict[str, float]:
     plain, trained = row["plain"], sum(Case(row, active).units)
     passes = next(done for done in plain["passes"] if done["active"] == active)
-    adam = plain["adam"]["seconds"] * trained / row["ranks"] / plain["adam"]["numel"]
-    sent = sum(nbytes / plain["bandwidth"][name] for name, nbytes in traffic(row, active).items())
-    return row["accumulation"] * (passes["forward"] + passes["backward"]) + adam + sent
+    return {
+        "forward": row["accumulation"] * passes["forward"],
+        "backward": row["accumulation"] * passes["backward"],
+        "adam": plain["adam"]["seconds"] * trained / row["ranks"] / plain["adam"]["numel"],
+        "traffic": sum(nbytes / plain["bandwidth"][name] for name, nbytes in traffic(row, active).items()),
+    }

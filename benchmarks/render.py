@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 from benchmarks import curves, standings
 from benchmarks.aims import aims_table
 from benchmarks.costs import FLOOR_NOTE, cost_note, floor_table, memory_table, time_table
-from benchmarks.excerpts import short_table, shown, zero3_sentence
+from benchmarks.excerpts import quality_sentences, short_table, shown, zero3_sentence
 from benchmarks.growth import draw_growth, growth_images, growth_note, growth_table
 from benchmarks.lineup import compared, growing
 from benchmarks.places import gpu_note, gpu_table, offload_note, offload_table
@@ -101,13 +101,13 @@ def results(folder: Path = ROWS) -> str:
 
 def readme(folder: Path = ROWS) -> str:
     """README.md with its blocks replaced."""
-    text, cpu = README.read_text(), read("cpu", folder)
-    for name, block in BLOCKS.items():
+    text = README.read_text()
+    for name, (suite, block) in BLOCKS.items():
         begin, end = f"<!-- benchmark {name}: python benchmarks/render.py -->\n", f"<!-- end of benchmark {name} -->"
         head, rest = text.split(begin)
         body, tail = rest.split(end)
         indent = body.rpartition("\n")[2]
-        text = f"{head}{begin}{block(cpu)}{indent}{end}{tail}"
+        text = f"{head}{begin}{block(read(suite, folder))}{indent}{end}{tail}"
     return text
 
 
@@ -117,8 +117,12 @@ def _table_block(cpu: Sequence[Row]) -> str:
     return "\n".join([*short_table(cpu), "", f"Measured by `benchmarks/run.py --suite cpu`: {conditions(rows)}.", ""])
 
 
-# name in the markers -> what is between them
-BLOCKS: dict[str, Callable[[Sequence[Row]], str]] = {"table": _table_block, "zero3": zero3_sentence}
+# name in the markers -> suite, what is between them
+BLOCKS: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+    "table": ("cpu", _table_block),
+    "zero3": ("cpu", zero3_sentence),
+    "quality": ("quality", quality_sentences),
+}
 
 
 def main() -> int:

@@ -8,10 +8,16 @@ from typing import Any
 from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, TUNING_SEED, best_rates, tried_rates
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import header, line
+from benchmarks.spending import spending_table, step_flops, untrained_loss
 from benchmarks.staleness import staleness_table
 from benchmarks.tasks import ROWS, TASKS
 
 Row = dict[str, Any]
+SPENDING_NOTE = (
+    "Each method's curve where it has spent what the most frugal run of all spends in the whole of its steps, linear between the points "
+    "measured; means over the seeds. Learning rates fall to zero with the last step, so a dear method is shown in mid-run here: a shorter "
+    "run of it, with its own schedule, would have a lower loss."
+)
 PAIRS = (("grass", "uniform"), ("grass", "full"), ("grass", "static"), ("grass-embed", "grass"))
 
 
@@ -33,9 +39,11 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", *_pairs_table(reached), ""]
     if any(row.get("curve") for row in rows):
+        lines += ["### Loss for the same spending", "", SPENDING_NOTE, ""]
+        lines += [*spending_table(rows, untrained_loss(rows, task)), ""]
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
-        lines += ["### grass with one setting changed", "", *_changes_table(changed, _trained(reached, "grass")), ""]
+        lines += ["### grass with one setting changed", "", *_changes_table(changed, trained(reached, "grass")), ""]
     if measured := [row for row in rows if row.get("reprobes")]:
         lines += ["### Do scores go stale?", "", *staleness_table(measured), ""]
     return lines
@@ -95,15 +103,15 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
         mean = f"{statistics.mean(untrained['accuracy'].values()):.3f}"
         lines.append(line(["(untrained)", "", *losses, mean, *scores, "", "", "", "1"]))
     for method in METHODS:
-        mine = _trained(rows, method)
+        mine = trained(rows, method)
         if not mine:
             continue
         cells = [
             KNOWN[method].label,
             f"{mine[0]['lr']:g}",
-            *(_spread([row[name] for row in mine]) for name in ("test_loss", "dev_loss")),
-            _spread([_mean_accuracy(row) for row in mine]),
-            *(_spread([row["accuracy"][source] for row in mine]) for source in sources),
+            *(spread([row[name] for row in mine]) for name in ("test_loss", "dev_loss")),
+            spread([mean_accuracy(row) for row in mine]),
+            *(spread([row["accuracy"][source] for row in mine]) for source in sources),
             f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}",
             f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
@@ -116,21 +124,24 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
 def _pairs_table(rows: Sequence[Row]) -> list[str]:
     """Both methods saw the same rows with a seed: what is left of a difference is theirs, and the draws'."""
     lines = header("difference", "test loss, negative is better", "accuracy, positive is better", "seeds")
+    measures: tuple[Callable[[Row], float], ...] = (lambda row: row["test_loss"], mean_accuracy)
     for left, right in PAIRS:
-        ours, others = ({row["seed"]: row for row in _trained(rows, method)} for method in (left, right))
-        seeds = sorted(set(ours) & set(others))
-        if not seeds:
-            continue
-        measures: tuple[Callable[[Row], float], ...] = (lambda row: row["test_loss"], _mean_accuracy)
-        cells = [_differences([measure(ours[s]) - measure(others[s]) for s in seeds]) for measure in measures]
-        lines.append(line([f"{left} - {right}", *cells, str(len(seeds))]))
+        found = [within_seeds(rows, left, right, measure) for measure in measures]
+        if found[0]:
+            lines.append(line([f"{left} - {right}", *map(differences, found), str(len(found[0]))]))
     return lines
+
+
+def within_seeds(rows: Sequence[Row], left: str, right: str, measure: Callable[[Row], float]) -> list[float]:
+    """How much more one method has than the other, for every seed that both have."""
+    ours, others = ({row["seed"]: measure(row) for row in trained(rows, method)} for method in (left, right))
+    return [ours[seed] - others[seed] for seed in sorted(set(ours) & set(others))]
 
 
 def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
     """Development loss against ``grass`` as it is, within a seed; and what a step costs."""
     lines = header(
-        "changed", "development loss minus that of grass as it is", "CPU seconds per step, of grass as it is", "seeds"
+        "changed", "development loss minus that of grass as it is", "FLOPs, of grass as it is", "CPU seconds", "seeds"
     )
     bases = {row["seed"]: row for row in base}
     for change in CHANGES:
@@ -142,26 +153,31 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
         if not pairs:
             continue
         ((name, value),) = change.items()
-        cost = sum(row["cpu_seconds"] for row, _ in pairs) / sum(other["cpu_seconds"] for _, other in pairs)
-        loss = _differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
-        lines.append(line([f"`{name}` {value}", loss, f"{cost:.2f}", str(len(pairs))]))
+        measures: tuple[Callable[[Row], float], ...] = (
+            lambda row: sum(step_flops(row)),
+            lambda row: row["cpu_seconds"],
+        )
+        ours, theirs = zip(*pairs, strict=True)
+        costs = [sum(map(measure, ours)) / sum(map(measure, theirs)) for measure in measures]
+        loss = differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
+        lines.append(line([f"`{name}` {value}", loss, *(f"{cost:.2f}" for cost in costs), str(len(pairs))]))
     return lines
 
 
-def _trained(rows: Sequence[Row], method: str) -> list[Row]:
+def trained(rows: Sequence[Row], method: str) -> list[Row]:
     return sorted((row for row in rows if row["method"] == method and row["steps"]), key=lambda row: row["seed"])
 
 
-def _mean_accuracy(row: Row) -> float:
+def mean_accuracy(row: Row) -> float:
     return statistics.mean(row["accuracy"].values())
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
 
 
-def _differences(values: Sequence[float]) -> str:
+def differences(values: Sequence[float]) -> str:
     each = ", ".join(f"{value:+.3f}" for value in values)
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):+.3f}{deviation} ({each})"

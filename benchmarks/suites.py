@@ -21,7 +21,6 @@ SAMPLED = ("grass", "uniform", "cyclic")
 STOCK = (
     ("full", 2),
     ("full", 3),
-    ("full-offload", 2),
     ("lora-16", 2),
     ("lora", 2),
     ("lora-fa", 2),
@@ -54,6 +53,7 @@ def _core_cells(seed: int) -> Iterator[Cell]:
 
 def _variant_cells() -> Iterator[Cell]:
     """Other stages, offload, always-active sets, accumulation and checkpointing: once each, beside the first round."""
+    yield {**TIMED, "method": "full-offload", "stage": 2, "seed": 0, "steps": 8}
     for method in SAMPLED:
         yield {**TIMED, "method": method, "stage": 1, "seed": 0, "steps": 10}
     for method in ("uniform", "cyclic"):

@@ -231,7 +231,7 @@ def known_floors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_above_its_floor_is_explained(known_floors: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(costs.REASONS, ("grass", 2, "traffic"), "padding")
     rows = [
-        cost_row("grass", 2, [1.0, 2.0], plain=1.25),
+        cost_row("grass", 2, [1.0, 2.0], plain={"forward": 0.25, "backward": 0.375, "adam": 0.125, "traffic": 0.5}),
         cost_row("grass", 2, [1.0, 1.0], seed=1),  # without
     ]
     (line,) = costs.floor_table(rows)[2:]
@@ -240,6 +240,8 @@ def test_what_is_above_its_floor_is_explained(known_floors: None, monkeypatch: p
         "2.00 (2.00 to 2.00)",
         "1.20 (1.20 to 1.20)",
         "1.20",
+        "+0.25, -0.12, +0.00",
+        "0.50",
         "traffic: padding; memory: not explained; time: not explained",
     ]
     memory = cells_of(costs.memory_table(rows)[2])

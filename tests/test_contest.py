@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import contest, curves, staleness, standings
+from benchmarks import contest, curves, excerpts, floors, spending, staleness, standings
 from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
 
 TASK = "arithmetic"
@@ -32,8 +32,18 @@ def row(method: str, lr: float, seed: int, dev_loss: float, **changed: Any) -> d
         "threads": 1,
         "data": "0a",
         "commit": "0123abc",
+        "batches": [[2, 8]] * STEPS,
+        "active": [],
         **changed,
     }
+
+
+@pytest.fixture
+def known_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token that a batch holds costs 1e12, and twice that while all layers are measured."""
+    monkeypatch.setattr(
+        floors, "flops", lambda row, active: row["micro_batch"] * row["sequence"] * 10**12 * (1 + (active is None))
+    )
 
 
 def tuned(method: str, losses: dict[float, float]) -> list[dict[str, Any]]:
@@ -91,20 +101,59 @@ def test_differences_are_within_a_seed() -> None:
     ]
 
 
+@pytest.mark.usefixtures("known_flops")
+def test_losses_are_compared_at_the_same_spending() -> None:
+    steps, batches = 4, [[2, 8], [2, 8], [1, 4], [2, 8]]
+    common = {"steps": steps, "batches": batches}
+    seconds = (20.0, 30.0)
+    curve = [
+        {"step": step, "cpu_seconds": spent, "dev_loss": loss}
+        for step, spent, loss in zip((2, 4), seconds, (2.0, 1.0), strict=True)
+    ]
+    frugal = reached("grass", 0, 1.0, 0.5, **common, active=[None, [0], [0], [1]], curve=curve)
+    dear = reached("full", 0, 0.5, 0.5, **common, curve=[{**point, "cpu_seconds": 60.0} for point in curve[1:]])
+    assert spending.step_flops(frugal) == [32 * 10**12, 16 * 10**12, 4 * 10**12, 16 * 10**12]
+    assert [point["tflop"] for point in spending.points(frugal, 4.0)] == [0, 48, 68]
+    assert spending.points(frugal, None)[0]["step"] == 2
+    table = [line.strip("| ").split(" | ") for line in spending.spending_table([frugal, dear], 4.0)[2:]]
+    assert [line[1:] for line in table] == [
+        # all of the frugal run: half of the dear one's 104 TFLOP, half of its seconds
+        ["104", "60", "1.000", f"{4 - 3 * 68 / 104:.3f}", "2.500"],
+        ["68", "30", "1.000", "1.000", "1.000"],
+    ]
+    assert spending.loss_at(spending.points(frugal, None), "step", 1) is None
+
+
+@pytest.mark.usefixtures("known_flops")
 def test_sections_show_what_there_is(tmp_path: Path) -> None:
     assert standings.sections([]) == []
     tuning = tuned("grass", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)))
     text = "\n".join(standings.sections(tuning))
     assert "| grass |  | 2.000 | **1.000** | 3.000 |  |" in text
     assert "What was reached" not in text
-    curve = {"curve": [{"step": 10, "cpu_seconds": 3.0, "dev_loss": 1.0}], "active": [None, [0, 3]]}
+    curve = {"curve": [{"step": 10, "cpu_seconds": 3.0, "dev_loss": 1.0}], "active": [None, *([[0, 3]] * (STEPS - 1))]}
     changed = row("grass", 1e-4, 0, 0.75, grass={**SETTINGS, "temperature": 4.0}, cpu_seconds=150.0)
     text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed]))
     assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M | 1 |" in text
-    assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.50 | 1 |" in text
+    assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.96 | 1.50 | 1 |" in text
     images = {path.name for path in curves.draw([reached("grass", 0, 1.0, 0.5, **curve)], tmp_path)}
     assert images == {f"loss-{TASK}.png", f"layers-{TASK}.png"}
     assert all(f"(plots/{name})" in text for name in images)
+
+
+def test_readme_quotes_what_was_reached() -> None:
+    rows = [
+        reached("uniform", 0, 1.5, 0.25),
+        reached("uniform", 1, 2.0, 0.75),
+        reached("grass", 0, 1.0, 0.5),
+        reached("grass", 1, 3.0, 0.5),
+        *tuned("grass", {GRID[0]: 9.0}),
+    ]
+    text = " ".join(excerpts.quality_sentences(rows).split())
+    assert "2 seeds" in text
+    assert "held-out loss `uniform` 1.750 ± 0.354, `grass` 2.000 ± 1.414;" in text
+    assert text.endswith("within a seed `grass` - `uniform` +0.250 ± 1.061 (-0.500, +1.000).")
+    assert excerpts.quality_sentences(tuned("grass", {GRID[0]: 9.0})) == ""
 
 
 def test_staleness_compares_with_scores_measured_anew() -> None:

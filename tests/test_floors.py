@@ -178,9 +178,14 @@ def test_the_floor_of_time_is_what_plain_passes_and_traffic_take() -> None:
     }
     row = {**CONDITIONS, "ranks": 2, "method": "grass", "shape": {**shape, **numels}, "active": [[0, 3], [3], [0, 3]]}
     found = floors.seconds({**row, "plain": plain})
-    for numel, count, passes, seconds in zip((2010, 1010, 2010), (3, 2, 3), (3.0, 1.6, 3.0), found, strict=True):
+    for numel, count, (forward, backward), parts in zip(
+        (2010, 1010, 2010), (3, 2, 3), ((1.0, 2.0), (1.1, 0.5), (1.0, 2.0)), found, strict=True
+    ):
         sent = 2 * numel / 1e6 + 2 * numel / 2e6 + 4 * count / 4e6
-        assert seconds == pytest.approx(passes + 0.3 * numel / 2 / 1000 + sent)
+        expected = {"forward": forward, "backward": backward, "adam": 0.3 * numel / 2 / 1000, "traffic": sent}
+        assert parts == pytest.approx(expected)
     plain = {**plain, "passes": [{"active": None, "forward": 1.0, "backward": 2.0}], "bandwidth": {}}
     whole = {**row, "method": "full", "ranks": 1, "accumulation": 3, "active": [None], "plain": plain}
-    assert floors.seconds(whole) == [pytest.approx(9.0 + 0.3 * 5.01)]
+    assert floors.seconds(whole) == [
+        pytest.approx({"forward": 3.0, "backward": 6.0, "adam": 0.3 * 5.01, "traffic": 0.0})
+    ]

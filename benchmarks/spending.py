@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quality run has spent when its loss was measured, and the loss of each method for the same spending."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+from benchmarks import floors
+from benchmarks.contest import METHODS
+from benchmarks.methods import METHODS as KNOWN
+from benchmarks.places import header, line
+
+Row = dict[str, Any]
+Point = dict[str, float]
+SPENT = {"step": "steps", "tflop": "TFLOP of the steps", "cpu_seconds": "CPU seconds of the steps"}
+
+
+def untrained_loss(rows: Sequence[Row], task: str) -> float | None:
+    """Of the model before any step, if there is a row of it."""
+    return next((row["dev_loss"] for row in rows if row["task"] == task and row["steps"] == 0), None)
+
+
+def step_flops(row: Row) -> list[int]:
+    """FLOPs of every step, padding and probing included; an engine computes exactly these (see the cost suite)."""
+    active = row["active"] or [None] * row["steps"]
+    return [
+        floors.flops({**row, "micro_batch": rows, "sequence": tokens}, layers)
+        for (rows, tokens), layers in zip(row["batches"], active, strict=True)
+    ]
+
+
+def points(row: Row, untrained: float | None) -> list[Point]:
+    """The row's curve of development losses with what was spent until then; begins with the loss that nothing costs, if it is known."""
+    tflop = [flops / 1e12 for flops in accumulate(step_flops(row))]
+    begin = [] if untrained is None else [{**dict.fromkeys(SPENT, 0.0), "dev_loss": untrained}]
+    return [*begin, *({**point, "tflop": tflop[point["step"] - 1]} for point in row["curve"])]
+
+
+def loss_at(curve: Sequence[Point], what: str, spent: float) -> float | None:
+    """The development loss, linear between two points of the curve; None outside them."""
+    for before, after in pairwise(curve):
+        if before[what] <= spent <= after[what]:
+            share = (spent - before[what]) / (after[what] - before[what])
+            return before["dev_loss"] + share * (after["dev_loss"] - before["dev_loss"])
+    return None
+
+
+def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
+    """One line per method: its loss when it has spent what the most frugal one spends in all; means over the seeds."""
+    curves = {
+        method: [points(row, untrained) for row in rows if row["method"] == method and row.get("curve")]
+        for method in METHODS
+    }
+    curves = {method: found for method, found in curves.items() if found}
+    totals = {
+        method: {what: statistics.mean(curve[-1][what] for curve in found) for what in SPENT}
+        for method, found in curves.items()
+    }
+    least = {what: min(curve[-1][what] for found in curves.values() for curve in found) for what in SPENT}
+    lines = header(
+        "method",
+        *(f"{label}, in all" for what, label in SPENT.items() if what != "step"),
+        *(f"development loss at {least[what]:.0f} {label}" for what, label in SPENT.items()),
+    )
+    for method, found in curves.items():
+        losses = [[loss_at(curve, what, least[what]) for curve in found] for what in SPENT]
+        cells = [
+            KNOWN[method].label,
+            *(f"{totals[method][what]:.0f}" for what in SPENT if what != "step"),
+            *(_mean(values) for values in losses),
+        ]
+        lines.append(line(cells))
+    return lines
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3f}" if known else ""
