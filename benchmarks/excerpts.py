@@ -88,7 +88,7 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
     )
     if switches:
         text += f" A step after a switch takes {statistics.median(switches):.2f} of the others' time."
-    return _wrap(text)
+    return indented(text)
 
 
 def quality_sentences(rows: Sequence[Row]) -> str:
@@ -116,11 +116,16 @@ def _quality_sentence(task: str, rows: Sequence[Row]) -> str:
         f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {', '.join(commits)}): "
         f"held-out loss {', '.join(losses)}; within a seed {'; '.join(pairs)}."
     )
-    return _wrap(text)
+    return indented(text)
 
 
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 140, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
+def indented(text: str) -> str:
+    """A paragraph within an item of a list; empty if there is nothing to say."""
+    return (
+        textwrap.fill(text, 140, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False) + "\n"
+        if text
+        else ""
+    )
 
 
 def _median(values: Sequence[float]) -> str:

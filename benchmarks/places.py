@@ -208,16 +208,36 @@ def _of_base(mine: list[Row], rows: list[Row]) -> tuple[str, str]:
 
 
 def _added(mine: list[Row], rows: list[Row]) -> str:
-    """Mean time in ``step()`` beyond that of the same steps of :data:`BASE`, draws included; and its share of a whole step there."""
+    found = added(mine, rows)
+    return "" if found is None else f"{1e3 * found[0]:+.0f} ms = {found[1]:+.1%}"
+
+
+def added(mine: list[Row], rows: list[Row]) -> tuple[float, float] | None:
+    """Mean seconds in ``step()`` beyond those of the same steps of :data:`BASE`, draws included; and their share of a whole step there."""
     bases = {row["seed"]: row for row in rows if row["offload"] == BASE}
     pairs = [(row, bases[row["seed"]]) for row in mine if row["offload"] != BASE and row["seed"] in bases]
     if not pairs:
-        return ""
-    added = statistics.mean(
+        return None
+    seconds = statistics.mean(
         statistics.mean(row["step_seconds"]) - statistics.mean(base["step_seconds"]) for row, base in pairs
     )
-    whole = statistics.mean(statistics.mean(base["seconds"]) for _, base in pairs)
-    return f"{1e3 * added:+.0f} ms = {added / whole:+.1%}"
+    return seconds, seconds / statistics.mean(statistics.mean(base["seconds"]) for _, base in pairs)
+
+
+def offload_sentence(rows: list[Row]) -> str:
+    """What README.md quotes; empty where a variant has not been measured."""
+    found = {offload: [row for row in rows if row["offload"] == offload] for offload in OFFLOADS}
+    if not all(found.values()):
+        return ""
+    one, cost = rows[0], {offload: added(mine, rows) or (0.0, 0.0) for offload, mine in found.items()}
+    saved = _median(found[BASE], "resident_bytes") - _median(found["nvme-stream"], "resident_bytes")
+    return (
+        f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, all layers' state made before, a draw every "
+        f"{one['grass']['sample_period']} steps, commit {', '.join(sorted({row['commit'] for row in rows}))}): `cpu`, `stream` adds "
+        f"{1e3 * cost['cpu-stream'][0]:.0f} ms to `step()`, {cost['cpu-stream'][1]:.1%} of a step over `none`; `nvme`, `stream` "
+        f"{cost['nvme-stream'][1]:.1%} ({cost['nvme-stream-serial'][1]:.1%} without overlap) with {saved / 1e9:.2f} GB less resident memory per "
+        f"rank, and {cost['nvme-stream-files'][1]:.1%} if every step has to go through files."
+    )
 
 
 def _overlap(offload: str) -> str:

@@ -13,10 +13,13 @@ from benchmarks.places import header, line
 from launch import distributed
 
 Row = dict[str, Any]
+STOCK = "full fine-tuning (stock DeepSpeed)"
+STEPS = 10  # before the checkpoint
+MEASURES = ("checkpoint_bytes", "stall_seconds", "disk_seconds")
 # label -> arguments of the cell. The state of all layers is made first where it says so: the largest checkpoint that the method writes.
 SAVES: dict[str, Row] = {
-    "full fine-tuning (stock DeepSpeed)": {"method": "full"},
-    "**grass**, early: the layers drawn in 10 steps have state": {"method": "grass"},
+    STOCK: {"method": "full"},
+    f"**grass**, early: the layers drawn in {STEPS} steps have state": {"method": "grass"},
     "**grass**, late: every layer has state": {"method": "grass", "prepare-state": True},
     '**grass**, late, `"checkpoint": {"async": true}`': {"method": "grass", "prepare-state": True, "async": True},
 }
@@ -35,7 +38,7 @@ def save_cells(rounds: int) -> Iterator[Row]:
                     "micro-batch": 2,
                     "sequence": 128,
                     "grass": {"probe_steps": 2, "sample_period": 5},
-                    "steps": 10,
+                    "steps": STEPS,
                     **way,
                 }
 
@@ -94,6 +97,28 @@ def _weigh(folder: Path) -> Row:
     }
 
 
+def against_stock(rows: Iterable[Row], stage: int) -> dict[str, Row]:
+    """Per way that was measured, beside stock in the same rounds: medians, and ``bytes_ratio`` and ``stall_ratios`` to stock's."""
+    rows = list(rows)
+    base = {row["seed"]: row for row in _of(rows, stage, SAVES[STOCK])}
+    found = {}
+    for label, way in SAVES.items():
+        mine = [row for row in _of(rows, stage, way) if row["seed"] in base]
+        if not mine:
+            continue
+        meanwhile = [seconds for row in mine for seconds in row.get("seconds_meanwhile", [])]
+        found[label] = {
+            **{name: statistics.median(row[name] for row in mine) for name in MEASURES},
+            "step_seconds": statistics.median(seconds for row in mine for seconds in row["step_seconds"]),
+            "seconds_meanwhile": statistics.median(meanwhile) if meanwhile else None,
+            "bytes_ratio": statistics.median(
+                row["checkpoint_bytes"] / base[row["seed"]]["checkpoint_bytes"] for row in mine
+            ),
+            "stall_ratios": [row["stall_seconds"] / base[row["seed"]]["stall_seconds"] for row in mine],
+        }
+    return found
+
+
 def save_table(rows: list[Row]) -> list[str]:
     """One line per stage and way; ratios against stock within the same round, their median."""
     lines = header(
@@ -107,30 +132,39 @@ def save_table(rows: list[Row]) -> list[str]:
         "s / step before, meanwhile",
     )
     for stage in sorted({row["stage"] for row in rows}):
-        base = {row["seed"]: row for row in _of(rows, stage, SAVES["full fine-tuning (stock DeepSpeed)"])}
-        for label, way in SAVES.items():
-            mine = [row for row in _of(rows, stage, way) if row["seed"] in base]
-            if not mine:
-                continue
-            sizes = [row["checkpoint_bytes"] / base[row["seed"]]["checkpoint_bytes"] for row in mine]
-            stalls = [row["stall_seconds"] / base[row["seed"]]["stall_seconds"] for row in mine]
-            meanwhile = [seconds for row in mine for seconds in row.get("seconds_meanwhile", [])]
-            steps = f"{statistics.median(s for row in mine for s in row['step_seconds']):.2f}"
-            lines.append(
-                line(
-                    [
-                        label,
-                        str(stage),
-                        f"{statistics.median(row['checkpoint_bytes'] for row in mine) / 1e6:.0f} MB",
-                        f"{statistics.median(sizes):.2f}",
-                        f"{statistics.median(row['stall_seconds'] for row in mine):.2f} s",
-                        f"{statistics.median(stalls):.2f} ({min(stalls):.2f} to {max(stalls):.2f})",
-                        f"{statistics.median(row['disk_seconds'] for row in mine):.2f} s",
-                        f"{steps}, {statistics.median(meanwhile):.2f}" if meanwhile else steps,
-                    ]
-                )
-            )
+        for label, one in against_stock(rows, stage).items():
+            steps = [one["step_seconds"], *([one["seconds_meanwhile"]] if one["seconds_meanwhile"] else [])]
+            stalls = one["stall_ratios"]
+            cells = [
+                label,
+                str(stage),
+                f"{one['checkpoint_bytes'] / 1e6:.0f} MB",
+                f"{one['bytes_ratio']:.2f}",
+                f"{one['stall_seconds']:.2f} s",
+                f"{statistics.median(stalls):.2f} ({min(stalls):.2f} to {max(stalls):.2f})",
+                f"{one['disk_seconds']:.2f} s",
+                ", ".join(f"{seconds:.2f}" for seconds in steps),
+            ]
+            lines.append(line(cells))
     return lines
+
+
+def save_sentence(rows: list[Row]) -> str:
+    """What README.md quotes, for ZeRO-2; empty where a way has not been measured."""
+    found = against_stock(rows, 2)
+    if set(found) != set(SAVES):
+        return ""
+    early, late, background = (found[label] for label in SAVES if label != STOCK)
+    one = rows[0]
+    return (
+        f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, ZeRO-2, against stock full fine-tuning; commit "
+        f"{', '.join(sorted({row['commit'] for row in rows}))}): {early['checkpoint_bytes'] / 1e6:.0f} MB after {STEPS} steps, "
+        f"{early['bytes_ratio']:.2f} of stock's, and {late['checkpoint_bytes'] / 1e6:.0f} MB, {late['bytes_ratio']:.2f}, once every layer has "
+        f"state. Training stands still for {statistics.median(late['stall_ratios']):.2f} of stock's time with the files on disk when it goes "
+        f"on, and for {statistics.median(background['stall_ratios']):.2f} ({background['stall_seconds']:.2f} s) with `async`, when a step during "
+        f"the {background['disk_seconds'] - background['stall_seconds']:.1f} s of writing takes "
+        f"{background['seconds_meanwhile'] / background['step_seconds']:.2f} of its time before: two cores do both."
+    )
 
 
 def _of(rows: Iterable[Row], stage: int, way: Row) -> list[Row]:
