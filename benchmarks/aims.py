@@ -36,7 +36,7 @@ AIMS = (
     Aim("time of stock full fine-tuning's, ZeRO-3", ZERO3, 0.45, _against("full", 3, step_seconds)),
     Aim("peak of live tensors of LoRA r=128's, ZeRO-2", ZERO2, 1.0, _against("lora", 2, live_peak)),
     Aim(
-        "the same, Adam state of the layers drawn so far among them (offload `none`)",
+        "the same with offload `none`, which adds the Adam state of the layers drawn so far, not yet of all",
         ZERO2._replace(offload="none"),
         1.0,
         _against("lora", 2, live_peak),
@@ -50,7 +50,7 @@ AIMS = (
     ),
     *(
         Aim(
-            f"peak of live tensors of its floor, ZeRO-{one.stage}",
+            f"peak of live tensors of its floor, ZeRO-{one.stage}{', weights that DeepSpeed keeps gathered among it' if one.stage == 3 else ''}",
             one,
             1.1,
             lambda mine, rows: floor_ratios("memory", mine),

@@ -89,7 +89,7 @@ def main() -> None:
         row["skipped"] = f"out of memory on a device of {get_accelerator().total_memory() / 1e9:.0f} GB"
     row["baseline_bytes"] = int(distributed.max_over_ranks(baseline))
     row["shape"] = shape_of(model)
-    if args.plain:
+    if args.plain and "skipped" not in row:
         row["plain"] = plain(row, fresh(args)[0])
     if distributed.rank() == 0:
         args.out.write_text(json.dumps(row) + "\n")

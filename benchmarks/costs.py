@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks import floors
+from benchmarks.case import Case
 from benchmarks.lineup import Setting, compared, lines_of, ratios, spread, step_seconds
 from benchmarks.methods import METHODS, NOT_RUN
 from benchmarks.places import header, line
@@ -155,8 +156,9 @@ def cost_note(rows: Sequence[Row]) -> str:
     told = "".join(f" {label}: {note}." for label, note in notes.items() if note)
     return (
         f"{len({row['seed'] for row in cost})} interleaved rounds; variants once, beside the first. s / step: mean of a round's steps after "
-        f"warm-up and probing; median of the rounds (least to most). Layers are drawn every {_periods(cost)} (default "
-        f"{GrassConfig().sample_period}); what a step costs depends on the lowest of them. Ratios are taken within a round, against the same "
+        f"warm-up and probing; median of the rounds (least to most; a line without was measured once). Layers are drawn every {_periods(cost)} (default "
+        f"{GrassConfig().sample_period}), by others every {one['grass']['sample_period']}; what a step costs depends on the lowest of them, so lines of one round "
+        "compare with that round of others alone. Ratios are taken within a round, against the same "
         "accumulation and checkpointing. Forward, backward, `step()`: means. Live tensors: as a GPU's allocator would count them, in one "
         "more step that is not timed; optimizer state that rests in host memory does not count there, but does in RSS: that of the "
         f"layers drawn so far; once all have trained it is {host_state(one) / 1e9:.2f} GB per rank. Sent: what a ring of "
@@ -171,7 +173,8 @@ FLOOR_NOTE = (
     f"gathered weights that DeepSpeed keeps because they are needed again within {floors.REUSE_DISTANCE:.0e} elements "
     "(`stage3_max_reuse_distance`), in a model of this size all. Time: forward and backward of plain PyTorch, measured by the same "
     "processes right after the steps, ranks side by side, with the same layers trained; its fused AdamW, and traffic at the bandwidth "
-    "measured then, as if nothing else ran: here ranks compute and send on the same cores. Reasons for time are from profiles of these steps."
+    "measured then, as if nothing else ran: here ranks compute and send on the same cores. Reasons for time are seconds of a step under cProfile, "
+    "at 7b61153; what they name includes the floor's own traffic."
 )
 
 
@@ -248,7 +251,11 @@ FLOORS: dict[str, Callable[[Row], float | None]] = {
 
 def _reasons(one: Setting, found: dict[str, list[float]]) -> str:
     above = [name for name, values in found.items() if values and statistics.median(values) > EXPLAIN]
-    return "; ".join(f"{name}: {REASONS.get((one.method, one.stage, name), 'not explained')}" for name in above)
+    variant = one != Setting(one.method, one.stage)
+    known = {name: reason for (*key, name), reason in REASONS.items() if key == [one.method, one.stage]}
+    if variant and "time" in known:
+        known["time"] = "as without the variant"
+    return "; ".join(f"{name}: {known.get(name, 'not explained')}" for name in above)
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
@@ -256,16 +263,18 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 
 def _lowest(rows: Sequence[Row]) -> str:
-    """Mean over steps; backward goes down to it, unless embeddings train."""
-    lowest = [min(active) for row in rows for active in row["active"] if active]
+    """Mean over steps; backward goes down to it."""
+    lowest = [
+        Case(row, active).lowest for row in rows if METHODS[row["method"]].grass for active in row["active"] if active
+    ]
     return f"{statistics.fmean(lowest):.1f}" if lowest else ""
 
 
 def _periods(rows: Sequence[Row]) -> str:
-    """Steps between draws, per stage where they differ."""
+    """Steps between draws of our samplers, with the stages that it is measured on; of BAdam's package apart."""
     stages: dict[int, set[int]] = {}
     for row in rows:
-        if row["active"] and row["active"][0] is not None and "sample_period" in row["grass"]:
+        if METHODS[row["method"]].grass is not None and "sample_period" in row["grass"]:
             stages.setdefault(row["grass"]["sample_period"], set()).add(row["stage"])
     return ", ".join(
         f"{period} steps (ZeRO-{'/'.join(map(str, sorted(stages[period])))})" for period in sorted(stages)

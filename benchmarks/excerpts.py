@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import contest, standings
+from benchmarks import contest, floors, standings
 from benchmarks.costs import after_switch, host_state, live_peak
 from benchmarks.lineup import Setting, compared, ratios, setting, spread, step_seconds
 from benchmarks.methods import METHODS
@@ -73,22 +73,37 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
     for name, label in (
         ("grass", "`grass`"),
         ("uniform", "`uniform`"),
-        ("badam-package", "BAdam's own package, one layer instead of two,"),
+        (
+            "badam-package",
+            f"BAdam's own package, one layer instead of two{_every(found.get(Setting('badam-package', 3)))},",
+        ),
     ):
-        if mine := found.get(Setting(name, 3)):
+        mine = found.get(Setting(name, 3), [])
+        # What a step costs depends on the layers drawn: the same rounds, or it is no comparison.
+        if {row["seed"] for row in mine} == {row["seed"] for row in grass}:
             ratio = _median(ratios(mine, cost, "full", 3, step_seconds))
             parts.append(f"{label} {_seconds(mine):.2f} s ({ratio} of it) and {_peak(mine):.2f} GB")
     forward = statistics.fmean(value for row in grass for value in row["forward_seconds"])
+    timed = [parts["forward"] for row in grass if "plain" in row for parts in floors.seconds(row)]
     switches = [ratio for row in grass for ratio in after_switch(row)]
     one = grass[0]
     text = (
         f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, micro-batch {one['micro_batch']} x {one['sequence']}, a draw every "
         f"{one['grass']['sample_period']} steps, {len({row['seed'] for row in grass})} rounds, commit {', '.join(sorted({row['commit'] for row in grass}))}): {', '.join(parts)}. "
-        f"{forward:.2f} s of a `grass` step are forward, which waits for weights."
+        f"{forward:.2f} s of a `grass` step are forward"
+    )
+    text += (
+        f", {forward - statistics.fmean(timed):.2f} s more than in plain PyTorch: gathers, and DeepSpeed's hooks."
+        if timed
+        else "."
     )
     if switches:
         text += f" A step after a switch takes {statistics.median(switches):.2f} of the others' time."
     return indented(text)
+
+
+def _every(rows: Sequence[Row] | None) -> str:
+    return f" (another every {rows[0]['grass']['sample_period']} steps)" if rows else ""
 
 
 def quality_sentences(rows: Sequence[Row]) -> str:
@@ -114,7 +129,7 @@ def _quality_sentence(task: str, rows: Sequence[Row]) -> str:
     text = (
         f"Task `{task}` ({', '.join(TASKS[task].train)}; SmolLM2-135M, {one['steps']} steps of {one['micro_batch']} rows, "
         f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {', '.join(commits)}): "
-        f"held-out loss {', '.join(losses)}; within a seed {'; '.join(pairs)}."
+        f"held-out loss {', '.join(losses)}{'; within a seed ' if pairs else ''}{'; '.join(pairs)}."
     )
     return indented(text)
 

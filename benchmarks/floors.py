@@ -2,7 +2,7 @@
 """The least that a training step of a row can cost: arithmetic, bytes between ranks, memory, time. Closed forms of the row's conditions.
 
 Hugging Face's Llama as it is, in bf16 with fp32 optimizer state. What its modeling code computes and saves for backward is no waste
-here; what an engine adds is. ``active``: the decoder layers that the step trains, None where the method trains its set all the time.
+here; what an engine adds is, but for the weights that DeepSpeed's ZeRO-3 keeps gathered (:data:`REUSE_DISTANCE`). ``active``: the decoder layers that the step trains, None where the method trains its set all the time.
 
 [Note: What backward needs] A norm saves its input and output in fp32 and bf16, a matrix product its input if its weight trains,
 attention its three inputs, its output and a number per row. A layer below which nothing trains has no input gradient; one that is frozen

@@ -73,7 +73,7 @@ def ratios(
     bases = {
         (row["seed"], row["accumulation"], row["checkpointing"]): row
         for row in rows
-        if setting(row)[:3] == (method, stage, None)
+        if setting(row)[:3] == (method, stage, None) and not row["prepare_state"]
     }
     keys = [(row["seed"], row["accumulation"], row["checkpointing"]) for row in mine]
     return [measure(row) / measure(bases[key]) for key, row in zip(keys, mine, strict=True) if key in bases]

@@ -229,7 +229,10 @@ def offload_sentence(rows: list[Row]) -> str:
     found = {offload: [row for row in rows if row["offload"] == offload] for offload in OFFLOADS}
     if not all(found.values()):
         return ""
-    one, cost = rows[0], {offload: added(mine, rows) or (0.0, 0.0) for offload, mine in found.items()}
+    cost = {offload: measured for offload, mine in found.items() if (measured := added(mine, rows)) is not None}
+    if len(cost) != len(OFFLOADS) - 1:  # all but the base
+        return ""
+    one = rows[0]
     saved = _median(found[BASE], "resident_bytes") - _median(found["nvme-stream"], "resident_bytes")
     return (
         f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, all layers' state made before, a draw every "

@@ -46,7 +46,7 @@ def conditions(rows: Sequence[Row]) -> str:
     temperature = f"grass drawn at temperature {_all(drawn, 'temperature')}; " if drawn else ""
     stages = " / ".join(f"ZeRO-{stage}" for stage in sorted({row["stage"] for row in rows}))
     return (
-        f"{one['model']}, {stages}, {_all(rows, 'ranks')} rank(s) on {one['device']} ({one['hardware']}, {one['threads']} thread each), "
+        f"{one['model']}, {stages}, {_all(rows, 'ranks')} rank(s) on {one['device']} ({_all(rows, 'hardware')}, {one['threads']} thread each), "
         f"bf16, AdamW, clip 1.0, micro-batch {_all(rows, 'micro_batch')} x {_all(rows, 'sequence')} tokens, accumulation "
         f"{_all(rows, 'accumulation')}; {temperature}{', '.join(f'{name} {version}' for name, version in versions.items())}; "
         f"commit {_all(rows, 'commit', ', ')}"

@@ -163,7 +163,7 @@ def save_sentence(rows: list[Row]) -> str:
         f"state. Training stands still for {statistics.median(late['stall_ratios']):.2f} of stock's time with the files on disk when it goes "
         f"on, and for {statistics.median(background['stall_ratios']):.2f} ({background['stall_seconds']:.2f} s) with `async`, when a step during "
         f"the {background['disk_seconds'] - background['stall_seconds']:.1f} s of writing takes "
-        f"{background['seconds_meanwhile'] / background['step_seconds']:.2f} of its time before: two cores do both."
+        f"{background['seconds_meanwhile'] / background['step_seconds']:.2f} of its time before."
     )
 
 

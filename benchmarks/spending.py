@@ -22,7 +22,7 @@ def untrained_loss(rows: Sequence[Row], task: str) -> float | None:
 
 
 def step_flops(row: Row) -> list[int]:
-    """FLOPs of every step, padding and probing included; an engine computes exactly these (see the cost suite)."""
+    """FLOPs of every step, padding and probing included. Closed forms: what engines are observed to compute (cost suite)."""
     active = row["active"] or [None] * row["steps"]
     return [
         floors.flops({**row, "micro_batch": rows, "sequence": tokens}, layers)
@@ -75,5 +75,6 @@ def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
 
 
 def _mean(values: Sequence[float | None]) -> str:
+    """Nothing unless all seeds have been there."""
     known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if known else ""
+    return f"{statistics.mean(known):.3f}" if len(known) == len(values) else ""

@@ -61,7 +61,7 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
         f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
-        f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({one['hardware']}, {one['threads']} thread); two cells at a time, "
+        f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({' / '.join(sorted({row['hardware'] for row in rows}))}, {one['threads']} thread); two cells at a time, "
         f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {', '.join(sorted({row['commit'] for row in rows}))}"
     )
 
