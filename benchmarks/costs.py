@@ -17,15 +17,18 @@ Row = dict[str, Any]
 EXPLAIN = 1.15
 # (method, stage, measure of FLOORS) -> why it is above its floor; all variants of the method on this stage share it.
 _ALL_REDUCE = "DeepSpeed all-reduces gradients on stages 1 and 2, where a reduce-scatter would do"
+_EMBEDDINGS = (
+    "waits for the embeddings' reduce-scatter and gather 0.2 s, copies, most of their Adam state from and to host memory, 0.1 s, "
+    "norms of their gradient 0.1 s"
+)
+_HOOKS = "DeepSpeed's hooks around every module 0.4 s, of which joins of shards (`torch.cat`) 0.1 s, waits for gathers 0.1 s"
+_JOINS = "waits for gathers and reduce-scatters 0.4 s, casts 0.2 s, joins of shards (`torch.cat`) 0.2 s"
+_THREE_TIMES = "DeepSpeed holds the gradient partition three times in its step: as it is, in one piece, in fp32"
 REASONS: dict[tuple[str, int, str], str] = {
     **{(method, 2, "traffic"): _ALL_REDUCE for method in ("full", "full-offload", "lora-16", "lora", "lora-fa")},
     ("lisa-toggle", 2, "traffic"): "zeros are reduced and unchanged weights gathered for layers that are not to train",
     ("lisa-toggle", 2, "memory"): "gradients and Adam state of all layers, whether they are to train or not",
-    (
-        "full",
-        2,
-        "memory",
-    ): "DeepSpeed holds the gradient partition three times in its step: as it is, in one piece, in fp32",
+    ("full", 2, "memory"): _THREE_TIMES,
     ("full-offload", 2, "memory"): "gradients of all layers wait on the device for their way to the host",
     # Seconds of a step under cProfile, where accumulation and checkpointing are as by default.
     ("full", 2, "time"): "waits for all-reduces 0.7 s, casts to fp32 0.3 s, a norm of every parameter 0.2 s",
@@ -33,27 +36,9 @@ REASONS: dict[tuple[str, int, str], str] = {
     ("lora", 2, "time"): "waits for all-reduces 0.2 s",
     ("lisa-toggle", 2, "time"): "waits for all-reduces and gathers of all layers 0.4 s, casts 0.3 s",
     ("full-sampler", 2, "time"): "waits for reduce-scatters and gathers 0.7 s, norms of gradients 0.1 s",
-    **{
-        (
-            method,
-            2,
-            "time",
-        ): "waits for the embeddings' reduce-scatter and gather 0.2 s, copies, most of their Adam state from and to host memory, 0.1 s, norms of their gradient 0.1 s"
-        for method in ("grass-embed", "lisa")
-    },
-    (
-        "full",
-        3,
-        "time",
-    ): "waits for gathers and reduce-scatters 0.4 s, casts 0.2 s, joins of shards (`torch.cat`) 0.2 s",
-    **{
-        (
-            method,
-            3,
-            "time",
-        ): "DeepSpeed's hooks around every module 0.4 s, of which joins of shards (`torch.cat`) 0.1 s, waits for gathers 0.1 s"
-        for method in ("grass", "uniform", "cyclic")
-    },
+    **{(method, 2, "time"): _EMBEDDINGS for method in ("grass-embed", "lisa")},
+    ("full", 3, "time"): _JOINS,
+    **{(method, 3, "time"): _HOOKS for method in ("grass", "uniform", "cyclic")},
 }
 # Optimizer steps of the run whose share of probing is told.
 RUN = 1000
@@ -137,7 +122,7 @@ def floor_table(rows: Sequence[Row]) -> list[str]:
     )
     for one, mine in lines_of(compared(rows)):
         found = {name: floor_ratios(name, mine) for name in FLOORS}
-        traffic = [parts["traffic"] for row in mine if "plain" in row for parts in floors.seconds(row)]
+        traffic = [parts["traffic"] for parts in plain_seconds(mine)]
         cells = [
             *map(spread, found.values()),
             _above(mine),
@@ -223,20 +208,25 @@ def _memory(row: Row) -> float | None:
     return live_peak(row) / floors.memory(row, row["observed"]["active"])["total"]
 
 
+def plain_seconds(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """The floor of every measured step of the rows that have one."""
+    return [parts for row in rows if "plain" in row for parts in floors.seconds(row)]
+
+
 def _seconds(row: Row) -> float | None:
-    if "plain" not in row:
-        return None
-    return sum(row["seconds"]) / sum(sum(parts.values()) for parts in floors.seconds(row))
+    floor = plain_seconds([row])
+    return sum(row["seconds"]) / sum(sum(parts.values()) for parts in floor) if floor else None
 
 
 def _above(rows: Sequence[Row]) -> str:
     """Seconds of a step beyond the floor of each of its parts, but for traffic, which is within any of them."""
+    floor = plain_seconds(rows)
+    if not floor:
+        return ""
     timed = [row for row in rows if "plain" in row]
-    floor = [parts for row in timed for parts in floors.seconds(row)]
     above = [
         _mean(timed, f"{part}_seconds") - statistics.fmean(parts[least] for parts in floor)
         for part, least in (("forward", "forward"), ("backward", "backward"), ("step", "adam"))
-        if timed
     ]
     return ", ".join(f"{value:+.2f}" for value in above)
 

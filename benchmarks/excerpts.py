@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import contest, floors, standings
-from benchmarks.costs import after_switch, host_state, live_peak
+from benchmarks import contest, standings
+from benchmarks.costs import after_switch, host_state, live_peak, plain_seconds
 from benchmarks.lineup import Setting, compared, ratios, setting, spread, step_seconds
 from benchmarks.methods import METHODS
-from benchmarks.places import header, line
+from benchmarks.places import each, header, line
 from benchmarks.tasks import TASKS
 
 Row = dict[str, Any]
@@ -84,12 +84,12 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
             ratio = _median(ratios(mine, cost, "full", 3, step_seconds))
             parts.append(f"{label} {_seconds(mine):.2f} s ({ratio} of it) and {_peak(mine):.2f} GB")
     forward = statistics.fmean(value for row in grass for value in row["forward_seconds"])
-    timed = [parts["forward"] for row in grass if "plain" in row for parts in floors.seconds(row)]
+    timed = [parts["forward"] for parts in plain_seconds(grass)]
     switches = [ratio for row in grass for ratio in after_switch(row)]
     one = grass[0]
     text = (
         f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, micro-batch {one['micro_batch']} x {one['sequence']}, a draw every "
-        f"{one['grass']['sample_period']} steps, {len({row['seed'] for row in grass})} rounds, commit {', '.join(sorted({row['commit'] for row in grass}))}): {', '.join(parts)}. "
+        f"{one['grass']['sample_period']} steps, {len({row['seed'] for row in grass})} rounds, commit {each(grass, 'commit', ', ')}): {', '.join(parts)}. "
         f"{forward:.2f} s of a `grass` step are forward"
     )
     text += (
@@ -125,10 +125,10 @@ def _quality_sentence(task: str, rows: Sequence[Row]) -> str:
         for left, right in standings.PAIRS
         if (found := standings.within_seeds(mine, left, right, lambda row: row["test_loss"]))
     ]
-    one, commits = mine[0], sorted({row["commit"] for row in mine})
+    one = mine[0]
     text = (
         f"Task `{task}` ({', '.join(TASKS[task].train)}; SmolLM2-135M, {one['steps']} steps of {one['micro_batch']} rows, "
-        f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {', '.join(commits)}): "
+        f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {each(mine, 'commit', ', ')}): "
         f"held-out loss {', '.join(losses)}{'; within a seed ' if pairs else ''}{'; '.join(pairs)}."
     )
     return indented(text)

@@ -87,6 +87,11 @@ def header(*names: str) -> list[str]:
     return [line(names), f"|{'---|' * len(names)}"]
 
 
+def each(rows: Iterable[Row], key: str, separator: str = " / ") -> str:
+    """Every value that the rows have, once."""
+    return separator.join(str(value) for value in sorted({row[key] for row in rows}))
+
+
 def offload_table(rows: list[Row]) -> list[str]:
     """One line per variant: time against :data:`BASE`, memory of the process, bytes of state by place."""
     lines = header(
@@ -236,7 +241,7 @@ def offload_sentence(rows: list[Row]) -> str:
     saved = _median(found[BASE], "resident_bytes") - _median(found["nvme-stream"], "resident_bytes")
     return (
         f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, all layers' state made before, a draw every "
-        f"{one['grass']['sample_period']} steps, commit {', '.join(sorted({row['commit'] for row in rows}))}): `cpu`, `stream` adds "
+        f"{one['grass']['sample_period']} steps, commit {each(rows, 'commit', ', ')}): `cpu`, `stream` adds "
         f"{1e3 * cost['cpu-stream'][0]:.0f} ms to `step()`, {cost['cpu-stream'][1]:.1%} of a step over `none`; `nvme`, `stream` "
         f"{cost['nvme-stream'][1]:.1%} ({cost['nvme-stream-serial'][1]:.1%} without overlap) with {saved / 1e9:.2f} GB less resident memory per "
         f"rank, and {cost['nvme-stream-files'][1]:.1%} if every step has to go through files."

@@ -22,7 +22,7 @@ from benchmarks.costs import FLOOR_NOTE, cost_note, floor_table, memory_table, t
 from benchmarks.excerpts import indented, quality_sentences, short_table, shown, zero3_sentence
 from benchmarks.growth import draw_growth, growth_images, growth_note, growth_table
 from benchmarks.lineup import compared, growing
-from benchmarks.places import gpu_note, gpu_table, offload_note, offload_sentence, offload_table
+from benchmarks.places import each, gpu_note, gpu_table, offload_note, offload_sentence, offload_table
 from benchmarks.saves import save_note, save_sentence, save_table
 
 FOLDER = Path(__file__).resolve().parent
@@ -43,18 +43,14 @@ def conditions(rows: Sequence[Row]) -> str:
     one = rows[0]
     versions = {name: version for row in rows for name, version in row["versions"].items()}
     drawn = [row for row in rows if row["temperature"] is not None]
-    temperature = f"grass drawn at temperature {_all(drawn, 'temperature')}; " if drawn else ""
+    temperature = f"grass drawn at temperature {each(drawn, 'temperature')}; " if drawn else ""
     stages = " / ".join(f"ZeRO-{stage}" for stage in sorted({row["stage"] for row in rows}))
     return (
-        f"{one['model']}, {stages}, {_all(rows, 'ranks')} rank(s) on {one['device']} ({_all(rows, 'hardware')}, {one['threads']} thread each), "
-        f"bf16, AdamW, clip 1.0, micro-batch {_all(rows, 'micro_batch')} x {_all(rows, 'sequence')} tokens, accumulation "
-        f"{_all(rows, 'accumulation')}; {temperature}{', '.join(f'{name} {version}' for name, version in versions.items())}; "
-        f"commit {_all(rows, 'commit', ', ')}"
+        f"{one['model']}, {stages}, {each(rows, 'ranks')} rank(s) on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread each), "
+        f"bf16, AdamW, clip 1.0, micro-batch {each(rows, 'micro_batch')} x {each(rows, 'sequence')} tokens, accumulation "
+        f"{each(rows, 'accumulation')}; {temperature}{', '.join(f'{name} {version}' for name, version in versions.items())}; "
+        f"commit {each(rows, 'commit', ', ')}"
     )
-
-
-def _all(rows: Sequence[Row], key: str, separator: str = " / ") -> str:
-    return separator.join(str(value) for value in sorted({row[key] for row in rows}))
 
 
 def section(title: str, rows: Sequence[Row], *parts: str | list[str]) -> list[str]:

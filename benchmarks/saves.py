@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.places import header, line
+from benchmarks.places import each, header, line
 from launch import distributed
 
 Row = dict[str, Any]
@@ -158,7 +158,7 @@ def save_sentence(rows: list[Row]) -> str:
     one = rows[0]
     return (
         f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, ZeRO-2, against stock full fine-tuning; commit "
-        f"{', '.join(sorted({row['commit'] for row in rows}))}): {early['checkpoint_bytes'] / 1e6:.0f} MB after {STEPS} steps, "
+        f"{each(rows, 'commit', ', ')}): {early['checkpoint_bytes'] / 1e6:.0f} MB after {STEPS} steps, "
         f"{early['bytes_ratio']:.2f} of stock's, and {late['checkpoint_bytes'] / 1e6:.0f} MB, {late['bytes_ratio']:.2f}, once every layer has "
         f"state. Training stands still for {statistics.median(late['stall_ratios']):.2f} of stock's time with the files on disk when it goes "
         f"on, and for {statistics.median(background['stall_ratios']):.2f} ({background['stall_seconds']:.2f} s) with `async`, when a step during "

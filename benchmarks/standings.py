@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, TUNING_SEED, best_rates, tried_rates
 from benchmarks.methods import METHODS as KNOWN
-from benchmarks.places import header, line
+from benchmarks.places import each, header, line
 from benchmarks.spending import spending_table, step_flops, untrained_loss
 from benchmarks.staleness import staleness_table
 from benchmarks.tasks import ROWS, TASKS
@@ -61,8 +61,8 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
         f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
-        f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({' / '.join(sorted({row['hardware'] for row in rows}))}, {one['threads']} thread); two cells at a time, "
-        f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {', '.join(sorted({row['commit'] for row in rows}))}"
+        f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread); two cells at a time, "
+        f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
     )
 
 
