@@ -61,6 +61,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reprobe", type=int, default=0, help="measure all layers' scores every so many steps, too (quality)"
     )
+    parser.add_argument(
+        "--worth", type=int, default=0, help="first train each layer alone for so many steps, on a copy (quality)"
+    )
     parser.add_argument("--grass", type=json.loads, default={}, help="JSON merged into the grass block")
     parser.add_argument("--offload", choices=OFFLOADS, help="where optimizer state lives; default: the method's way")
     parser.add_argument("--nvme-path", help="existing folder on a local disk, for the nvme variants; not in the row")

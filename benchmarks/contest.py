@@ -42,7 +42,7 @@ CHANGES: tuple[Cell, ...] = (
     {"cost_weight": 8.0},
     {"exploration": 0.3},
 )
-PARTS = ("tune", "compare", "ablate", "reprobe")
+PARTS = ("tune", "compare", "ablate", "reprobe", "worth")
 
 
 def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row]) -> Iterator[Cell]:
@@ -50,7 +50,7 @@ def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row
     rows = list(rows)
     for task in tasks:
         for part in parts:
-            make = {"tune": _tune, "compare": _compare, "ablate": _ablate, "reprobe": _reprobe}[part]
+            make = {"tune": _tune, "compare": _compare, "ablate": _ablate, "reprobe": _reprobe, "worth": _worth}[part]
             yield from make(task, rows)
 
 
@@ -123,3 +123,12 @@ def _reprobe(task: str, rows: list[Row]) -> Iterator[Cell]:
     if lr is not None:
         for seed in ABLATION_SEEDS:
             yield _cell(task, "grass", lr=lr, seed=seed, reprobe=10, tuning=True)
+
+
+def _worth(task: str, rows: list[Row]) -> Iterator[Cell]:
+    """As many steps as between two draws, with the learning rate that ``grass`` is best with."""
+    lr = best_rates(task, rows).get("grass")
+    if lr is not None:
+        for seed in ABLATION_SEEDS:
+            no_run = {"steps": 0, "grass": {}, "tuning": True}
+            yield _cell(task, "grass", lr=lr, seed=seed, worth=SETTINGS["sample_period"], **no_run)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.contest import METHODS
 from benchmarks.spending import SPENT, points, untrained_loss
 from benchmarks.tasks import TASKS
+from benchmarks.worth import draw_worth
 
 Row = dict[str, Any]
 SIZE = {"dpi": 90}
@@ -24,6 +25,8 @@ def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
         if mine:
             yield _losses(task, mine, untrained_loss(rows, task), folder / f"loss-{task}.png")
             yield _layers(task, mine, folder / f"layers-{task}.png")
+        if valued := [row for row in rows if row["task"] == task and "worth" in row]:
+            yield _worth(valued, folder / f"worth-{task}.png")
 
 
 def _losses(task: str, rows: Sequence[Row], untrained: float | None, file: Path) -> Path:
@@ -60,5 +63,12 @@ def _layers(task: str, rows: Sequence[Row], file: Path) -> Path:
         axes.imshow(table, origin="lower", aspect="auto", cmap="viridis", interpolation="nearest")
         axes.set(title=method, xlabel="step")
     figure.axes[0].set(ylabel=f"layer ({task})")
+    figure.savefig(file, **SIZE)
+    return file
+
+
+def _worth(rows: Sequence[Row], file: Path) -> Path:
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    draw_worth(rows, figure.subplots(1, 2))
     figure.savefig(file, **SIZE)
     return file

@@ -10,6 +10,7 @@ from benchmarks.engines import build, step, trainable_numel
 from benchmarks.meters import peak_bytes, reset_peak
 from benchmarks.staleness import Reprobe
 from benchmarks.tasks import TASKS, Exam
+from benchmarks.worth import layer_worth
 from launch import distributed
 from launch.data import Collator
 from launch.template import Template
@@ -30,6 +31,13 @@ def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
     if args.reprobe:
         others = exam.batches(REPROBE_SEED)
         reprobe = Reprobe(model, [collate(next(others)) for _ in range(REPROBE_BATCHES)])
+    if args.worth:
+        batches = exam.batches(args.seed)
+        some = [collate(next(batches)) for _ in range(args.worth)]
+        row["worth"] = {
+            "steps": args.worth,
+            **layer_worth(model, some, args.lr, lambda trained: exam.loss(trained, "dev")),
+        }
     if args.steps:
         row.update(_train(args, build(args, model), model, exam, collate, reprobe))
     row["dev_loss"] = exam.loss(model, "dev")

@@ -34,20 +34,22 @@ class Reprobe:
     def measure(self, model: nn.Module) -> list[list[float]]:
         """m_l of every layer from each half (paper: mean over steps of sqrt(||g_l||^2 / N_l); here over batches, without an update)."""
         self._copy.load_state_dict(model.state_dict())
-        return [self._scores(batches) for batches in self._halves]
+        return [gradient_rms(self._copy, batches) for batches in self._halves]
 
-    def _scores(self, batches: Sequence[Batch]) -> list[float]:
-        layers = list(self._copy.get_decoder().layers)
-        sums = [0.0] * len(layers)
-        for batch in batches:
-            self._copy.zero_grad(set_to_none=True)
-            device = next(self._copy.parameters()).device
-            self._copy(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
-            for index, layer in enumerate(layers):
-                square = sum(p.grad.float().square().sum().item() for p in layer.parameters())
-                sums[index] += math.sqrt(square / sum(p.numel() for p in layer.parameters()))
-        self._copy.zero_grad(set_to_none=True)
-        return [value / len(batches) for value in sums]
+
+def gradient_rms(model: nn.Module, batches: Sequence[Batch]) -> list[float]:
+    """m_l of every layer: sqrt(||g_l||^2 / N_l), mean over batches. Leaves no gradients."""
+    layers = list(model.get_decoder().layers)
+    device = next(model.parameters()).device
+    sums = [0.0] * len(layers)
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+        for index, layer in enumerate(layers):
+            square = sum(p.grad.float().square().sum().item() for p in layer.parameters())
+            sums[index] += math.sqrt(square / sum(p.numel() for p in layer.parameters()))
+    model.zero_grad(set_to_none=True)
+    return [value / len(batches) for value in sums]
 
 
 def staleness_table(rows: Sequence[Row]) -> list[str]:

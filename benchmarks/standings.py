@@ -11,6 +11,7 @@ from benchmarks.places import each, header, line
 from benchmarks.spending import spending_table, step_flops, untrained_loss
 from benchmarks.staleness import staleness_table
 from benchmarks.tasks import ROWS, TASKS
+from benchmarks.worth import worth_note, worth_table
 
 Row = dict[str, Any]
 SPENDING_NOTE = (
@@ -46,6 +47,9 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += ["### grass with one setting changed", "", *_changes_table(changed, trained(reached, "grass")), ""]
     if measured := [row for row in rows if row.get("reprobes")]:
         lines += ["### Do scores go stale?", "", *staleness_table(measured), ""]
+    if valued := [row for row in rows if "worth" in row]:
+        lines += ["### Are layers with large gradients the ones worth training?", "", worth_note(valued), ""]
+        lines += [*worth_table(valued), "", f"![worth](plots/worth-{task}.png)", ""]
     return lines
 
 

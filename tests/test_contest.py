@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quality suite: which learning rates are tried, which cells follow from them, and what its tables make of rows."""
 
+import copy
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers.models import tiny_llama
 
-from benchmarks import contest, curves, excerpts, floors, spending, staleness, standings
+from benchmarks import contest, curves, excerpts, floors, spending, staleness, standings, worth
 from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
 
 TASK = "arithmetic"
@@ -79,7 +83,9 @@ def test_methods_are_compared_once_their_rate_is_known() -> None:
     assert {cell["lr"] for cell in cells if cell["steps"]} == {GRID[1]}
     assert [cell["seed"] for cell in cells if "curve" in cell] == [*contest.SEEDS]
     assert TUNING_SEED not in contest.SEEDS
-    assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == 3 * len(contest.CHANGES)
+    assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == len(contest.ABLATION_SEEDS) * len(
+        contest.CHANGES
+    )
     everything = list(contest.contest_cells(["tune"], [TASK], []))
     assert {(cell["method"], cell["lr"]) for cell in everything} == {(m, lr) for m in METHODS for lr in GRID}
 
@@ -166,3 +172,38 @@ def test_staleness_compares_with_scores_measured_anew() -> None:
     first, second = staleness.staleness_table([{"reprobes": points}])[2:]
     assert first.split(" | ")[1:5] == ["1.00", "1.00", "1.00", "1.00"]
     assert second.split(" | ")[1:3] == ["-1.00", "1.00"]  # what was probed still holds, what is drawn by does not
+
+
+def test_worth_trains_one_layer_at_a_time_from_the_same_weights() -> None:
+    model = tiny_llama(layers=3)
+    before = copy.deepcopy(model.state_dict())
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 50, (2, 2, 8))]
+    seen: list[set[int]] = []
+
+    def loss(trained: Any) -> float:
+        """Which layers differ from the untrained ones."""
+        moved = {
+            name for name, weight in trained.state_dict().items() if not torch.equal(weight, before[name].float())
+        }
+        seen.append({int(name.split(".")[2]) for name in moved})
+        return 10.0 - sum(2.0**layer for layer in seen[-1])
+
+    found = worth.layer_worth(model, batches, 1e-2, loss)
+    assert seen == [set(), {0}, {1}, {2}]
+    assert worth.worths(found) == [1.0, 2.0, 4.0]
+    assert found["scores"] == pytest.approx(staleness.gradient_rms(copy.deepcopy(model).float(), batches))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_worth_says_what_each_draw_brings() -> None:
+    found = {"steps": 5, "scores": [3.0, 1.0, 2.0], "before": 2.0, "losses": [1.0, 1.7, 1.4]}
+    rows = [row("grass", 1e-3, seed, 2.0, worth=found) for seed in (0, 1)]
+    note = worth.worth_note(rows)
+    assert "with their worth: +1.00; of two seeds' gradient RMS +1.00, of two seeds' worths +1.00." in note
+    lines = {name: values for name, *values in (line.strip("| ").split(" | ") for line in worth.worth_table(rows)[2:])}
+    assert lines["uniformly"] == ["0.6333", "1.00", "1.00", "1.00"]
+    # three layers: 7, 6 and 5 forward passes of a layer
+    assert lines["the layer that is worth most"] == ["1.0000", "1.58", "1.17", "1.35"]
+    weights = [math.exp(score / 2.0) for score in found["scores"]]
+    mean = sum(weight * value for weight, value in zip(weights, (1.0, 0.3, 0.6), strict=True)) / sum(weights)
+    assert lines["by gradient RMS, temperature 1 (default)"][0] == f"{mean:.4f}"
