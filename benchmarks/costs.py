@@ -38,6 +38,10 @@ REASONS: dict[tuple[str, int, str], str] = {
     ("full-sampler", 2, "time"): "waits for reduce-scatters and gathers 0.7 s, norms of gradients 0.1 s",
     **{(method, 2, "time"): _EMBEDDINGS for method in ("grass-embed", "lisa")},
     ("full", 3, "time"): _JOINS,
+    ("badam-package", 3, "time"): (
+        "DeepSpeed's hooks around every module 0.5 s, joins of shards (`torch.cat`) 0.1 s, gathers at switches and waits for gathers "
+        "0.15 s, garbage collected at switches 0.1 s; the rest not explained"
+    ),
     **{(method, 3, "time"): _HOOKS for method in ("grass", "uniform", "cyclic")},
 }
 # Optimizer steps of the run whose share of probing is told.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of suite ``quality``: the learning rates tried, what every method reached, and differences within a seed."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,12 @@ SPENDING_NOTE = (
     "Each method's curve where it has spent what the most frugal run of all spends in the whole of its steps, linear between the points "
     "measured; means over the seeds. Learning rates fall to zero with the last step, so a dear method is shown in mid-run here: a shorter "
     "run of it, with its own schedule, would have a lower loss."
+)
+# Student's t, 97.5 %, by number of seeds.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+CHANGES_NOTE = (
+    "Within a seed, so on the same rows; `seed` 101 and 102 change nothing but the draws, and tell how much of a difference is chance. The "
+    "learning rate is that of `grass` as it is."
 )
 PAIRS = (("grass", "uniform"), ("grass", "full"), ("grass", "static"), ("grass-embed", "grass"))
 
@@ -44,7 +51,8 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += [*spending_table(rows, untrained_loss(rows, task)), ""]
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
-        lines += ["### grass with one setting changed", "", *_changes_table(changed, trained(reached, "grass")), ""]
+        lines += ["### grass with one setting changed", "", CHANGES_NOTE, ""]
+        lines += [*_changes_table(changed, trained(reached, "grass")), ""]
     if measured := [row for row in rows if row.get("reprobes")]:
         lines += ["### Do scores go stale?", "", *staleness_table(measured), ""]
     if valued := [row for row in rows if "worth" in row]:
@@ -127,12 +135,19 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
 
 def _pairs_table(rows: Sequence[Row]) -> list[str]:
     """Both methods saw the same rows with a seed: what is left of a difference is theirs, and the draws'."""
-    lines = header("difference", "test loss, negative is better", "accuracy, positive is better", "seeds")
+    lines = header(
+        "difference",
+        "test loss, negative is better",
+        "95 % interval of its mean",
+        "accuracy, positive is better",
+        "seeds",
+    )
     measures: tuple[Callable[[Row], float], ...] = (lambda row: row["test_loss"], mean_accuracy)
     for left, right in PAIRS:
         found = [within_seeds(rows, left, right, measure) for measure in measures]
         if found[0]:
-            lines.append(line([f"{left} - {right}", *map(differences, found), str(len(found[0]))]))
+            loss, accuracy = map(differences, found)
+            lines.append(line([f"{left} - {right}", loss, interval(found[0]), accuracy, str(len(found[0]))]))
     return lines
 
 
@@ -148,7 +163,8 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
         "changed", "development loss minus that of grass as it is", "FLOPs, of grass as it is", "CPU seconds", "seeds"
     )
     bases = {row["seed"]: row for row in base}
-    for change in CHANGES:
+    measures: tuple[Callable[[Row], float], ...] = (lambda row: sum(step_flops(row)), lambda row: row["cpu_seconds"])
+    for change in _tried(rows):
         pairs = [
             (row, bases[row["seed"]])
             for row in rows
@@ -157,15 +173,22 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
         if not pairs:
             continue
         ((name, value),) = change.items()
-        measures: tuple[Callable[[Row], float], ...] = (
-            lambda row: sum(step_flops(row)),
-            lambda row: row["cpu_seconds"],
-        )
         ours, theirs = zip(*pairs, strict=True)
         costs = [sum(map(measure, ours)) / sum(map(measure, theirs)) for measure in measures]
         loss = differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
         lines.append(line([f"`{name}` {value}", loss, *(f"{cost:.2f}" for cost in costs), str(len(pairs))]))
     return lines
+
+
+def _tried(rows: Sequence[Row]) -> list[Row]:
+    """Changes that rows have, in order: those of the suite, then any other of one setting, as of options that were tried and dropped."""
+    found = [
+        {name: value for name, value in row["grass"].items() if SETTINGS.get(name) != value}
+        for row in rows
+        if SETTINGS.keys() <= row["grass"].keys()
+    ]
+    dropped = [change for change in found if len(change) == 1 and change not in CHANGES]
+    return [*CHANGES, *(change for at, change in enumerate(dropped) if change not in dropped[:at])]
 
 
 def trained(rows: Sequence[Row], method: str) -> list[Row]:
@@ -179,6 +202,14 @@ def mean_accuracy(row: Row) -> float:
 def spread(values: Sequence[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """Where the mean of many such differences would lie, were they normally distributed; empty if there are too few or too many to say."""
+    if len(values) not in STUDENT:
+        return ""
+    reach = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values) - reach:+.3f} to {statistics.mean(values) + reach:+.3f}"
 
 
 def differences(values: Sequence[float]) -> str:

@@ -102,6 +102,7 @@ def test_differences_are_within_a_seed() -> None:
     assert line.split(" | ") == [
         "| grass - uniform",
         "+0.250 ± 1.061 (-0.500, +1.000)",
+        "-9.282 to +9.782",  # 12.71 * 1.061 / sqrt(2) to both sides
         "+0.000 ± 0.354 (+0.250, -0.250)",
         "2 |",
     ]
@@ -139,7 +140,9 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
     assert "What was reached" not in text
     curve = {"curve": [{"step": 10, "cpu_seconds": 3.0, "dev_loss": 1.0}], "active": [None, *([[0, 3]] * (STEPS - 1))]}
     changed = row("grass", 1e-4, 0, 0.75, grass={**SETTINGS, "temperature": 4.0}, cpu_seconds=150.0)
-    text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed]))
+    dropped = row("grass", 1e-4, 0, 1.5, grass={**SETTINGS, "an_option_of_old": 1}, cpu_seconds=50.0)
+    text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed, dropped]))
+    assert "| `an_option_of_old` 1 | +0.500 (+0.500) | 1.96 | 0.50 | 1 |" in text
     assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M | 1 |" in text
     assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.96 | 1.50 | 1 |" in text
     images = {path.name for path in curves.draw([reached("grass", 0, 1.0, 0.5, **curve)], tmp_path)}
