@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.engines import count_first_steps, prepare, trainable_numel
 from benchmarks.meters import disk_bytes, peak_bytes, process_bytes, reset_peak
-from benchmarks.observed import observe
+from benchmarks.observed import memory, observe
 from benchmarks.peers import watch
 from launch import distributed
 
@@ -47,7 +47,7 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         "train_peak_bytes": train_peak,
         "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),
         "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
-        "bytes": grass.memory(peak=True) if grass is not None else None,
+        "bytes": memory(engine),
         "trainable": trainable_numel(engine),
         "observed": observe(engine, args, watched.before_step()),
     }

@@ -146,7 +146,7 @@ def cost_note(rows: Sequence[Row]) -> str:
     return (
         f"{len({row['seed'] for row in cost})} interleaved rounds; variants once, beside the first. s / step: mean of a round's steps after "
         f"warm-up and probing; median of the rounds (least to most; a line without was measured once). Layers are drawn every {_periods(cost)} (default "
-        f"{GrassConfig().sample_period}), by others every {one['grass']['sample_period']}; what a step costs depends on the lowest of them, so lines of one round "
+        f"{GrassConfig().sample_period}){_periods_of_others(cost)}; what a step costs depends on the lowest of them, so lines of one round "
         "compare with that round of others alone. Ratios are taken within a round, against the same "
         "accumulation and checkpointing. Forward, backward, `step()`: means. Live tensors: as a GPU's allocator would count them, in one "
         "more step that is not timed; optimizer state that rests in host memory does not count there, but does in RSS: that of the "
@@ -265,7 +265,7 @@ def _lowest(rows: Sequence[Row]) -> str:
 
 
 def _periods(rows: Sequence[Row]) -> str:
-    """Steps between draws of our samplers, with the stages that it is measured on; of BAdam's package apart."""
+    """Steps between draws of our samplers, with the stages that it is measured on."""
     stages: dict[int, set[int]] = {}
     for row in rows:
         if METHODS[row["method"]].grass is not None and "sample_period" in row["grass"]:
@@ -273,6 +273,12 @@ def _periods(rows: Sequence[Row]) -> str:
     return ", ".join(
         f"{period} steps (ZeRO-{'/'.join(map(str, sorted(stages[period])))})" for period in sorted(stages)
     )
+
+
+def _periods_of_others(rows: Sequence[Row]) -> str:
+    draw = [row for row in rows if METHODS[row["method"]].toggles or METHODS[row["method"]].package]
+    periods = {row["method"]: row["grass"]["sample_period"] for row in draw}
+    return "".join(f", by `{method}` every {period}" for method, period in periods.items())
 
 
 def _tokens(row: Row) -> int:

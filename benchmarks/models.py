@@ -57,7 +57,9 @@ def load(name: str) -> tuple[nn.Module, Any]:
         ValueError: a ``random:`` name with an unknown key or a value that is not a positive integer.
     """
     if name not in SHAPES and not name.startswith(RANDOM):
-        return launch.model.load(name)
+        model, tokenizer = launch.model.load(name)
+        model.config.use_cache = False  # as Hugging Face Trainer does: or every forward pass copies keys and values
+        return model, tokenizer
     config = copy.deepcopy(SHAPES[name]) if name in SHAPES else _llama(random_shape(name))
     config.use_cache = False
     with torch.device(get_accelerator().current_device_name()):

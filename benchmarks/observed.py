@@ -8,7 +8,7 @@ import argparse
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -106,9 +106,35 @@ def host_bytes(engine: Any) -> int:
         return optimizer.store.host_bytes
     if not engine.zero_cpu_offload():
         return 0
-    masters = [param for group in optimizer.optimizer.param_groups for param in group["params"]]
+    return _bytes(_state(optimizer.optimizer))
+
+
+def memory(engine: Any) -> dict[str, dict[str, int]]:
+    """Bytes on this rank by category and place: ours at most so far, as ``engine.grass.memory(peak=True)``; a stock engine's between steps."""
+    if engine.grass is not None:
+        return engine.grass.memory(peak=True)
+    weights = [tensor for param in engine.module.parameters() for tensor in (param, getattr(param, "ds_tensor", None))]
+    inner = engine.optimizer.optimizer
+    state = _bytes(_state(getattr(inner, "base_optimizer", inner)))  # BAdam's wraps another
+    place, other = ("host", "device") if engine.zero_cpu_offload() else ("device", "host")
+    return {
+        "weights": {"device": _bytes(tensor for tensor in weights if tensor is not None), "host": 0},
+        "optimizer_state": {place: state, other: 0},
+    }
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What it steps, which ZeRO makes of fp32 shards, with gradients and states. ZeRO-3 gives it weights for the time of a step alone."""
+    masters = [param for group in optimizer.param_groups for param in group["params"]]
+    masters += [param for param in optimizer.state if isinstance(param, torch.Tensor)]
     gradients = [param.grad for param in masters if param.grad is not None]
-    return sum(tensor.nbytes for tensor in (*masters, *gradients, *_tensors(dict(optimizer.optimizer.state))))
+    return [*masters, *gradients, *_tensors(dict(optimizer.state))]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of their storages, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def alive() -> Iterator[torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.engines import build, step, trainable_numel
 from benchmarks.meters import peak_bytes, reset_peak
+from benchmarks.observed import memory
 from benchmarks.staleness import Reprobe
 from benchmarks.tasks import TASKS, Exam
 from benchmarks.worth import layer_worth
@@ -85,6 +86,6 @@ def _train(
         "scores": drawn,
         **({"reprobes": reprobes} if args.reprobe else {}),
         "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
-        "bytes": grass.memory(peak=True) if grass is not None else None,
+        "bytes": memory(engine),
         "trainable": trainable_numel(engine),
     }

@@ -21,11 +21,9 @@ SAMPLED = ("grass", "uniform", "cyclic")
 STOCK = (
     ("full", 2),
     ("full", 3),
-    ("lora-16", 2),
     ("lora", 2),
     ("lora-fa", 2),
     ("lisa-toggle", 2),
-    ("badam-package", 3),
 )
 
 
@@ -48,12 +46,14 @@ def _core_cells(seed: int) -> Iterator[Cell]:
     for method in SAMPLED:
         # What a step costs depends on the layers drawn.
         yield {**TIMED, "method": method, "stage": 2, "seed": seed, "steps": 20}
+    yield {**TIMED, **ZERO3, "method": "badam-package", "seed": seed, "steps": 27}
     yield {**TIMED, **ZERO3, "method": "grass", "seed": seed, "steps": 50}
 
 
 def _variant_cells() -> Iterator[Cell]:
     """Other stages, offload, always-active sets, accumulation and checkpointing: once each, beside the first round."""
-    yield {**TIMED, "method": "full-offload", "stage": 2, "seed": 0, "steps": 8}
+    for method in ("full-offload", "lora-16"):
+        yield {**TIMED, "method": method, "stage": 2, "seed": 0, "steps": 8}
     for method in SAMPLED:
         yield {**TIMED, "method": method, "stage": 1, "seed": 0, "steps": 10}
     for method in ("uniform", "cyclic"):
@@ -63,7 +63,8 @@ def _variant_cells() -> Iterator[Cell]:
     # SmolLM2's head is its embeddings: {norm, head} trains the same as {embed, norm, head}.
     for method in ("full-sampler", "lisa", "grass-embed"):
         yield {**TIMED, "method": method, "stage": 2, "seed": 0, "steps": 5 if method == "full-sampler" else 10}
-    yield {**SMALL, "method": "grass", "stage": 2, "seed": 0, "prepare-state": True, "steps": 10}
+    for place in ({}, {"offload": "none"}):
+        yield {**SMALL, **place, "method": "grass", "stage": 2, "seed": 0, "prepare-state": True, "steps": 10}
     for method in ("full", "lora", "grass"):
         yield {**TIMED, "method": method, "stage": 2, "seed": 0, "accumulation": 4, "steps": 4}
     for method in ("full", "lora", "grass"):

@@ -60,7 +60,10 @@ def test_a_checkpoint_cell_weighs_what_it_saves(tmp_path: Path) -> None:
 @pytest.mark.dist
 def test_badam_loses_the_last_step_on_every_block() -> None:
     pytest.importorskip("badam")
-    row = run_cell(tiny(cpu_cells(1), 10, method="badam-package"), 300)
+    row = run_cell({**tiny(cpu_cells(1), 10, method="badam-package"), "grass": {"sample_period": 5}}, 300)
+    adam = 12 * (41_088 // 2)
+    assert row["bytes"]["weights"]["device"] > 0
+    assert adam <= row["bytes"]["optimizer_state"]["device"] < 1.5 * adam
     assert row["stage"] == 3
     assert row["trainable"] == 41_088  # a sharded layer, counted whole
     blocks = row["active"]
