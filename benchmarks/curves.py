@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from matplotlib.figure import Figure
 
-from benchmarks.contest import METHODS
+from benchmarks.contest import METHODS, STEPS
 from benchmarks.spending import SPENT, points, untrained_loss
 from benchmarks.tasks import TASKS
 from benchmarks.worth import draw_worth
@@ -21,7 +21,7 @@ SIZE = {"dpi": 90}
 def draw(rows: Sequence[Row], folder: Path) -> Iterator[Path]:
     """Write the plots of every task that has rows; yields their files."""
     for task in TASKS:
-        mine = [row for row in rows if row["task"] == task and row.get("curve")]
+        mine = [row for row in rows if row["task"] == task and row.get("curve") and row["steps"] == STEPS]
         if mine:
             yield _losses(task, mine, untrained_loss(rows, task), folder / f"loss-{task}.png")
             yield _layers(task, mine, folder / f"layers-{task}.png")

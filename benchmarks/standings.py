@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, TUNING_SEED, best_rates, tried_rates
+from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
 from benchmarks.spending import spending_table, step_flops, untrained_loss
@@ -46,10 +46,12 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     if reached := [row for row in rows if "test_loss" in row]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", *_pairs_table(reached), ""]
-    if any(row.get("curve") for row in rows):
+    if short := [row for row in rows if row.get("curve") and row["steps"] == STEPS]:
         lines += ["### Loss for the same spending", "", SPENDING_NOTE, ""]
-        lines += [*spending_table(rows, untrained_loss(rows, task)), ""]
+        lines += [*spending_table(short, untrained_loss(rows, task)), ""]
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
+    if longer := [row for row in rows if row["steps"] > STEPS]:
+        lines += ["### Longer runs", "", *_longer_table(longer, reached), ""]
     if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
         lines += ["### grass with one setting changed", "", CHANGES_NOTE, ""]
         lines += [*_changes_table(changed, trained(reached, "grass")), ""]
@@ -62,7 +64,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
 
 
 def _conditions(task: str, rows: Sequence[Row]) -> str:
-    one = max(rows, key=lambda row: row["steps"])
+    one = next(row for row in rows if row["steps"] == STEPS)
     what = TASKS[task]
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
     seeds = sorted({row["seed"] for row in rows if "test_loss" in row and row["steps"]})
@@ -155,6 +157,33 @@ def within_seeds(rows: Sequence[Row], left: str, right: str, measure: Callable[[
     """How much more one method has than the other, for every seed that both have."""
     ours, others = ({row["seed"]: measure(row) for row in trained(rows, method)} for method in (left, right))
     return [ours[seed] - others[seed] for seed in sorted(set(ours) & set(others))]
+
+
+def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
+    """Development losses along a longer run, and that of the short run with the same seed."""
+    points = [point["step"] for point in rows[0]["curve"]]
+    lines = header(
+        "method",
+        "lr",
+        *(f"development loss after {step} of {rows[0]['steps']} steps" for step in points),
+        f"in a run of {STEPS}",
+        "TFLOP of the steps",
+        "CPU seconds of the steps",
+        "seed",
+    )
+    for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
+        short = [one["dev_loss"] for one in trained(reached, row["method"]) if one["seed"] == row["seed"]]
+        cells = [
+            KNOWN[row["method"]].label,
+            f"{row['lr']:g}",
+            *(f"{point['dev_loss']:.3f}" for point in row["curve"]),
+            *([f"{loss:.3f}" for loss in short] or [""]),
+            f"{sum(step_flops(row)) / 1e12:.0f}",
+            f"{row['cpu_seconds']:.0f}",
+            str(row["seed"]),
+        ]
+        lines.append(line(cells))
+    return lines
 
 
 def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:

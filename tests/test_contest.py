@@ -150,6 +150,19 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
     assert all(f"(plots/{name})" in text for name in images)
 
 
+@pytest.mark.usefixtures("known_flops")
+def test_longer_runs_are_beside_the_short_one() -> None:
+    points = [{"step": step, "cpu_seconds": 1.0, "dev_loss": loss} for step, loss in ((50, 0.8), (200, 0.7))]
+    long = row("grass", 1e-4, 0, 0.7, steps=200, batches=[[2, 8]] * 200, curve=points, cpu_seconds=400.0)
+    rows = [long, reached("grass", 0, 1.0, 0.5), reached("grass", 1, 9.0, 0.5)]
+    text = "\n".join(standings.sections(rows))
+    assert "| **grass**, 2 layers + final norm (default) | 0.0001 | 0.800 | 0.700 | 1.000 | 6400 | 400 | 0 |" in text
+    assert "for the same spending" not in text  # the long run is not part of it
+    assert "2 seeds" in text
+    cells = list(contest.contest_cells(["long"], [TASK], tuned("full", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)))))
+    assert [(cell["method"], cell["lr"], cell["steps"]) for cell in cells] == [("full", GRID[1], contest.LONG)]
+
+
 def test_readme_quotes_what_was_reached() -> None:
     rows = [
         reached("uniform", 0, 1.5, 0.25),
