@@ -61,6 +61,9 @@ METHODS: dict[str, Method] = {
     ),
     "badam-package": Method("BAdam (its own package), 1 layer", package="badam"),
     "grass": Method("**grass**, 2 layers + final norm (default)", {"sampler": "grass"}),
+    "grass-sharp": Method(
+        "grass at temperature 0.25, 2 layers + final norm", {"sampler": "grass", "temperature": 0.25}
+    ),
     "grass-head": Method(
         "grass, 2 layers + final norm + head", {"sampler": "grass", "always_active": ["norm", "head"]}
     ),

@@ -182,7 +182,7 @@ def gpu_note(rows: list[Row]) -> str:
     one, probing = rows[0], sorted({row["temperature"] for row in rows if row["temperature"] is not None})
     return (
         f"Random weights, gradient checkpointing (non-reentrant), fused AdamW, {one['steps']} measured steps, a draw of 2 layers every "
-        f"{one['grass']['sample_period']}. Peak: of the device's allocator, from the start of the process. State on the device: its peak. "
+        f"{one['grass']['sample_period']}. Peak: of the device's allocator, from the start of the process. State: of `grass` and its like at most, of others between steps. "
         f"`grass` probed before (temperature {', '.join(f'{value:g}' for value in probing) or 'not measured'}); `uniform` draws the same "
         "layers in all its rows, which the ratios compare step by step; `cpu-stream-serial` is without overlap. The state of all layers was made before "
         f"the first step, but for `none`, where it would not fit ({_first_steps([row for row in rows if row['offload']])}). {PAPER_NOTE}"

@@ -9,14 +9,14 @@ from typing import Any
 from benchmarks.engines import build, step, trainable_numel
 from benchmarks.meters import peak_bytes, reset_peak
 from benchmarks.observed import memory
-from benchmarks.staleness import Reprobe
+from benchmarks.staleness import REPROBE_BATCHES, Reprobe
 from benchmarks.tasks import TASKS, Exam
 from benchmarks.worth import layer_worth
 from launch import distributed
 from launch.data import Collator
 from launch.template import Template
 
-REPROBE_SEED, REPROBE_BATCHES = 77, 16  # batches that no run is trained on in this order
+REPROBE_SEED = 77  # of batches that no run is trained on in this order
 
 
 def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
     if not args.tuning:
         row["test_loss"] = exam.loss(model, "test")
         row["accuracy"] = exam.accuracy(model)
+        row["constant"] = exam.constant()
     return row
 
 

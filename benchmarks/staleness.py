@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks.places import header, line
 
+REPROBE_BATCHES = 16  # of them two halves
 Row = dict[str, Any]
 Batch = Mapping[str, torch.Tensor]
 
@@ -52,30 +53,44 @@ def gradient_rms(model: nn.Module, batches: Sequence[Batch]) -> list[float]:
     return [value / len(batches) for value in sums]
 
 
+def staleness_note(rows: Sequence[Row]) -> str:
+    one = rows[0]
+    return (
+        f"True scores: gradient RMS at the weights of that step, mean over {REPROBE_BATCHES} batches that no run is trained on in this order; two halves "
+        f"of them tell how well {REPROBE_BATCHES // 2} measure. Scores drawn by are means over {one['grass']['probe_steps']} probing steps, and of layers that "
+        "trained since, with what their steps measured; probed scores are those of the first row. Ratios: a score over the true one, both "
+        f"divided by the mean of all layers first, which is what the draw sees. {len(rows)} seeds, learning rate {one['lr']:g}."
+    )
+
+
 def staleness_table(rows: Sequence[Row]) -> list[str]:
-    """Rank correlation of scores with those measured anew, as training goes on; means over the rows."""
+    """Rank correlation of scores with those measured anew, as training goes on, and how far they are off; means over the rows."""
     lines = header(
         "after step",
-        "scores drawn by, with true ones",
-        "probed scores, with true ones",
-        "two true measurements, with each other",
-        "largest of the sampler's scores over the true one",
-        "least",
+        "rank correlation with true scores: of scores drawn by",
+        "of probed scores",
+        "of the true ones' halves with each other",
+        "layers trained since probing",
+        "ratio to the true score of those: least, most",
+        "of layers never trained: least, most",
     )
     for number in sorted({found["step"] for row in rows for found in row["reprobes"]}):
         points = [(row, found) for row in rows for found in row["reprobes"] if found["step"] == number]
-        now, probed, ceiling, ratios = [], [], [], []
+        now, probed, ceiling, met, trained, idle = [], [], [], [], [], []
         for row, found in points:
             true = [statistics.mean(pair) for pair in zip(*found["true"], strict=True)]
             now.append(rank_correlation(found["scores"], true))
             probed.append(rank_correlation(row["reprobes"][0]["scores"], true))
             ceiling.append(rank_correlation(*found["true"]))
-            ratios.append(_relative(found["scores"], true))
+            seen = {layer for active in row["active"][:number] for layer in active or ()}
+            met.append(len(seen))
+            for layer, ratio in enumerate(_relative(found["scores"], true)):
+                (trained if layer in seen else idle).append(ratio)
         cells = [
             str(number),
             *(f"{statistics.mean(values):.2f}" for values in (now, probed, ceiling)),
-            f"{statistics.mean(max(values) for values in ratios):.2f}",
-            f"{statistics.mean(min(values) for values in ratios):.2f}",
+            f"{statistics.mean(met):.0f}",
+            *(f"{min(values):.2f}, {max(values):.2f}" if values else "" for values in (trained, idle)),
         ]
         lines.append(line(cells))
     return lines

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
+from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
 from benchmarks.spending import spending_table, step_flops, untrained_loss
-from benchmarks.staleness import staleness_table
+from benchmarks.staleness import staleness_note, staleness_table
 from benchmarks.tasks import ROWS, TASKS
 from benchmarks.worth import worth_note, worth_table
 
@@ -20,13 +21,30 @@ SPENDING_NOTE = (
     "measured; means over the seeds. Learning rates fall to zero with the last step, so a dear method is shown in mid-run here: a shorter "
     "run of it, with its own schedule, would have a lower loss."
 )
+MODEL = "SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1), trained in bf16"
 # Student's t, 97.5 %, by number of seeds.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 CHANGES_NOTE = (
-    "Within a seed, so on the same rows; `seed` 101 and 102 change nothing but the draws, and tell how much of a difference is chance. The "
-    "learning rate is that of `grass` as it is."
+    "Within a seed, so on the same rows, with the learning rate of `grass` as it is. From uniform: total variation between the draw's "
+    "distribution and the uniform one. Alike: share of the layers trained in a step that `grass` as it is trained, too, in that step; the "
+    "less they have in common, the more of a difference is chance. Other draws: another seed of the sampler, nothing else: that is chance alone."
 )
-PAIRS = (("grass", "uniform"), ("grass", "full"), ("grass", "static"), ("grass-embed", "grass"))
+PAIRS_NOTE = (
+    "Both methods saw the same rows with a seed, and their samplers the same random numbers. Alike: share of the layers trained in a step "
+    "that both have trained in that step."
+)
+LONG_NOTE = (
+    "One seed, and the learning rates that were best in short runs: they tell whether the order of the methods changes with the "
+    "length, not by how much they differ."
+)
+PAIRS = (
+    ("grass", "uniform"),
+    ("grass-sharp", "uniform"),
+    ("grass", "full"),
+    ("grass", "lora"),
+    ("grass", "static"),
+    ("grass-embed", "grass"),
+)
 
 
 def sections(rows: Sequence[Row]) -> list[str]:
@@ -45,18 +63,18 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += ["### Learning rates tried: loss on development rows", "", *_tuning_table(task, tuning), ""]
     if reached := [row for row in rows if "test_loss" in row]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
-        lines += ["### Differences within a seed", "", *_pairs_table(reached), ""]
+        lines += ["### Differences within a seed", "", PAIRS_NOTE, "", *_pairs_table(reached), ""]
     if short := [row for row in rows if row.get("curve") and row["steps"] == STEPS]:
         lines += ["### Loss for the same spending", "", SPENDING_NOTE, ""]
         lines += [*spending_table(short, untrained_loss(rows, task)), ""]
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if longer := [row for row in rows if row["steps"] > STEPS]:
-        lines += ["### Longer runs", "", *_longer_table(longer, reached), ""]
+        lines += ["### Longer runs", "", LONG_NOTE, "", *_longer_table(longer, reached), ""]
     if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
         lines += ["### grass with one setting changed", "", CHANGES_NOTE, ""]
         lines += [*_changes_table(changed, trained(reached, "grass")), ""]
     if measured := [row for row in rows if row.get("reprobes")]:
-        lines += ["### Do scores go stale?", "", *staleness_table(measured), ""]
+        lines += ["### Do scores go stale?", "", staleness_note(measured), "", *staleness_table(measured), ""]
     if valued := [row for row in rows if "worth" in row]:
         lines += ["### Are layers with large gradients the ones worth training?", "", worth_note(valued), ""]
         lines += [*worth_table(valued), "", f"![worth](plots/worth-{task}.png)", ""]
@@ -70,7 +88,7 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows if "test_loss" in row and row["steps"]})
     answers = "exact match of generated numbers" if what.exact else "the most likely option"
     return (
-        f"{one['model']}, {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
+        f"{one['model']} ({MODEL}), {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
         f"{', '.join(what.train)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
@@ -107,21 +125,26 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
         "accuracy: mean",
         *(f"accuracy: {source}" for source in sources),
         "CPU seconds per step",
-        "peak memory",
+        "resident memory at most (Adam state of the layers drawn so far included)",
         "weights trained per step",
+        "draw, from uniform",
         "seeds",
     )
     for untrained in [row for row in rows if row["steps"] == 0][:1]:
         scores = [f"{untrained['accuracy'][source]:.3f}" for source in sources]
         losses = [f"{untrained[name]:.3f}" for name in ("test_loss", "dev_loss")]
         mean = f"{statistics.mean(untrained['accuracy'].values()):.3f}"
-        lines.append(line(["(untrained)", "", *losses, mean, *scores, "", "", "", "1"]))
+        lines.append(line(["(untrained)", "", *losses, mean, *scores, *[""] * 4, "1"]))
+    if constant := next((row["constant"] for row in rows if row.get("constant")), None):
+        shares = [f"{constant[source]:.3f}" for source in sources]
+        mean = f"{statistics.mean(constant.values()):.3f}"
+        lines.append(line(["(most frequent answer)", *[""] * 3, mean, *shares, *[""] * 5]))
     for method in METHODS:
         mine = trained(rows, method)
         if not mine:
             continue
         cells = [
-            KNOWN[method].label,
+            _name(method),
             f"{mine[0]['lr']:g}",
             *(spread([row[name] for row in mine]) for name in ("test_loss", "dev_loss")),
             spread([mean_accuracy(row) for row in mine]),
@@ -129,6 +152,7 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
             f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}",
             f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
+            _share([distance(row) for row in mine]),
             str(len(mine)),
         ]
         lines.append(line(cells))
@@ -136,12 +160,12 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _pairs_table(rows: Sequence[Row]) -> list[str]:
-    """Both methods saw the same rows with a seed: what is left of a difference is theirs, and the draws'."""
     lines = header(
         "difference",
         "test loss, negative is better",
         "95 % interval of its mean",
         "accuracy, positive is better",
+        "alike",
         "seeds",
     )
     measures: tuple[Callable[[Row], float], ...] = (lambda row: row["test_loss"], mean_accuracy)
@@ -149,19 +173,25 @@ def _pairs_table(rows: Sequence[Row]) -> list[str]:
         found = [within_seeds(rows, left, right, measure) for measure in measures]
         if found[0]:
             loss, accuracy = map(differences, found)
-            lines.append(line([f"{left} - {right}", loss, interval(found[0]), accuracy, str(len(found[0]))]))
+            common = _share([alike(*pair) for pair in _pairs(rows, left, right)])
+            lines.append(line([f"{left} - {right}", loss, interval(found[0]), accuracy, common, str(len(found[0]))]))
     return lines
+
+
+def _pairs(rows: Sequence[Row], left: str, right: str) -> list[tuple[Row, Row]]:
+    """Rows of both methods, for every seed that both have."""
+    ours, others = ({row["seed"]: row for row in trained(rows, method)} for method in (left, right))
+    return [(ours[seed], others[seed]) for seed in sorted(set(ours) & set(others))]
 
 
 def within_seeds(rows: Sequence[Row], left: str, right: str, measure: Callable[[Row], float]) -> list[float]:
     """How much more one method has than the other, for every seed that both have."""
-    ours, others = ({row["seed"]: measure(row) for row in trained(rows, method)} for method in (left, right))
-    return [ours[seed] - others[seed] for seed in sorted(set(ours) & set(others))]
+    return [measure(ours) - measure(theirs) for ours, theirs in _pairs(rows, left, right)]
 
 
 def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
     """Development losses along a longer run, and that of the short run with the same seed."""
-    points = [point["step"] for point in rows[0]["curve"]]
+    (points,) = {tuple(point["step"] for point in row["curve"]) for row in rows}
     lines = header(
         "method",
         "lr",
@@ -174,7 +204,7 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
     for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
         short = [one["dev_loss"] for one in trained(reached, row["method"]) if one["seed"] == row["seed"]]
         cells = [
-            KNOWN[row["method"]].label,
+            _name(row["method"]),
             f"{row['lr']:g}",
             *(f"{point['dev_loss']:.3f}" for point in row["curve"]),
             *([f"{loss:.3f}" for loss in short] or [""]),
@@ -189,35 +219,48 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
 def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
     """Development loss against ``grass`` as it is, within a seed; and what a step costs."""
     lines = header(
-        "changed", "development loss minus that of grass as it is", "FLOPs, of grass as it is", "CPU seconds", "seeds"
+        "changed",
+        "development loss minus that of grass as it is",
+        "FLOPs, of grass as it is",
+        "CPU seconds",
+        "from uniform",
+        "alike",
+        "seeds",
     )
     bases = {row["seed"]: row for row in base}
+    found: dict[str, list[tuple[Row, Row]]] = {label: [] for label in map(_label, CHANGES)}
+    for row in rows:
+        if row["seed"] in bases:
+            found.setdefault(_label(_changed(row)), []).append((row, bases[row["seed"]]))
     measures: tuple[Callable[[Row], float], ...] = (lambda row: sum(step_flops(row)), lambda row: row["cpu_seconds"])
-    for change in _tried(rows):
-        pairs = [
-            (row, bases[row["seed"]])
-            for row in rows
-            if row["grass"] == {**SETTINGS, **change} and row["seed"] in bases
-        ]
+    for label, pairs in found.items():
         if not pairs:
             continue
-        ((name, value),) = change.items()
         ours, theirs = zip(*pairs, strict=True)
         costs = [sum(map(measure, ours)) / sum(map(measure, theirs)) for measure in measures]
         loss = differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
-        lines.append(line([f"`{name}` {value}", loss, *(f"{cost:.2f}" for cost in costs), str(len(pairs))]))
+        seen = (_share([distance(row) for row in ours]), _share([alike(*pair) for pair in pairs]))
+        lines.append(line([label, loss, *(f"{cost:.2f}" for cost in costs), *seen, str(len(pairs))]))
     return lines
 
 
-def _tried(rows: Sequence[Row]) -> list[Row]:
-    """Changes that rows have, in order: those of the suite, then any other of one setting, as of options that were tried and dropped."""
-    found = [
-        {name: value for name, value in row["grass"].items() if SETTINGS.get(name) != value}
-        for row in rows
-        if SETTINGS.keys() <= row["grass"].keys()
-    ]
-    dropped = [change for change in found if len(change) == 1 and change not in CHANGES]
-    return [*CHANGES, *(change for at, change in enumerate(dropped) if change not in dropped[:at])]
+def _changed(row: Row) -> Row:
+    """What is not as in :data:`SETTINGS`; settings that a later suite leaves out are still in its rows."""
+    return {name: value for name, value in row["grass"].items() if SETTINGS.get(name) != value}
+
+
+def _label(change: Row) -> str:
+    return "other draws" if "seed" in change else ", ".join(f"`{name}` {value}" for name, value in change.items())
+
+
+def _share(values: Sequence[float | None]) -> str:
+    """Their mean; empty if any is unknown."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.2f}" if known and len(known) == len(values) else ""
+
+
+def _name(method: str) -> str:
+    return KNOWN[method].label.removesuffix(" (default)")  # its periods are not
 
 
 def trained(rows: Sequence[Row], method: str) -> list[Row]:

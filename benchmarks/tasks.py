@@ -2,6 +2,7 @@
 """Tasks of the quality suite: what is trained on, and what is measured."""
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from launch.data import Rows, load_splits, tokenize
-from launch.evaluate import choice_accuracy, exact_match, mean_loss
+from launch.evaluate import choice_accuracy, exact_match, mean_loss, reference_answer
 from launch.template import Template
 
 BUILTIN = "builtin:arithmetic"
@@ -95,6 +96,14 @@ class Exam:
         for source in self.task.choice:
             rows = self._unseen(source, count)
             found[source] = choice_accuracy(model, self.template, rows, batch_size=16)
+        return found
+
+    def constant(self) -> dict[str, float]:
+        """Share of right answers per multiple-choice source if always the same answer is given: the most frequent one of those rows."""
+        found = {}
+        for source in self.task.choice:
+            rows = self._unseen(source, self.task.answered(self.rows)).rows
+            found[source] = Counter(map(reference_answer, rows)).most_common(1)[0][1] / len(rows)
         return found
 
     def _unseen(self, source: str, count: int) -> Rows:

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
+from benchmarks import floors
 from benchmarks.places import header, line
 from benchmarks.staleness import gradient_rms, rank_correlation
 from grass_ds.policy.importance import per_cost, probabilities, sampling_logits, softmax
@@ -17,7 +18,6 @@ from grass_ds.policy.importance import per_cost, probabilities, sampling_logits,
 Row = dict[str, Any]
 Batch = Mapping[str, torch.Tensor]
 CLIP = 1.0
-UNIFORM = "uniformly"
 
 
 def layer_worth(
@@ -62,40 +62,39 @@ def worth_note(rows: Sequence[Row]) -> str:
     agree = statistics.mean(rank_correlation(row["worth"]["scores"], worths(row["worth"])) for row in rows)
     text = (
         f"Each layer trained alone for {one['worth']['steps']} steps from the untrained weights (float32, plain AdamW, constant learning rate "
-        f"{one['lr']:g}, the same batches for all layers, {len(rows)} seeds, commit {', '.join(sorted({row['commit'] for row in rows}))}); a layer's worth is how much "
-        f"less the development loss is then. Rank correlation of the layers' gradient RMS with their worth: {agree:+.2f}"
+        f"{one['lr']:g}, the same batches for all layers, {len(rows)} seeds of batches, commit {', '.join(sorted({row['commit'] for row in rows}))}); "
+        "a layer's worth is how much less the loss on the development rows is then. Gradient RMS is measured on the same batches before. Rank "
+        f"correlation of the layers' gradient RMS with their worth: {agree:+.2f}"
     )
     if len(rows) > 1:
-        between = [
-            rank_correlation(*map(measure, (rows[0]["worth"], rows[1]["worth"])))
-            for measure in (lambda found: found["scores"], worths)
-        ]
-        text += "; of two seeds' gradient RMS {:+.2f}, of two seeds' worths {:+.2f}".format(*between)
+        first, second = (row["worth"] for row in rows[:2])
+        text += (
+            f"; of two seeds' gradient RMS {rank_correlation(first['scores'], second['scores']):+.2f}, of two seeds' worths "
+            f"{rank_correlation(worths(first), worths(second)):+.2f} (on the same development rows)"
+        )
     return text + "."
 
 
 def worth_table(rows: Sequence[Row]) -> list[str]:
-    """What one layer brings on average, by how it is drawn; means over the seeds, each with its own scores."""
+    """What one layer brings on average, by how it is drawn; means over the seeds. Drawn by one seed, valued by the next, or it is luck."""
     lines = header(
         "one layer drawn",
         "loss less by, in nats",
         "of uniform",
-        "arithmetic, of uniform",
-        "loss less per arithmetic, of uniform",
+        "FLOPs of a step, of uniform",
+        "loss less per FLOP, of uniform",
     )
-    table = [_draws(row["worth"]) for row in rows]
-    for name in table[0]:
-        brings, plain = (
-            [_mean(draws[draw], worths(row["worth"])) for row, draws in zip(rows, table, strict=True)]
-            for draw in (name, UNIFORM)
-        )
-        cost, plain_cost = (
-            [_mean(draws[draw], costs(len(draws[draw]))) for draws in table] for draw in (name, UNIFORM)
-        )
-        more, dearer = (sum(ours) / sum(theirs) for ours, theirs in ((brings, plain), (cost, plain_cost)))
-        lines.append(
-            line([name, f"{statistics.mean(brings):.4f}", f"{more:.2f}", f"{dearer:.2f}", f"{more / dearer:.2f}"])
-        )
+    uniform = None
+    for name in _draws(rows[0]["worth"]):
+        brings, costs = [], []
+        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
+            chances = _draws(row["worth"])[name]
+            brings.append(_mean(chances, worths(other["worth"])))
+            costs.append(_mean(chances, [floors.flops(row, [layer]) for layer in range(len(chances))]))
+        found = statistics.mean(brings), statistics.mean(costs)
+        uniform = uniform or found  # the first line
+        more, dearer = (ours / theirs for ours, theirs in zip(found, uniform, strict=True))
+        lines.append(line([name, f"{found[0]:.4f}", f"{more:.2f}", f"{dearer:.2f}", f"{more / dearer:.2f}"]))
     return lines
 
 
@@ -104,18 +103,13 @@ def _draws(found: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     scores, worth = found["scores"], worths(found)
     raw = sampling_logits(scores, 1.0, "mean")
     return {
-        UNIFORM: [1 / len(scores)] * len(scores),
+        "uniformly": [1 / len(scores)] * len(scores),
         "by gradient RMS, temperature 1 (default)": softmax(raw),
         "by gradient RMS, temperature 0.25": probabilities(scores, 0.25, "mean"),
         "by gradient RMS, temperature 1, `cost_weight` 8": softmax(per_cost(raw, 8.0)),
         "the layer of largest gradient RMS": [float(score == max(scores)) for score in scores],
-        "the layer that is worth most": [float(value == max(worth)) for value in worth],
+        "the layer of largest worth": [float(value == max(worth)) for value in worth],
     }
-
-
-def costs(layers: int) -> list[float]:
-    """Arithmetic of a step that trains one layer, in forward passes of a layer: as ``grass.cost_weight`` counts it."""
-    return [2.0 * layers - layer + 1 for layer in range(layers)]
 
 
 def _mean(chances: Sequence[float], values: Sequence[float]) -> float:

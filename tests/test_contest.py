@@ -3,6 +3,7 @@
 
 import copy
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from helpers.models import tiny_llama
 
-from benchmarks import contest, curves, excerpts, floors, spending, staleness, standings, worth
+from benchmarks import contest, curves, draws, excerpts, floors, spending, staleness, standings, worth
 from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
+from benchmarks.tasks import TASKS, Exam
+from launch.model import load_tokenizer
+from launch.template import Template
 
 TASK = "arithmetic"
 
@@ -83,8 +87,8 @@ def test_methods_are_compared_once_their_rate_is_known() -> None:
     assert {cell["lr"] for cell in cells if cell["steps"]} == {GRID[1]}
     assert [cell["seed"] for cell in cells if "curve" in cell] == [*contest.SEEDS]
     assert TUNING_SEED not in contest.SEEDS
-    assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == len(contest.ABLATION_SEEDS) * len(
-        contest.CHANGES
+    assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == len(contest.ABLATION_SEEDS) * (
+        len(contest.CHANGES) + len(contest.OTHER_DRAWS)
     )
     everything = list(contest.contest_cells(["tune"], [TASK], []))
     assert {(cell["method"], cell["lr"]) for cell in everything} == {(m, lr) for m in METHODS for lr in GRID}
@@ -104,6 +108,7 @@ def test_differences_are_within_a_seed() -> None:
         "+0.250 ± 1.061 (-0.500, +1.000)",
         "-9.282 to +9.782",  # 12.71 * 1.061 / sqrt(2) to both sides
         "+0.000 ± 0.354 (+0.250, -0.250)",
+        "",  # no layers are known
         "2 |",
     ]
 
@@ -142,9 +147,9 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
     changed = row("grass", 1e-4, 0, 0.75, grass={**SETTINGS, "temperature": 4.0}, cpu_seconds=150.0)
     dropped = row("grass", 1e-4, 0, 1.5, grass={**SETTINGS, "an_option_of_old": 1}, cpu_seconds=50.0)
     text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed, dropped]))
-    assert "| `an_option_of_old` 1 | +0.500 (+0.500) | 1.96 | 0.50 | 1 |" in text
-    assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M | 1 |" in text
-    assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.96 | 1.50 | 1 |" in text
+    assert "| `an_option_of_old` 1 | +0.500 (+0.500) | 1.96 | 0.50 |  |  | 1 |" in text
+    assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M |  | 1 |" in text
+    assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.96 | 1.50 |  |  | 1 |" in text
     images = {path.name for path in curves.draw([reached("grass", 0, 1.0, 0.5, **curve)], tmp_path)}
     assert images == {f"loss-{TASK}.png", f"layers-{TASK}.png"}
     assert all(f"(plots/{name})" in text for name in images)
@@ -156,7 +161,7 @@ def test_longer_runs_are_beside_the_short_one() -> None:
     long = row("grass", 1e-4, 0, 0.7, steps=200, batches=[[2, 8]] * 200, curve=points, cpu_seconds=400.0)
     rows = [long, reached("grass", 0, 1.0, 0.5), reached("grass", 1, 9.0, 0.5)]
     text = "\n".join(standings.sections(rows))
-    assert "| **grass**, 2 layers + final norm (default) | 0.0001 | 0.800 | 0.700 | 1.000 | 6400 | 400 | 0 |" in text
+    assert "| **grass**, 2 layers + final norm | 0.0001 | 0.800 | 0.700 | 1.000 | 6400 | 400 | 0 |" in text
     assert "for the same spending" not in text  # the long run is not part of it
     assert "2 seeds" in text
     cells = list(contest.contest_cells(["long"], [TASK], tuned("full", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)))))
@@ -178,6 +183,30 @@ def test_readme_quotes_what_was_reached() -> None:
     assert excerpts.quality_sentences(tuned("grass", {GRID[0]: 9.0})) == ""
 
 
+def test_rows_that_choose_settings_are_not_those_that_are_reported() -> None:
+    exam = Exam(TASKS["builtin"], Template.choose(load_tokenizer()), None, rows=6)
+    dev, test, train = ([tuple(one["input_ids"]) for one in rows] for rows in (exam.dev, exam.test, exam.train))
+    assert len(dev) == len(test) == 6
+    assert not set(dev) & set(test) and not set(train) & {*dev, *test}
+    answered = exam._tokens(exam._unseen("builtin:arithmetic", 3))
+    assert [tuple(one["input_ids"]) for one in answered] == test[:3]
+    first, again = ([next(batches) for _ in range(3)] for batches in (exam.batches(1), exam.batches(1)))
+    assert first == again != [next(exam.batches(2)) for _ in range(3)]
+
+
+def test_scores_are_measured_anew_on_a_copy() -> None:
+    model = tiny_llama(layers=2)
+    ids = torch.randint(0, 50, (4, 1, 8))
+    batches = [{"input_ids": row, "labels": row} for row in ids]
+    reprobe = staleness.Reprobe(model, batches)
+    before = reprobe.measure(model)
+    assert before == [staleness.gradient_rms(copy.deepcopy(model), half) for half in (batches[:2], batches[2:])]
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+    assert reprobe.measure(model) != before
+    assert all(param.grad is None for param in model.parameters())
+
+
 def test_staleness_compares_with_scores_measured_anew() -> None:
     assert staleness.rank_correlation([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]) == pytest.approx(1.0)
     assert staleness.rank_correlation([1.0, 2.0, 3.0], [9.0, 4.0, 2.0]) == pytest.approx(-1.0)
@@ -185,9 +214,11 @@ def test_staleness_compares_with_scores_measured_anew() -> None:
         {"step": 4, "scores": [1.0, 2.0, 3.0], "true": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
         {"step": 8, "scores": [3.0, 2.0, 1.0], "true": [[2.0, 2.0, 2.5], [1.0, 2.0, 2.5]]},
     ]
-    first, second = staleness.staleness_table([{"reprobes": points}])[2:]
-    assert first.split(" | ")[1:5] == ["1.00", "1.00", "1.00", "1.00"]
-    assert second.split(" | ")[1:3] == ["-1.00", "1.00"]  # what was probed still holds, what is drawn by does not
+    active = [None] * 4 + [[1]] * 4
+    first, second = staleness.staleness_table([row("grass", 1e-3, 0, 1.0, reprobes=points, active=active)])[2:]
+    assert first.strip("| ").split(" | ") == ["4", "1.00", "1.00", "1.00", "0", "", "1.00, 1.00"]
+    # 3, 2, 1 over 1.5, 2, 2.5, each divided by its mean, 2
+    assert second.strip("| ").split(" | ") == ["8", "-1.00", "1.00", "1.00", "1", "1.00, 1.00", "0.40, 2.00"]
 
 
 def test_worth_trains_one_layer_at_a_time_from_the_same_weights() -> None:
@@ -211,15 +242,32 @@ def test_worth_trains_one_layer_at_a_time_from_the_same_weights() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_worth_says_what_each_draw_brings() -> None:
+@pytest.mark.usefixtures("known_flops")
+def test_worth_says_what_each_draw_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "flops", lambda row, active: 7 - active[0])
     found = {"steps": 5, "scores": [3.0, 1.0, 2.0], "before": 2.0, "losses": [1.0, 1.7, 1.4]}
-    rows = [row("grass", 1e-3, seed, 2.0, worth=found) for seed in (0, 1)]
+    other = {**found, "losses": [1.8, 1.7, 1.4]}  # another layer is best
+    rows = [row("grass", 1e-3, seed, 2.0, worth=worth) for seed, worth in enumerate((found, other))]
     note = worth.worth_note(rows)
-    assert "with their worth: +1.00; of two seeds' gradient RMS +1.00, of two seeds' worths +1.00." in note
+    # ranks of the scores 2 0 1; of the worths 2 0 1 and 0 1 2
+    assert "with their worth: +0.25; of two seeds' gradient RMS +1.00, of two seeds' worths -0.50" in note
     lines = {name: values for name, *values in (line.strip("| ").split(" | ") for line in worth.worth_table(rows)[2:])}
-    assert lines["uniformly"] == ["0.6333", "1.00", "1.00", "1.00"]
-    # three layers: 7, 6 and 5 forward passes of a layer
-    assert lines["the layer that is worth most"] == ["1.0000", "1.58", "1.17", "1.35"]
+    assert lines["uniformly"] == ["0.5000", "1.00", "1.00", "1.00"]
+    # layer 0 by the first, worth 0.2 by the second; layer 2 by the second, worth 0.6 by the first
+    assert lines["the layer of largest worth"] == ["0.4000", "0.80", "1.00", "0.80"]
     weights = [math.exp(score / 2.0) for score in found["scores"]]
-    mean = sum(weight * value for weight, value in zip(weights, (1.0, 0.3, 0.6), strict=True)) / sum(weights)
-    assert lines["by gradient RMS, temperature 1 (default)"][0] == f"{mean:.4f}"
+    brings = [sum(map(operator.mul, weights, values)) / sum(weights) for values in ((1.0, 0.3, 0.6), (0.2, 0.3, 0.6))]
+    assert lines["by gradient RMS, temperature 1 (default)"][0] == f"{sum(brings) / 2:.4f}"
+
+
+def test_draws_are_measured_by_what_importance_moves_and_by_what_they_share() -> None:
+    skewed = row(
+        "grass", 1e-3, 0, 1.0, scores=[{"probabilities": [0.7, 0.1, 0.1, 0.1]}, {"probabilities": [0.25] * 4}]
+    )
+    assert draws.distance(skewed) == pytest.approx(0.45 / 2)
+    assert draws.distance(row("uniform", 1e-3, 0, 1.0, scores=[])) is None
+    ours, theirs = (
+        row("grass", 1e-3, 0, 1.0, active=active) for active in ([None, [0, 1], [2, 3]], [[0, 1], [0, 2], [2, 3]])
+    )
+    assert draws.alike(ours, theirs) == 0.75  # of the two steps in which both train
+    assert draws.alike(ours, row("full", 1e-3, 0, 1.0)) is None

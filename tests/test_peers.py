@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers.models import tiny_llama
 
-from benchmarks.engines import prepare
+from benchmarks.engines import prepare, trainable_numel
 from benchmarks.methods import METHODS, NOT_RUN, ds_config, prepare_model
 from benchmarks.models import load
+from benchmarks.observed import memory
 from benchmarks.peers import watch
 from grass_ds.config import GrassConfig
 
@@ -32,6 +33,7 @@ def train(method: str, accumulation: int) -> tuple[list[Any], list[dict[str, Any
     )
     torch.manual_seed(0)
     engine, one_step = prepare(args, load("llama-tiny-random")[0])
+    numel = trainable_numel(engine)  # of toggled layers all, before the first step
     before = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
     watched, active, facts = watch(method, engine), [], []
     for _ in range(STEPS):
@@ -39,7 +41,10 @@ def train(method: str, accumulation: int) -> tuple[list[Any], list[dict[str, Any
         one_step()
         facts.append(watched.after_step())
     now = dict(engine.module.named_parameters())
-    return active, facts, {name for name, weight in before.items() if not torch.equal(now[name], weight)}
+    moved = {name for name, weight in before.items() if not torch.equal(now[name], weight)}
+    # fp32 weights and two moments of a half of what trains
+    assert 12 <= 2 * memory(engine)["optimizer_state"]["device"] / numel < 12.1
+    return active, facts, moved
 
 
 def train_peers() -> dict[str, Any]:
