@@ -127,7 +127,7 @@ def _quality_sentence(task: str, rows: Sequence[Row]) -> str:
     ]
     one = mine[0]
     text = (
-        f"Task `{task}` ({', '.join(TASKS[task].train)}; SmolLM2-135M, {one['steps']} steps of {one['micro_batch']} rows, "
+        f"Task `{task}` ({', '.join(TASKS[task].train)}; SmolLM2-135M-Instruct, {one['steps']} steps of {one['micro_batch']} rows, "
         f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {each(mine, 'commit', ', ')}): "
         f"held-out loss {', '.join(losses)}{'; within a seed ' if pairs else ''}{'; '.join(pairs)}."
     )

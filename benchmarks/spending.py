@@ -66,7 +66,7 @@ def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
     for method, found in curves.items():
         losses = [[loss_at(curve, what, least[what]) for curve in found] for what in SPENT]
         cells = [
-            KNOWN[method].label,
+            KNOWN[method].label.removesuffix(" (default)"),
             *(f"{totals[method][what]:.0f}" for what in SPENT if what != "step"),
             *(_mean(values) for values in losses),
         ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schema of the top-level ``"grass"`` block of a DeepSpeed JSON, and its one parser.
 
-Defaults marked [ours] are measured on the project's own tasks (``benchmarks/``), not taken from the paper: the paper's values
-could not be read.
+Defaults marked [ours] are the project's choice, not taken from the paper: the paper's values could not be read. What changing them
+does on the project's own tasks is measured in ``benchmarks/``.
 """
 
 import difflib
