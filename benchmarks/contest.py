@@ -104,7 +104,7 @@ def _tune(task: str, rows: list[Row]) -> Iterator[Cell]:
 
 
 def _compare(task: str, rows: list[Row]) -> Iterator[Cell]:
-    yield _cell(task, "full", lr=GRID[0], seed=0, **{"steps": 0, "grass": {}})
+    yield _cell(task, "full", lr=GRID[0], seed=0, steps=0, grass={})
     rates = best_rates(task, rows)
     for seed in SEEDS:
         for method in METHODS:
@@ -113,27 +113,29 @@ def _compare(task: str, rows: list[Row]) -> Iterator[Cell]:
 
 
 def _ablate(task: str, rows: list[Row]) -> Iterator[Cell]:
-    lr = best_rates(task, rows).get("grass")
-    if lr is not None:
-        for seed in ABLATION_SEEDS:
-            for change in (*CHANGES, *({"seed": more + seed} for more in OTHER_DRAWS)):
-                yield _cell(task, "grass", lr=lr, seed=seed, grass={**SETTINGS, **change}, tuning=True)
+    for lr, seed in _of_grass(task, rows):
+        for change in (*CHANGES, *({"seed": more + seed} for more in OTHER_DRAWS)):
+            yield _cell(task, "grass", lr=lr, seed=seed, grass={**SETTINGS, **change}, tuning=True)
 
 
 def _reprobe(task: str, rows: list[Row]) -> Iterator[Cell]:
-    lr = best_rates(task, rows).get("grass")
-    if lr is not None:
-        for seed in ABLATION_SEEDS:
-            yield _cell(task, "grass", lr=lr, seed=seed, reprobe=10, tuning=True)
+    for lr, seed in _of_grass(task, rows):
+        yield _cell(task, "grass", lr=lr, seed=seed, reprobe=10, tuning=True)
 
 
 def _worth(task: str, rows: list[Row]) -> Iterator[Cell]:
-    """As many steps as between two draws, with the learning rate that ``grass`` is best with."""
+    """As many steps as between two draws; no run after them."""
+    for lr, seed in _of_grass(task, rows):
+        worth = SETTINGS["sample_period"]
+        yield _cell(task, "grass", lr=lr, seed=seed, worth=worth, steps=0, grass={}, tuning=True)
+
+
+def _of_grass(task: str, rows: list[Row]) -> Iterator[tuple[float, int]]:
+    """The learning rate that ``grass`` is best with, and each seed of what is measured of it alone; nothing before that rate is known."""
     lr = best_rates(task, rows).get("grass")
     if lr is not None:
         for seed in ABLATION_SEEDS:
-            no_run = {"steps": 0, "grass": {}, "tuning": True}
-            yield _cell(task, "grass", lr=lr, seed=seed, worth=SETTINGS["sample_period"], **no_run)
+            yield lr, seed
 
 
 def _long(task: str, rows: list[Row]) -> Iterator[Cell]:
@@ -141,7 +143,7 @@ def _long(task: str, rows: list[Row]) -> Iterator[Cell]:
     rates = best_rates(task, rows)
     for method in LONG_METHODS:
         if method in rates:
-            yield _cell(task, method, lr=rates[method], seed=SEEDS[0], **{"steps": LONG, "curve": 50, "tuning": True})
+            yield _cell(task, method, lr=rates[method], seed=SEEDS[0], steps=LONG, curve=50, tuning=True)
 
 
 MAKERS: dict[str, Callable[[str, list[Row]], Iterator[Cell]]] = {

@@ -34,6 +34,11 @@ class Method:
     package: str | None = None
     note: str = ""
 
+    @property
+    def bare_label(self) -> str:
+        """For suites whose settings are not the default ones."""
+        return self.label.removesuffix(" (default)")
+
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning (stock DeepSpeed)"),

@@ -66,15 +66,15 @@ def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
     for method, found in curves.items():
         losses = [[loss_at(curve, what, least[what]) for curve in found] for what in SPENT]
         cells = [
-            KNOWN[method].label.removesuffix(" (default)"),
+            KNOWN[method].bare_label,
             *(f"{totals[method][what]:.0f}" for what in SPENT if what != "step"),
-            *(_mean(values) for values in losses),
+            *(mean_of_all(values, 3) for values in losses),
         ]
         lines.append(line(cells))
     return lines
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    """Nothing unless all seeds have been there."""
+def mean_of_all(values: Sequence[float | None], digits: int) -> str:
+    """Empty unless all are known."""
     known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.3f}" if len(known) == len(values) else ""
+    return f"{statistics.mean(known):.{digits}f}" if known and len(known) == len(values) else ""

@@ -10,7 +10,7 @@ from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, STEPS, TUNING_
 from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
-from benchmarks.spending import spending_table, step_flops, untrained_loss
+from benchmarks.spending import mean_of_all, spending_table, step_flops, untrained_loss
 from benchmarks.staleness import staleness_note, staleness_table
 from benchmarks.tasks import ROWS, TASKS
 from benchmarks.worth import worth_note, worth_table
@@ -146,7 +146,7 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
         if not mine:
             continue
         cells = [
-            _name(method),
+            KNOWN[method].bare_label,
             f"{mine[0]['lr']:g}",
             *(spread([row[name] for row in mine]) for name in ("test_loss", "dev_loss")),
             spread([mean_accuracy(row) for row in mine]),
@@ -154,7 +154,7 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
             f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}",
             f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
-            _share([distance(row) for row in mine]),
+            mean_of_all([distance(row) for row in mine], 2),
             str(len(mine)),
         ]
         lines.append(line(cells))
@@ -175,7 +175,7 @@ def _pairs_table(rows: Sequence[Row]) -> list[str]:
         found = [within_seeds(rows, left, right, measure) for measure in measures]
         if found[0]:
             loss, accuracy = map(differences, found)
-            common = _share([alike(*pair) for pair in _pairs(rows, left, right)])
+            common = mean_of_all([alike(*pair) for pair in _pairs(rows, left, right)], 2)
             lines.append(line([f"{left} - {right}", loss, interval(found[0]), accuracy, common, str(len(found[0]))]))
     return lines
 
@@ -206,7 +206,7 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
     for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
         short = [one["dev_loss"] for one in trained(reached, row["method"]) if one["seed"] == row["seed"]]
         cells = [
-            _name(row["method"]),
+            KNOWN[row["method"]].bare_label,
             f"{row['lr']:g}",
             *(f"{point['dev_loss']:.3f}" for point in row["curve"]),
             *([f"{loss:.3f}" for loss in short] or [""]),
@@ -241,7 +241,7 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
         ours, theirs = zip(*pairs, strict=True)
         costs = [sum(map(measure, ours)) / sum(map(measure, theirs)) for measure in measures]
         loss = differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
-        seen = (_share([distance(row) for row in ours]), _share([alike(*pair) for pair in pairs]))
+        seen = (mean_of_all([distance(row) for row in ours], 2), mean_of_all([alike(*pair) for pair in pairs], 2))
         lines.append(line([label, loss, *(f"{cost:.2f}" for cost in costs), *seen, str(len(pairs))]))
     return lines
 
@@ -253,16 +253,6 @@ def _changed(row: Row) -> Row:
 
 def _label(change: Row) -> str:
     return "other draws" if "seed" in change else ", ".join(f"`{name}` {value}" for name, value in change.items())
-
-
-def _share(values: Sequence[float | None]) -> str:
-    """Their mean; empty if any is unknown."""
-    known = [value for value in values if value is not None]
-    return f"{statistics.mean(known):.2f}" if known and len(known) == len(values) else ""
-
-
-def _name(method: str) -> str:
-    return KNOWN[method].label.removesuffix(" (default)")  # its periods are not
 
 
 def trained(rows: Sequence[Row], method: str) -> list[Row]:

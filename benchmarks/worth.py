@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from benchmarks import floors
-from benchmarks.places import header, line
+from benchmarks.places import each, header, line
 from benchmarks.staleness import gradient_rms, rank_correlation
 from grass_ds.policy.importance import per_cost, probabilities, sampling_logits, softmax
 
@@ -62,7 +62,7 @@ def worth_note(rows: Sequence[Row]) -> str:
     agree = statistics.mean(rank_correlation(row["worth"]["scores"], worths(row["worth"])) for row in rows)
     text = (
         f"Each layer trained alone for {one['worth']['steps']} steps from the untrained weights (float32, plain AdamW, constant learning rate "
-        f"{one['lr']:g}, the same batches for all layers, {len(rows)} seeds of batches, commit {', '.join(sorted({row['commit'] for row in rows}))}); "
+        f"{one['lr']:g}, the same batches for all layers, {len(rows)} seeds of batches, commit {each(rows, 'commit', ', ')}); "
         "a layer's worth is how much less the loss on the development rows is then. Gradient RMS is measured on the same batches before. Rank "
         f"correlation of the layers' gradient RMS with their worth: {agree:+.2f}"
     )
@@ -84,14 +84,13 @@ def worth_table(rows: Sequence[Row]) -> list[str]:
         "FLOPs of a step, of uniform",
         "loss less per FLOP, of uniform",
     )
+    draws = [_draws(row["worth"]) for row in rows]
+    values = [worths(row["worth"]) for row in (*rows[1:], rows[0])]
+    flops = [[floors.flops(row, [layer]) for layer in range(len(row["worth"]["scores"]))] for row in rows]
     uniform = None
-    for name in _draws(rows[0]["worth"]):
-        brings, costs = [], []
-        for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
-            chances = _draws(row["worth"])[name]
-            brings.append(_mean(chances, worths(other["worth"])))
-            costs.append(_mean(chances, [floors.flops(row, [layer]) for layer in range(len(chances))]))
-        found = statistics.mean(brings), statistics.mean(costs)
+    for name in draws[0]:
+        chances = [drawn[name] for drawn in draws]
+        found = statistics.mean(map(_mean, chances, values)), statistics.mean(map(_mean, chances, flops))
         uniform = uniform or found  # the first line
         more, dearer = (ours / theirs for ours, theirs in zip(found, uniform, strict=True))
         lines.append(line([name, f"{found[0]:.4f}", f"{more:.2f}", f"{dearer:.2f}", f"{more / dearer:.2f}"]))
