@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import Any
 
 from benchmarks.tasks import TASKS
@@ -46,6 +47,7 @@ CHANGES: tuple[Cell, ...] = (
 )
 # Nothing but other draws: how much a loss changes by chance alone. Added to the seed, which the sampler has otherwise, too.
 OTHER_DRAWS = (100, 200)
+DRAWN = ("uniform", "grass")  # compared with them
 
 
 def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row]) -> Iterator[Cell]:
@@ -114,8 +116,18 @@ def _compare(task: str, rows: list[Row]) -> Iterator[Cell]:
 
 def _ablate(task: str, rows: list[Row]) -> Iterator[Cell]:
     for lr, seed in _of_grass(task, rows):
-        for change in (*CHANGES, *({"seed": more + seed} for more in OTHER_DRAWS)):
+        for change in CHANGES:
             yield _cell(task, "grass", lr=lr, seed=seed, grass={**SETTINGS, **change}, tuning=True)
+
+
+def _redraw(task: str, rows: list[Row]) -> Iterator[Cell]:
+    """Each method with the learning rate that it is best with."""
+    rates = best_rates(task, rows)
+    for seed, more, method in product(ABLATION_SEEDS, OTHER_DRAWS, DRAWN):
+        if method in rates:
+            yield _cell(
+                task, method, lr=rates[method], seed=seed, grass={**SETTINGS, "seed": more + seed}, tuning=True
+            )
 
 
 def _reprobe(task: str, rows: list[Row]) -> Iterator[Cell]:
@@ -150,6 +162,7 @@ MAKERS: dict[str, Callable[[str, list[Row]], Iterator[Cell]]] = {
     "tune": _tune,
     "compare": _compare,
     "ablate": _ablate,
+    "redraw": _redraw,
     "reprobe": _reprobe,
     "worth": _worth,
     "long": _long,

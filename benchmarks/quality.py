@@ -26,7 +26,8 @@ def quality(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, A
     threads), which on a free core is wall time.
     """
     exam = Exam(TASKS[args.task], Template.choose(tokenizer), Path(args.data) if args.data else None, args.test_rows)
-    row: dict[str, Any] = {"data": exam.fingerprint(), "dev_rows": len(exam.dev), "test_rows": len(exam.test)}
+    row: dict[str, Any] = {"data": exam.fingerprint(), "train_rows": exam.train_rows}
+    row |= {"dev_rows": len(exam.dev), "test_rows": len(exam.test)}
     collate = Collator(tokenizer.pad_token_id)
     reprobe = None
     if args.reprobe:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.contest import CHANGES, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
+from benchmarks.contest import CHANGES, DRAWN, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
 from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
@@ -23,7 +23,7 @@ SPENDING_NOTE = (
 )
 MODEL = "SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1), trained in bf16"
 # Student's t, 97.5 %, by number of seeds.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 CHANGES_NOTE = (
     "Within a seed, so on the same rows, with the learning rate of `grass` as it is. From uniform: total variation between the draw's "
     "distribution and the uniform one. Alike: share of the layers trained in a step that `grass` as it is trained, too, in that step; the "
@@ -33,6 +33,10 @@ CHANCE_NOTE = " Other draws: another seed of the sampler, nothing else: that is 
 PAIRS_NOTE = (
     "Both methods saw the same rows with a seed, and their samplers the same random numbers. Alike: share of the layers trained in a step "
     "that both have trained in that step."
+)
+REDRAWN_NOTE = (
+    "The runs above and the same with other seeds of the sampler: same rows in the same order, same learning rate, other layers at other "
+    "times. Differences are between runs with the same rows and the same seed of the sampler. Development loss."
 )
 LONG_NOTE = (
     "One seed, and the learning rates that were best in short runs: they tell whether the order of the methods changes with the "
@@ -65,6 +69,8 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     if reached := [row for row in rows if "test_loss" in row]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", PAIRS_NOTE, "", *_pairs_table(reached), ""]
+    if redrawn := [row for row in rows if "seed" in row["grass"]]:
+        lines += ["### Other draws: how much is chance?", "", REDRAWN_NOTE, "", *_redrawn_table(redrawn, reached), ""]
     if short := [row for row in rows if row.get("curve") and row["steps"] == STEPS]:
         lines += ["### Loss for the same spending", "", SPENDING_NOTE, ""]
         lines += [*spending_table(short, untrained_loss(rows, task)), ""]
@@ -91,13 +97,20 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
     answers = "exact match of generated numbers" if what.exact else "the most likely option"
     return (
         f"{one['model']} ({MODEL}), {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
-        f"{', '.join(what.train)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
+        f"{_sources(task, rows)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
         f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
         f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread); two cells at a time, "
         f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
     )
+
+
+def _sources(task: str, rows: Sequence[Row]) -> str:
+    """With the share of each, where rows tell it."""
+    counts = next((row["train_rows"] for row in rows if "train_rows" in row), {})
+    shares = {source: f" ({count / sum(counts.values()):.0%} of the rows)" for source, count in counts.items()}
+    return ", ".join(source + (shares[source] if len(shares) > 1 else "") for source in TASKS[task].train)
 
 
 def _settings(row: Row) -> str:
@@ -189,6 +202,26 @@ def _pairs(rows: Sequence[Row], left: str, right: str) -> list[tuple[Row, Row]]:
 def within_seeds(rows: Sequence[Row], left: str, right: str, measure: Callable[[Row], float]) -> list[float]:
     """How much more one method has than the other, for every seed that both have."""
     return [measure(ours) - measure(theirs) for ours, theirs in _pairs(rows, left, right)]
+
+
+def _redrawn_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
+    """A line per method with the losses of all its draws, and one with the differences between the two."""
+    seeds = sorted({row["seed"] for row in rows})
+    losses: dict[str, dict[tuple[int, int], float]] = {}
+    for method in DRAWN:
+        mine = [*trained([row for row in reached if row["seed"] in seeds], method), *trained(rows, method)]
+        losses[method] = {(row["seed"], row["grass"].get("seed", row["seed"])): row["dev_loss"] for row in mine}
+    theirs, ours = (losses[method] for method in DRAWN)
+    lines = header("", *(f"rows of seed {seed}" for seed in seeds), "all", "95 % interval of the mean", "runs")
+    pairs = {drawn: ours[drawn] - theirs[drawn] for drawn in sorted(ours.keys() & theirs.keys())}
+    for label, found, show in (
+        *((method, losses[method], spread) for method in DRAWN),
+        (f"{DRAWN[1]} - {DRAWN[0]}", pairs, differences),
+    ):
+        by_seed = [[value for (seed, _), value in sorted(found.items()) if seed == one] for one in seeds]
+        shown = [show(values) if values else "" for values in (*by_seed, list(found.values()))]
+        lines.append(line([label, *shown, interval(list(pairs.values())) if found is pairs else "", str(len(found))]))
+    return lines
 
 
 def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:

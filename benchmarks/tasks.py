@@ -69,7 +69,9 @@ class Exam:
         self._data = data
         splits = {source: self._splits(source) for source in task.train}
         self._share = -(-rows // len(task.train))
-        self.train = [row for found in splits.values() for row in self._tokens(found["train"])]
+        parts = {source: list(self._tokens(found["train"])) for source, found in splits.items()}
+        self.train = [row for found in parts.values() for row in found]
+        self.train_rows = {source: len(found) for source, found in parts.items()}
         held_out = [list(self._tokens(found["test"].take(2 * self._share))) for found in splits.values()]
         self.dev = [row for found in held_out for row in found[: self._share]]
         self.test = [row for found in held_out for row in found[self._share :]]

@@ -13,6 +13,7 @@ from helpers.models import tiny_llama
 
 from benchmarks import contest, curves, draws, excerpts, floors, spending, staleness, standings, worth
 from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
+from benchmarks.run import run_cell
 from benchmarks.tasks import TASKS, Exam
 from launch.model import load_tokenizer
 from launch.template import Template
@@ -82,7 +83,7 @@ def test_rates_are_tried_until_the_best_has_worse_neighbours(losses: dict[float,
 
 def test_methods_are_compared_once_their_rate_is_known() -> None:
     rows = tuned("grass", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True))) + tuned("full", {GRID[0]: 1.0})
-    cells = list(contest.contest_cells(["compare", "ablate", "reprobe"], [TASK], rows))
+    cells = list(contest.contest_cells(["compare", "ablate", "redraw", "reprobe"], [TASK], rows))
     assert {cell["method"] for cell in cells if cell["steps"]} == {"grass"}
     assert {cell["lr"] for cell in cells if cell["steps"]} == {GRID[1]}
     assert [cell["seed"] for cell in cells if "curve" in cell] == [*contest.SEEDS]
@@ -156,6 +157,32 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("known_flops")
+def test_other_draws_are_compared_draw_by_draw() -> None:
+    redrawn = [
+        row(method, 1e-4, 0, loss, grass={**SETTINGS, "seed": draw}, cpu_seconds=100.0)
+        for method, draw, loss in (("uniform", 100, 2.0), ("grass", 100, 1.0), ("grass", 200, 9.0))
+    ]
+    runs = [reached("uniform", 0, 1.0, 0.5), reached("grass", 0, 3.0, 0.5), reached("grass", 1, 7.0, 0.5)]
+    uniform, grass, both = standings._redrawn_table(redrawn, runs)[2:]
+    assert uniform == "| uniform | 1.500 ± 0.707 | 1.500 ± 0.707 |  | 2 |"
+    assert grass == "| grass | 4.333 ± 4.163 | 4.333 ± 4.163 |  | 3 |"
+    # +2 with the draws of the seed, -1 with those of 100; the other has no pair
+    each = "+0.500 ± 2.121 (+2.000, -1.000)"
+    assert both == f"| grass - uniform | {each} | {each} | -18.565 to +19.565 | 2 |"
+    text = standings.sections([*runs, *redrawn])
+    assert both in text
+    assert "| other draws | +2.000 ± 5.657 (-2.000, +6.000) | 1.00 | 1.00 |  |  | 2 |" in text
+
+
+def test_sources_have_their_share() -> None:
+    counts = {"arc_easy": 1, "arc_challenge": 1, "boolq": 6}
+    rows = [row("grass", 1e-4, 0, 1.0), row("grass", 1e-4, 1, 1.0, train_rows=counts)]
+    assert standings._sources("choice", rows).endswith("arc_challenge (12% of the rows), boolq (75% of the rows)")
+    assert standings._sources("choice", rows[:1]) == "arc_easy, arc_challenge, boolq"
+    assert standings._sources(TASK, [row("grass", 1e-4, 0, 1.0, train_rows={"gsm8k": 7})]) == "gsm8k"
+
+
+@pytest.mark.usefixtures("known_flops")
 def test_longer_runs_are_beside_the_short_one() -> None:
     points = [{"step": step, "cpu_seconds": 1.0, "dev_loss": loss} for step, loss in ((50, 0.8), (200, 0.7))]
     long = row("grass", 1e-4, 0, 0.7, steps=200, batches=[[2, 8]] * 200, curve=points, cpu_seconds=400.0)
@@ -181,6 +208,46 @@ def test_readme_quotes_what_was_reached() -> None:
     assert "held-out loss `uniform` 1.750 ± 0.354, `grass` 2.000 ± 1.414;" in text
     assert text.endswith("within a seed `grass` - `uniform` +0.250 ± 1.061 (-0.500, +1.000).")
     assert excerpts.quality_sentences(tuned("grass", {GRID[0]: 9.0})) == ""
+
+
+@pytest.mark.dist
+def test_a_quality_cell_trains_measures_and_is_shown(tmp_path: Path) -> None:
+    """The whole of a cell: a tiny model on the built-in task; rank, engine, probing, drawing, every measure."""
+    tokenizer = load_tokenizer()
+    model = tiny_llama(layers=3)
+    model.resize_token_embeddings(len(tokenizer))
+    model.bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    cell = {
+        **contest._cell("builtin", "grass", lr=1e-2, seed=0, curve=4, reprobe=4, worth=1),
+        "model": str(tmp_path),
+        "test-rows": 4,
+        "steps": 8,
+        "grass": {**SETTINGS, "sample_period": 2, "num_active_layers": 1},
+    }
+    found = run_cell(cell, 300)
+    assert found["active"][:4] == [None] * 4
+    drawn = [layers for (layers,) in found["active"][4:]]
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
+    assert len(found["train_losses"]) == len(found["batches"]) == 8
+    assert found["tokens"] <= sum(rows * length for rows, length in found["batches"])
+    probed, trained = found["curve"]
+    assert (probed["step"], trained["step"]) == (4, 8)
+    assert probed["dev_loss"] == pytest.approx(
+        found["worth"]["before"], rel=1e-4
+    )  # of the float32 copy: nothing has moved
+    assert trained["dev_loss"] == found["dev_loss"] < probed["dev_loss"]
+    assert found["test_loss"] > 0
+    assert found["accuracy"].keys() == {"builtin:arithmetic"}
+    assert [one["step"] for one in found["reprobes"]] == [4, 8]
+    assert len(found["worth"]["losses"]) == 3
+    exam = Exam(TASKS["builtin"], Template.choose(tokenizer), None, rows=4)
+    assert found["data"] == exam.fingerprint()
+    assert found["train_rows"] == {"builtin:arithmetic": len(exam.train)}
+    assert found["bytes"]["optimizer_state"]["host"] > 0
+    text = "\n".join(standings.sections([{**found, "commit": "0123abc"}]))
+    assert "## Quality: task `builtin`" in text
+    assert "### Do scores go stale?" in text
 
 
 def test_rows_that_choose_settings_are_not_those_that_are_reported() -> None:
