@@ -21,6 +21,11 @@ def untrained_loss(rows: Sequence[Row], task: str) -> float | None:
     return next((row["dev_loss"] for row in rows if row["task"] == task and row["steps"] == 0), None)
 
 
+def timed_alike(mine: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether CPU seconds of these rows compare with those of ``grass``: rows of other commits are of another day, and machines differ."""
+    return {row["commit"] for row in mine} <= {row["commit"] for row in rows if row["method"] == "grass"}
+
+
 def step_flops(row: Row) -> list[int]:
     """FLOPs of every step, padding and probing included. Closed forms: what engines are observed to compute (cost suite)."""
     active = row["active"] or [None] * row["steps"]
@@ -48,29 +53,28 @@ def loss_at(curve: Sequence[Point], what: str, spent: float) -> float | None:
 
 def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
     """One line per method: its loss when it has spent what the most frugal one spends in all; means over the seeds."""
-    curves = {
-        method: [points(row, untrained) for row in rows if row["method"] == method and row.get("curve")]
-        for method in METHODS
+    drawn = {method: [row for row in rows if row["method"] == method and row.get("curve")] for method in METHODS}
+    curves = {method: [points(row, untrained) for row in mine] for method, mine in drawn.items() if mine}
+    # Methods that a kind of spending compares.
+    known = {
+        what: [method for method in curves if what != "cpu_seconds" or timed_alike(drawn[method], rows)]
+        for what in SPENT
     }
-    curves = {method: found for method, found in curves.items() if found}
-    totals = {
-        method: {what: statistics.mean(curve[-1][what] for curve in found) for what in SPENT}
-        for method, found in curves.items()
+    least = {
+        what: min(curve[-1][what] for method in methods for curve in curves[method]) for what, methods in known.items()
     }
-    least = {what: min(curve[-1][what] for found in curves.values() for curve in found) for what in SPENT}
     lines = header(
         "method",
         *(f"{label}, in all" for what, label in SPENT.items() if what != "step"),
         *(f"development loss at {least[what]:.0f} {label}" for what, label in SPENT.items()),
     )
     for method, found in curves.items():
-        losses = [[loss_at(curve, what, least[what]) for curve in found] for what in SPENT]
-        cells = [
-            KNOWN[method].bare_label,
-            *(f"{totals[method][what]:.0f}" for what in SPENT if what != "step"),
-            *(mean_of_all(values, 3) for values in losses),
-        ]
-        lines.append(line(cells))
+        totals, losses = [], []
+        for what in SPENT:
+            timed = found if method in known[what] else []
+            totals.append(mean_of_all([curve[-1][what] for curve in timed], 0))
+            losses.append(mean_of_all([loss_at(curve, what, least[what]) for curve in timed], 3))
+        lines.append(line([KNOWN[method].bare_label, *totals[1:], *losses]))  # all have as many steps
     return lines
 
 

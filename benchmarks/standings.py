@@ -10,7 +10,7 @@ from benchmarks.contest import CHANGES, DRAWN, METHODS, RATES, SETTINGS, STEPS, 
 from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
-from benchmarks.spending import mean_of_all, spending_table, step_flops, untrained_loss
+from benchmarks.spending import mean_of_all, spending_table, step_flops, timed_alike, untrained_loss
 from benchmarks.staleness import staleness_note, staleness_table
 from benchmarks.tasks import ROWS, TASKS
 from benchmarks.worth import worth_note, worth_table
@@ -102,7 +102,7 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
         f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
         f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread); two cells at a time, "
-        f"so time is CPU time of the steps. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
+        f"so time is CPU time of the steps; left out of methods that ran on another day than grass, on a machine of another speed. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
     )
 
 
@@ -164,7 +164,9 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
             *(spread([row[name] for row in mine]) for name in ("test_loss", "dev_loss")),
             spread([mean_accuracy(row) for row in mine]),
             *(spread([row["accuracy"][source] for row in mine]) for source in sources),
-            f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}",
+            f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}"
+            if timed_alike(mine, rows)
+            else "",
             f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
             mean_of_all([distance(row) for row in mine], 2),
@@ -257,7 +259,6 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
         "changed",
         "development loss minus that of grass as it is",
         "FLOPs, of grass as it is",
-        "CPU seconds",
         "from uniform",
         "alike",
         "seeds",
@@ -267,15 +268,14 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["seed"] in bases:
             found.setdefault(_label(_changed(row)), []).append((row, bases[row["seed"]]))
-    measures: tuple[Callable[[Row], float], ...] = (lambda row: sum(step_flops(row)), lambda row: row["cpu_seconds"])
     for label, pairs in found.items():
         if not pairs:
             continue
         ours, theirs = zip(*pairs, strict=True)
-        costs = [sum(map(measure, ours)) / sum(map(measure, theirs)) for measure in measures]
+        ours_flops, theirs_flops = (sum(sum(step_flops(row)) for row in side) for side in (ours, theirs))
         loss = differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
         seen = (mean_of_all([distance(row) for row in ours], 2), mean_of_all([alike(*pair) for pair in pairs], 2))
-        lines.append(line([label, loss, *(f"{cost:.2f}" for cost in costs), *seen, str(len(pairs))]))
+        lines.append(line([label, loss, f"{ours_flops / theirs_flops:.2f}", *seen, str(len(pairs))]))
     return lines
 
 
