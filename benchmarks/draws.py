@@ -20,9 +20,10 @@ def distance(row: Row) -> float | None:
 def alike(ours: Row, theirs: Row) -> float | None:
     """Share of the layers that ``theirs`` has trained, step by step, that ``ours`` has trained in the same step; probing apart.
 
-    Samplers of one seed turn the same random numbers into layers, so it is not by chance alone. None of methods that do not draw.
+    Samplers of one seed turn the same random numbers into layers, so it is not by chance alone. None of methods that do not draw, and
+    of runs that are not as long as each other.
     """
-    if not (ours["active"] and theirs["active"]):
+    if not ours["active"] or len(ours["active"]) != len(theirs["active"]):
         return None
     pairs = [
         (set(mine), set(other))

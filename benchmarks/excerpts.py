@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What README.md quotes: of the cpu suite a short table and a sentence on ZeRO-3, of the quality suite a paragraph per task."""
+"""What README.md quotes of the cpu suite: a short table and a sentence on ZeRO-3."""
 
 import statistics
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import contest, standings
 from benchmarks.costs import after_switch, host_state, live_peak, plain_seconds
 from benchmarks.lineup import Setting, compared, ratios, setting, spread, step_seconds
 from benchmarks.methods import METHODS
 from benchmarks.places import each, header, line
-from benchmarks.tasks import TASKS
 
 Row = dict[str, Any]
 SHOWN = (
@@ -104,34 +102,6 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
 
 def _every(rows: Sequence[Row] | None) -> str:
     return f" (another every {rows[0]['grass']['sample_period']} steps)" if rows else ""
-
-
-def quality_sentences(rows: Sequence[Row]) -> str:
-    """What was reached on every task that has been compared, as indented paragraphs."""
-    return "".join(_quality_sentence(task, rows) for task in TASKS)
-
-
-def _quality_sentence(task: str, rows: Sequence[Row]) -> str:
-    mine = [row for row in rows if row["task"] == task and "test_loss" in row and row["steps"]]
-    losses = [
-        f"`{method}` {standings.spread([row['test_loss'] for row in found])}"
-        for method in contest.METHODS
-        if (found := standings.trained(mine, method))
-    ]
-    if not losses:
-        return ""
-    pairs = [
-        f"`{left}` - `{right}` {standings.differences(found)}"
-        for left, right in standings.PAIRS
-        if (found := standings.within_seeds(mine, left, right, lambda row: row["test_loss"]))
-    ]
-    one = mine[0]
-    text = (
-        f"Task `{task}` ({', '.join(TASKS[task].train)}; SmolLM2-135M-Instruct, {one['steps']} steps of {one['micro_batch']} rows, "
-        f"{len({row['seed'] for row in mine})} seeds, learning rates tuned per method, one {one['device'].upper()} rank, commit {each(mine, 'commit', ', ')}): "
-        f"held-out loss {', '.join(losses)}{'; within a seed ' if pairs else ''}{'; '.join(pairs)}."
-    )
-    return indented(text)
 
 
 def indented(text: str) -> str:

@@ -19,10 +19,11 @@ if __package__ in (None, ""):
 from benchmarks import curves, standings
 from benchmarks.aims import aims_table
 from benchmarks.costs import FLOOR_NOTE, cost_note, floor_table, memory_table, time_table
-from benchmarks.excerpts import indented, quality_sentences, short_table, shown, zero3_sentence
+from benchmarks.excerpts import indented, short_table, shown, zero3_sentence
 from benchmarks.growth import draw_growth, growth_images, growth_note, growth_table
 from benchmarks.lineup import compared, growing
 from benchmarks.places import each, gpu_note, gpu_table, offload_note, offload_sentence, offload_table
+from benchmarks.reached import reached_block
 from benchmarks.saves import save_note, save_sentence, save_table
 
 FOLDER = Path(__file__).resolve().parent
@@ -119,7 +120,7 @@ BLOCKS: dict[str, tuple[str, Callable[[list[Row]], str]]] = {
     "zero3": ("cpu", zero3_sentence),
     "offload": ("offload", lambda rows: indented(offload_sentence(rows))),
     "checkpoint": ("checkpoint", lambda rows: indented(save_sentence(rows))),
-    "quality": ("quality", quality_sentences),
+    "quality": ("quality", reached_block),
 }
 
 

@@ -69,7 +69,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     if reached := [row for row in rows if "test_loss" in row]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", PAIRS_NOTE, "", *_pairs_table(reached), ""]
-    if redrawn := [row for row in rows if "seed" in row["grass"]]:
+    if redrawn := other_draws(rows):
         lines += ["### Other draws: how much is chance?", "", REDRAWN_NOTE, "", *_redrawn_table(redrawn, reached), ""]
     if short := [row for row in rows if row.get("curve") and row["steps"] == STEPS]:
         lines += ["### Loss for the same spending", "", SPENDING_NOTE, ""]
@@ -77,7 +77,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if longer := [row for row in rows if row["steps"] > STEPS]:
         lines += ["### Longer runs", "", LONG_NOTE, "", *_longer_table(longer, reached), ""]
-    if changed := [row for row in rows if row["method"] == "grass" and row["grass"] != SETTINGS and row["steps"]]:
+    if changed := [row for row in rows if row["method"] == "grass" and 0 < row["steps"] <= STEPS and _changed(row)]:
         chance = CHANCE_NOTE if any("seed" in row["grass"] for row in changed) else ""
         lines += ["### grass with one setting changed", "", CHANGES_NOTE + chance, ""]
         lines += [*_changes_table(changed, trained(reached, "grass")), ""]
@@ -209,13 +209,9 @@ def within_seeds(rows: Sequence[Row], left: str, right: str, measure: Callable[[
 def _redrawn_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
     """A line per method with the losses of all its draws, and one with the differences between the two."""
     seeds = sorted({row["seed"] for row in rows})
-    losses: dict[str, dict[tuple[int, int], float]] = {}
-    for method in DRAWN:
-        mine = [*trained([row for row in reached if row["seed"] in seeds], method), *trained(rows, method)]
-        losses[method] = {(row["seed"], row["grass"].get("seed", row["seed"])): row["dev_loss"] for row in mine}
-    theirs, ours = (losses[method] for method in DRAWN)
+    losses = {method: _drawn_losses(rows, reached, method) for method in DRAWN}
+    pairs = redrawn_differences(rows, reached)
     lines = header("", *(f"rows of seed {seed}" for seed in seeds), "all", "95 % interval of the mean", "runs")
-    pairs = {drawn: ours[drawn] - theirs[drawn] for drawn in sorted(ours.keys() & theirs.keys())}
     for label, found, show in (
         *((method, losses[method], spread) for method in DRAWN),
         (f"{DRAWN[1]} - {DRAWN[0]}", pairs, differences),
@@ -224,6 +220,24 @@ def _redrawn_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
         shown = [show(values) if values else "" for values in (*by_seed, list(found.values()))]
         lines.append(line([label, *shown, interval(list(pairs.values())) if found is pairs else "", str(len(found))]))
     return lines
+
+
+def other_draws(rows: Sequence[Row]) -> list[Row]:
+    """None unless there are some of both methods."""
+    redrawn = [row for row in rows if "seed" in row["grass"]]
+    return redrawn if {row["method"] for row in redrawn} == set(DRAWN) else []
+
+
+def redrawn_differences(rows: Sequence[Row], reached: Sequence[Row]) -> dict[tuple[int, int], float]:
+    """Development loss of the second of :data:`DRAWN` minus that of the first, by seed of the rows and seed of the sampler."""
+    theirs, ours = (_drawn_losses(rows, reached, method) for method in DRAWN)
+    return {drawn: ours[drawn] - theirs[drawn] for drawn in sorted(ours.keys() & theirs.keys())}
+
+
+def _drawn_losses(rows: Sequence[Row], reached: Sequence[Row], method: str) -> dict[tuple[int, int], float]:
+    seeds = {row["seed"] for row in rows}
+    mine = [*trained([row for row in reached if row["seed"] in seeds], method), *trained(rows, method)]
+    return {(row["seed"], row["grass"].get("seed", row["seed"])): row["dev_loss"] for row in mine}
 
 
 def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
@@ -280,8 +294,9 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
 
 
 def _changed(row: Row) -> Row:
-    """What is not as in :data:`SETTINGS`; settings that a later suite leaves out are still in its rows."""
-    return {name: value for name, value in row["grass"].items() if SETTINGS.get(name) != value}
+    """What is not as in :data:`SETTINGS`, fewer steps too; settings that a later suite leaves out are still in its rows."""
+    settings = {name: value for name, value in row["grass"].items() if SETTINGS.get(name) != value}
+    return settings | ({"steps": row["steps"]} if row["steps"] != STEPS else {})
 
 
 def _label(change: Row) -> str:
@@ -307,6 +322,10 @@ def interval(values: Sequence[float]) -> str:
         return ""
     reach = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values) - reach:+.3f} to {statistics.mean(values) + reach:+.3f}"
+
+
+def mean_and_interval(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):+.3f}" + (f" (95 % interval {found})" if (found := interval(values)) else "")
 
 
 def differences(values: Sequence[float]) -> str:

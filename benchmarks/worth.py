@@ -13,11 +13,12 @@ from torch import nn
 from benchmarks import floors
 from benchmarks.places import each, header, line
 from benchmarks.staleness import gradient_rms, rank_correlation
-from grass_ds.policy.importance import per_cost, probabilities, sampling_logits, softmax
+from grass_ds.policy.importance import probabilities
 
 Row = dict[str, Any]
 Batch = Mapping[str, torch.Tensor]
 CLIP = 1.0
+UNIFORM, DEFAULT, BEST = "uniformly", "by gradient RMS, temperature 1 (default)", "the layer of largest worth"
 
 
 def layer_worth(
@@ -59,12 +60,11 @@ def worths(found: Mapping[str, Any]) -> list[float]:
 def worth_note(rows: Sequence[Row]) -> str:
     """How scores, worths and the seeds agree."""
     one = rows[0]
-    agree = statistics.mean(rank_correlation(row["worth"]["scores"], worths(row["worth"])) for row in rows)
     text = (
         f"Each layer trained alone for {one['worth']['steps']} steps from the untrained weights (float32, plain AdamW, constant learning rate "
         f"{one['lr']:g}, the same batches for all layers, {len(rows)} seeds of batches, commit {each(rows, 'commit', ', ')}); "
         "a layer's worth is how much less the loss on the development rows is then. Gradient RMS is measured on the same batches before. Rank "
-        f"correlation of the layers' gradient RMS with their worth: {agree:+.2f}"
+        f"correlation of the layers' gradient RMS with their worth: {agreement(rows):+.2f}"
     )
     if len(rows) > 1:
         first, second = (row["worth"] for row in rows[:2])
@@ -75,8 +75,28 @@ def worth_note(rows: Sequence[Row]) -> str:
     return text + "."
 
 
+def brings(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """By how one layer is drawn: how much less the loss is then, in nats, and FLOPs of its step; means over the seeds.
+
+    Drawn by one seed, valued by the next, or it is luck.
+    """
+    draws = [_draws(row["worth"]) for row in rows]
+    values = [worths(row["worth"]) for row in (*rows[1:], rows[0])]
+    flops = [[floors.flops(row, [layer]) for layer in range(len(row["worth"]["scores"]))] for row in rows]
+    found = {}
+    for name in draws[0]:
+        chances = [drawn[name] for drawn in draws]
+        found[name] = statistics.mean(map(_mean, chances, values)), statistics.mean(map(_mean, chances, flops))
+    return found
+
+
+def agreement(rows: Sequence[Row]) -> float:
+    """Rank correlation of the layers' gradient RMS with their worth, mean over the seeds."""
+    return statistics.mean(rank_correlation(row["worth"]["scores"], worths(row["worth"])) for row in rows)
+
+
 def worth_table(rows: Sequence[Row]) -> list[str]:
-    """What one layer brings on average, by how it is drawn; means over the seeds. Drawn by one seed, valued by the next, or it is luck."""
+    """A line per way to draw one layer."""
     lines = header(
         "one layer drawn",
         "loss less by, in nats",
@@ -84,31 +104,31 @@ def worth_table(rows: Sequence[Row]) -> list[str]:
         "FLOPs of a step, of uniform",
         "loss less per FLOP, of uniform",
     )
-    draws = [_draws(row["worth"]) for row in rows]
-    values = [worths(row["worth"]) for row in (*rows[1:], rows[0])]
-    flops = [[floors.flops(row, [layer]) for layer in range(len(row["worth"]["scores"]))] for row in rows]
-    uniform = None
-    for name in draws[0]:
-        chances = [drawn[name] for drawn in draws]
-        found = statistics.mean(map(_mean, chances, values)), statistics.mean(map(_mean, chances, flops))
-        uniform = uniform or found  # the first line
-        more, dearer = (ours / theirs for ours, theirs in zip(found, uniform, strict=True))
-        lines.append(line([name, f"{found[0]:.4f}", f"{more:.2f}", f"{dearer:.2f}", f"{more / dearer:.2f}"]))
+    found = brings(rows)
+    for name, (less, flops) in found.items():
+        more, dearer = (ours / theirs for ours, theirs in zip((less, flops), found[UNIFORM], strict=True))
+        lines.append(line([name, f"{less:.4f}", f"{more:.2f}", f"{dearer:.2f}", f"{more / dearer:.2f}"]))
     return lines
 
 
 def _draws(found: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     """Chances of the layers."""
     scores, worth = found["scores"], worths(found)
-    raw = sampling_logits(scores, 1.0, "mean")
+    default = probabilities(scores, 1.0, "mean")
     return {
-        "uniformly": [1 / len(scores)] * len(scores),
-        "by gradient RMS, temperature 1 (default)": softmax(raw),
+        UNIFORM: [1 / len(scores)] * len(scores),
+        DEFAULT: default,
         "by gradient RMS, temperature 0.25": probabilities(scores, 0.25, "mean"),
-        "by gradient RMS, temperature 1, `cost_weight` 8": softmax(per_cost(raw, 8.0)),
+        "the same, divided by the step's cost (2 L - l + 1) to the power 8": _per_cost(default, 8),
         "the layer of largest gradient RMS": [float(score == max(scores)) for score in scores],
-        "the layer of largest worth": [float(value == max(worth)) for value in worth],
+        BEST: [float(value == max(worth)) for value in worth],
     }
+
+
+def _per_cost(chances: Sequence[float], power: int) -> list[float]:
+    """A step on layer l alone, in units of one layer's forward pass: L forward, L - l of gradients down to it, 1 for its weights."""
+    weights = [chance / (2 * len(chances) - layer + 1) ** power for layer, chance in enumerate(chances)]
+    return [weight / sum(weights) for weight in weights]
 
 
 def _mean(chances: Sequence[float], values: Sequence[float]) -> float:

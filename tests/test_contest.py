@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.models import tiny_llama
 
-from benchmarks import contest, curves, draws, excerpts, floors, spending, staleness, standings, worth
+from benchmarks import contest, curves, draws, floors, spending, staleness, standings, worth
 from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
+from benchmarks.reached import reached_block
 from benchmarks.run import run_cell
 from benchmarks.tasks import TASKS, Exam
 from launch.model import load_tokenizer
@@ -91,6 +92,7 @@ def test_methods_are_compared_once_their_rate_is_known() -> None:
     assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == len(contest.ABLATION_SEEDS) * (
         len(contest.CHANGES) + len(contest.OTHER_DRAWS)
     )
+    assert [cell["steps"] for cell in cells].count(contest.FEWER) == len(contest.ABLATION_SEEDS)
     everything = list(contest.contest_cells(["tune"], [TASK], []))
     assert {(cell["method"], cell["lr"]) for cell in everything} == {(m, lr) for m in METHODS for lr in GRID}
 
@@ -152,8 +154,10 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
     assert "What was reached" not in text
     curve = {"curve": [{"step": 10, "cpu_seconds": 3.0, "dev_loss": 1.0}], "active": [None, *([[0, 3]] * (STEPS - 1))]}
     changed = row("grass", 1e-4, 0, 0.75, grass={**SETTINGS, "temperature": 4.0})
+    fewer = row("grass", 1e-4, 0, 1.25, steps=40, batches=[[2, 8]] * 40, active=[None, *([[0, 3]] * 39)])
     dropped = row("grass", 1e-4, 0, 1.5, grass={**SETTINGS, "an_option_of_old": 1})
-    text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed, dropped]))
+    text = "\n".join(standings.sections([*tuning, reached("grass", 0, 1.0, 0.5, **curve), changed, fewer, dropped]))
+    assert "| `steps` 40 | +0.250 (+0.250) | 0.80 |  |  | 1 |" in text
     assert "| `an_option_of_old` 1 | +0.500 (+0.500) | 1.96 |  |  | 1 |" in text
     assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M |  | 1 |" in text
     assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.96 |  |  | 1 |" in text
@@ -201,19 +205,34 @@ def test_longer_runs_are_beside_the_short_one() -> None:
     assert [(cell["method"], cell["lr"], cell["steps"]) for cell in cells] == [("full", GRID[1], contest.LONG)]
 
 
-def test_readme_quotes_what_was_reached() -> None:
+def test_readme_quotes_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "flops", lambda row, active: 7 - active[0])
+    worth_of = {"steps": 5, "scores": [3.0, 1.0], "before": 2.0, "losses": [1.0, 1.5]}
     rows = [
+        reached("full", 0, 4.0, 0.25, steps=0),
         reached("uniform", 0, 1.5, 0.25),
         reached("uniform", 1, 2.0, 0.75),
         reached("grass", 0, 1.0, 0.5),
         reached("grass", 1, 3.0, 0.5),
         *tuned("grass", {GRID[0]: 9.0}),
+        row("uniform", 1e-4, 0, 2.0, grass={**SETTINGS, "seed": 100}),
+        row("grass", 1e-4, 0, 2.5, grass={**SETTINGS, "seed": 100}),
+        row("grass", 1e-4, 0, 2.0, steps=0, worth=worth_of),
     ]
-    text = " ".join(excerpts.quality_sentences(rows).split())
+    text = " ".join(reached_block(rows).split())
+    assert "| (untrained) | 4.000 |" in text
+    assert "| uniform (LISA's draw), 2 layers + final norm | 1.750 ± 0.354 |" in text
+    assert "| **grass**, 2 layers + final norm | 2.000 ± 1.414 |" in text
     assert "2 seeds" in text
-    assert "held-out loss `uniform` 1.750 ± 0.354, `grass` 2.000 ± 1.414;" in text
-    assert text.endswith("within a seed `grass` - `uniform` +0.250 ± 1.061 (-0.500, +1.000).")
-    assert excerpts.quality_sentences(tuned("grass", {GRID[0]: 9.0})) == ""
+    assert "`grass` - `uniform`: +0.250 (95 % interval -9.282 to +9.782); with other draws" in text
+    assert (
+        "development loss: +0.000 (95 % interval -6.355 to +6.355), 2 pairs." in text
+    )  # -0.5 and 0.5, rows of seed 0
+    assert "by 0.750 if drawn uniformly" in text
+    assert text.endswith(
+        "and 1.000 if it is the best one; rank correlation of gradients with what layers bring: 1.00."
+    )
+    assert reached_block(tuned("grass", {GRID[0]: 9.0})) == ""
 
 
 @pytest.mark.dist
@@ -344,3 +363,4 @@ def test_draws_are_measured_by_what_importance_moves_and_by_what_they_share() ->
     )
     assert draws.alike(ours, theirs) == 0.75  # of the two steps in which both train
     assert draws.alike(ours, row("full", 1e-3, 0, 1.0)) is None
+    assert draws.alike({**ours, "active": ours["active"][:2]}, theirs) is None
