@@ -128,15 +128,6 @@ class GrassConfig(_Block):
     """``mean`` [ours]: scores are divided by their mean before the softmax, so that ``temperature`` has no unit. ``none``: raw
     gradient RMS (the paper's formula; values far below 1, so the temperature must be of their size)."""
 
-    cost_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """How much ``grass`` and ``static`` prefer layers whose step costs less arithmetic: the chance of layer l is divided by
-    (2 L - l + 1) ** ``cost_weight``, since backward stops at the lowest active layer. 0: the paper. With ``embed`` active
-    backward never stops early, and nothing is saved."""
-
-    exploration: float = Field(0.0, ge=0, le=1)
-    """Share of the draw of ``grass`` and ``static`` that is spread evenly over all layers, so that none is forgotten. 0: the
-    paper; 1: as ``uniform``."""
-
     always_active: tuple[Literal["embed", "norm", "head", "other"], ...] = ("norm",)
     """Modules outside the decoder blocks that train all the time. Default: the final norm only [ours]. With ``embed`` the
     backward pass can never stop early, and embeddings plus head are most of what would train (70 % at 8B). ``other``: whatever
@@ -179,8 +170,6 @@ class GrassConfig(_Block):
             "refresh_period",
             "temperature",
             "ema_alpha",
-            "cost_weight",
-            "exploration",
         )
         return {name: getattr(self, name) for name in (*names, "score_normalization", "cyclic_order", "seed")}
 

@@ -41,8 +41,6 @@ class Controller:
         ema_alpha: alpha in (0, 1], the weight of the new measurement in a refresh.
         score_normalization: ``mean`` or ``none``, see :func:`grass_ds.policy.importance.sampling_logits`.
         cyclic_order: ``random``, ``ascending`` or ``descending``; used by the ``cyclic`` sampler only.
-        cost_weight: w >= 0; the chance of a layer is divided by the cost of its step to the power w.
-        exploration: epsilon in [0, 1], the share of the draw that is spread evenly over all layers.
         seed: of the private CPU generator; the global torch generators are neither read nor advanced.
 
     Raises:
@@ -70,8 +68,6 @@ class Controller:
         ema_alpha: float,
         score_normalization: str,
         cyclic_order: str,
-        cost_weight: float,
-        exploration: float,
         seed: int,
     ) -> None:
         check_choice("sampler", sampler, tuple(SAMPLERS))
@@ -87,8 +83,6 @@ class Controller:
             temperature,
             score_normalization,
             cyclic_order,
-            cost_weight,
-            exploration,
             seed,
         )
         self._name = sampler if num_active_layers < num_layers else "full"

@@ -44,22 +44,6 @@ def probabilities(scores: Sequence[float], temperature: float, normalization: st
     return softmax(sampling_logits(scores, temperature, normalization))
 
 
-def per_cost(logits: Sequence[float], weight: float) -> tuple[float, ...]:
-    """Logits of p_l / cost_l ** weight, normalized; cost_l is the arithmetic of a step that trains layer l alone.
-
-    [ours] In units of one layer's forward pass: L for the forward pass, L - l for the gradients that come down to l, 1 for its
-    weights. Head and embeddings are left out.
-    """
-    count = len(logits)
-    return tuple(x - weight * math.log(2 * count - layer + 1) for layer, x in enumerate(logits))
-
-
-def explored(logits: Sequence[float], share: float) -> tuple[float, ...]:
-    """Logits of (1 - share) * p_l + share / L, so that no layer is less likely than share / L. [ours]"""
-    floor = share / len(logits)
-    return tuple(math.log((1.0 - share) * p + floor) for p in softmax(logits))
-
-
 def check_measurement(what: str, layer: int, value: float) -> None:
     """Raise ``ValueError`` naming the layer unless ``value`` is finite and not negative."""
     if not (math.isfinite(value) and value >= 0.0):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from grass_ds.policy.importance import NORMALIZATIONS, explored, per_cost, sampling_logits, softmax
+from grass_ds.policy.importance import NORMALIZATIONS, sampling_logits, softmax
 from grass_ds.policy.schedule import check_integer
 
 CYCLIC_ORDERS = ("random", "ascending", "descending")
@@ -26,8 +26,6 @@ class SamplerSettings:
     temperature: float = 1.0
     score_normalization: str = "mean"
     cyclic_order: str = "random"
-    cost_weight: float = 0.0
-    exploration: float = 0.0
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -37,10 +35,6 @@ class SamplerSettings:
             raise ValueError(f"grass.seed = {self.seed!r} is not allowed: expected an integer in [0, 2**63)")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"grass.temperature = {self.temperature!r} is not allowed: expected a finite number > 0")
-        if not (math.isfinite(self.cost_weight) and self.cost_weight >= 0):
-            raise ValueError(f"grass.cost_weight = {self.cost_weight!r} is not allowed: expected a finite number >= 0")
-        if not 0 <= self.exploration <= 1:
-            raise ValueError(f"grass.exploration = {self.exploration!r} is not allowed: expected a number in [0, 1]")
         check_choice("score_normalization", self.score_normalization, NORMALIZATIONS)
         check_choice("cyclic_order", self.cyclic_order, CYCLIC_ORDERS)
 
@@ -138,13 +132,10 @@ class GrassSampler(UniformSampler):
     adaptive = True
 
     def _logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        """m_l / tau, weighed by cost, with a floor; equal while probing has not yet given scores."""
+        """m_l / tau; equal while probing has not yet given scores."""
         if scores is None:
             return super()._logits(scores)
-        logits = sampling_logits(scores, self.settings.temperature, self.settings.score_normalization)
-        if self.settings.cost_weight:
-            logits = per_cost(logits, self.settings.cost_weight)
-        return explored(logits, self.settings.exploration) if self.settings.exploration else logits
+        return sampling_logits(scores, self.settings.temperature, self.settings.score_normalization)
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """gamma distinct layers, ascending; ``ValueError`` without scores."""

@@ -30,8 +30,6 @@ DEFAULTS = {
     "temperature": 0.5,
     "ema_alpha": 0.3,
     "score_normalization": "mean",
-    "cost_weight": 0.0,
-    "exploration": 0.0,
     "cyclic_order": "random",
     "seed": 7,
 }

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_ds.policy.importance import NORMALIZATIONS, Importance, explored, per_cost, probabilities, softmax
+from grass_ds.policy.importance import NORMALIZATIONS, Importance, probabilities
 
 scores_lists = st.lists(st.floats(0.0, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 temperatures = st.floats(1e-300, 1e300)
@@ -86,19 +86,3 @@ def test_a_refused_measurement_leaves_nothing_behind(rms):
     with pytest.raises(ValueError, match=r"layer 1 is (nan|inf)|wanted for layers \[0, 1\]"):
         importance.measure(rms, (0, 1))
     assert importance.state_dict() == before
-
-
-def test_weight_by_cost_divides_each_chance_by_the_cost_of_its_step():
-    """Four layers: forward 4, gradients down to the layer 4 - l, its weights 1."""
-    logits = [0.3, -1.0, 2.0, 0.0]
-    plain = softmax(logits)
-    for weight in (0.5, 2.0):
-        weighed = [p / cost**weight for p, cost in zip(plain, (9, 8, 7, 6), strict=True)]
-        assert softmax(per_cost(logits, weight)) == pytest.approx([p / sum(weighed) for p in weighed])
-
-
-@given(st.lists(st.floats(-800, 800), min_size=2, max_size=12), st.floats(0.01, 1.0))
-def test_exploration_gives_every_layer_its_share(logits, share):
-    found = softmax(explored(logits, share))
-    count = len(logits)
-    assert found == pytest.approx([(1 - share) * p + share / count for p in softmax(logits)])
