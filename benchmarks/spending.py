@@ -61,20 +61,20 @@ def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
         for what in SPENT
     }
     least = {
-        what: min(curve[-1][what] for method in methods for curve in curves[method]) for what, methods in known.items()
+        what: min(curve[-1][what] for method in methods for curve in curves[method])
+        for what, methods in known.items()
+        if methods
     }
     lines = header(
         "method",
-        *(f"{label}, in all" for what, label in SPENT.items() if what != "step"),
-        *(f"development loss at {least[what]:.0f} {label}" for what, label in SPENT.items()),
+        *(f"{label}, in all" for what, label in SPENT.items() if what in least and what != "step"),
+        *(f"development loss at {spent:.0f} {SPENT[what]}" for what, spent in least.items()),
     )
     for method, found in curves.items():
-        totals, losses = [], []
-        for what in SPENT:
-            timed = found if method in known[what] else []
-            totals.append(mean_of_all([curve[-1][what] for curve in timed], 0))
-            losses.append(mean_of_all([loss_at(curve, what, least[what]) for curve in timed], 3))
-        lines.append(line([KNOWN[method].bare_label, *totals[1:], *losses]))  # all have as many steps
+        shown = {what: found if method in known[what] else [] for what in least}
+        totals = [mean_of_all([curve[-1][what] for curve in shown[what]], 0) for what in least if what != "step"]
+        losses = [mean_of_all([loss_at(curve, what, least[what]) for curve in shown[what]], 3) for what in least]
+        lines.append(line([KNOWN[method].bare_label, *totals, *losses]))
     return lines
 
 

@@ -6,7 +6,18 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.contest import CHANGES, DRAWN, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
+from benchmarks.contest import (
+    CHANGES,
+    DRAWN,
+    FEWER,
+    METHODS,
+    RATES,
+    SETTINGS,
+    STEPS,
+    TUNING_SEED,
+    best_rates,
+    tried_rates,
+)
 from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
@@ -25,18 +36,20 @@ MODEL = "SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1), trained in bf16"
 # Student's t, 97.5 %, by number of seeds.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
 CHANGES_NOTE = (
-    "Within a seed, so on the same rows, with the learning rate of `grass` as it is. From uniform: total variation between the draw's "
-    "distribution and the uniform one. Alike: share of the layers trained in a step that `grass` as it is trained, too, in that step; the "
-    "less they have in common, the more of a difference is chance."
+    "Within a seed, so on the same rows, with the learning rate of `grass` as it is, whose loss is the mean of its draws on that seed: its run "
+    "above, and those with another seed of the sampler where there are any. The first line then is chance alone: how far each draw is from "
+    "that mean. From uniform: total variation between the draw's distribution and the uniform one. Alike: share of the layers trained in a "
+    f"step that the run above trained, too, in that step. `cost_weight` (a preference for layers whose step is cheap) and `exploration` (a share "
+    f"of the draw that is uniform) were options once; `steps` {FEWER} is the plain way to the arithmetic of `cost_weight` 8: fewer steps, with a "
+    "schedule of their own."
 )
-CHANCE_NOTE = " Other draws: another seed of the sampler, nothing else: that is chance alone."
 PAIRS_NOTE = (
     "Both methods saw the same rows with a seed, and their samplers the same random numbers. Alike: share of the layers trained in a step "
     "that both have trained in that step."
 )
 REDRAWN_NOTE = (
-    "The runs above and the same with other seeds of the sampler: same rows in the same order, same learning rate, other layers at other "
-    "times. Differences are between runs with the same rows and the same seed of the sampler. Development loss."
+    "Further runs with other seeds of the sampler: same rows in the same order, same learning rate, other layers at other times. Differences "
+    "are between runs with the same rows and the same seed of the sampler; the interval is of further draws on these rows. Development loss."
 )
 LONG_NOTE = (
     "One seed, and the learning rates that were best in short runs: they tell whether the order of the methods changes with the "
@@ -70,7 +83,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", PAIRS_NOTE, "", *_pairs_table(reached), ""]
     if redrawn := other_draws(rows):
-        lines += ["### Other draws: how much is chance?", "", REDRAWN_NOTE, "", *_redrawn_table(redrawn, reached), ""]
+        lines += ["### Other draws: how much is chance?", "", REDRAWN_NOTE, "", *_redrawn_table(redrawn), ""]
     if short := [row for row in rows if row.get("curve") and row["steps"] == STEPS]:
         lines += ["### Loss for the same spending", "", SPENDING_NOTE, ""]
         lines += [*spending_table(short, untrained_loss(rows, task)), ""]
@@ -78,8 +91,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     if longer := [row for row in rows if row["steps"] > STEPS]:
         lines += ["### Longer runs", "", LONG_NOTE, "", *_longer_table(longer, reached), ""]
     if changed := [row for row in rows if row["method"] == "grass" and 0 < row["steps"] <= STEPS and _changed(row)]:
-        chance = CHANCE_NOTE if any("seed" in row["grass"] for row in changed) else ""
-        lines += ["### grass with one setting changed", "", CHANGES_NOTE + chance, ""]
+        lines += ["### grass with one setting changed", "", CHANGES_NOTE, ""]
         lines += [*_changes_table(changed, trained(reached, "grass")), ""]
     if measured := [row for row in rows if row.get("reprobes")]:
         lines += ["### Do scores go stale?", "", staleness_note(measured), "", *staleness_table(measured), ""]
@@ -93,7 +105,10 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
     one = next((row for row in rows if row["steps"] == STEPS), rows[0])
     what = TASKS[task]
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-    seeds = sorted({row["seed"] for row in rows if "test_loss" in row and row["steps"]})
+    reached = [row for row in rows if "test_loss" in row and row["steps"]]
+    elsewhere = ", left out of methods that ran on another day than grass, when the machine was not as fast"
+    if all(timed_alike([row], reached) for row in reached):
+        elsewhere = ""
     answers = "exact match of generated numbers" if what.exact else "the most likely option"
     return (
         f"{one['model']} ({MODEL}), {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
@@ -101,8 +116,8 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
         f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
-        f"{len(seeds)} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread); two cells at a time, "
-        f"so time is CPU time of the steps; left out of methods that ran on another day than grass, on a machine of another speed. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
+        f"{len({row['seed'] for row in reached})} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread); two cells at a time, "
+        f"so time is CPU time of the steps{elsewhere}. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
     )
 
 
@@ -206,14 +221,13 @@ def within_seeds(rows: Sequence[Row], left: str, right: str, measure: Callable[[
     return [measure(ours) - measure(theirs) for ours, theirs in _pairs(rows, left, right)]
 
 
-def _redrawn_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
+def _redrawn_table(rows: Sequence[Row]) -> list[str]:
     """A line per method with the losses of all its draws, and one with the differences between the two."""
     seeds = sorted({row["seed"] for row in rows})
-    losses = {method: _drawn_losses(rows, reached, method) for method in DRAWN}
-    pairs = redrawn_differences(rows, reached)
+    pairs = redrawn_differences(rows)
     lines = header("", *(f"rows of seed {seed}" for seed in seeds), "all", "95 % interval of the mean", "runs")
     for label, found, show in (
-        *((method, losses[method], spread) for method in DRAWN),
+        *((method, _drawn_losses(rows, method), spread) for method in DRAWN),
         (f"{DRAWN[1]} - {DRAWN[0]}", pairs, differences),
     ):
         by_seed = [[value for (seed, _), value in sorted(found.items()) if seed == one] for one in seeds]
@@ -223,21 +237,18 @@ def _redrawn_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
 
 
 def other_draws(rows: Sequence[Row]) -> list[Row]:
-    """None unless there are some of both methods."""
-    redrawn = [row for row in rows if "seed" in row["grass"]]
-    return redrawn if {row["method"] for row in redrawn} == set(DRAWN) else []
+    """Runs with a seed of the sampler's own, of either method."""
+    return [row for row in rows if "seed" in row["grass"]]
 
 
-def redrawn_differences(rows: Sequence[Row], reached: Sequence[Row]) -> dict[tuple[int, int], float]:
+def redrawn_differences(rows: Sequence[Row]) -> dict[tuple[int, int], float]:
     """Development loss of the second of :data:`DRAWN` minus that of the first, by seed of the rows and seed of the sampler."""
-    theirs, ours = (_drawn_losses(rows, reached, method) for method in DRAWN)
+    theirs, ours = (_drawn_losses(rows, method) for method in DRAWN)
     return {drawn: ours[drawn] - theirs[drawn] for drawn in sorted(ours.keys() & theirs.keys())}
 
 
-def _drawn_losses(rows: Sequence[Row], reached: Sequence[Row], method: str) -> dict[tuple[int, int], float]:
-    seeds = {row["seed"] for row in rows}
-    mine = [*trained([row for row in reached if row["seed"] in seeds], method), *trained(rows, method)]
-    return {(row["seed"], row["grass"].get("seed", row["seed"])): row["dev_loss"] for row in mine}
+def _drawn_losses(rows: Sequence[Row], method: str) -> dict[tuple[int, int], float]:
+    return {(row["seed"], row["grass"]["seed"]): row["dev_loss"] for row in trained(rows, method)}
 
 
 def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
@@ -249,7 +260,6 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
         *(f"development loss after {step} of {rows[0]['steps']} steps" for step in points),
         f"in a run of {STEPS}",
         "TFLOP of the steps",
-        "CPU seconds of the steps",
         "seed",
     )
     for row in sorted(rows, key=lambda row: METHODS.index(row["method"])):
@@ -260,7 +270,6 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
             *(f"{point['dev_loss']:.3f}" for point in row["curve"]),
             *([f"{loss:.3f}" for loss in short] or [""]),
             f"{sum(step_flops(row)) / 1e12:.0f}",
-            f"{row['cpu_seconds']:.0f}",
             str(row["seed"]),
         ]
         lines.append(line(cells))
@@ -268,28 +277,35 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
 
 
 def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
-    """Development loss against ``grass`` as it is, within a seed; and what a step costs."""
+    """Development loss against ``grass`` as it is, within a seed; and what the steps cost."""
     lines = header(
         "changed",
         "development loss minus that of grass as it is",
         "FLOPs, of grass as it is",
         "from uniform",
         "alike",
-        "seeds",
+        "runs",
     )
-    bases = {row["seed"]: row for row in base}
-    found: dict[str, list[tuple[Row, Row]]] = {label: [] for label in map(_label, CHANGES)}
+    # As it is, with all its draws: the luck of one would be in every line.
+    bases = {seed: [row for row in base if row["seed"] == seed] for seed in {row["seed"] for row in base}}
+    for row in other_draws(rows):
+        bases.get(row["seed"], []).append(row)
+    found: dict[str, list[Row]] = {label: [] for label in map(_label, CHANGES)}
     for row in rows:
-        if row["seed"] in bases:
-            found.setdefault(_label(_changed(row)), []).append((row, bases[row["seed"]]))
-    for label, pairs in found.items():
-        if not pairs:
+        if row["seed"] in bases and "seed" not in row["grass"]:
+            found.setdefault(_label(_changed(row)), []).append(row)
+    if redrawn := [row for seed in sorted(bases) if len(bases[seed]) > 1 for row in bases[seed]]:
+        found = {"nothing; its draws": redrawn, **found}
+    for label, mine in found.items():
+        if not mine:
             continue
-        ours, theirs = zip(*pairs, strict=True)
-        ours_flops, theirs_flops = (sum(sum(step_flops(row)) for row in side) for side in (ours, theirs))
-        loss = differences([row["dev_loss"] - other["dev_loss"] for row, other in pairs])
-        seen = (mean_of_all([distance(row) for row in ours], 2), mean_of_all([alike(*pair) for pair in pairs], 2))
-        lines.append(line([label, loss, f"{ours_flops / theirs_flops:.2f}", *seen, str(len(pairs))]))
+        measures: tuple[Callable[[Row], float], ...] = (lambda row: row["dev_loss"], lambda row: sum(step_flops(row)))
+        theirs = [[statistics.mean(map(measure, bases[row["seed"]])) for row in mine] for measure in measures]
+        ours = [[measure(row) for row in mine] for measure in measures]
+        loss = differences([one - other for one, other in zip(ours[0], theirs[0], strict=True)])
+        shared = [alike(row, bases[row["seed"]][0]) for row in mine if row is not bases[row["seed"]][0]]
+        seen = (mean_of_all([distance(row) for row in mine], 2), mean_of_all(shared, 2))
+        lines.append(line([label, loss, f"{sum(ours[1]) / sum(theirs[1]):.2f}", *seen, str(len(mine))]))
     return lines
 
 
@@ -300,7 +316,7 @@ def _changed(row: Row) -> Row:
 
 
 def _label(change: Row) -> str:
-    return "other draws" if "seed" in change else ", ".join(f"`{name}` {value}" for name, value in change.items())
+    return ", ".join(f"`{name}` {value}" for name, value in change.items())
 
 
 def trained(rows: Sequence[Row], method: str) -> list[Row]:

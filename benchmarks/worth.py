@@ -70,7 +70,8 @@ def worth_note(rows: Sequence[Row]) -> str:
         first, second = (row["worth"] for row in rows[:2])
         text += (
             f"; of two seeds' gradient RMS {rank_correlation(first['scores'], second['scores']):+.2f}, of two seeds' worths "
-            f"{rank_correlation(worths(first), worths(second)):+.2f} (on the same development rows)"
+            f"{rank_correlation(worths(first), worths(second)):+.2f} (on the same development rows). In the table one seed's figures draw "
+            "and another's are what it brings, or the best would be the luckiest"
         )
     return text + "."
 
@@ -78,7 +79,7 @@ def worth_note(rows: Sequence[Row]) -> str:
 def brings(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     """By how one layer is drawn: how much less the loss is then, in nats, and FLOPs of its step; means over the seeds.
 
-    Drawn by one seed, valued by the next, or it is luck.
+    Drawn by one seed's figures, valued by the next one's: two seeds at least, or the best is the luckiest.
     """
     draws = [_draws(row["worth"]) for row in rows]
     values = [worths(row["worth"]) for row in (*rows[1:], rows[0])]
@@ -119,7 +120,9 @@ def _draws(found: Mapping[str, Any]) -> dict[str, Sequence[float]]:
         UNIFORM: [1 / len(scores)] * len(scores),
         DEFAULT: default,
         "by gradient RMS, temperature 0.25": probabilities(scores, 0.25, "mean"),
-        "the same, divided by the step's cost (2 L - l + 1) to the power 8": _per_cost(default, 8),
+        "by gradient RMS, temperature 1, over the cost of the step to the power 8 (`cost_weight` 8)": _per_cost(
+            default, 8
+        ),
         "the layer of largest gradient RMS": [float(score == max(scores)) for score in scores],
         BEST: [float(value == max(worth)) for value in worth],
     }

@@ -12,6 +12,7 @@ import torch
 from helpers.models import tiny_llama
 
 from benchmarks import contest, curves, draws, floors, spending, staleness, standings, worth
+from benchmarks.case import Case
 from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEED
 from benchmarks.reached import reached_block
 from benchmarks.run import run_cell
@@ -84,6 +85,11 @@ def test_rates_are_tried_until_the_best_has_worse_neighbours(losses: dict[float,
 
 def test_methods_are_compared_once_their_rate_is_known() -> None:
     rows = tuned("grass", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True))) + tuned("full", {GRID[0]: 1.0})
+    assert {cell["method"] for cell in contest.contest_cells(["redraw"], [TASK], rows)} == {"grass"}
+    rates = tuned("uniform", dict(zip(RATES[2:], (2.0, 1.0, 3.0), strict=True))) + tuned("uniform", {GRID[0]: 9.0})
+    redraws = list(contest.contest_cells(["redraw"], [TASK], rows + rates))
+    assert {(cell["method"], cell["lr"]) for cell in redraws} == {("grass", GRID[1]), ("uniform", RATES[3])}
+    assert {(cell["seed"], cell["grass"]["seed"]) for cell in redraws} == {(0, 100), (0, 200), (1, 101), (1, 201)}
     cells = list(contest.contest_cells(["compare", "ablate", "redraw", "reprobe"], [TASK], rows))
     assert {cell["method"] for cell in cells if cell["steps"]} == {"grass"}
     assert {cell["lr"] for cell in cells if cell["steps"]} == {GRID[1]}
@@ -162,26 +168,41 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
     assert "| 1.000 | 1.000 | 0.500 | 0.500 | 0.500 | 2.00 | 2.00 GB | 7.0 M |  | 1 |" in text
     assert "| `temperature` 4.0 | -0.250 (-0.250) | 1.96 |  |  | 1 |" in text
     images = {path.name for path in curves.draw([reached("grass", 0, 1.0, 0.5, **curve)], tmp_path)}
+    alone = reached("full", 0, 1.0, 0.5, **{**curve, "active": []})  # before grass has run, times compare with nothing
+    assert "CPU seconds" not in "".join(spending.spending_table([alone], 2.0))
     assert images == {f"loss-{TASK}.png", f"layers-{TASK}.png"}
     assert all(f"(plots/{name})" in text for name in images)
 
 
-@pytest.mark.usefixtures("known_flops")
 def test_other_draws_are_compared_draw_by_draw() -> None:
     redrawn = [
         row(method, 1e-4, 0, loss, grass={**SETTINGS, "seed": draw})
-        for method, draw, loss in (("uniform", 100, 2.0), ("grass", 100, 1.0), ("grass", 200, 9.0))
+        for method, draw, loss in (
+            ("uniform", 100, 2.0),
+            ("uniform", 200, 3.0),
+            ("grass", 100, 1.0),
+            ("grass", 200, 4.0),
+            ("grass", 300, 7.0),
+        )
     ]
-    runs = [reached("uniform", 0, 1.0, 0.5), reached("grass", 0, 3.0, 0.5), reached("grass", 1, 7.0, 0.5)]
-    uniform, grass, both = standings._redrawn_table(redrawn, runs)[2:]
-    assert uniform == "| uniform | 1.500 ± 0.707 | 1.500 ± 0.707 |  | 2 |"
-    assert grass == "| grass | 4.333 ± 4.163 | 4.333 ± 4.163 |  | 3 |"
-    # +2 with the draws of the seed, -1 with those of 100; the other has no pair
-    each = "+0.500 ± 2.121 (+2.000, -1.000)"
-    assert both == f"| grass - uniform | {each} | {each} | -18.565 to +19.565 | 2 |"
-    text = standings.sections([*runs, *redrawn])
-    assert both in text
-    assert "| other draws | +2.000 ± 5.657 (-2.000, +6.000) | 1.00 |  |  | 2 |" in text
+    uniform, grass, both = standings._redrawn_table(redrawn)[2:]
+    assert uniform == "| uniform | 2.500 ± 0.707 | 2.500 ± 0.707 |  | 2 |"
+    assert grass == "| grass | 4.000 ± 3.000 | 4.000 ± 3.000 |  | 3 |"
+    # the last draw has no pair
+    each = "+0.000 ± 1.414 (-1.000, +1.000)"
+    assert both == f"| grass - uniform | {each} | {each} | -12.710 to +12.710 | 2 |"
+
+
+@pytest.mark.usefixtures("known_flops")
+def test_changes_are_measured_against_all_draws_of_a_seed() -> None:
+    """Loss 3 as it is and 1 with another draw: 2 on average."""
+    redrawn = row("grass", 1e-4, 0, 1.0, grass={**SETTINGS, "seed": 100})
+    other = row("grass", 1e-4, 1, 9.0, grass={**SETTINGS, "seed": 100})  # of a seed without a run as it is
+    changed = row("grass", 1e-4, 0, 2.5, grass={**SETTINGS, "temperature": 4.0})
+    runs = [reached("uniform", 0, 1.0, 0.5), reached("grass", 0, 3.0, 0.5)]
+    text = standings.sections([*runs, redrawn, other, changed])
+    assert "| nothing; its draws | +0.000 ± 1.414 (+1.000, -1.000) | 1.00 |  |  | 2 |" in text
+    assert "| `temperature` 4.0 | +0.500 (+0.500) | 1.00 |  |  | 1 |" in text
 
 
 def test_sources_have_their_share() -> None:
@@ -198,7 +219,7 @@ def test_longer_runs_are_beside_the_short_one() -> None:
     long = row("grass", 1e-4, 0, 0.7, steps=200, batches=[[2, 8]] * 200, curve=points, cpu_seconds=400.0)
     rows = [long, reached("grass", 0, 1.0, 0.5), reached("grass", 1, 9.0, 0.5)]
     text = "\n".join(standings.sections(rows))
-    assert "| **grass**, 2 layers + final norm | 0.0001 | 0.800 | 0.700 | 1.000 | 6400 | 400 | 0 |" in text
+    assert "| **grass**, 2 layers + final norm | 0.0001 | 0.800 | 0.700 | 1.000 | 6400 | 0 |" in text
     assert "for the same spending" not in text  # the long run is not part of it
     assert "2 seeds" in text
     cells = list(contest.contest_cells(["long"], [TASK], tuned("full", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)))))
@@ -207,7 +228,10 @@ def test_longer_runs_are_beside_the_short_one() -> None:
 
 def test_readme_quotes_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "flops", lambda row, active: 7 - active[0])
-    worth_of = {"steps": 5, "scores": [3.0, 1.0], "before": 2.0, "losses": [1.0, 1.5]}
+    worths = [
+        {"steps": 5, "scores": [3.0, 1.0], "before": 2.0, "losses": [1.0, 1.5]},
+        {"steps": 5, "scores": [3.0, 1.0], "before": 2.0, "losses": [1.5, 1.75]},
+    ]
     rows = [
         reached("full", 0, 4.0, 0.25, steps=0),
         reached("uniform", 0, 1.5, 0.25),
@@ -215,23 +239,23 @@ def test_readme_quotes_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None
         reached("grass", 0, 1.0, 0.5),
         reached("grass", 1, 3.0, 0.5),
         *tuned("grass", {GRID[0]: 9.0}),
-        row("uniform", 1e-4, 0, 2.0, grass={**SETTINGS, "seed": 100}),
-        row("grass", 1e-4, 0, 2.5, grass={**SETTINGS, "seed": 100}),
-        row("grass", 1e-4, 0, 2.0, steps=0, worth=worth_of),
+        *(
+            row(method, 1e-4, 0, loss, grass={**SETTINGS, "seed": seed})
+            for method, losses in (("uniform", (2.0, 2.0)), ("grass", (2.5, 1.5)))
+            for seed, loss in zip((100, 200), losses, strict=True)
+        ),
+        *(row("grass", 1e-4, seed, 2.0, steps=0, worth=found) for seed, found in enumerate(worths)),
     ]
     text = " ".join(reached_block(rows).split())
     assert "| (untrained) | 4.000 |" in text
     assert "| uniform (LISA's draw), 2 layers + final norm | 1.750 ± 0.354 |" in text
     assert "| **grass**, 2 layers + final norm | 2.000 ± 1.414 |" in text
     assert "2 seeds" in text
-    assert "`grass` - `uniform`: +0.250 (95 % interval -9.282 to +9.782); with other draws" in text
-    assert (
-        "development loss: +0.000 (95 % interval -6.355 to +6.355), 2 pairs." in text
-    )  # -0.5 and 0.5, rows of seed 0
-    assert "by 0.750 if drawn uniformly" in text
-    assert text.endswith(
-        "and 1.000 if it is the best one; rank correlation of gradients with what layers bring: 1.00."
-    )
+    assert "`grass` - `uniform`: +0.250 (95 % interval -9.282 to +9.782); with 2 further pairs" in text
+    assert "on 1 of these seeds, development loss: +0.000 (95 % interval -6.355 to +6.355)." in text
+    assert "by 0.562 if drawn uniformly" in text
+    assert "by 0.750 if it is the one that was best with other batches" in text
+    assert text.endswith("correlation of gradients with what layers bring: 1.00.")
     assert reached_block(tuned("grass", {GRID[0]: 9.0})) == ""
 
 
@@ -347,9 +371,18 @@ def test_worth_says_what_each_draw_brings(monkeypatch: pytest.MonkeyPatch) -> No
     assert lines["uniformly"] == ["0.5000", "1.00", "1.00", "1.00"]
     # layer 0 by the first, worth 0.2 by the second; layer 2 by the second, worth 0.6 by the first
     assert lines["the layer of largest worth"] == ["0.4000", "0.80", "1.00", "0.80"]
+    (cheap,) = [values for name, values in lines.items() if "over the cost of the step" in name]
+    weights = [math.exp(score / 2.0) / cost**8 for score, cost in zip(found["scores"], (7, 6, 5), strict=True)]
+    brings = [sum(map(operator.mul, weights, values)) / sum(weights) for values in ((1.0, 0.3, 0.6), (0.2, 0.3, 0.6))]
+    assert cheap[0] == f"{sum(brings) / 2:.4f}"
     weights = [math.exp(score / 2.0) for score in found["scores"]]
     brings = [sum(map(operator.mul, weights, values)) / sum(weights) for values in ((1.0, 0.3, 0.6), (0.2, 0.3, 0.6))]
     assert lines["by gradient RMS, temperature 1 (default)"][0] == f"{sum(brings) / 2:.4f}"
+
+
+def test_rows_of_options_that_are_gone_still_have_a_case() -> None:
+    old = {**row("grass", 1e-4, 0, 1.0, grass={**SETTINGS, "an_option_of_old": 1}), "offload": None}
+    assert Case(old, [0]).grass.sample_period == SETTINGS["sample_period"]
 
 
 def test_draws_are_measured_by_what_importance_moves_and_by_what_they_share() -> None:
