@@ -17,24 +17,19 @@ Row = dict[str, Any]
 def reached_block(rows: Sequence[Row]) -> str:
     """Markdown; empty as long as no task has been compared."""
     tasks = {task: [row for row in rows if row["task"] == task] for task in TASKS}
-    tasks = {task: mine for task, mine in tasks.items() if any(row["steps"] for row in reported(mine))}
+    tasks = {task: mine for task, mine in tasks.items() if any(row["steps"] for row in standings.reported(mine))}
     if not tasks:
         return ""
     texts = [textwrap.fill(_paragraph(task, mine), 140, break_on_hyphens=False) for task, mine in tasks.items()]
     return "\n".join([*_table(tasks), "", "\n\n".join(texts), ""])
 
 
-def reported(rows: Sequence[Row]) -> list[Row]:
-    """Rows with what is reported, the untrained model's among them."""
-    return [row for row in rows if "test_loss" in row]
-
-
 def _table(tasks: dict[str, list[Row]]) -> list[str]:
     """A line per method, a column per task."""
     lines = header("held-out loss, nats per answer token", *(f"`{task}`" for task in tasks))
-    untrained = [[row for row in reported(mine) if not row["steps"]] for mine in tasks.values()]
+    untrained = [[row for row in standings.reported(mine) if not row["steps"]] for mine in tasks.values()]
     found = {"(untrained)": untrained} | {
-        METHODS[method].bare_label: [standings.trained(reported(mine), method) for mine in tasks.values()]
+        METHODS[method].bare_label: [standings.trained(standings.reported(mine), method) for mine in tasks.values()]
         for method in contest.METHODS
     }
     for label, per_task in found.items():
@@ -46,7 +41,7 @@ def _table(tasks: dict[str, list[Row]]) -> list[str]:
 
 def _paragraph(task: str, rows: Sequence[Row]) -> str:
     """Conditions, how far grass and uniform are apart, and what a layer brings."""
-    mine = [row for row in reported(rows) if row["steps"]]
+    mine = [row for row in standings.reported(rows) if row["steps"]]
     redrawn, valued = standings.other_draws(rows), [row for row in rows if "worth" in row]
     one = mine[0]
     text = (

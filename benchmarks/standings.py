@@ -79,7 +79,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
     lines = [f"## Quality: task `{task}`", "", _conditions(task, rows), ""]
     if tuning := [row for row in rows if row["seed"] == TUNING_SEED]:
         lines += ["### Learning rates tried: loss on development rows", "", *_tuning_table(task, tuning), ""]
-    if reached := [row for row in rows if "test_loss" in row]:
+    if reached := reported(rows):
         lines += ["### What was reached", "", *_standings_table(reached), ""]
         lines += ["### Differences within a seed", "", PAIRS_NOTE, "", *_pairs_table(reached), ""]
     if redrawn := other_draws(rows):
@@ -105,7 +105,7 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
     one = next((row for row in rows if row["steps"] == STEPS), rows[0])
     what = TASKS[task]
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-    reached = [row for row in rows if "test_loss" in row and row["steps"]]
+    reached = [row for row in reported(rows) if row["steps"]]
     elsewhere = ", left out of methods that ran on another day than grass, when the machine was not as fast"
     if all(timed_alike([row], reached) for row in reached):
         elsewhere = ""
@@ -317,6 +317,11 @@ def _changed(row: Row) -> Row:
 
 def _label(change: Row) -> str:
     return ", ".join(f"`{name}` {value}" for name, value in change.items())
+
+
+def reported(rows: Sequence[Row]) -> list[Row]:
+    """Rows with all that is measured, the untrained model's among them."""
+    return [row for row in rows if "test_loss" in row]
 
 
 def trained(rows: Sequence[Row], method: str) -> list[Row]:
