@@ -10,7 +10,7 @@ import numpy
 from matplotlib.figure import Figure
 
 from benchmarks.contest import METHODS, STEPS
-from benchmarks.spending import SPENT, points, timed_alike, untrained_loss
+from benchmarks.spending import SPENT, compares, points, untrained_loss
 from benchmarks.tasks import TASKS
 from benchmarks.worth import draw_worth
 
@@ -36,7 +36,7 @@ def _losses(task: str, rows: Sequence[Row], untrained: float | None, file: Path)
         for method in METHODS:
             mine = [row for row in rows if row["method"] == method]
             runs = [points(row, untrained) for row in mine]
-            if runs and (what != "cpu_seconds" or timed_alike(mine, rows)):
+            if runs and compares(what, mine, rows):
                 seeds = list(zip(*runs, strict=True))  # one tuple per point of the curve
                 across, losses = (
                     [statistics.mean(point[name] for point in point_of_seeds) for point_of_seeds in seeds]

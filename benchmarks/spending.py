@@ -21,9 +21,14 @@ def untrained_loss(rows: Sequence[Row], task: str) -> float | None:
     return next((row["dev_loss"] for row in rows if row["task"] == task and row["steps"] == 0), None)
 
 
-def timed_alike(mine: Sequence[Row], rows: Sequence[Row]) -> bool:
-    """Whether CPU seconds of these rows compare with those of ``grass``: rows of other commits are of another day, and machines differ."""
-    return {row["commit"] for row in mine} <= {row["commit"] for row in rows if row["method"] == "grass"}
+def compares(what: str, mine: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether what these rows have spent compares with what ``grass`` has.
+
+    All but CPU seconds do; those of other commits are of another day, and machines differ.
+    """
+    return what != "cpu_seconds" or {row["commit"] for row in mine} <= {
+        row["commit"] for row in rows if row["method"] == "grass"
+    }
 
 
 def step_flops(row: Row) -> list[int]:
@@ -56,10 +61,7 @@ def spending_table(rows: Sequence[Row], untrained: float | None) -> list[str]:
     drawn = {method: [row for row in rows if row["method"] == method and row.get("curve")] for method in METHODS}
     curves = {method: [points(row, untrained) for row in mine] for method, mine in drawn.items() if mine}
     # Methods that a kind of spending compares.
-    known = {
-        what: [method for method in curves if what != "cpu_seconds" or timed_alike(drawn[method], rows)]
-        for what in SPENT
-    }
+    known = {what: [method for method in curves if compares(what, drawn[method], rows)] for what in SPENT}
     least = {
         what: min(curve[-1][what] for method in methods for curve in curves[method])
         for what, methods in known.items()

@@ -21,7 +21,7 @@ from benchmarks.contest import (
 from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
 from benchmarks.places import each, header, line
-from benchmarks.spending import mean_of_all, spending_table, step_flops, timed_alike, untrained_loss
+from benchmarks.spending import compares, mean_of_all, spending_table, step_flops, untrained_loss
 from benchmarks.staleness import staleness_note, staleness_table
 from benchmarks.tasks import ROWS, TASKS
 from benchmarks.worth import worth_note, worth_table
@@ -34,7 +34,7 @@ SPENDING_NOTE = (
 )
 MODEL = "SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1), trained in bf16"
 # Student's t, 97.5 %, by number of seeds.
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 CHANGES_NOTE = (
     "Within a seed, so on the same rows, with the learning rate of `grass` as it is, whose loss is the mean of its draws on that seed: its run "
     "above, and those with another seed of the sampler where there are any. The first line then is chance alone: how far each draw is from "
@@ -107,7 +107,7 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
     reached = [row for row in reported(rows) if row["steps"]]
     elsewhere = ", left out of methods that ran on another day than grass, when the machine was not as fast"
-    if all(timed_alike([row], reached) for row in reached):
+    if all(compares("cpu_seconds", [row], reached) for row in reached):
         elsewhere = ""
     answers = "exact match of generated numbers" if what.exact else "the most likely option"
     return (
@@ -180,7 +180,7 @@ def _standings_table(rows: Sequence[Row]) -> list[str]:
             spread([mean_accuracy(row) for row in mine]),
             *(spread([row["accuracy"][source] for row in mine]) for source in sources),
             f"{statistics.mean(row['cpu_seconds'] / row['steps'] for row in mine):.2f}"
-            if timed_alike(mine, rows)
+            if compares("cpu_seconds", mine, rows)
             else "",
             f"{statistics.median(row['peak_bytes'] for row in mine) / 1e9:.2f} GB",
             f"{mine[0]['trainable'] / 1e6:.1f} M",
@@ -290,6 +290,8 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
     bases = {seed: [row for row in base if row["seed"] == seed] for seed in {row["seed"] for row in base}}
     for row in other_draws(rows):
         bases.get(row["seed"], []).append(row)
+    losses = {seed: statistics.mean(row["dev_loss"] for row in runs) for seed, runs in bases.items()}
+    flops = {seed: statistics.mean(sum(step_flops(row)) for row in runs) for seed, runs in bases.items()}
     found: dict[str, list[Row]] = {label: [] for label in map(_label, CHANGES)}
     for row in rows:
         if row["seed"] in bases and "seed" not in row["grass"]:
@@ -299,13 +301,11 @@ def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:
     for label, mine in found.items():
         if not mine:
             continue
-        measures: tuple[Callable[[Row], float], ...] = (lambda row: row["dev_loss"], lambda row: sum(step_flops(row)))
-        theirs = [[statistics.mean(map(measure, bases[row["seed"]])) for row in mine] for measure in measures]
-        ours = [[measure(row) for row in mine] for measure in measures]
-        loss = differences([one - other for one, other in zip(ours[0], theirs[0], strict=True)])
+        loss = differences([row["dev_loss"] - losses[row["seed"]] for row in mine])
+        cost = sum(sum(step_flops(row)) for row in mine) / sum(flops[row["seed"]] for row in mine)
         shared = [alike(row, bases[row["seed"]][0]) for row in mine if row is not bases[row["seed"]][0]]
         seen = (mean_of_all([distance(row) for row in mine], 2), mean_of_all(shared, 2))
-        lines.append(line([label, loss, f"{sum(ours[1]) / sum(theirs[1]):.2f}", *seen, str(len(mine))]))
+        lines.append(line([label, loss, f"{cost:.2f}", *seen, str(len(mine))]))
     return lines
 
 
