@@ -15,6 +15,7 @@ from benchmarks.models import largest_layer
 from benchmarks.peers import badam_engine, toggle_layers
 from benchmarks.places import OFFLOADS
 from grass_ds.config import GrassConfig
+from grass_ds.policy.controller import Controller
 from launch import distributed
 
 
@@ -33,10 +34,12 @@ def grass_config(args: argparse.Namespace) -> GrassConfig | None:
     return None if block is None else GrassConfig(**{**block, **grass_settings(args)})
 
 
-def updates(args: argparse.Namespace) -> int:
+def updates(args: argparse.Namespace, num_layers: int) -> int:
     """Of the cell's steps those that update weights: while probing the schedule of the learning rate waits, too."""
     block = grass_config(args)
-    return args.steps - (block.probe_steps if block is not None and block.probes else 0)
+    if block is None:
+        return args.steps
+    return args.steps - Controller(num_layers, **block.policy_arguments()).probe_steps_within(args.steps)
 
 
 def trainable_numel(engine: Any) -> int:
@@ -54,7 +57,7 @@ def build(args: argparse.Namespace, model: Any) -> Any:
         lr=args.lr,
         grass=grass_settings(args),
         bucket=max(5_000_000, largest_layer(model)),
-        total_steps=updates(args) if args.kind == "quality" else None,
+        total_steps=updates(args, len(model.get_decoder().layers)) if args.kind == "quality" else None,
     )
     if getattr(args, "async"):
         config["checkpoint"] = {"async": True}

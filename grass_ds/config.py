@@ -117,6 +117,11 @@ class GrassConfig(_Block):
     refresh_period: int = Field(50, ge=1)
     """Optimizer steps between two updates of the scores (paper: T_u). Only ``grass``. [ours]"""
 
+    reprobe_period: int = Field(0, ge=0)
+    """Optimizer steps between two probings, each of ``probe_steps`` steps that train nothing: what is measured replaces the scores of
+    all layers, and a new set is drawn. For runs in which the scores of layers that do not train go stale. 0: probe once, before
+    training (the paper). Only ``grass``. [ours]"""
+
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Softmax temperature of the draw (paper: tau). Low: the layers with the largest gradients nearly always; high: nearly
     uniform. Without a unit when ``score_normalization`` is ``mean``. [ours]"""
@@ -168,6 +173,7 @@ class GrassConfig(_Block):
             "probe_steps",
             "sample_period",
             "refresh_period",
+            "reprobe_period",
             "temperature",
             "ema_alpha",
         )

@@ -5,6 +5,7 @@ matplotlib is imported when a plot is drawn, and only its object interface is us
 backend nor its open figures change, and no display is needed.
 """
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,9 +155,13 @@ def _heatmap_image(history: History) -> "tuple[np.ndarray, int, int]":
 
 
 def _shade_probing(axes: "Axes", history: History) -> None:
-    probed = [row.step for row in history.rows if row.phase == "probe"]
-    if probed:
-        axes.axvspan(probed[0] - 0.5, probed[-1] + 0.5, color=PROBING, alpha=0.5, linewidth=0, label="probing")
+    """A band per probing: before training, and whenever it is repeated."""
+    label: str | None = "probing"
+    for phase, rows in groupby(history.rows, key=lambda row: row.phase):
+        if phase == "probe":
+            steps = [row.step for row in rows]
+            axes.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=PROBING, alpha=0.5, linewidth=0, label=label)
+            label = None  # named once
 
 
 def _name_top_layers(axes: "Axes", history: History, colours: Any, most: int = 3) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from transformers.integrations import WandbCallback
 
 import grass_ds
 from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import discover_layers
 from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
@@ -68,15 +70,16 @@ class GrassTrainer(Trainer):
     `max_steps`, it would end that many steps early, at a learning rate above its last one.
     """
 
-    def __init__(self, *args: Any, probe_steps: int = 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, probe_steps_within: Callable[[int], int] = lambda steps: 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.probe_steps = probe_steps
+        self.probe_steps_within = probe_steps_within
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """See `Trainer.create_scheduler`; without the probing steps."""
-        return super().create_scheduler(max(1, num_training_steps - self.probe_steps), optimizer)
+        updates = num_training_steps - self.probe_steps_within(num_training_steps)
+        return super().create_scheduler(max(1, updates), optimizer)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Not a step more for a run that is resumed from its last one: the Trainer asks only after each step whether to stop."""
@@ -114,21 +117,24 @@ def prepare(options: command_line.Arguments) -> Task:
     return Task(tokenizer, template, train_tokens, test, test_tokens, measure)
 
 
-def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrainedModel, int]:
-    """The model, and how many of the steps only measure it.
+def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrainedModel, Callable[[int], int]]:
+    """The model, and how many of a number of steps only measure it.
 
     Raises:
         ValueError: whatever is wrong with the model.
     """
     model = load_model(options.model.model, options.dtype, task.tokenizer)
     config = parse_grass_block(options.ds_config)
-    probe_steps = 0 if config is None else _check_model(model, config)
-    if 0 < options.training.max_steps <= probe_steps:
+    if config is None:
+        return model, lambda steps: 0
+    probe_steps_within = _check_model(model, config).probe_steps_within
+    steps = options.training.max_steps
+    if 0 < steps == probe_steps_within(steps):
         raise ValueError(
-            f"--max_steps {options.training.max_steps} leaves nothing to train: grass.probe_steps = {probe_steps} "
-            "of them only measure; raise --max_steps or lower probe_steps"
+            f"--max_steps {steps} leaves nothing to train: the first grass.probe_steps = {config.probe_steps} steps only "
+            "measure; raise --max_steps or lower probe_steps"
         )
-    return model, probe_steps
+    return model, probe_steps_within
 
 
 def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
@@ -141,13 +147,12 @@ def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
     return splits
 
 
-def _check_model(model: PreTrainedModel, config: GrassConfig) -> int:
-    """Refuse a model that cannot be trained layer by layer; return the number of probing steps."""
+def _check_model(model: PreTrainedModel, config: GrassConfig) -> Controller:
+    """Refuse a model that cannot be trained layer by layer; what will decide which layers train when."""
     check_model(model)
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
-    samples = config.probes and config.num_active_layers < len(layers.names)
-    return config.probe_steps if samples else 0
+    return Controller(len(layers.names), **config.policy_arguments())
 
 
 def _measure(wanted: str, test: Rows | None) -> str:
@@ -183,7 +188,7 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     resuming = wants_to_resume(options.training.resume_from_checkpoint)
     checkpoint = resume_point(options.training.resume_from_checkpoint, Path(str(options.training.output_dir)))
     task = distributed.on_every_rank(lambda: prepare(options))
-    model, probe_steps = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
+    model, probe_steps_within = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
     folder = Path(str(options.training.output_dir))
     stopwatch = Stopwatch(lambda: measure(task, model, options), folder / "before.json")
 
@@ -196,7 +201,7 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         data_collator=Collator(task.tokenizer.pad_token_id),
         processing_class=task.tokenizer,
         callbacks=[stopwatch, callback, grass_ds.PreemptionCallback(preemption)],
-        probe_steps=probe_steps,
+        probe_steps_within=probe_steps_within,
     )
     trainer.remove_callback(PrinterCallback if options.training.disable_tqdm else ProgressCallback)
     trainer.add_callback(TerminalLines if options.training.disable_tqdm else TerminalProgress)
@@ -263,7 +268,7 @@ def _report(
         "learning_rate": training.learning_rate,
         "speed": {
             "steps": steps,
-            "probe_steps": trainer.probe_steps,
+            "probe_steps": trainer.probe_steps_within(steps),
             "seconds_per_step": stopwatch.seconds / max(steps - stopwatch.first_step, 1),
             "tokens_per_second": callback.tokens_per_second or 0.0,
             "rows_per_step": training.train_batch_size

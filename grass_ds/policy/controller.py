@@ -5,7 +5,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Controller:
         probe_steps: T_p; ignored by samplers without scores.
         sample_period: T_s, applied steps between two draws.
         refresh_period: T_u, applied steps between two score refreshes.
+        reprobe_period: applied steps between two probings; 0: the first is the only one. Used by adaptive samplers.
         temperature: tau > 0.
         ema_alpha: alpha in (0, 1], the weight of the new measurement in a refresh.
         score_normalization: ``mean`` or ``none``, see :func:`grass_ds.policy.importance.sampling_logits`.
@@ -51,7 +52,7 @@ class Controller:
         active_layers: ascending indices of the layers the coming step trains; all of them while probing.
         visits: applied train steps per layer.
         step: applied train steps.
-        probe_step: counted probe steps.
+        probe_step: counted probe steps of the probing under way, or of the last one.
         draws: active sets drawn by this object; tells a caller that :meth:`end_step` decided something.
     """
 
@@ -64,6 +65,7 @@ class Controller:
         probe_steps: int,
         sample_period: int,
         refresh_period: int,
+        reprobe_period: int,
         temperature: float,
         ema_alpha: float,
         score_normalization: str,
@@ -76,7 +78,7 @@ class Controller:
                 f"grass.ema_alpha = {ema_alpha!r} is not allowed: expected a number in (0, 1]; "
                 'to keep the probed scores use "sampler": "static"'
             )
-        self._schedule = Schedule(probe_steps, sample_period, refresh_period)
+        self._schedule = Schedule(probe_steps, sample_period, refresh_period, reprobe_period)
         settings = SamplerSettings(
             num_layers,
             num_active_layers,
@@ -104,18 +106,18 @@ class Controller:
     def _begin(self) -> None:
         """Enter the phase that the sampler needs and choose the first active set."""
         if self._sampler.needs_scores and self._importance.scores is None:
-            self.phase, self.active_layers = Phase.PROBE, tuple(range(self._num_layers))
+            self.active_layers = self._probe()
         else:
             self.phase, self.active_layers = Phase.TRAIN, self._next_active()
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """m_l per layer (gradient RMS, float64); None before probing is done and for samplers without scores."""
+        """m_l per layer (gradient RMS, float64); None before the first probing is done and for samplers without scores."""
         return self._importance.scores if self._sampler.needs_scores else None
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Chance of each layer to be picked first in the next draw; sums to 1. 1 / L before probing is done, and for
+        """Chance of each layer to be picked first in the next draw; sums to 1. 1 / L before there are scores, and for
         ``cyclic`` (a layer's share of a cycle) and ``full`` (by convention)."""
         return self._sampler.probabilities(self.scores)
 
@@ -139,26 +141,40 @@ class Controller:
         """
         if self.measuring:
             self._importance.measure(rms, self.active_layers)
-        draw_due = self._end_probe_step() if self.phase is Phase.PROBE else self._end_train_step()
-        return self._switch_to(self._next_active()) if draw_due else None
+        active = self._end_probe_step() if self.phase is Phase.PROBE else self._end_train_step()
+        return None if active is None else self._switch_to(active)
 
-    def _end_probe_step(self) -> bool:
-        """Count a probe step; whether it was the last one, so that the first set is due."""
+    def _end_probe_step(self) -> tuple[int, ...] | None:
+        """Count a probe step; after the last one, the set to train."""
         self.probe_step += 1
         if not self._schedule.probing_done(self.probe_step):
-            return False
-        self._importance.settle(self._ema_alpha)
+            return None
+        self._importance.settle(1.0)  # what was measured now, and on all layers, replaces what was measured before
         self.phase = Phase.TRAIN
-        return True
+        return self._next_active()
 
-    def _end_train_step(self) -> bool:
-        """Count a train step and refresh the scores if due; whether a new set is due."""
+    def _end_train_step(self) -> tuple[int, ...] | None:
+        """Count a train step, and refresh the scores if that is due; the set that comes next, None if nothing is due."""
         self.step += 1
         active = set(self.active_layers)
         self.visits = tuple(n + (layer in active) for layer, n in enumerate(self.visits))
+        if self._reprobes_after(self.step):
+            return self._probe()
         if self._sampler.adaptive and self._schedule.refreshes_after(self.step):
             self._importance.settle(self._ema_alpha)
-        return self._sampler.draws and self._schedule.draws_after(self.step)
+        return self._next_active() if self._draws_after(self.step) else None
+
+    def _reprobes_after(self, step: int) -> bool:
+        return self._sampler.adaptive and self._schedule.reprobes_after(step)
+
+    def _draws_after(self, step: int) -> bool:
+        return self._sampler.draws and self._schedule.draws_after(step)
+
+    def _probe(self) -> tuple[int, ...]:
+        """Enter the probing phase; its set, all layers."""
+        self.phase, self.probe_step = Phase.PROBE, 0
+        self._importance.discard()
+        return tuple(range(self._num_layers))
 
     def _next_active(self) -> tuple[int, ...]:
         """Draw: the only place that advances the sampler."""
@@ -170,13 +186,21 @@ class Controller:
 
         It is what the next draw gives with the scores of now: certain, but where scores are refreshed at the same boundary.
         """
-        if self.phase is not Phase.TRAIN or not (self._sampler.draws and self._schedule.draws_after(self.step + 1)):
+        coming = self.step + 1
+        if self.phase is not Phase.TRAIN or self._reprobes_after(coming) or not self._draws_after(coming):
             return None
         state = self._sampler.state_dict()
         try:
             return self._sampler.draw(self.scores)
         finally:
             self._sampler.load_state_dict(state)
+
+    def probe_steps_within(self, steps: int) -> int:
+        """Of the first ``steps`` steps of a run, of either kind and none skipped, those that probe: they move no weight."""
+        if not self._sampler.needs_scores:
+            return 0
+        schedule = self._schedule if self._sampler.adaptive else replace(self._schedule, reprobe_period=0)
+        return schedule.probe_steps_within(steps)
 
     def _switch_to(self, active: tuple[int, ...]) -> Switch | None:
         """Make ``active`` the active set."""

@@ -82,7 +82,8 @@ class Importance:
     def settle(self, alpha: float) -> None:
         """Fold the measurements into the scores and start anew: m_l <- alpha * mean + (1 - alpha) * m_l.
 
-        Layers without a measurement keep their score. The first call, at the end of probing, takes the plain means.
+        Layers without a measurement keep their score. The first call, at the end of probing, takes the plain means, as do those with
+        alpha = 1.
         """
         means = [s / n if n else None for s, n in zip(self._sums, self._counts, strict=True)]
         old = self.scores

@@ -40,7 +40,7 @@ class GrassHandle:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Importance m_l per layer; None before probing is over, and for samplers without scores."""
+        """Importance m_l per layer; None before the first probing is over, and for samplers without scores."""
         return self._controller.scores
 
     @property

@@ -195,7 +195,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
             return False
         before = self.controller.draws
         switch = self.controller.end_step(self._layer_rms)
-        if self.controller.draws != before:
+        if self.controller.draws != before or switch is not None:  # a draw, or probing that begins anew
             self._check_agreement("the layers to train next")
         if switch is None:
             if self.controller.draws != before:  # the same layers again: what was prepared for others may go

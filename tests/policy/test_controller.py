@@ -27,6 +27,7 @@ DEFAULTS = {
     "probe_steps": 3,
     "sample_period": 4,
     "refresh_period": 6,
+    "reprobe_period": 0,
     "temperature": 0.5,
     "ema_alpha": 0.3,
     "score_normalization": "mean",
@@ -158,6 +159,46 @@ def test_static_keeps_the_probed_scores():
     assert controller.scores == scores
 
 
+# ---- probing again ----------------------------------------------------------------------------------------------------------
+
+
+def test_probing_again_measures_all_layers_anew_trains_none_and_draws():
+    controller = make(reprobe_period=5, ema_alpha=0.25)
+    advance(controller, 3)
+    (*_, (switch, phase, active, scores, visits)) = advance(controller, 5)
+    assert (phase, active, controller.probe_step) == (Phase.PROBE, tuple(range(6)), 0)
+    assert switch.active == active and switch.deactivated == ()
+    assert len(switch.activated) == 4
+    for step in range(3):
+        assert controller.measuring and controller.scores == scores  # they hold until the new ones are there
+        draws = controller.draws
+        switch = controller.end_step({layer: (6 - layer) * (step + 1) for layer in range(6)})
+        assert (controller.step, controller.probe_step, controller.visits) == (5, step + 1, visits)
+        assert (controller.draws > draws) == (switch is not None) == (step == 2)
+    # the plain means: nothing is left of the old scores, nor of what the steps since the last refresh measured
+    assert controller.scores == (12.0, 10.0, 8.0, 6.0, 4.0, 2.0)
+    assert controller.phase is Phase.TRAIN and len(controller.active_layers) == 2
+    assert sorted(switch.deactivated + switch.active) == list(range(6))
+
+
+def test_probing_again_comes_after_each_period_and_goes_before_draw_and_refresh():
+    controller = make(sample_period=2, refresh_period=2, reprobe_period=4)
+    phases = [phase for _, phase, *_ in advance(controller, 3 + 3 * (4 + 3))]
+    expected = [Phase.PROBE] * 2 + ([Phase.TRAIN] * 4 + [Phase.PROBE] * 3) * 3 + [Phase.TRAIN]
+    assert phases == expected
+    assert controller.step == 12
+    assert controller.draws == 1 + 3 * 2  # one in the middle of each period, one after each probing
+    assert controller.probe_steps_within(3 + 3 * 7) == 3 + 3 * 3
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "grass"])
+def test_only_grass_probes_again(name):
+    once, again = make(sampler=name), make(sampler=name, reprobe_period=2)
+    assert advance(once, 30) == advance(again, 30)
+    assert again.probe_step == again.probe_steps_within(30) == once.probe_steps_within(30)
+    assert again.probe_steps_within(30) == (3 if name == "static" else 0)
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1.0])
 @pytest.mark.parametrize("done", [1, 5])
 def test_a_broken_measurement_names_the_layer_and_is_not_counted(broken, done):
@@ -177,12 +218,12 @@ def test_a_broken_measurement_names_the_layer_and_is_not_counted(broken, done):
 @settings(max_examples=40, deadline=None)
 @given(
     cut=st.integers(0, 30),
-    periods=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7)),
+    periods=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(0, 8)),
     order=st.sampled_from(["random", "ascending", "descending"]),
     seed=st.integers(0, 2**40),
 )
 def test_resume_at_any_step_goes_on_exactly(name, cut, periods, order, seed):
-    kwargs = dict(zip(("probe_steps", "sample_period", "refresh_period"), periods, strict=True))
+    kwargs = dict(zip(("probe_steps", "sample_period", "refresh_period", "reprobe_period"), periods, strict=True))
     kwargs |= {"sampler": name, "cyclic_order": order}
     straight = make(seed=seed, **kwargs)
     advance(straight, cut)
@@ -311,6 +352,7 @@ def test_leaving_a_method_amid_its_probing_starts_training(name):
         ({"ema_alpha": math.nan}, "ema_alpha = nan"),
         ({"sample_period": 0}, "sample_period = 0"),
         ({"refresh_period": 0}, "refresh_period = 0"),
+        ({"reprobe_period": -1}, "reprobe_period = -1"),
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"num_active_layers": 0}, "num_active_layers = 0"),
     ],
@@ -342,10 +384,12 @@ def test_the_policy_imports_nothing_but_torch_and_the_standard_library():
 # ---- looking ahead ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reprobe", [0, 10])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name):
-    """Said one step before each draw and at no other time; wrong at most where a refresh shares the step with the draw."""
-    controller, told, wrong = make(sampler=name, sample_period=2, refresh_period=6), 0, 0
+def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name, reprobe):
+    """Said one step before each draw of training and at no other time; wrong at most where a refresh shares the step with the draw."""
+    controller = make(sampler=name, sample_period=2, refresh_period=6, reprobe_period=reprobe)
+    told = wrong = 0
     for _ in range(80):
         upcoming, phase, step = controller.upcoming(), controller.phase, controller.step
         draws = controller.draws
@@ -356,7 +400,8 @@ def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name):
             refreshed = name == "grass" and (step + 1) % 6 == 0
             assert upcoming == controller.active_layers or refreshed
             wrong += upcoming != controller.active_layers
-    assert told == (0 if name == "full" else controller.step // 2)
+    probings = controller.step // reprobe if reprobe and name == "grass" else 0
+    assert told == (0 if name == "full" else controller.step // 2 - probings)
     assert wrong < told or not told
 
 

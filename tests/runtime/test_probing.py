@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.observed import difference, observe
 from torch import nn
 
 pytestmark = pytest.mark.dist
@@ -173,6 +174,57 @@ def test_scores_are_those_of_a_plain_model(request: pytest.FixtureRequest, pool:
         assert measured == pytest.approx(expected, rel=1e-5)
         assert max(expected) > 1.05 * min(expected)  # not all alike
     assert all([scores for scores, _ in pairs] == [scores for scores, _ in results[0]] for pairs in results)
+
+
+AGAIN = 5  # steps from one probing to the next: not a multiple of PERIOD
+
+
+def probe_again(config: dict[str, Any]) -> dict[str, Any]:
+    """Probe, train :data:`AGAIN` steps, and probe again. What must stand still then is asserted here; returns measured and expected scores."""
+    world = torch.distributed.get_world_size()
+    model, plain = tiny_llama(hidden=HIDDEN), tiny_llama(hidden=HIDDEN)
+    expected = []
+    with engine_of(config, model) as engine:
+        gas = engine.gradient_accumulation_steps()
+        train(engine, PROBE + AGAIN)
+        before, old = observe(engine), engine.grass.scores
+        assert (engine.grass.phase, engine.grass.active_layers) == ("probe", (0, 1, 2, 3))
+        assert all(param.requires_grad for param in model.model.layers.parameters())
+        load_weights(plain, model)
+        for step in range(PROBE + AGAIN, 2 * PROBE + AGAIN):
+            expected.append(layer_rms(plain, step, gas, world))
+            assert engine.grass.scores == old
+            train(engine, 1, start=step)
+            assert not engine.was_step_applied()
+            now = observe(engine)
+            for kept in ("weights", "state", "visits", "lr"):
+                assert difference(before[kept], now[kept], kept) is None
+            assert engine.grass.memory()["gradients"] == {"device": 0, "host": 0}
+        assert (engine.grass.phase, len(engine.grass.active_layers)) == ("train", 1)
+        assert engine.skipped_steps == 2 * PROBE
+        measured = engine.grass.scores
+        train(engine, 1, start=2 * PROBE + AGAIN)
+        trained = observe(engine)
+        assert engine.was_step_applied() and sum(trained["visits"]) == AGAIN + 1
+        layer = engine.grass.active_layers[0]
+        moved = {
+            int(name.split(".")[2])
+            for name, weight in trained["weights"].items()
+            if ".layers." in name and not torch.equal(weight, before["weights"][name])
+        }
+        assert moved == {layer}
+    return {"measured": measured, "expected": [sum(column) / PROBE for column in zip(*expected, strict=True)]}
+
+
+@pytest.mark.parametrize(("stage", "gas"), [(1, 1), (2, 2), (3, 1)])
+def test_probing_again_measures_the_weights_of_now_and_moves_nothing(two_ranks: Any, stage: int, gas: int) -> None:
+    warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 20}}
+    block = probing(reprobe_period=AGAIN, refresh_period=100)
+    config = ds_config(stage=stage, gas=gas, clip=0.5, grass=block, scheduler=warmup)
+    results = two_ranks.run(probe_again, config=config)
+    for result in results:
+        assert result["measured"] == pytest.approx(result["expected"], rel=1e-5)
+    assert results[0]["measured"] == results[1]["measured"]
 
 
 def test_static_scores_are_never_refreshed(two_ranks: Any) -> None:

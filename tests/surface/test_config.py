@@ -33,6 +33,8 @@ MISTAKES = [
     ("probe_steps", 0, "greater than or equal to 1"),
     ("sample_period", 0, "greater than or equal to 1"),
     ("refresh_period", 0, "greater than or equal to 1"),
+    ("reprobe_period", -1, "greater than or equal to 0"),
+    ("reprobe_period", True, "integer"),
     ("temperature", 0, "greater than 0"),
     ("temperature", -1.0, "greater than 0"),
     ("temperature", math.inf, "finite"),
@@ -252,7 +254,16 @@ def test_the_papers_symbol_is_named(name: str, symbol: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["probe_steps", "sample_period", "refresh_period", "temperature", "ema_alpha", "score_normalization"]
+    "name",
+    [
+        "probe_steps",
+        "sample_period",
+        "refresh_period",
+        "reprobe_period",
+        "temperature",
+        "ema_alpha",
+        "score_normalization",
+    ],
 )
 def test_our_own_defaults_are_called_ours(name: str) -> None:
     assert "[ours]" in documented_fields()[f"GrassConfig.{name}"]

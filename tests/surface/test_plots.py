@@ -86,6 +86,17 @@ def test_probabilities_are_drawn_while_training_only(tmp_path: Path) -> None:
     assert "sampler grass" in axes.get_title(loc="left")
 
 
+def test_every_probing_has_a_band_and_one_name(tmp_path: Path) -> None:
+    history = make_history(tmp_path, num_layers=3, steps=6, probe=2)
+    for step, phase in enumerate(("probe", "probe", "train"), start=7):
+        history.append(HistoryRow(step, phase, (0, 1, 2), (1 / 3,) * 3, None))
+    figure = probability_plot(history)
+    bands = [(band.get_x(), band.get_x() + band.get_width()) for band in figure.axes[0].patches]
+    assert bands == [(0.5, 2.5), (6.5, 8.5)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()].count("probing") == 1
+    np.testing.assert_allclose(heatmap(history)[0, 6:8], [to_rgb(PROBING)] * 2)
+
+
 @pytest.mark.parametrize(
     ("num_layers", "steps", "probe"), [(1, 1, 0), (1, 1, 1), (2, 3, 3), (30, 100, 20), (96, 2500, 20)]
 )

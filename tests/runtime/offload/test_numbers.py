@@ -106,9 +106,15 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
             "aio stream whole in buffers": {**AIO, **STREAM, **UNIT},
         },
     ),
-    "bf16, probing and refreshing, accumulation, clipping": (
+    "bf16, probing again and refreshing, accumulation, clipping": (
         "two_ranks",
-        ds_config(stage=1, dtype="bf16", gas=2, clip=0.5, grass=sampled(sampler="grass", always_active=["embed"])),
+        ds_config(
+            stage=1,
+            dtype="bf16",
+            gas=2,
+            clip=0.5,
+            grass=sampled(sampler="grass", reprobe_period=20, always_active=["embed"]),
+        ),
         {
             "cpu stream odd late": {**CPU, **STREAM, **ODD, **buffers(1), **LATE},
             "aio stream odd through files late": {**AIO, **STREAM, **ODD, **buffers(3, 5), **LATE, "checksum": True},
@@ -130,9 +136,9 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
             "aio stream grain in buffers": {**AIO, **STREAM, **GRAIN},
         },
     ),
-    "bf16, reset on switch, one rank": (
+    "bf16, reset on switch, probing again, one rank": (
         "one_rank",
-        ds_config(dtype="bf16", grass=sampled(sampler="grass", state_on_switch="reset")),
+        ds_config(dtype="bf16", grass=sampled(sampler="grass", reprobe_period=25, state_on_switch="reset")),
         {
             "cpu stream odd": {**CPU, **STREAM, **ODD},
             "posix stream grain through files lazy": {**POSIX, **STREAM, **GRAIN, **buffers(1, 3), "lazy": True},
