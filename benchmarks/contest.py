@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 ABLATION_SEEDS = SEEDS[:2]  # a part of the suite is to fit in 40 minutes
 # Tied embeddings, as here, are the head, too: "grass-embed" is grass with an active head.
 METHODS = ("full", "lora", "uniform", "cyclic", "static", "grass", "grass-sharp", "grass-embed")
-LONG_METHODS = ("full", "lora", "uniform", "grass")
+LONG_METHODS = ("full", "lora", "uniform", "grass")  # with the first seed
 # Short runs: the sampler's periods are a fifth of its defaults, alike for all methods.
 SETTINGS = {"probe_steps": 4, "sample_period": 5, "refresh_period": 10}
 # One change at a time of "grass"; of its defaults, but for the periods.
@@ -45,7 +45,9 @@ CHANGES: tuple[Cell, ...] = (
 )
 # Nothing but other draws: how much a loss changes by chance alone. Added to the seed, which the sampler has otherwise, too.
 OTHER_DRAWS = (100, 200)
-DRAWN = ("uniform", "grass")  # compared with them
+DRAWN = ("uniform", "grass")  # compared with them, and in long runs
+# Of the runs whose scores are compared with those measured anew; 0: probed once. The others end with steps that train.
+REPROBE_PERIODS = (0, 21, 10)
 
 
 def contest_cells(parts: Iterable[str], tasks: Iterable[str], rows: Iterable[Row]) -> Iterator[Cell]:
@@ -130,8 +132,9 @@ def _redraw(task: str, rows: list[Row]) -> Iterator[Cell]:
 
 
 def _reprobe(task: str, rows: list[Row]) -> Iterator[Cell]:
-    for lr, seed in _of_grass(task, rows):
-        yield _cell(task, "grass", lr=lr, seed=seed, reprobe=10, tuning=True)
+    for (lr, seed), period in product(_of_grass(task, rows), REPROBE_PERIODS):
+        settings = {**SETTINGS, "reprobe_period": period} if period else SETTINGS
+        yield _cell(task, "grass", lr=lr, seed=seed, grass=settings, reprobe=10, tuning=True)
 
 
 def _worth(task: str, rows: list[Row]) -> Iterator[Cell]:
@@ -150,11 +153,12 @@ def _of_grass(task: str, rows: list[Row]) -> Iterator[tuple[float, int]]:
 
 
 def _long(task: str, rows: list[Row]) -> Iterator[Cell]:
-    """One seed, with the learning rates that are best in short runs."""
+    """With the learning rates that are best in short runs; all seeds of those that are compared in pairs."""
     rates = best_rates(task, rows)
-    for method in LONG_METHODS:
-        if method in rates:
-            yield _cell(task, method, lr=rates[method], seed=SEEDS[0], steps=LONG, curve=50, tuning=True)
+    for seed in SEEDS:
+        for method in LONG_METHODS if seed == SEEDS[0] else DRAWN:
+            if method in rates:
+                yield _cell(task, method, lr=rates[method], seed=seed, steps=LONG, curve=50, tuning=True)
 
 
 MAKERS: dict[str, Callable[[str, list[Row]], Iterator[Cell]]] = {

@@ -5,6 +5,7 @@ import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy
@@ -57,43 +58,65 @@ def staleness_note(rows: Sequence[Row]) -> str:
     one = rows[0]
     return (
         f"True scores: gradient RMS at the weights of that step, mean over {REPROBE_BATCHES} batches that no run is trained on in this order; two halves "
-        f"of them tell how well {REPROBE_BATCHES // 2} measure. Scores drawn by are means over {one['grass']['probe_steps']} probing steps, and of layers that "
-        "trained since, with what their steps measured; probed scores are those of the first row. Ratios: a score over the true one, both "
-        f"divided by the mean of all layers first, which is what the draw sees. {len(rows)} seeds, learning rate {one['lr']:g}."
+        f"of them tell how well {REPROBE_BATCHES // 2} measure. Scores drawn by are means over the {one['grass']['probe_steps']} steps of the last probing, and of "
+        "layers that trained since, with what their steps measured; first scores are those of the first probing. Ratios: a score over the true "
+        "one, both divided by the mean of all layers first, which is what the draw sees. `reprobe_period` 0: probed once; what probing again does to the "
+        f"loss is in the table of settings changed. {len({row['seed'] for row in rows})} seeds, learning rate {one['lr']:g}."
     )
 
 
 def staleness_table(rows: Sequence[Row]) -> list[str]:
     """Rank correlation of scores with those measured anew, as training goes on, and how far they are off; means over the rows."""
     lines = header(
+        "`reprobe_period`",
         "after step",
         "rank correlation with true scores: of scores drawn by",
-        "of probed scores",
+        "of first scores",
         "of the true ones' halves with each other",
-        "layers trained since probing",
+        "layers trained since the scores of all were measured",
         "ratio to the true score of those: least, most",
-        "of layers never trained: least, most",
+        "of the others: least, most",
     )
-    for number in sorted({found["step"] for row in rows for found in row["reprobes"]}):
-        points = [(row, found) for row in rows for found in row["reprobes"] if found["step"] == number]
-        now, probed, ceiling, met, trained, idle = [], [], [], [], [], []
-        for row, found in points:
-            true = [statistics.mean(pair) for pair in zip(*found["true"], strict=True)]
-            now.append(rank_correlation(found["scores"], true))
-            probed.append(rank_correlation(row["reprobes"][0]["scores"], true))
-            ceiling.append(rank_correlation(*found["true"]))
-            seen = {layer for active in row["active"][:number] for layer in active or ()}
-            met.append(len(seen))
-            for layer, ratio in enumerate(_relative(found["scores"], true)):
-                (trained if layer in seen else idle).append(ratio)
-        cells = [
-            str(number),
-            *(f"{statistics.mean(values):.2f}" for values in (now, probed, ceiling)),
-            f"{statistics.mean(met):.0f}",
-            *(f"{min(values):.2f}, {max(values):.2f}" if values else "" for values in (trained, idle)),
-        ]
-        lines.append(line(cells))
+    settings: dict[int, list[Row]] = {}
+    for row in sorted(rows, key=reprobe_period):
+        settings.setdefault(reprobe_period(row), []).append(row)
+    for period, mine in settings.items():
+        for number in sorted({found["step"] for row in mine for found in row["reprobes"]}):
+            points = [(row, found) for row in mine for found in row["reprobes"] if found["step"] == number]
+            lines.append(line([str(period), str(number), *_staleness(points)]))
     return lines
+
+
+def reprobe_period(row: Row) -> int:
+    return row["grass"].get("reprobe_period", 0)
+
+
+def _staleness(points: Sequence[tuple[Row, Row]]) -> list[str]:
+    """What the table shows of a row's point, over several rows."""
+    now, first, ceiling, met, trained, idle = [], [], [], [], [], []
+    for row, found in points:
+        true = [statistics.mean(pair) for pair in zip(*found["true"], strict=True)]
+        now.append(rank_correlation(found["scores"], true))
+        first.append(rank_correlation(row["reprobes"][0]["scores"], true))
+        ceiling.append(rank_correlation(*found["true"]))
+        seen = _trained_since_probing(row["active"], found["step"])
+        met.append(len(seen))
+        for layer, ratio in enumerate(_relative(found["scores"], true)):
+            (trained if layer in seen else idle).append(ratio)
+    return [
+        *(f"{statistics.mean(values):.2f}" for values in (now, first, ceiling)),
+        f"{statistics.mean(met):.0f}",
+        *(f"{min(values):.2f}, {max(values):.2f}" if values else "" for values in (trained, idle)),
+    ]
+
+
+def _trained_since_probing(active: Sequence[Sequence[int] | None], steps: int) -> set[int]:
+    """Layers trained until then since the probing that the scores are from; ``active``: of every step, None if it probed."""
+    if steps < len(active) and active[steps] is None:  # a probing under way, of which there are no scores yet
+        while steps and active[steps - 1] is None:
+            steps -= 1
+    since = takewhile(lambda layers: layers is not None, reversed(active[:steps]))
+    return {layer for layers in since for layer in layers or ()}
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:

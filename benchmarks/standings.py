@@ -52,8 +52,8 @@ REDRAWN_NOTE = (
     "are between runs with the same rows and the same seed of the sampler; the interval is of further draws on these rows. Development loss."
 )
 LONG_NOTE = (
-    "One seed, and the learning rates that were best in short runs: they tell whether the order of the methods changes with the "
-    "length, not by how much they differ."
+    "With the learning rates that were best in short runs, and the sampler's periods of those: they tell whether the order of the methods "
+    "changes with the length."
 )
 PAIRS = (
     ("grass", "uniform"),
@@ -89,7 +89,7 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += [*spending_table(short, untrained_loss(rows, task)), ""]
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if longer := [row for row in rows if row["steps"] > STEPS]:
-        lines += ["### Longer runs", "", LONG_NOTE, "", *_longer_table(longer, reached), ""]
+        lines += ["### Longer runs", "", f"{LONG_NOTE}{_longer_difference(longer)}", "", *_longer_table(longer, reached), ""]
     if changed := [row for row in rows if row["method"] == "grass" and 0 < row["steps"] <= STEPS and _changed(row)]:
         lines += ["### grass with one setting changed", "", CHANGES_NOTE, ""]
         lines += [*_changes_table(changed, trained(reached, "grass")), ""]
@@ -274,6 +274,13 @@ def _longer_table(rows: Sequence[Row], reached: Sequence[Row]) -> list[str]:
         ]
         lines.append(line(cells))
     return lines
+
+
+def _longer_difference(rows: Sequence[Row]) -> str:
+    """Of the last development losses, within a seed; empty if there is no pair."""
+    ours, theirs = reversed(DRAWN)
+    found = within_seeds(rows, ours, theirs, lambda row: row["dev_loss"])
+    return f" At their end {ours} - {theirs}, within a seed: {differences(found)}." if found else ""
 
 
 def _changes_table(rows: Sequence[Row], base: Sequence[Row]) -> list[str]:

@@ -96,8 +96,11 @@ def test_methods_are_compared_once_their_rate_is_known() -> None:
     assert [cell["seed"] for cell in cells if "curve" in cell] == [*contest.SEEDS]
     assert TUNING_SEED not in contest.SEEDS
     assert len([cell for cell in cells if cell["grass"] not in ({}, SETTINGS)]) == len(contest.ABLATION_SEEDS) * (
-        len(contest.CHANGES) + len(contest.OTHER_DRAWS)
+        len(contest.CHANGES) + len(contest.OTHER_DRAWS) + len(contest.REPROBE_PERIODS) - 1
     )
+    assert [cell["grass"].get("reprobe_period", 0) for cell in cells if "reprobe" in cell] == 2 * [
+        *contest.REPROBE_PERIODS
+    ]
     assert [cell["steps"] for cell in cells].count(contest.FEWER) == len(contest.ABLATION_SEEDS)
     everything = list(contest.contest_cells(["tune"], [TASK], []))
     assert {(cell["method"], cell["lr"]) for cell in everything} == {(m, lr) for m in METHODS for lr in GRID}
@@ -222,8 +225,13 @@ def test_longer_runs_are_beside_the_short_one() -> None:
     assert "| **grass**, 2 layers + final norm | 0.0001 | 0.800 | 0.700 | 1.000 | 6400 | 0 |" in text
     assert "for the same spending" not in text  # the long run is not part of it
     assert "2 seeds" in text
-    cells = list(contest.contest_cells(["long"], [TASK], tuned("full", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True)))))
-    assert [(cell["method"], cell["lr"], cell["steps"]) for cell in cells] == [("full", GRID[1], contest.LONG)]
+    assert "At their end" not in text
+    both = [long, {**long, "method": "uniform", "dev_loss": 0.5}]
+    assert "At their end grass - uniform, within a seed: +0.200 (+0.200)." in "\n".join(standings.sections(rows + both))
+    rates = dict(zip(GRID, (2.0, 1.0, 3.0), strict=True))
+    cells = list(contest.contest_cells(["long"], [TASK], [*tuned("full", rates), *tuned("grass", rates)]))
+    assert [(cell["method"], cell["seed"]) for cell in cells] == [("full", 0), ("grass", 0), ("grass", 1), ("grass", 2)]
+    assert {(cell["lr"], cell["steps"]) for cell in cells} == {(GRID[1], contest.LONG)}
 
 
 def test_readme_quotes_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,9 +340,28 @@ def test_staleness_compares_with_scores_measured_anew() -> None:
     ]
     active = [None] * 4 + [[1]] * 4
     first, second = staleness.staleness_table([row("grass", 1e-3, 0, 1.0, reprobes=points, active=active)])[2:]
-    assert first.strip("| ").split(" | ") == ["4", "1.00", "1.00", "1.00", "0", "", "1.00, 1.00"]
+    assert first.strip("| ").split(" | ") == ["0", "4", "1.00", "1.00", "1.00", "0", "", "1.00, 1.00"]
     # 3, 2, 1 over 1.5, 2, 2.5, each divided by its mean, 2
-    assert second.strip("| ").split(" | ") == ["8", "-1.00", "1.00", "1.00", "1", "1.00, 1.00", "0.40, 2.00"]
+    assert second.strip("| ").split(" | ") == ["0", "8", "-1.00", "1.00", "1.00", "1", "1.00, 1.00", "0.40, 2.00"]
+
+
+def test_staleness_counts_layers_from_the_probing_that_scores_are_from() -> None:
+    since = staleness._trained_since_probing
+    active = [None, None, [0], [1], None, None, [2], [3]]
+    assert since(active, 2) == set()
+    assert since(active, 4) == {0, 1}
+    assert since(active, 5) == {0, 1}  # the second probing is under way: the scores are the first one's
+    assert since(active, 6) == set()
+    assert since(active, 8) == {2, 3}
+
+
+def test_staleness_keeps_settings_apart() -> None:
+    points = [{"step": 4, "scores": [1.0, 2.0], "true": [[1.0, 2.0], [1.0, 2.0]]}]
+    again = {**SETTINGS, "reprobe_period": 2}
+    rows = [
+        row("grass", 1e-3, 0, 1.0, reprobes=points, active=[None] * 4, grass=grass) for grass in (again, SETTINGS)
+    ]
+    assert [one.split(" | ")[0].strip("| ") for one in staleness.staleness_table(rows)[2:]] == ["0", "2"]
 
 
 def test_worth_trains_one_layer_at_a_time_from_the_same_weights() -> None:
