@@ -89,7 +89,14 @@ def _section(task: str, rows: Sequence[Row]) -> list[str]:
         lines += [*spending_table(short, untrained_loss(rows, task)), ""]
         lines += [f"![loss](plots/loss-{task}.png)", "", f"![layers trained](plots/layers-{task}.png)", ""]
     if longer := [row for row in rows if row["steps"] > STEPS]:
-        lines += ["### Longer runs", "", f"{LONG_NOTE}{_longer_difference(longer)}", "", *_longer_table(longer, reached), ""]
+        lines += [
+            "### Longer runs",
+            "",
+            f"{LONG_NOTE}{_longer_difference(longer)}",
+            "",
+            *_longer_table(longer, reached),
+            "",
+        ]
     if changed := [row for row in rows if row["method"] == "grass" and 0 < row["steps"] <= STEPS and _changed(row)]:
         lines += ["### grass with one setting changed", "", CHANGES_NOTE, ""]
         lines += [*_changes_table(changed, trained(reached, "grass")), ""]

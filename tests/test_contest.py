@@ -227,10 +227,17 @@ def test_longer_runs_are_beside_the_short_one() -> None:
     assert "2 seeds" in text
     assert "At their end" not in text
     both = [long, {**long, "method": "uniform", "dev_loss": 0.5}]
-    assert "At their end grass - uniform, within a seed: +0.200 (+0.200)." in "\n".join(standings.sections(rows + both))
+    assert "At their end grass - uniform, within a seed: +0.200 (+0.200)." in "\n".join(
+        standings.sections(rows + both)
+    )
     rates = dict(zip(GRID, (2.0, 1.0, 3.0), strict=True))
     cells = list(contest.contest_cells(["long"], [TASK], [*tuned("full", rates), *tuned("grass", rates)]))
-    assert [(cell["method"], cell["seed"]) for cell in cells] == [("full", 0), ("grass", 0), ("grass", 1), ("grass", 2)]
+    assert [(cell["method"], cell["seed"]) for cell in cells] == [
+        ("full", 0),
+        ("grass", 0),
+        ("grass", 1),
+        ("grass", 2),
+    ]
     assert {(cell["lr"], cell["steps"]) for cell in cells} == {(GRID[1], contest.LONG)}
 
 
@@ -358,9 +365,7 @@ def test_staleness_counts_layers_from_the_probing_that_scores_are_from() -> None
 def test_staleness_keeps_settings_apart() -> None:
     points = [{"step": 4, "scores": [1.0, 2.0], "true": [[1.0, 2.0], [1.0, 2.0]]}]
     again = {**SETTINGS, "reprobe_period": 2}
-    rows = [
-        row("grass", 1e-3, 0, 1.0, reprobes=points, active=[None] * 4, grass=grass) for grass in (again, SETTINGS)
-    ]
+    rows = [row("grass", 1e-3, 0, 1.0, reprobes=points, active=[None] * 4, grass=grass) for grass in (again, SETTINGS)]
     assert [one.split(" | ")[0].strip("| ") for one in staleness.staleness_table(rows)[2:]] == ["0", "2"]
 
 
