@@ -23,6 +23,10 @@ _EMBEDDINGS = (
 )
 _HOOKS = "DeepSpeed's hooks around every module 0.4 s, of which joins of shards (`torch.cat`) 0.1 s, waits for gathers 0.1 s"
 _JOINS = "waits for gathers and reduce-scatters 0.4 s, casts 0.2 s, joins of shards (`torch.cat`) 0.2 s"
+_BUCKETS = (
+    "in forward DeepSpeed gathers ahead, 5e7 elements at a time (`stage3_prefetch_bucket_size`), and what is gathered together is freed "
+    "together: where little of backward follows, that is the peak"
+)
 _THREE_TIMES = "DeepSpeed holds the gradient partition three times in its step: as it is, in one piece, in fp32"
 REASONS: dict[tuple[str, int, str], str] = {
     **{(method, 2, "traffic"): _ALL_REDUCE for method in ("full", "full-offload", "lora-16", "lora", "lora-fa")},
@@ -39,10 +43,10 @@ REASONS: dict[tuple[str, int, str], str] = {
     **{(method, 2, "time"): _EMBEDDINGS for method in ("grass-embed", "lisa")},
     ("full", 3, "time"): _JOINS,
     ("badam-package", 3, "time"): (
-        "DeepSpeed's hooks around every module 0.5 s, joins of shards (`torch.cat`) 0.1 s, gathers at switches and waits for gathers "
-        "0.15 s, garbage collected at switches 0.1 s; the rest not explained"
+        "DeepSpeed's hooks around every module 0.5 s, joins of shards (`torch.cat`) 0.1 s, profiled with a switch every 5 steps"
     ),
     **{(method, 3, "time"): _HOOKS for method in ("grass", "uniform", "cyclic")},
+    **{(method, 3, "memory"): _BUCKETS for method in ("badam-package", "grass", "uniform", "cyclic")},
 }
 # Optimizer steps of the run whose share of probing is told.
 RUN = 1000
