@@ -42,7 +42,7 @@ def _losses(task: str, rows: Sequence[Row], untrained: float | None, file: Path)
                     [statistics.mean(point[name] for point in point_of_seeds) for point_of_seeds in seeds]
                     for name in (what, "dev_loss")
                 )
-                axes.plot(across, losses, label=method)
+                axes.plot(across, losses, label=method, color=f"C{METHODS.index(method)}")  # alike in all panels
         axes.set(xlabel=label)
     figure.axes[0].set(ylabel="loss on development rows", title=f"{task}: means over seeds")
     figure.axes[0].legend(fontsize=7)

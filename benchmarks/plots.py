@@ -16,7 +16,7 @@ def log_log(path: Path, xlabel: str, panels: Mapping[str, Series]) -> None:
     Args:
         panels: label of the y axis -> label of a line -> its points (x, y), both positive.
     """
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (ylabel, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, points in series.items():
@@ -30,5 +30,6 @@ def log_log(path: Path, xlabel: str, panels: Mapping[str, Series]) -> None:
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(which="both", color="#DDDDDD", linewidth=0.6)
-        axes.legend(frameon=False, fontsize="small")
+        # above the lines: there is no corner that they leave free in all panels
+        axes.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0.0, 1.0))
     figure.savefig(path, dpi=100, metadata={"Software": None})

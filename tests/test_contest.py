@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import tiny_llama
+from matplotlib.figure import Figure
 
 from benchmarks import contest, curves, draws, floors, spending, staleness, standings, worth
 from benchmarks.case import Case
@@ -175,6 +176,21 @@ def test_sections_show_what_there_is(tmp_path: Path) -> None:
     assert "CPU seconds" not in "".join(spending.spending_table([alone], 2.0))
     assert images == {f"loss-{TASK}.png", f"layers-{TASK}.png"}
     assert all(f"(plots/{name})" in text for name in images)
+
+
+@pytest.mark.usefixtures("known_flops")
+def test_a_method_has_one_colour_in_all_panels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    curve = [{"step": 10 * number, "cpu_seconds": 3.0 * number, "dev_loss": 1.0} for number in (1, 2)]
+    rows = [
+        reached(method, 0, 1.0, 0.5, curve=curve, active=[], commit=commit)
+        for method, commit in (("full", "an older one"), ("uniform", "0a"), ("grass", "0a"))
+    ]
+    curves._losses(TASK, rows, None, tmp_path / "any.png")
+    steps, *_, seconds = ({line.get_label(): line.get_color() for line in axes.lines} for axes in figures[0].axes)
+    assert len(set(steps.values())) == 3
+    assert seconds == {method: colour for method, colour in steps.items() if method != "full"}
 
 
 def test_other_draws_are_compared_draw_by_draw() -> None:
