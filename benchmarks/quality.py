@@ -55,15 +55,18 @@ def _train(
 ) -> dict[str, Any]:
     grass, batches = engine.grass, exam.batches(args.seed)
     losses, batch_shapes, active, curve, drawn, reprobes = [], [], [], [], [], []
-    tokens = peak = 0
+    tokens = peak = trainable = 0
     cpu = wall = 0.0
     reset_peak()
     for number in range(1, args.steps + 1):
         batch = collate(next(batches))
         tokens += int(batch["attention_mask"].sum())
         batch_shapes.append(list(batch["input_ids"].shape))
+        probing = grass is not None and grass.phase == "probe"
         if grass is not None:
-            active.append(None if grass.phase == "probe" else list(grass.active_layers))
+            active.append(None if probing else list(grass.active_layers))
+        if not probing:
+            trainable = trainable_numel(engine)
         began, began_cpu = time.perf_counter(), time.process_time()
         losses.append(step(engine, {name: value.to(engine.device) for name, value in batch.items()})["loss"])
         cpu, wall = cpu + time.process_time() - began_cpu, wall + time.perf_counter() - began
@@ -89,5 +92,5 @@ def _train(
         **({"reprobes": reprobes} if args.reprobe else {}),
         "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
         "bytes": memory(engine),
-        "trainable": trainable_numel(engine),
+        "trainable": trainable,
     }

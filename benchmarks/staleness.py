@@ -59,7 +59,7 @@ def staleness_note(rows: Sequence[Row]) -> str:
     return (
         f"True scores: gradient RMS at the weights of that step, mean over {REPROBE_BATCHES} batches that no run is trained on in this order; two halves "
         f"of them tell how well {REPROBE_BATCHES // 2} measure. Scores drawn by are means over the {one['grass']['probe_steps']} steps of the last probing, and of "
-        "layers that trained since, with what their steps measured; first scores are those of the first probing. Ratios: a score over the true "
+        "layers that trained between it and a refresh, with what their steps measured; first scores are those of the first probing. Ratios: a score over the true "
         "one, both divided by the mean of all layers first, which is what the draw sees. `reprobe_period` 0: probed once; what probing again does to the "
         f"loss is in the table of settings changed. {len({row['seed'] for row in rows})} seeds, learning rate {one['lr']:g}."
     )

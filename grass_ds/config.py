@@ -108,7 +108,7 @@ class GrassConfig(_Block):
     """Layers trained at a time (paper: gamma). At least the number of layers: all of them train, nothing is sampled."""
 
     probe_steps: int = Field(20, ge=1)
-    """Steps of measuring before training starts (paper: T_p): forward and backward through all layers, no update. Only the
+    """Steps of a probing: before training starts, and every ``reprobe_period`` (paper: T_p): forward and backward through all layers, no update. Only the
     samplers that use gradient norms (grass, static) probe. [ours]"""
 
     sample_period: int = Field(25, ge=1)
@@ -119,8 +119,9 @@ class GrassConfig(_Block):
 
     reprobe_period: int = Field(0, ge=0)
     """Optimizer steps between two probings, each of ``probe_steps`` steps that train nothing: what is measured replaces the scores of
-    all layers, and a new set is drawn. For runs in which the scores of layers that do not train go stale. 0: probe once, before
-    training (the paper). Only ``grass``. [ours]"""
+    all layers, and a new set is drawn. For runs in which the scores of layers that do not train go stale. Best a multiple of
+    ``sample_period``, whose count goes on: the set drawn otherwise trains for the rest of a period only. 0: probe once, before training
+    (the paper). Only ``grass``. [ours]"""
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Softmax temperature of the draw (paper: tau). Low: the layers with the largest gradients nearly always; high: nearly

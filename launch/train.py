@@ -148,7 +148,7 @@ def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
 
 
 def _check_model(model: PreTrainedModel, config: GrassConfig) -> Controller:
-    """Refuse a model that cannot be trained layer by layer; what will decide which layers train when."""
+    """Refuse a model that cannot be trained layer by layer; what the engine's own will do, to ask beforehand."""
     check_model(model)
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)

@@ -53,7 +53,7 @@ class Controller:
         visits: applied train steps per layer.
         step: applied train steps.
         probe_step: counted probe steps of the probing under way, or of the last one.
-        draws: active sets drawn by this object; tells a caller that :meth:`end_step` decided something.
+        draws: active sets drawn by this object; tells a caller that :meth:`end_step` drew, if only the same set again.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Controller:
                 f"grass.ema_alpha = {ema_alpha!r} is not allowed: expected a number in (0, 1]; "
                 'to keep the probed scores use "sampler": "static"'
             )
-        self._schedule = Schedule(probe_steps, sample_period, refresh_period, reprobe_period)
+        schedule = Schedule(probe_steps, sample_period, refresh_period, reprobe_period)
         settings = SamplerSettings(
             num_layers,
             num_active_layers,
@@ -89,6 +89,7 @@ class Controller:
         )
         self._name = sampler if num_active_layers < num_layers else "full"
         self._sampler: Sampler = SAMPLERS[self._name](settings)
+        self._schedule = schedule if self._sampler.adaptive else replace(schedule, reprobe_period=0)
         if self._sampler.needs_scores and probe_steps == 0:
             raise ValueError(
                 f'grass.probe_steps = 0 is not allowed with "sampler": "{sampler}": expected an integer >= 1, since '
@@ -158,14 +159,11 @@ class Controller:
         self.step += 1
         active = set(self.active_layers)
         self.visits = tuple(n + (layer in active) for layer, n in enumerate(self.visits))
-        if self._reprobes_after(self.step):
+        if self._schedule.reprobes_after(self.step):
             return self._probe()
         if self._sampler.adaptive and self._schedule.refreshes_after(self.step):
             self._importance.settle(self._ema_alpha)
         return self._next_active() if self._draws_after(self.step) else None
-
-    def _reprobes_after(self, step: int) -> bool:
-        return self._sampler.adaptive and self._schedule.reprobes_after(step)
 
     def _draws_after(self, step: int) -> bool:
         return self._sampler.draws and self._schedule.draws_after(step)
@@ -187,7 +185,7 @@ class Controller:
         It is what the next draw gives with the scores of now: certain, but where scores are refreshed at the same boundary.
         """
         coming = self.step + 1
-        if self.phase is not Phase.TRAIN or self._reprobes_after(coming) or not self._draws_after(coming):
+        if self.phase is not Phase.TRAIN or self._schedule.reprobes_after(coming) or not self._draws_after(coming):
             return None
         state = self._sampler.state_dict()
         try:
@@ -197,10 +195,7 @@ class Controller:
 
     def probe_steps_within(self, steps: int) -> int:
         """Of the first ``steps`` steps of a run, of either kind and none skipped, those that probe: they move no weight."""
-        if not self._sampler.needs_scores:
-            return 0
-        schedule = self._schedule if self._sampler.adaptive else replace(self._schedule, reprobe_period=0)
-        return schedule.probe_steps_within(steps)
+        return self._schedule.probe_steps_within(steps) if self._sampler.needs_scores else 0
 
     def _switch_to(self, active: tuple[int, ...]) -> Switch | None:
         """Make ``active`` the active set."""
@@ -265,7 +260,7 @@ class Controller:
 
     def _change_method(self, state: Mapping[str, Any]) -> None:
         """Take over counters and scores of a run that used another sampler."""
-        self.probe_step = 0 if self._importance.scores is None else state["probe_step"]
+        self.probe_step = state["probe_step"]
         self._importance.discard()
         self._begin()
 

@@ -191,6 +191,27 @@ def test_probing_again_comes_after_each_period_and_goes_before_draw_and_refresh(
     assert controller.probe_steps_within(3 + 3 * 7) == 3 + 3 * 3
 
 
+@pytest.mark.parametrize(
+    ("other", "left"),
+    [({"reprobe_period": 0}, 2), ({"probe_steps": 2}, 1), ({"sampler": "static"}, 0), ({"sampler": "uniform"}, 0)],
+)
+def test_a_run_saved_amid_its_second_probing_goes_on_under_other_settings(other, left):
+    """A probing under way is finished, within its new length; a sampler that does not probe again trains at once, by the old scores."""
+    run = make(reprobe_period=5)
+    advance(run, 3 + 5 + 1)
+    assert (run.phase, run.probe_step) == (Phase.PROBE, 1)
+    then = make(**{"reprobe_period": 5, **other})
+    then.load_state_dict(saved(run))
+    phases = [then.phase, *(phase for _, phase, *_ in advance(then, left))]
+    assert phases == [Phase.PROBE] * left + [Phase.TRAIN]
+    assert (then.step, then.visits) == (5, run.visits)
+    assert len(then.active_layers) == 2
+    if "sampler" in other:
+        assert then.scores == (run.scores if other["sampler"] == "static" else None)
+    else:
+        assert then.scores is not None and then.scores != run.scores
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "grass"])
 def test_only_grass_probes_again(name):
     once, again = make(sampler=name), make(sampler=name, reprobe_period=2)

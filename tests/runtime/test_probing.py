@@ -199,7 +199,6 @@ def probe_again(config: dict[str, Any]) -> dict[str, Any]:
             now = observe(engine)
             for kept in ("weights", "state", "visits", "lr"):
                 assert difference(before[kept], now[kept], kept) is None
-            assert engine.grass.memory()["gradients"] == {"device": 0, "host": 0}
         assert (engine.grass.phase, len(engine.grass.active_layers)) == ("train", 1)
         assert engine.skipped_steps == 2 * PROBE
         measured, drawn = engine.grass.scores, set(engine.grass.active_layers)
@@ -220,6 +219,7 @@ def test_probing_again_measures_the_weights_of_now_and_moves_nothing(two_ranks: 
     warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 20}}
     block = probing(reprobe_period=AGAIN, refresh_period=100)
     config = ds_config(stage=stage, gas=gas, clip=0.5, grass=block, scheduler=warmup)
+    config["zero_optimization"].update(RELEASED)
     results = two_ranks.run(probe_again, config=config)
     for result in results:
         assert result["measured"] == pytest.approx(result["expected"], rel=1e-5)
