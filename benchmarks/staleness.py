@@ -5,7 +5,7 @@ import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any
 
 import numpy
@@ -77,10 +77,8 @@ def staleness_table(rows: Sequence[Row]) -> list[str]:
         "ratio to the true score of those: least, most",
         "of the others: least, most",
     )
-    settings: dict[int, list[Row]] = {}
-    for row in sorted(rows, key=reprobe_period):
-        settings.setdefault(reprobe_period(row), []).append(row)
-    for period, mine in settings.items():
+    for period, alike in groupby(sorted(rows, key=reprobe_period), key=reprobe_period):
+        mine = list(alike)
         for number in sorted({found["step"] for row in mine for found in row["reprobes"]}):
             points = [(row, found) for row in mine for found in row["reprobes"] if found["step"] == number]
             lines.append(line([str(period), str(number), *_staleness(points)]))

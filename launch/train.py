@@ -37,7 +37,7 @@ from transformers.integrations import WandbCallback
 import grass_ds
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.controller import Controller
-from grass_ds.policy.layers import discover_layers
+from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, report, tracking
@@ -70,7 +70,7 @@ class GrassTrainer(Trainer):
     `max_steps`, it would end that many steps early, at a learning rate above its last one.
     """
 
-    def __init__(self, *args: Any, probe_steps_within: Callable[[int], int] = lambda steps: 0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, probe_steps_within: Callable[[int], int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.probe_steps_within = probe_steps_within
 
@@ -127,7 +127,8 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
     config = parse_grass_block(options.ds_config)
     if config is None:
         return model, lambda steps: 0
-    probe_steps_within = _check_model(model, config).probe_steps_within
+    layers = _check_model(model, config)
+    probe_steps_within = Controller(len(layers.names), **config.policy_arguments()).probe_steps_within
     steps = options.training.max_steps
     if 0 < steps == probe_steps_within(steps):
         raise ValueError(
@@ -147,12 +148,12 @@ def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
     return splits
 
 
-def _check_model(model: PreTrainedModel, config: GrassConfig) -> Controller:
-    """Refuse a model that cannot be trained layer by layer; what the engine's own will do, to ask beforehand."""
+def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
+    """Refuse a model that cannot be trained layer by layer; return its layers."""
     check_model(model)
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
-    return Controller(len(layers.names), **config.policy_arguments())
+    return layers
 
 
 def _measure(wanted: str, test: Rows | None) -> str:
