@@ -19,7 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="would training start on this machine, or under this launcher, and if not, why",
-        description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: it would fail.",
+        description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: it would fail, or compute in an emulated "
+        "precision.",
+    )
+    doctor.add_argument(
+        "--deepspeed",
+        metavar="CONFIG",
+        help="the DeepSpeed config to train with: does this device compute its precision?",
     )
     doctor.add_argument("--nvme_path", metavar="FOLDER", help='measure the folder meant for "grass.offload.nvme_path"')
     doctor.add_argument(
@@ -30,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    return run(options.nvme_path, options.shared_path, options.json)
+    return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
 
 
 if __name__ == "__main__":

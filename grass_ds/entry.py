@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
-from grass_ds import placement
+from grass_ds import placement, precision
 from grass_ds.config import parse_grass_block
 from grass_ds.policy.layers import discover_layers
 from grass_ds.runtime.engine import GrassEngine
@@ -37,7 +37,9 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     if not dist.is_initialized():
         placement.find().export()
     with _engine_class():
-        return _STOCK_INITIALIZE(*args, **kwargs)
+        made = _STOCK_INITIALIZE(*args, **kwargs)
+    _warn_of_emulation(made[0])
+    return made
 
 
 initialize.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
@@ -76,6 +78,14 @@ def _engine_class() -> Iterator[None]:
         yield
     finally:
         deepspeed.DeepSpeedEngine = stock
+
+
+def _warn_of_emulation(engine: Any) -> None:
+    """A dtype that the device emulates makes every step many times slower: rank 0 says so, before the first."""
+    if getattr(engine, "grass", None) is not None and engine.global_rank == 0:
+        precision.warn_if_emulated(
+            "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        )
 
 
 def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -14,10 +14,10 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
-from launch import distributed
+from launch import distributed, dtype
 from launch.data import BUILTIN
 from launch.model import DEFAULT_MODEL
-from launch.resume import wants_to_resume
+from launch.resume import resume_point, wants_to_resume
 
 PROG = "deepspeed launch/train.py"
 DESCRIPTION = """Fine-tune a language model under DeepSpeed, a few layers at a time (GRASS) or any other way that the
@@ -31,8 +31,6 @@ The options of this program come first; those of the Hugging Face Trainer follow
 
 # DeepSpeed keys that must agree with an option of the Trainer. A number in the file becomes the option's default.
 _SHARED_WITH_CONFIG = {
-    "bf16.enabled": "bf16",
-    "fp16.enabled": "fp16",
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "gradient_clipping": "max_grad_norm",
@@ -41,6 +39,8 @@ _SHARED_WITH_CONFIG = {
     "optimizer.params.eps": "adam_epsilon",
     "scheduler.params.warmup_num_steps": "warmup_steps",
 }
+# Options of the Trainer that are not said by default: then the hardware decides.
+_PRECISIONS = ("bf16", "fp16")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -180,13 +180,9 @@ class Arguments:
     cluster: ClusterArguments
     training: TrainingArguments
     ds_config: Mapping[str, Any]
-
-    @property
-    def dtype(self) -> str:
-        """The type of the weights in memory, as the DeepSpeed configuration will train them."""
-        if self.training.bf16:
-            return "bfloat16"
-        return "float16" if self.training.fp16 else "float32"
+    precision: dtype.Choice
+    checkpoint: str | None
+    """The folder to continue from; None: from the beginning."""
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
@@ -212,11 +208,15 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     # The CPU has no bf16 switch of its own in the Trainer: it must be told that the CPU is meant.
     on_cpu = get_accelerator().device_name() == "cpu"
     parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu, **config_defaults(ds_config))
-    if not {"-h", "--help"} & set(given):
-        distributed.start()
+    parser.set_defaults(**dict.fromkeys(_PRECISIONS))
+    said = parser.parse_known_args(given)[0]  # ends here with --help
+    distributed.start()
+    checkpoint = resume_point(said.resume_from_checkpoint, Path(said.output_dir))
+    precision = dtype.choose_for_training(ds_config, {name: getattr(said, name) for name in _PRECISIONS}, checkpoint)
+    parser.set_defaults(**{name: name == precision.name for name in _PRECISIONS})
     groups = parser.parse_args_into_dataclasses(args=given)
     _seed_the_sampler(ds_config, groups[-1])
-    arguments = Arguments(*groups, ds_config=ds_config)
+    arguments = Arguments(*groups, ds_config=ds_config, precision=precision, checkpoint=checkpoint)
     _check(arguments)
     return arguments
 
@@ -238,8 +238,6 @@ def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None and value != "auto":
             defaults[option] = value
-        elif key == "bf16.enabled" and value == "auto":
-            defaults[option] = True
     return defaults
 
 

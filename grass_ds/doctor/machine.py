@@ -56,10 +56,6 @@ def check_accelerator() -> Iterator[Finding]:
             f"torch {torch.__version__} is built without {backend}",
             "install the torch for this accelerator",
         )
-    if accelerator.is_bf16_supported():
-        yield Finding("bf16", OK, "supported")
-    else:
-        yield Finding("bf16", WARN, "not supported", "train in fp32, or with --fp16")
 
 
 def properties(index: int) -> Any:

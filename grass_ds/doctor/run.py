@@ -33,23 +33,26 @@ class Report:
             counts = ", ".join(f"{sum(f.status == kind for f in findings)} {kind}" for kind in (OK, WARN, FAIL))
             tables = [*finding_lines(findings), *(["", *row_lines(rows)] if rows else [])]
             text = "\n".join(
-                [*tables, "", f"{counts}: {'training would fail' if status == FAIL else 'training can start'}"]
+                [*tables, "", f"{counts}: {'not ready to train' if status == FAIL else 'training can start'}"]
             )
         self._stream.write(text.encode("ascii", "backslashreplace").decode() + "\n")
         self._stream.flush()
         return int(status == FAIL)
 
 
-def run(nvme_path: str | None = None, shared_path: str | None = None, as_json: bool = False) -> int:
+def run(
+    config: str | None = None, nvme_path: str | None = None, shared_path: str | None = None, as_json: bool = False
+) -> int:
     """Check everything and report on stdout.
 
     Args:
+        config: the DeepSpeed config meant for training: its precision is held against what the device computes.
         nvme_path: the folder meant for ``grass.offload.nvme_path``, to be measured.
         shared_path: a folder that all machines should share (for checkpoints).
         as_json: report one JSON object instead of tables.
 
     Returns:
-        The exit code: 1 if training would fail, else 0. The same on all ranks.
+        The exit code: 1 if training would fail or compute in an emulated precision, else 0. The same on all ranks.
     """
     with _quiet_stdout() as stream:
         report = Report(stream, as_json)
@@ -58,12 +61,14 @@ def run(nvme_path: str | None = None, shared_path: str | None = None, as_json: b
         findings += loaded
         if worst(loaded) == FAIL:
             return report.write(findings)
-        return _run_loaded(findings, nvme_path, shared_path, report)
+        return _run_loaded(findings, config, nvme_path, shared_path, report)
 
 
-def _run_loaded(findings: list[Finding], nvme_path: str | None, shared_path: str | None, report: Report) -> int:
+def _run_loaded(
+    findings: list[Finding], config: str | None, nvme_path: str | None, shared_path: str | None, report: Report
+) -> int:
     """The checks that need torch and DeepSpeed."""
-    from grass_ds.doctor import disks, extensions, machine, ranks
+    from grass_ds.doctor import disks, dtypes, extensions, machine, ranks
     from grass_ds.placement import PlacementError, find
 
     findings += examine("accelerator", machine.check_accelerator)
@@ -76,7 +81,10 @@ def _run_loaded(findings: list[Finding], nvme_path: str | None, shared_path: str
         findings += examine("launcher", ranks.check_placement, place)
     except PlacementError as error:
         findings.append(Finding("launcher", FAIL, str(error)))
-    if nvme_path is not None and (place is None or place.local_rank == 0):
+    first_here = place is None or place.local_rank == 0
+    if first_here:  # the ranks of a machine would slow each other down
+        findings += examine("precision", dtypes.check_precision, config)
+    if nvme_path is not None and first_here:
         findings += examine("nvme_path", disks.check_nvme, nvme_path)
     if place is not None and place.world_size > 1:
         return _run_together(findings, place, shared_path, report)

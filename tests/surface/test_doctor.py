@@ -185,7 +185,7 @@ def test_one_process_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert main(["doctor", "--shared_path", str(tmp_path / "missing")]) == 1
     out = capfd.readouterr().out
     assert "RANK=3 must be below WORLD_SIZE=2" in out
-    assert out.endswith("2 FAIL: training would fail\n")
+    assert out.endswith("2 FAIL: not ready to train\n")
     assert main([]) == 0
     assert main(["--local_rank=1"]) == 0  # as the DeepSpeed launcher starts it
     assert "doctor" in capfd.readouterr().out

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dtypes that this device computes, told by timing matrix products.
+
+Flags do not tell: libraries accept bf16 on every CPU and GPU and emulate it where the hardware lacks it, up to 40 times slower than fp32.
+A product in each dtype takes a fraction of a second and sees what training will see.
+"""
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# A dtype is emulated where its products run below this share of the fastest rate. It separates what was measured with torch 2.13: CPUs
+# with bf16 instructions reach 0.54 of their fp32 rate or more; with AVX-512 but without them 0.2, with AVX2 0.03 to 0.15.
+EMULATED_BELOW = 1 / 3
+# (rows, inputs, outputs) of the product: a small layer for the CPU, enough work to fill a GPU.
+_CPU_SHAPE, _DEVICE_SHAPE = (64, 512, 512), (4096, 4096, 4096)
+_TIMES, _SECONDS = 5, 0.1  # a dtype is timed at least so often and so long; the best counts
+
+
+@dataclass(frozen=True)
+class Rates:
+    """GFLOP/s of matrix products on one device (or the lowest over several), by dtype name; 0 for a dtype that fails."""
+
+    gflops: Mapping[str, float]
+
+    @property
+    def fastest(self) -> float:
+        """GFLOP/s of the fastest dtype."""
+        return max(self.gflops.values())
+
+    def emulated(self, name: str) -> bool:
+        """Whether the device lacks the dtype: its products run at less than :data:`EMULATED_BELOW` of the fastest rate.
+
+        fp32 is never emulated: on a GPU it is slower than 16 bits by design.
+        """
+        return name != "fp32" and self.gflops[name] < EMULATED_BELOW * self.fastest
+
+    def slowdown(self, name: str) -> float:
+        """Time of a product in this dtype, in those of the fastest; infinite if the dtype fails."""
+        return self.fastest / self.gflops[name] if self.gflops[name] else float("inf")
+
+    def recommended(self, among: Collection[str] = tuple(DTYPES)) -> str:
+        """bf16 where the device computes it, else fp16 where it does, else fp32; ``among`` always allows fp32.
+
+        bf16 comes first although a CPU may compute fp32 products somewhat faster: it halves the memory of weights and gradients.
+        """
+        computed = (name for name in ("bf16", "fp16") if name in among and name in self.gflops)
+        return next((name for name in computed if not self.emulated(name)), "fp32")
+
+    def text(self) -> str:
+        """The figures in words: ``bf16 matrix products at 73.4 GFLOP/s, fp32 at 98.4``."""
+        first, *others = (f"{rate:.3g} GFLOP/s" for rate in self.gflops.values())
+        names = list(self.gflops)
+        more = (f"{name} at {rate}" for name, rate in zip(names[1:], others, strict=True))
+        return ", ".join([f"{names[0]} matrix products at {first}", *more])
+
+    def warning(self, name: str, among: Collection[str] = tuple(DTYPES)) -> str | None:
+        """What to tell a user who asked for ``name``, or None where the device computes it; ``among``: what to use instead."""
+        if not self.emulated(name):
+            return None
+        better = self.recommended(among)
+        if not self.gflops[name]:
+            return f"{name} does not work on this device: use {better}"
+        return (
+            f"{name} is emulated on this device: matrix products take {self.slowdown(name):.0f} times as long as in {better} "
+            f"({self.text()}), and steps accordingly; use {better}"
+        )
+
+
+def candidates() -> tuple[str, ...]:
+    """The dtypes that training may choose on this device: fp16 needs a GPU."""
+    return ("bf16", "fp32") if get_accelerator().device_name() == "cpu" else ("bf16", "fp16", "fp32")
+
+
+def measure(names: Collection[str] = ()) -> Rates:
+    """The rates of :func:`candidates` and of ``names`` on the current device; about half a second, once per process and dtype."""
+    wanted = {*candidates(), *names}
+    return Rates({name: _gflops(name) for name in DTYPES if name in wanted})
+
+
+@cache
+def warn_if_emulated(name: str) -> None:
+    """Log one warning per process if the current device emulates the dtype ``name``."""
+    text = None if name == "fp32" else measure([name]).warning(name, candidates())
+    if text is not None:
+        logger.warning(text)
+
+
+@cache
+def _gflops(name: str) -> float:
+    """GFLOP/s of the best of some products ``inputs @ weight.T``, as in ``nn.Linear``; 0 if the device refuses the dtype."""
+    accelerator = get_accelerator()
+    on_cpu, device = accelerator.device_name() == "cpu", accelerator.current_device_name()
+    # Other processes on the same cores must not look like emulation: a thread's own time does not run while it waits for a core.
+    clock = time.thread_time if on_cpu else time.perf_counter
+    rows, inputs, outputs = _CPU_SHAPE if on_cpu else _DEVICE_SHAPE
+    seconds: list[float] = []
+    try:
+        with torch.no_grad():
+            left = torch.ones(rows, inputs, dtype=DTYPES[name], device=device)
+            weight = torch.ones(outputs, inputs, dtype=DTYPES[name], device=device)
+            torch.nn.functional.linear(left, weight)  # the first product of a process sets libraries up
+            while len(seconds) < _TIMES or sum(seconds) < _SECONDS:
+                accelerator.synchronize()
+                start = clock()
+                torch.nn.functional.linear(left, weight)
+                accelerator.synchronize()
+                seconds.append(clock() - start)
+    except RuntimeError:
+        return 0.0
+    return 2e-9 * rows * inputs * outputs / min(seconds)
