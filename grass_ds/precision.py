@@ -25,7 +25,7 @@ _TIMES, _SECONDS = 5, 0.1  # a dtype is timed at least so often and so long; the
 
 @dataclass(frozen=True)
 class Rates:
-    """GFLOP/s of matrix products on one device (or the lowest over several), by dtype name; 0 for a dtype that fails."""
+    """GFLOP/s of matrix products on one device (one core of a CPU), by dtype name; 0 for a dtype that fails."""
 
     gflops: Mapping[str, float]
 
@@ -94,13 +94,16 @@ def warn_if_emulated(name: str) -> None:
 
 @cache
 def _gflops(name: str) -> float:
-    """GFLOP/s of the best of some products ``inputs @ weight.T``, as in ``nn.Linear``; 0 if the device refuses the dtype."""
+    """GFLOP/s of the best of some products ``inputs @ weight.T``, as in ``nn.Linear``; of one core on the CPU; 0 if the device refuses the
+    dtype."""
     accelerator = get_accelerator()
     on_cpu, device = accelerator.device_name() == "cpu", accelerator.current_device_name()
-    # Other processes on the same cores must not look like emulation: a thread's own time does not run while it waits for a core.
-    clock = time.thread_time if on_cpu else time.perf_counter
+    # Other processes on the same cores must not look like emulation: a thread's own time does not run while it waits for a core. But it
+    # does while it waits for other threads of its product.
+    clock, threads = time.thread_time if on_cpu else time.perf_counter, torch.get_num_threads()
     rows, inputs, outputs = _CPU_SHAPE if on_cpu else _DEVICE_SHAPE
     seconds: list[float] = []
+    torch.set_num_threads(1)
     try:
         with torch.no_grad():
             left = torch.ones(rows, inputs, dtype=DTYPES[name], device=device)
@@ -114,4 +117,6 @@ def _gflops(name: str) -> float:
                 seconds.append(clock() - start)
     except RuntimeError:
         return 0.0
+    finally:
+        torch.set_num_threads(threads)
     return 2e-9 * rows * inputs * outputs / min(seconds)
