@@ -56,6 +56,8 @@ class Preemption:
         """
         if self._agreed is None:
             self._agreed = self._largest()
+            if self._agreed is not None and self.received is None:
+                self._say(self._agreed)  # another rank's signal
         return self._agreed is not None
 
     @property
@@ -93,8 +95,13 @@ class Preemption:
             _as_child(number)
         elif self.received is None:
             self.received = signal.Signals(number)
-            # Not by a logger: this interrupts the program anywhere, perhaps inside the logger.
-            text = f"grass_ds: {self.received.name} received: saving and stopping at the end of this step\n"
+            self._say(self.received)
+
+    @staticmethod
+    def _say(received: signal.Signals) -> None:
+        """On rank 0, for all. Not by a logger: a signal interrupts the program anywhere, perhaps inside the logger."""
+        if os.environ.get("RANK", "0") == "0":
+            text = f"grass_ds: {received.name} received: saving and stopping at the end of this step\n"
             os.write(2, text.encode())
 
 

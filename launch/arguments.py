@@ -109,7 +109,12 @@ class EvalArguments:
         },
     )
     eval_samples: int = field(default=64, metadata={"help": "Measure on the first so many test rows."})
-    max_new_tokens: int = field(default=96, metadata={"help": "Longest generated answer in tokens (exact)."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest generated answer in tokens (exact); a quarter more than the test rows' longest if left out."
+        },
+    )
 
 
 @dataclass

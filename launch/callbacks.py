@@ -28,6 +28,7 @@ class Stopwatch(TrainerCallback):
         self._measure = measure
         self._kept = kept
         self.before: dict[str, float] = {}
+        self.before_seconds = 0.0
         self.seconds = 0.0
         self.first_step = 0
         self._start = 0.0
@@ -36,7 +37,9 @@ class Stopwatch(TrainerCallback):
         """Measure, then start."""
         self.first_step = state.global_step
         if self.first_step == 0:
+            begin = time.perf_counter()
             self.before = self._measure()
+            self.before_seconds = time.perf_counter() - begin
             if state.is_world_process_zero:
                 self._kept.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(self._kept, json.dumps(self.before))

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from types import FrameType
 from typing import TypeVar
 
+import datasets
 import deepspeed.comm as dist
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 
 from grass_ds import placement
+from grass_ds.doctor.extensions import communication_ready
+from grass_ds.runtime import seams
 
 T = TypeVar("T")
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code after Ctrl-C, as shells say it."""
 
 
 class AgreedError(ValueError):
@@ -45,8 +56,15 @@ def start(timeout_minutes: float = 30.0) -> None:
         PlacementError: what launchers say is contradictory or incomplete.
     """
     placement.find().export()
+    seams.silence_renamed_collectives()
+    if rank() != 0:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    if rank() == 0 and not communication_ready():
+        print("compiling what DeepSpeed's ranks talk through (a few minutes, once)", file=sys.stderr, flush=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints on every rank which library it has loaded
+        dist.init_distributed(verbose=False, timeout=timedelta(minutes=timeout_minutes))
 
 
 def stop() -> None:
@@ -116,6 +134,44 @@ def is_communication_error(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and re.search(r"gloo|NCCL|c10d|Connection (reset|closed|refused)", str(error)) is not None
     )
+
+
+_speaks: list[bool] = []
+
+
+def first_to_fail(seconds: float = 5.0) -> bool:
+    """Whether this rank is the first that asks, and so the one that tells the user what went wrong.
+
+    The ranks ask the process group's store. Where its host is gone, a rank that was there spoke before.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return True
+    if not _speaks:
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                _speaks.append(torch.distributed.distributed_c10d._get_default_store().add("grass_failed", 1) == 1)
+
+        # A call to a store whose host is gone outlasts any time-out.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(seconds)
+    return bool(_speaks) and _speaks[0]
+
+
+def end_on_interrupt() -> None:
+    """From now on Ctrl-C ends the process at once, with one message from rank 0. The ranks may wait in a collective: no clean-up could finish.
+
+    A handler, not the exception: launchers send SIGTERM right after it, which asks for a checkpoint at the end of the step.
+    """
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process and rank() == 0:
+            os.write(2, b"\ninterrupted\n")
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ if __package__ in (None, ""):
 import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, StoppingCriteria
 
 from launch import distributed, dtype
 from launch.data import Collator, Rows, load_splits, tokenize
@@ -105,11 +106,30 @@ def detect_task(rows: Rows) -> str | None:
 # ---- measures -------------------------------------------------------------------------------------------------------
 
 
+def longest_answer(template: Template, rows: Rows) -> int:
+    """A limit for generated tokens that leaves a right answer room: a quarter more than the longest of the rows' own, end token included.
+
+    256 if a row has no worked answer: how long one may be is then unknown.
+    """
+    if any(row.get("output") is None and row.get("messages") is None for row in rows.rows):
+        return 256
+    answers = (template.answer_ids(conversation(row)[-1]["content"]) for row in rows.rows)
+    return math.ceil(1.25 * max(len(ids) for ids in answers))
+
+
 @torch.no_grad()
 def exact_match(
-    model: PreTrainedModel, template: Template, rows: Rows, *, batch_size: int = 32, max_new_tokens: int = 128
+    model: PreTrainedModel,
+    template: Template,
+    rows: Rows,
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
 ) -> float:
     """The share of rows whose greedy continuation gives the reference answer, over all ranks; in [0, 1].
+
+    Args:
+        max_new_tokens: longest continuation; None: see :func:`longest_answer`.
 
     Raises:
         ValueError: a row without an answer to compare with.
@@ -119,16 +139,19 @@ def exact_match(
         raise ValueError(f"{rows.source}: row {references.index(None)} has no `answer` to compare with")
     prompts = [template.prompt_ids(row) for row in rows.rows]
     mine = _my_share(range(len(rows)), lambda index: len(prompts[index]))
+    limit = longest_answer(template, rows) if max_new_tokens is None else max_new_tokens
     correct = 0
-    with _evaluation_mode(model):
-        for batch, counts in _batches(model, mine, batch_size, "exact match"):
-            texts = _generate(model, template, [prompts[index] for index in batch], max_new_tokens)
+    with _evaluation_mode(model), _Progress("exact match", len(mine)) as progress:
+        for batch, counts in _batches(model, mine, batch_size):
+            texts = _generate(model, template, [prompts[index] for index in batch], limit, progress)
             if counts:
                 correct += sum(is_correct(text, str(references[i])) for i, text in zip(batch, texts, strict=True))
     return distributed.sum_over_ranks([correct])[0] / len(rows)
 
 
-def _generate(model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _generate(
+    model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int, progress: _Progress
+) -> list[str]:
     """The greedy continuations of some prompts, padded on the left to one length."""
     tokenizer = template.tokenizer
     longest = max(len(prompt) for prompt in prompts)
@@ -136,16 +159,34 @@ def _generate(model: PreTrainedModel, template: Template, prompts: list[list[int
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     configured = model.generation_config.eos_token_id
     ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    known_ends = sorted(end for end in ends if end is not None)
     output = model.generate(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        eos_token_id=known_ends or None,
         pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=[_RowsDone(progress, longest, known_ends)],
     )
+    progress.reach(progress.finished + len(prompts))
     return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
+
+
+class _RowsDone(StoppingCriteria):
+    """Shows rows that have ended while others of their batch go on. It stops none: `generate` does, when all have ended."""
+
+    def __init__(self, progress: _Progress, prompt_length: int, ends: list[int]) -> None:
+        self._progress, self._start, self._ends = progress, prompt_length, ends
+        self._before = progress.finished
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """`input_ids`: prompts and what follows, int64 (rows, length)."""
+        new = input_ids[:, self._start :]
+        ended = torch.isin(new, torch.tensor(self._ends, device=new.device)).any(dim=1)
+        self._progress.reach(self._before + int(ended.sum()), f"token {new.shape[1]}")
+        return torch.zeros(len(new), dtype=torch.bool, device=new.device)
 
 
 @torch.no_grad()
@@ -165,8 +206,8 @@ def choice_accuracy(
     pairs = [(index, option) for index in mine for option in range(len(candidates[index][0]))]
     scores: dict[tuple[int, int], float] = {}
     prompts = {index: template.prompt_ids(rows.rows[index]) for index in mine}
-    with _evaluation_mode(model):
-        for batch, _ in _batches(model, pairs, batch_size, "multiple choice"):
+    with _evaluation_mode(model), _Progress("multiple choice", len(pairs), "option") as progress:
+        for batch, _ in _batches(model, pairs, batch_size):
             answers = [template.answer_ids(candidates[index][0][option]) for index, option in batch]
             examples = [
                 {"input_ids": prompts[i] + answer, "labels": [IGNORED_LABEL] * len(prompts[i]) + answer}
@@ -175,6 +216,7 @@ def choice_accuracy(
             losses, tokens = _token_losses(model, template, examples)
             for pair, loss, count in zip(batch, losses, tokens, strict=True):
                 scores[pair] = -loss / count if length_normalized else -loss
+            progress.reach(progress.finished + len(batch))
     correct = 0
     for index in mine:
         texts, right = candidates[index]
@@ -201,9 +243,10 @@ def mean_loss(model: PreTrainedModel, template: Template, examples: Sequence[Any
     """
     mine = _my_share(list(examples), lambda example: len(example["input_ids"]))
     total, count = 0.0, 0
-    with _evaluation_mode(model):
-        for batch, counts in _batches(model, mine, batch_size, "loss"):
+    with _evaluation_mode(model), _Progress("loss", len(mine)) as progress:
+        for batch, counts in _batches(model, mine, batch_size):
             losses, tokens = _token_losses(model, template, batch)
+            progress.reach(progress.finished + len(batch))
             if counts:
                 total, count = total + sum(losses), count + sum(tokens)
     total, tokens_of_all = distributed.sum_over_ranks([total, count])
@@ -231,8 +274,36 @@ def _my_share(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
     return sorted(items, key=length)[distributed.rank() :: distributed.world_size()]
 
 
-def _batches(model: PreTrainedModel, items: list[T], size: int, what: str) -> Iterator[tuple[list[T], bool]]:
-    """The items in batches, and whether a batch counts; with a progress bar on rank 0.
+class _Progress:
+    """A bar on rank 0 that counts the rows of its own share; the other ranks have as many, up to one."""
+
+    def __init__(self, what: str, total: int, unit: str = "row") -> None:
+        ranks = distributed.world_size()
+        label = f"Evaluating {what}" + (f" (1 of {ranks} ranks)" if ranks > 1 else "")
+        hidden = distributed.rank() != 0
+        self._bar = tqdm(total=total, desc=label, unit=unit, disable=hidden, leave=False, mininterval=1.0)
+        self.finished = 0
+        self._drawn = time.monotonic()
+
+    def reach(self, finished: int, detail: str = "") -> None:
+        """Show that so many rows are finished; `detail`: where the others are."""
+        finished = min(finished, self._bar.total)  # a rank repeats rows for the others' sake
+        self._bar.set_postfix_str(detail, refresh=False)
+        # Rows end rarely, tokens come often: the bar is drawn at most once a second.
+        if not self._bar.update(finished - self.finished) and time.monotonic() - self._drawn > 1.0:
+            self._bar.refresh()
+            self._drawn = time.monotonic()
+        self.finished = finished
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _batches(model: PreTrainedModel, items: list[T], size: int) -> Iterator[tuple[list[T], bool]]:
+    """The items in batches, and whether a batch counts.
 
     Of a partitioned model every rank must run as many batches as the one with most: a rank that has no more repeats its first, for
     the others' sake.
@@ -247,8 +318,7 @@ def _batches(model: PreTrainedModel, items: list[T], size: int, what: str) -> It
         if distributed.max_over_ranks(float(rounds > 0 and not items)):
             ranks = distributed.world_size()
             raise ValueError(f"fewer rows than ranks ({ranks}): evaluation with ZeRO-3 needs one per rank")
-    quiet = distributed.rank() != 0
-    for turn in tqdm(range(rounds), desc=f"Evaluating {what}", unit="batch", disable=quiet, leave=False):
+    for turn in range(rounds):
         start = starts[turn] if turn < len(starts) else 0
         yield items[start : start + size], turn < len(starts)
 
@@ -286,7 +356,10 @@ class Arguments:
     task: str = field(default="auto", metadata={"help": "exact, choice, loss, or auto (what the rows allow)."})
     samples: int | None = field(default=None, metadata={"help": "Only the first so many rows; all if left out."})
     batch_size: int = field(default=16, metadata={"help": "Rows per batch and rank."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer (task exact)."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest generated answer (task exact); a quarter more than the rows' longest if left out."},
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest row in tokens (task loss)."})
     length_normalized: bool = field(default=False, metadata={"help": "Task choice: likelihood per token."})
     template: str = field(default="auto", metadata={"help": "chat, plain, or auto (chat if the tokenizer has one)."})
@@ -326,9 +399,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> int:
     """Run the command line; the exit status."""
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(args=distributed.own_arguments(sys.argv[1:]))[
-        0
-    ]
+    distributed.end_on_interrupt()
+    parser = HfArgumentParser(Arguments)
+    arguments = parser.parse_args_into_dataclasses(args=distributed.own_arguments(sys.argv[1:]))[0]
     try:
         distributed.start()
         result = run(arguments)

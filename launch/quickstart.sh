@@ -23,12 +23,13 @@ else
     fi
 fi
 
-config=(--deepspeed "$GRASS_ROOT/ds_configs/grass.json")
+# Few rows and steps: on two CPU cores the whole run takes minutes.
+config=(--deepspeed "$GRASS_ROOT/ds_configs/quickstart.json")
 for argument in "$@"; do
     case "$argument" in --deepspeed | --deepspeed=*) config=() ;; esac
 done
 
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-# With the count given, the launcher does not look for GPUs or NUMA nodes; on a CPU it would find one node only.
-exec deepspeed --num_accelerators "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
+grass_say "starting $ranks processes"
+exec python "$GRASS_ROOT/launch/torchrun.py" --nproc-per-node "$ranks" --master-addr 127.0.0.1 --master-port "$port" \
     "$GRASS_ROOT/launch/train.py" ${config[@]+"${config[@]}"} "$@"

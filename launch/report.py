@@ -86,6 +86,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"{speed['tokens_per_second']:.0f} tokens/s, {speed['seconds_per_step']:.2f} s per step "
             f"({speed['steps']} steps of {speed['rows_per_step']} rows{_probing(speed['probe_steps'])})",
         ),
+        _line("time", _time(report["seconds"])),
         _line("peak memory", f"{_size(peak['bytes'])} {peak['what']}, largest rank, while training"),
         *_memory(report["memory"]),
         *_layers(report["layers"]),
@@ -94,6 +95,18 @@ def render(report: Mapping[str, Any]) -> str:
     if report["files"]["plots"]:
         lines.append(_line("plots", ", ".join(report["files"]["plots"])))
     return "\n".join([*lines, _line("this report", report["files"]["report"]), "-" * 78])
+
+
+def _time(seconds: Mapping[str, float]) -> str:
+    phases = {
+        "start": "starting",
+        "before": "measuring before",
+        "training": "training",
+        "saving": "saving",
+        "after": "measuring after",
+    }
+    parts = ", ".join(f"{seconds[key]:.0f} s {name}" for key, name in phases.items())
+    return f"{seconds['total'] / 60:.1f} min: {parts}"
 
 
 def _probing(steps: int) -> str:

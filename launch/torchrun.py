@@ -9,11 +9,13 @@ SIGTERM however long they have, and turns every exit code into 1: a job script c
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 from types import FrameType
 
 import psutil
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -29,13 +31,20 @@ def hand_on(number: int, frame: FrameType | None) -> None:
 
 def run() -> int:
     """torchrun's command line; the exit status."""
+    # It reports each rank that it ends. The rank that failed has said why, or ends by a signal, which is said below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for number in HANDED_ON:
         signal.signal(number, hand_on)
     try:
         main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code  # of a signal, as shells say it
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        print(f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr, flush=True)
+        return 128 - failure.exitcode  # as shells say it
+    except SignalException as error:
+        return 128 + error.sigval
     finally:
         # srun ends the other machines' agents as soon as one has ended; that must not replace the code.
         for number in HANDED_ON:

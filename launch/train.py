@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import datasets
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
@@ -216,13 +218,23 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
     peak = report.peak_memory()
+    trained = time.time()
     trainer.save_model()
     if resuming and preemption.agreed():
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
+    saved = time.time()
     after = measure(task, model, options)
+    seconds = {
+        "before": stopwatch.before_seconds,
+        "training": stopwatch.seconds,
+        "saving": saved - trained,
+        "after": time.time() - saved,
+    }
+    total = time.time() - psutil.Process().create_time()
 
     numbers = _report(options, task, trainer, stopwatch, callback)
+    numbers["seconds"] = {"total": total, "start": total - sum(seconds.values()), **seconds}
     numbers |= {"before": stopwatch.before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
     if trainer.is_world_process_zero():
         report.save(numbers, folder)
@@ -295,12 +307,13 @@ def run_watched(options: command_line.Arguments, preemption: grass_ds.Preemption
             status = run(options, preemption)
         except RuntimeError as error:
             if distributed.is_communication_error(error):
-                first_line = str(error).splitlines()[0]
-                print(
-                    f"[rank {distributed.rank()}] {first_line}\nwaiting to learn whether a rank is lost",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                if distributed.first_to_fail():
+                    first_line = str(error).splitlines()[0]
+                    print(
+                        f"[rank {distributed.rank()}] {first_line}\nwaiting to learn whether a rank is lost",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 heartbeat.wait_for_verdict()
             raise
         tracking.finish(status)
@@ -312,6 +325,7 @@ def run_watched(options: command_line.Arguments, preemption: grass_ds.Preemption
 
 def main() -> int:
     """Run the command line; the exit status."""
+    distributed.end_on_interrupt()
     preemption, status = grass_ds.Preemption(), 1
     try:
         status = run_watched(command_line.parse(), preemption)
@@ -319,6 +333,9 @@ def main() -> int:
         if os.environ.get("GRASS_TRACEBACK"):
             traceback.print_exc()
         distributed.report_error(error)
+    except Exception:
+        if distributed.first_to_fail():
+            raise
     finally:
         tracking.finish(status)
         distributed.stop()

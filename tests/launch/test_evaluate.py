@@ -11,6 +11,7 @@ from launch.arithmetic import generate
 from launch.data import Rows, tokenize
 from launch.evaluate import (
     _generate,
+    _Progress,
     choice_accuracy,
     detect_task,
     exact_match,
@@ -86,7 +87,7 @@ def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer
         ids = torch.tensor([template.prompt_ids(row)])
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         expected.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
-    assert _generate(model, template, [template.prompt_ids(row) for row in rows], 12) == expected
+    assert _generate(model, template, [template.prompt_ids(row) for row in rows], 12, _Progress("test", 6)) == expected
     # Each row's own continuation as its answer: all right. With one answer changed: all but one.
     words = [text.split()[0].strip(".,:;'\"").lower() for text in expected]
     answered = [{**row, "answer": word} for row, word in zip(rows, words, strict=True)]
@@ -185,8 +186,8 @@ def test_ranks_of_a_whole_model_do_not_wait_for_each_other(
 ) -> None:
     """A rank that has no rows is done at once: one that waited for it in the batches would wait for ever."""
     monkeypatch.setattr(distributed, "max_over_ranks", lambda _: pytest.fail("a collective that not all ranks enter"))
-    assert list(evaluate._batches(model, [1, 2, 3], 2, "test")) == [([1, 2], True), ([3], True)]
-    assert list(evaluate._batches(model, [], 2, "test")) == []
+    assert list(evaluate._batches(model, [1, 2, 3], 2)) == [([1, 2], True), ([3], True)]
+    assert list(evaluate._batches(model, [], 2)) == []
 
 
 def test_ranks_of_a_partitioned_model_run_as_many_batches(
@@ -195,7 +196,7 @@ def test_ranks_of_a_partitioned_model_run_as_many_batches(
     monkeypatch.setattr(evaluate, "is_partitioned", lambda _: True)
     monkeypatch.setattr(distributed, "max_over_ranks", lambda mine: max(mine, 3.0) if mine else 0.0)
     expected = [([1, 2], True), ([3], True), ([1, 2], False)]
-    assert list(evaluate._batches(model, [1, 2, 3], 2, "test")) == expected
+    assert list(evaluate._batches(model, [1, 2, 3], 2)) == expected
     monkeypatch.setattr(distributed, "max_over_ranks", lambda mine: max(mine, 1.0))
     with pytest.raises(ValueError, match="fewer rows than ranks"):
-        list(evaluate._batches(model, [], 2, "test"))
+        list(evaluate._batches(model, [], 2))

@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,17 @@ def torchrun() -> list[str]:
 
 def deepspeed_launcher() -> list[str]:
     binary = Path(sys.executable).parent / "deepspeed"
-    return [str(binary), "--num_accelerators", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [
+        str(binary),
+        "--log_level",
+        "critical",
+        "--num_accelerators",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+    ]
 
 
 def assert_nothing_is_trained_twice(options: list[str], folder: Path) -> None:
@@ -56,6 +67,16 @@ def assert_nothing_is_trained_twice(options: list[str], folder: Path) -> None:
     assert [after[key] for key in ("before", "after", "layers")] == [
         before[2][key] for key in ("before", "after", "layers")
     ]
+
+
+def assert_nothing_is_said_but_by_the_run(done: subprocess.CompletedProcess[str]) -> None:
+    """Precision first, and once; no warnings that a user cannot act on, no lines of the launcher."""
+    lines = [line for line in done.stdout.splitlines() if "WANDB offline mode" not in line]
+    assert lines[0].startswith("precision: "), lines[:5]
+    assert sum(line.startswith("precision: ") for line in lines) == 1
+    said = done.stdout + done.stderr
+    for noise in ("FutureWarning", "[INFO] [", "built successfully", "hostfile"):
+        assert noise not in said, said[:3000]
 
 
 @pytest.mark.parametrize(("file", "resumed"), [("grass.json", True), ("zero3_grass.json", False)])
@@ -86,6 +107,10 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str, resumed: bo
     assert len(report["files"]["plots"]) == 2
     assert len({run.name.rsplit("-", 1)[1] for run in (tmp_path / "wandb").glob("offline-run-*")}) == 1
     assert "exact match" in done.stdout
+    assert_nothing_is_said_but_by_the_run(done)
+    assert sum(
+        report["seconds"][phase] for phase in ("start", "before", "training", "saving", "after")
+    ) == pytest.approx(report["seconds"]["total"])
 
     before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -119,6 +144,36 @@ def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: 
     assert expected in output, output[-3000:]
     assert 'launch/train.py", line' not in output, output[:3000]  # a message, no traceback of ours
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_an_interrupted_run_ends_with_one_message(model_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the launcher and all ranks at once."""
+    port = ["--master-port", str(free_port())]
+    command = [sys.executable, "launch/torchrun.py", "--nproc-per-node", "2", *port, "launch/train.py"]
+    command += ["--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"]
+    command += ["--deepspeed", "ds_configs/lisa.json", "--model", str(model_folder), "--eval_task", "none"]
+    command += ["--max_steps", "100000", "--logging_steps", "1"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as run:
+        assert run.stdout is not None
+        said = []
+        for line in run.stdout:
+            said.append(line)
+            if line.startswith("step 2 "):
+                os.killpg(run.pid, signal.SIGINT)
+                break
+        rest = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + signal.SIGINT, said
+    ending = [line for line in rest.splitlines() if line.strip() and not line.startswith("step ")]
+    assert ending == ["interrupted"]
 
 
 FAILING = """

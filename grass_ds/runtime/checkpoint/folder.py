@@ -325,7 +325,7 @@ def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
         with suppress(ValueError):  # see problems()
             part = Part.read(checkpoint, rank)
             known |= {} if part is None else part.files
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:  # reads and checksums let go of the interpreter
         sums = list(pool.map(lambda name: _checksum(checkpoint / name), known))
     return [
