@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
+from helpers import rounding
 from helpers.models import (
     RELEASED,
     batch,
@@ -160,26 +161,35 @@ def test_zero3_is_zero2(request: pytest.FixtureRequest, name: str, tmp_path: Pat
 
 
 def follow_plain_gradients(config: dict[str, Any], clip: float, lr: float) -> dict[str, Any]:
-    """Plain SGD steps show the clipped gradient itself. Layers per step, largest relative errors of its norm and of the steps."""
+    """Plain SGD steps show the clipped gradient itself. Layers per step; relative errors of its norm and of the steps over what they may be.
+
+    The truth is a float64 model's gradient. What a float32 model of the same weights is off by is the noise of this CPU. A norm can be
+    off by no more than its gradient, and by the rounding of its sum; a step, besides, by the rounding of the weights that it is added to.
+    """
     model, plain = tiny_llama(hidden=24), tiny_llama(hidden=24)
+    exact = rounding.wide(plain)
     counts, norm_errors, step_errors = [], [0.0], [0.0]
+    numel = sum(param.numel() for param in plain.model.layers[0].parameters())
     with engine_of(config, model, optimizer=torch.optim.SGD(model.parameters(), lr=lr)) as engine:
         micros, ranks = range(engine.gradient_accumulation_steps()), range(torch.distributed.get_world_size())
+        of_sum = rounding.of_norm(numel, len(ranks))
         for step in range(8):
             active, probing, before = engine.grass.active_layers, engine.grass.phase == "probe", snapshot(model)
-            plain.load_state_dict(before)
-            gradients = plain_gradients(
-                plain, active, [batch(step, micro, rank) for micro in micros for rank in ranks]
-            )
+            rows = [batch(step, micro, rank) for micro in micros for rank in ranks]
+            for reference in (plain, exact):
+                reference.load_state_dict(before)
+            gradients, narrow = plain_gradients(exact, active, rows), plain_gradients(plain, active, rows)
             norm = norm_of(gradients)
+            noise = rounding.DRAWS * norm_of({name: narrow[name] - g for name, g in gradients.items()}) / norm
             assert norm > 2 * clip  # or this would not test clipping
             train(engine, 1, start=step)
             moved = {name: weight - before[name] for name, weight in snapshot(model).items()}
             assert {name for name, move in moved.items() if move.any()} == (set() if probing else gradients.keys())
             if not probing:  # probing reports the norm of what it measures: micro-batches one by one
                 errors = {name: moved[name] + lr * clip / norm * gradient for name, gradient in gradients.items()}
-                step_errors.append(norm_of(errors) / (lr * clip))
-                norm_errors.append(abs(engine.get_global_grad_norm() / norm - 1))
+                of_weights = rounding.ROUNDOFF * norm_of({n: before[n].abs() + moved[n].abs() for n in gradients})
+                step_errors.append(norm_of(errors) / (lr * clip) / (2 * noise + of_sum + of_weights / (lr * clip)))
+                norm_errors.append(abs(engine.get_global_grad_norm() / norm - 1) / (noise + of_sum))
             counts.append(len(active))
     return {"counts": counts, "norm": max(norm_errors), "step": max(step_errors)}
 
@@ -206,5 +216,5 @@ def test_norm_and_clipping_are_those_of_the_whole_gradient_of_the_active_layers(
     config["zero_allow_untested_optimizer"] = True
     for found in request.getfixturevalue(pool).run(follow_plain_gradients, config=config, clip=clip, lr=lr):
         assert found["counts"] == [4, 4] + [2] * 6
-        assert found["norm"] < 1e-6
-        assert found["step"] < 2e-5
+        assert found["norm"] <= 1
+        assert found["step"] <= 1
