@@ -247,8 +247,10 @@ def test_every_launcher_trains_alike(cluster: Cluster, settings: dict[str, str],
     for name, found in losses.items():
         assert len(found) == 3, logs[name][-4000:]
         assert json.loads((tmp_path / name / "report.json").read_text())["ranks"] == (1 if name == "none" else 2)
-        if name == "none":  # other sums in bfloat16
-            assert found == pytest.approx(losses["srun"], abs=0.02)
+        if name == "none":
+            # Four rows on one rank are other sums in bfloat16 than two on each of two. A logit rounds by up to the unit roundoff of itself,
+            # a loss is a difference of logits, and those of an untrained model are smaller than it.
+            assert found == pytest.approx(losses["srun"], rel=torch.finfo(torch.bfloat16).eps / 2)
         else:
             assert_same_run(tmp_path / name, tmp_path / "srun")
     doctor = json.loads((tmp_path / "doctor.json").read_text())

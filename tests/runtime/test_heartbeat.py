@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from grass_ds.heartbeat import FAREWELL, RANK_LOST, Heartbeat, Line, Silence, bound_socket
 
 LIMIT, INTERVAL, WORLD = 1.5, 0.25, 3
-SLACK = 3.0  # two cores may be busy with other tests
+SLACK = 10.0  # processors may be busy with other tests; nobody waits for it who is in time
 
 
 # ---- the decision --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers hide behind backward. Latency and backward are both made of sleep here, so that a busy machine does not decide."""
+"""Transfers hide behind backward.
+
+Latency and backward are both made of sleep here, and the fastest of several steps counts, so that a busy machine does not decide: all
+that it can do is to lengthen a step.
+"""
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,15 +81,15 @@ def test_a_slow_disk_hides_behind_backward(one_rank: Any, tmp_path: Path) -> Non
     """Per step a layer of four chunks comes in and one goes out: 0.24 s each way, behind 0.6 s of backward."""
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
 
-    def median(**offload: Any) -> float:
-        return statistics.median(one_rank.run(seconds_per_step, offload=offload)[0])
+    def fastest(**offload: Any) -> float:
+        return min(one_rank.run(seconds_per_step, offload=offload)[0])
 
-    none = median(device="none")
+    none = fastest(device="none")
     assert none > BACKWARD
     for residency in ("stream", "period"):
-        assert median(**nvme, residency=residency) <= 1.10 * none, residency
+        assert fastest(**nvme, residency=residency) <= 1.10 * none, residency
     exposed = CHUNKS * LATENCY  # what the same transfers cost when nothing hides them
-    assert median(**nvme, prefetch="step", device_buffers=1, host_buffers=3) >= none + 0.8 * exposed
+    assert fastest(**nvme, prefetch="step", device_buffers=1, host_buffers=3) >= none + 0.8 * exposed
 
 
 # ---- the trace ------------------------------------------------------------------------------------------------------------

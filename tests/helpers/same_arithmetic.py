@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the arithmetic of ZeRO-2 and ZeRO-3 the same to the last bit, on every CPU. Run inside a rank.
+
+By themselves they round differently in two places of a model's forward and backward, and in two of what follows:
+
+- How a matrix product rounds depends on where its weights lie in memory. Here all stages multiply by aligned copies of them.
+- A norm's input has several uses, whose gradients add up in an order that depends on where DeepSpeed's hooks stand between the modules. Here
+  a norm adds up its own first, whatever the hooks.
+- Every rank has other elements of a gradient, so its norms are summed in other portions. Here a run can go on with the norms of another.
+- The sum of more than two numbers depends on their order, and gloo's on where an element goes. Here more than two ranks add up in their order.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+# What global_squares() returns, by the units' names; None if it is not finite.
+Squares = tuple[dict[str, float], ...] | None
+
+
+class _AlignedProduct(torch.autograd.Function):
+    """``torch.nn.functional.linear`` by a copy of the weights, in backward of what they then are: a new tensor is always aligned alike."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.weight = weight
+        product = rows @ weight.clone().t()
+        return product if bias is None else product + bias
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needed, flat = ctx.needs_input_grad, grad.flatten(0, -2)
+        return (
+            grad @ ctx.weight.clone() if needed[0] else None,
+            flat.t() @ ctx.saved_tensors[0].flatten(0, -2) if needed[1] else None,
+            flat.sum(0) if needed[2] else None,
+        )
+
+
+class _Joint(torch.autograd.Function):
+    """The same numbers; in backward, what is behind it adds up before it meets anything else."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def _sum_in_order_of_ranks(output: torch.Tensor, tensor: torch.Tensor, group: Any = None) -> None:
+    """A reduce-scatter that adds every element up in the same order."""
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, tensor, group=group)
+    output.copy_(sum(parts[1:], parts[0]).chunk(len(parts))[torch.distributed.get_rank(group)])
+
+
+@contextmanager
+def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squares]]:
+    """Inside, models and engines compute as above, with the norms that are ``given``. Yields the measured ones, per step."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from grass_ds.runtime import gradients, zero
+
+    measured: list[Squares] = []
+
+    def squares(reducer: Any, units: Any, group: Any) -> Any:
+        found = zero_squares(reducer, units, group)
+        finite = all(math.isfinite(value) for part in found for value in part.values())
+        measured.append(tuple({unit.name: part[unit] for unit in units} for part in found) if finite else None)
+        if given is None or not finite:
+            return found
+        return tuple({unit: part[unit.name] for unit in units} for part in given[len(measured) - 1])
+
+    def product(self: nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+        return _AlignedProduct.apply(rows, self.weight, self.bias)
+
+    def norm(self: LlamaRMSNorm, rows: torch.Tensor) -> torch.Tensor:
+        return llama_norm(self, _Joint.apply(rows))
+
+    zero_squares, llama_norm = zero.global_squares, LlamaRMSNorm.forward
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(nn.Linear, "forward", product))
+        patches.enter_context(mock.patch.object(LlamaRMSNorm, "forward", norm))
+        patches.enter_context(mock.patch.object(zero, "global_squares", squares))
+        if torch.distributed.get_world_size() > 2:
+            patches.enter_context(mock.patch.object(gradients.dist, "reduce_scatter_tensor", _sum_in_order_of_ranks))
+        yield measured
+
+
+def norms_apart(two: dict[str, Any], three: dict[str, Any]) -> list[Any]:
+    """Where two runs' squared norms of a unit differ by more than the rounding of their sums.
+
+    They are sums of squares, so that nothing cancels: the relative error is at most the number of roundings on the way of a term, times
+    the unit roundoff. These are a product and up to n - 1 sums over a shard of n elements, a root and a square, and world - 1 sums over
+    ranks; and for the second of two micro-steps one more.
+
+    Args:
+        two, three: ``measured`` as :func:`same_arithmetic` yields it, and ``shards``: unit -> elements on a rank.
+    """
+    roundoff, found = torch.finfo(torch.float32).eps / 2, []
+    others = 2 * (torch.distributed.get_world_size() + 3)
+    for step, (theirs, mine) in enumerate(zip(two["measured"], three["measured"], strict=True)):
+        if theirs is None or mine is None:  # overflow
+            found += [] if theirs is mine else [(step, theirs, mine)]
+            continue
+        for one, other in zip(theirs, mine, strict=True):
+            for unit, square in one.items():
+                roundings = two["shards"][unit] + three["shards"][unit] + others
+                if not math.isclose(square, other[unit], rel_tol=roundings * roundoff):
+                    found.append((step, unit, square, other[unit]))
+    return found
