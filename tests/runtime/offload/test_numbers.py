@@ -173,8 +173,9 @@ def test_every_place_and_way_gives_the_same_bits(request: pytest.FixtureRequest,
     for report in request.getfixturevalue(pool).run(compare, timeout=400.0, **arguments):
         assert report["differences"] == dict.fromkeys(offloads)
         assert report["sets"] > 5  # it did switch
-        assert (report["skipped"] > STEPS // 10) == ("skipped" in case)
-        assert (report["skipped"] == 3 * 2) == ("probing again" in case)  # twice more, two steps each
+        probed = 3 * 2  # twice more, two steps each
+        assert (report["skipped"] == probed) == ("probing again" in case)
+        assert (report["skipped"] > probed) == ("skipped" in case)
         for name, chunks in report["chunks"].items():
             assert chunks > 2 if "grain" in name else chunks == 1 if "whole" in name else chunks > 1
     assert list(tmp_path.iterdir()) == []
