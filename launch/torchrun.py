@@ -32,7 +32,7 @@ def hand_on(number: int, frame: FrameType | None) -> None:
 def run() -> int:
     """torchrun's command line; the exit status."""
     # It reports each rank that it ends. The rank that failed has said why, or ends by a signal, which is said below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     for number in HANDED_ON:
         signal.signal(number, hand_on)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the whole suite: pools of ranks, kept for the session."""
+"""What the whole suite shares: pools of ranks, kept for the session, and the option ``--all``."""
 
 import os
 import sys
@@ -21,6 +21,29 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from helpers.ranks import RankPool  # noqa: E402
+
+LEFT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run also what is marked `all` or `slurm`")
+
+
+@pytest.hookimpl(trylast=True)  # what -m and -k take out is not counted
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("all"):
+        return
+    left = [item for item in items if item.get_closest_marker("all") or item.get_closest_marker("slurm")]
+    if left:
+        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=left)
+    config.stash[LEFT] = len(left)
+
+
+@pytest.hookimpl(trylast=True)  # after the lines of the plugin `tiers`
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left := terminalreporter.config.stash.get(LEFT, 0):
+        terminalreporter.write_line(f"{left} tests are left for --all")
 
 
 def _pool(world: int, accelerator: str = "cpu") -> Iterator[RankPool]:

@@ -43,6 +43,7 @@ def test_a_cell_on_disk_moves_state_and_leaves_nothing(tmp_path: Path) -> None:
     assert len(places.offload_table([row])) == 3
 
 
+@pytest.mark.all
 @pytest.mark.dist
 def test_a_checkpoint_cell_weighs_what_it_saves(tmp_path: Path) -> None:
     cell = {**tiny(saves.save_cells(1), 2, stage=2, **{"async": True}), "ranks": 1}
@@ -57,6 +58,7 @@ def test_a_checkpoint_cell_weighs_what_it_saves(tmp_path: Path) -> None:
     assert "training stood still" in table[0]
 
 
+@pytest.mark.all
 @pytest.mark.dist
 def test_badam_loses_the_last_step_on_every_block() -> None:
     pytest.importorskip("badam")

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.ranks import RankPool
+from helpers.tiered import tiered
 
 from benchmarks import floors
 from benchmarks.case import Case
@@ -95,7 +96,7 @@ PASSES = {
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", PASSES)
+@pytest.mark.parametrize("case", tiered(PASSES, "untied", "checkpointing", "lora-checkpointing", "lora-fa"))
 def test_flops_and_activations_are_exact(two_ranks: RankPool, case: str) -> None:
     tied, checkpointing, lora = PASSES[case]
     for step in two_ranks.run(watch_passes, tied=tied, checkpointing=checkpointing, lora=lora)[0]:
@@ -145,7 +146,7 @@ def watch_step(**arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, "grass-1", "embed-2", "grass-3", "full-2", "lora-2"))
 def test_steps_cost_what_the_floors_say(two_ranks: RankPool, case: str) -> None:
     row = max(two_ranks.run(watch_step, **CASES[case]), key=lambda row: row["observed"]["peak_bytes"])
     seen, active = row["observed"], row["observed"]["active"]

@@ -1,20 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs killed at random moments, started again, and compared with one that was left alone."""
 
+import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from helpers.crash import WORLD, Hung, Life, Run
 from helpers.ranks import FORKED
 
 GRACE = 0.3  # seconds, at most, from the death of one rank until a launcher kills the others
 MOST_WRONG = 3  # more of it teaches nothing
-WEIGHTS = {"saving": 5, "step": 3, "loading": 2}  # words that a kill follows, how often each
+# What a kill follows and whom it hits, as often as it stands there; the order of victims is that in which they are hit.
+MOMENTS = ("saving",) * 5 + ("step",) * 3 + ("loading",) * 2
+VICTIMS = ([0], [1], [0, 1], [1, 0])
+
+
+class Blow(NamedTuple):
+    """A kill to come: after which word, and of whom."""
+
+    moment: str
+    victims: list[int]
+
+
+def plan(kills: int, seed: int) -> list[Blow]:
+    """So many blows in random order. All moments and all victims come before any comes again: few kills have all of them, too."""
+    draws = random.Random(seed)
+
+    def deal(cards: Sequence[Any]) -> Iterator[Any]:
+        while True:
+            yield from draws.sample(cards, len(cards))
+
+    pairs = zip(deal(MOMENTS), deal(VICTIMS), strict=False)
+    return [Blow(moment, victims) for moment, victims in itertools.islice(pairs, kills)]
 
 
 @dataclass
@@ -43,14 +66,12 @@ class Campaign:
     Attributes:
         deaths: those after which a later life has been judged.
         wrong: what was not as in the run that was left alone, and after which death.
-        kills: all of them.
         finished: how often the run came to its end.
         seconds: that all of it took.
     """
 
     deaths: list[Death] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    kills: int = 0
     finished: int = 0
     seconds: float = 0.0
 
@@ -58,9 +79,10 @@ class Campaign:
 class _Killer:
     """Draws moments of death: a random time after a word, within the time that what the word announces was seen to take."""
 
-    def __init__(self, seed: int):
+    def __init__(self, blows: list[Blow], seed: int):
+        self.left = list(blows)
         self.draws = random.Random(seed)
-        self._spans = {what: [0.02] for what in WEIGHTS}
+        self._spans = {what: [0.02] for what in MOMENTS}
 
     def learn(self, life: Life) -> None:
         """How long it takes until the next word; for a save in the background, until the next save."""
@@ -72,10 +94,10 @@ class _Killer:
                     self._spans[word.what].append(other.time - word.time)
 
     def strike(self, life: Life) -> Death | None:
-        """Let it live until its moment has come, then kill it; None if it came to its end before."""
-        [what] = self.draws.choices(list(WEIGHTS), list(WEIGHTS.values()))
+        """Let it live until its moment has come, then kill it; None if it came to its end before: the blow is then still to come."""
+        what, victims = self.left[0]
         left = {"loading": 1, "saving": self.draws.choice([1, 1, 2]), "step": self.draws.randint(1, 5)}[what]
-        witness, victims = self.draws.randrange(WORLD), self.draws.choice([[0], [1], [0, 1], [1, 0]])
+        witness = self.draws.randrange(WORLD)
         for rank, word in life.words():
             left -= rank == witness and word.what == what
             if left == 0:
@@ -85,6 +107,7 @@ class _Killer:
                 break
         if set(victims) - set(life.alive):
             return None
+        del self.left[0]
         life.kill(victims)
         if len(victims) < WORLD:
             time.sleep(self.draws.uniform(0.0, GRACE))
@@ -124,7 +147,6 @@ class _Chain:
         wrong += self._faults(life, published) + ([] if death is not None else self._faults_of_end(life))
         self._settle(wrong, life, published)
         if death is not None:
-            self._report.kills += 1
             self._unjudged.append(death)
             assert killer is not None
             killer.learn(life)
@@ -162,19 +184,19 @@ class _Chain:
             self._safe = max([self._safe, *(saved[:-1] if self.run.background else saved)])
 
 
-def _campaign(run: Run, kills: int, seed: int) -> Campaign:
+def _campaign(run: Run, blows: list[Blow], seed: int) -> Campaign:
     import helpers.preloaded  # noqa: F401  # ranks are forked from here
 
     assert run.folder is not None
-    began, report, killer = time.monotonic(), Campaign(), _Killer(seed)
+    began, report, killer = time.monotonic(), Campaign(), _Killer(blows, seed)
     run.folder.mkdir()
     alone = Life(replace(run, folder=None), run.folder / "alone")
     alone.run_out()
     alone.bury()
     assert not alone.failures, alone.failures
-    while report.kills < kills and len(report.wrong) < MOST_WRONG:
+    while killer.left and len(report.wrong) < MOST_WRONG:
         chain = _Chain(replace(run, folder=run.folder / f"chain{report.finished}"), alone, report)
-        while chain.live(killer if report.kills < kills else None):
+        while chain.live(killer if killer.left else None):
             pass
         report.finished += 1
     report.seconds = time.monotonic() - began
@@ -182,7 +204,7 @@ def _campaign(run: Run, kills: int, seed: int) -> Campaign:
 
 
 @contextmanager
-def nursery() -> Iterator[Callable[[Run, int, int], Campaign]]:
-    """``campaign(run, kills, seed)``: kill ``run`` so many times. A new folder within ``run.folder`` whenever it came to its end."""
+def nursery() -> Iterator[Callable[[Run, list[Blow], int], Campaign]]:
+    """``campaign(run, blows, seed)``: kill ``run`` by each of them. A new folder within ``run.folder`` whenever it came to its end."""
     with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
-        yield lambda run, kills, seed: pool.submit(_campaign, run, kills, seed).result()
+        yield lambda run, blows, seed: pool.submit(_campaign, run, blows, seed).result()

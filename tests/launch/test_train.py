@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """launch/train.py as a user starts it: through the DeepSpeed launcher and torchrun, on two ranks, with a tiny model."""
 
+import itertools
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from helpers.ranks import free_port
+from helpers.ranks import FORKED, free_port, rank_environment
+from helpers.tiered import tiered
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,8 +86,8 @@ def assert_nothing_is_said_but_by_the_run(done: subprocess.CompletedProcess[str]
         assert noise not in said, said[:3000]
 
 
-@pytest.mark.parametrize(("file", "resumed"), [("grass.json", True), ("zero3_grass.json", False)])
-def test_the_main_job(model_folder: Path, tmp_path: Path, file: str, resumed: bool) -> None:
+@pytest.mark.parametrize("file", tiered(["grass.json", "zero3_grass.json"], "zero3_grass.json"))
+def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
     """Start to report: the model is saved and loads, only drawn layers moved, plots and one wandb run are there.
 
     With three test rows on two ranks: in ZeRO-3 the one without a second row must keep the other company.
@@ -90,13 +97,10 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str, resumed: bo
     (tmp_path / "grass.json").write_text(json.dumps(config))
     options = ["--deepspeed", str(tmp_path / "grass.json"), "--model", str(model_folder), "--max_steps", str(STEPS)]
     options += ["--eval_samples", "3", "--per_device_eval_batch_size", "1", "--max_new_tokens", "8"]
-    options += ["--report_to", "wandb", "--logging_steps", "1"]
-    if resumed:
-        options += ["--resume_from_checkpoint", "true"]
+    options += ["--report_to", "wandb", "--logging_steps", "1", "--resume_from_checkpoint", "true"]
     done = start(deepspeed_launcher(), options, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
-    if resumed:
-        assert_nothing_is_trained_twice(options, tmp_path)
+    assert_nothing_is_trained_twice(options, tmp_path)
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["ranks"] == 2
@@ -128,22 +132,77 @@ BAD: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: Path, case: str) -> None:
+def mistake(case: str, model_folder: Path, folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment of a start that must fail; what they name is made in ``folder``."""
     rows = [{"instruction": "1 + 1?", "output": "The answer is 2."}, {"instruction": "2 + 2?"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "checkpoint-3").mkdir()
-    options, expected = BAD[case]
-    options = [option.format(folder=tmp_path) for option in options]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "checkpoint-3").mkdir()
+    options = ["--deepspeed", "ds_configs/grass.json", *(option.format(folder=folder) for option in BAD[case][0])]
     if "--model" not in options:
         options += ["--model", str(model_folder)]
-    environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "HOME": str(tmp_path)}
-    done = start(torchrun(), ["--deepspeed", "ds_configs/grass.json", *options], tmp_path, **environment)
+    return options, {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(folder / "none"), "HOME": str(folder)}
+
+
+def assert_told(case: str, output: str, folder: Path) -> None:
+    assert BAD[case][1] in output, (case, output[-3000:])
+    assert 'launch/train.py", line' not in output, (case, output[:3000])  # a message, no traceback of ours
+    assert not (folder / "out" / "report.json").exists(), case
+
+
+def _rank(environment: dict[str, str], options: list[str], folder: Path, log: Path) -> None:
+    """What ``launch/train.py`` is as a program, in a process that has its imports."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    sys.argv = ["launch/train.py", "--output_dir", str(folder / "out"), *options]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def fork_two_ranks_each(starts: dict[Path, tuple[list[str], dict[str, str]]]) -> dict[Path, list[int | None]]:
+    """Folder -> the exit codes of two ranks started there, all at the same time, after one import for all of them."""
+    import launch.train  # noqa: F401
+
+    ranks: dict[Path, list[Any]] = {}
+    for folder, (options, environment) in starts.items():
+        port = free_port()
+        for rank in range(2):
+            own = {**environment, **rank_environment(rank, 2, port)}
+            arguments = (own, options, folder, folder / f"rank{rank}.log")
+            ranks.setdefault(folder, []).append(
+                multiprocessing.get_context("fork").Process(target=_rank, args=arguments)
+            )
+            ranks[folder][-1].start()
+    end = time.monotonic() + 120
+    for process in itertools.chain(*ranks.values()):
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
+        process.join()
+    return {folder: [process.exitcode for process in processes] for folder, processes in ranks.items()}
+
+
+def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: Path) -> None:
+    folders = {tmp_path / case: case for case in BAD}
+    for folder in folders:
+        folder.mkdir()
+    starts = {folder: mistake(case, model_folder, folder) for folder, case in folders.items()}
+    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
+        codes = pool.submit(fork_two_ranks_each, starts).result()
+    for folder, case in folders.items():
+        logs = [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
+        assert all(code and code > 0 for code in codes[folder]), (case, codes[folder], logs)
+        assert_told(case, "".join(logs), folder)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_end_the_job(model_folder: Path, tmp_path: Path, case: str) -> None:
+    options, environment = mistake(case, model_folder, tmp_path)
+    done = start(torchrun(), options, tmp_path, **environment)
     assert done.returncode != 0
-    output = done.stdout + done.stderr
-    assert expected in output, output[-3000:]
-    assert 'launch/train.py", line' not in output, output[:3000]  # a message, no traceback of ours
-    assert not (tmp_path / "out" / "report.json").exists()
+    assert_told(case, done.stdout + done.stderr, tmp_path)
 
 
 def test_an_interrupted_run_ends_with_one_message(model_folder: Path, tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.campaign import Campaign, nursery
-from helpers.crash import WORLD, Run
+from helpers.campaign import Campaign, nursery, plan
+from helpers.crash import Run
 from helpers.models import ds_config, grass_block
 
 pytestmark = pytest.mark.dist
 
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_num_steps": 20, "warmup_max_lr": 1e-2}}
-KILLS = int(os.environ.get("GRASS_DS_KILLS", "50"))
+KILLS, ALL_KILLS = 12, 50  # by default, with --all
 # name -> ds_config arguments, where optimizer state is
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "stage 2, host": ({"dtype": "bf16", "stage": 2}, "cpu"),
@@ -37,13 +37,13 @@ def run_of(case: str, folder: Path) -> Run:
 
 
 @pytest.mark.slow
-def test_killed_runs_are_the_run_that_was_left_alone(tmp_path: Path) -> None:
+def test_killed_runs_are_the_run_that_was_left_alone(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    kills = int(os.environ.get("GRASS_DS_KILLS", ALL_KILLS if request.config.getoption("all") else KILLS))
     seed = random.randrange(10**6)
+    blows = plan(kills, seed)
     with nursery() as campaign:
         reports: dict[str, Campaign] = {
-            case: campaign(
-                run_of(case, tmp_path / case), KILLS // len(CASES) + (place < KILLS % len(CASES)), seed + place
-            )
+            case: campaign(run_of(case, tmp_path / case), blows[place :: len(CASES)], seed + place)
             for place, case in enumerate(CASES)
         }
     wrong = [f"{case}: {text}" for case, report in reports.items() for text in report.wrong]
@@ -51,16 +51,14 @@ def test_killed_runs_are_the_run_that_was_left_alone(tmp_path: Path) -> None:
     assert all(report.finished for report in reports.values())
 
     deaths = [death for report in reports.values() for death in report.deaths]
-    assert len(deaths) == KILLS
+    assert sorted((death.moment, death.victims) for death in deaths) == sorted(blows)
     hit = {
         "inside save_checkpoint": sum(death.saving is not None for death in deaths),
         "a checkpoint under way": sum(death.underway for death in deaths),
         "fell back": sum(death.resumed < death.saving for death in deaths if death.saving is not None),
-        "while training": sum(death.moment == "step" for death in deaths),
-        "while loading": sum(death.moment == "loading" for death in deaths),
-        "one rank": sum(len(death.victims) < WORLD for death in deaths),
-        "all ranks": sum(len(death.victims) == WORLD for death in deaths),
     }
     print({case: round(report.seconds, 1) for case, report in reports.items()}, hit)
-    assert hit["inside save_checkpoint"] >= KILLS / 3, (seed, hit)
-    assert all(hit.values()), (seed, hit)
+    # Each comes of half or more of the kills that follow the word "saving". So 14 of these all miss it once in 16,000 runs; fewer
+    # may well miss it.
+    if sum(blow.moment == "saving" for blow in blows) >= 14:
+        assert all(hit.values()), (seed, hit)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import LAYERS, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.tiered import tiered
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,15 +67,24 @@ def train_through_all_layers(config: dict[str, Any], mode: str) -> dict[str, Any
 
 
 @dist
-@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 @pytest.mark.parametrize(
-    ("stage", "order", "always"),
-    [
-        (2, "descending", ["norm"]),
-        (1, "ascending", ["norm"]),
-        (2, "ascending", []),
-        (2, "descending", ["embed", "norm"]),
-    ],
+    ("mode", "stage", "order", "always"),
+    tiered(
+        [
+            (mode, *case)
+            for mode in ("reentrant", "non-reentrant")
+            for case in (
+                (2, "descending", ["norm"]),
+                (1, "ascending", ["norm"]),
+                (2, "ascending", []),
+                (2, "descending", ["embed", "norm"]),
+            )
+        ],
+        ("reentrant", 1, "ascending", ["norm"]),
+        ("reentrant", 2, "ascending", []),
+        ("reentrant", 2, "descending", ["embed", "norm"]),
+        ("non-reentrant", 2, "descending", ["norm"]),
+    ),
 )
 def test_trains_every_layer_as_without_checkpointing(
     two_ranks: Any, mode: str, stage: int, order: str, always: list[str]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
 from helpers.observed import difference, fp16_allowed, observe
+from helpers.tiered import tiered
 
 pytestmark = pytest.mark.dist
 
@@ -104,7 +105,18 @@ def resumed(engine: Any, folder: Path, tag: str, history: list[dict[str, Any]], 
     return next(filter(None, parts), None) or difference({"losses": losses[after:][:steps]}, {"losses": again})
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    tiered(
+        CASES,
+        "cyclic-fp32-zero1-cpu-reset",
+        "grass-bf16-zero1-nvme-async",
+        "grass-bf16-zero2-cpu-reprobe",
+        "grass-fp16-zero2-cpu-scaled",
+        "static-fp32-zero3-device-reset",
+        "grass-bf16-zero3-cpu-async",
+    ),
+)
 def test_resumed_run_is_the_straight_run(two_ranks: Any, case: str, tmp_path: Path) -> None:
     settings, sampler = copy.deepcopy(CASES[case])
     if "nvme" in case:

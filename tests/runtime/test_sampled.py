@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import rounding
 from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.tiered import tiered
 from torch import nn
 
 from grass_ds import GrassConfigError
@@ -117,7 +118,18 @@ WATCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", WATCHED)
+@pytest.mark.parametrize(
+    "case",
+    tiered(
+        WATCHED,
+        "zero1-cyclic-bf16-gas2",
+        "zero2-uniform-two-of-four-on-device",
+        "zero2-grass-bf16",
+        "zero2-cyclic-bf16-one-rank",
+        "zero3-cyclic-bf16-gas2-reset",
+        "zero3-cyclic-bf16-four-ranks",
+    ),
+)
 def test_exactly_the_active_layers_move(request: pytest.FixtureRequest, case: str) -> None:
     pool, settings, block = WATCHED[case]
     ranks = request.getfixturevalue(pool).run(run_and_watch, config=ds_config(lr=LR, grass=block, **settings))
@@ -243,7 +255,17 @@ EXACT: dict[str, tuple[str, dict[str, Any], str, bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize(
+    "case",
+    tiered(
+        EXACT,
+        "zero2-bf16-reset-clip",
+        "zero1-bf16-keep-gas3-clip",
+        "zero2-fp32-two-groups-reset",
+        "zero3-fp32-two-groups-keep",
+        "zero3-bf16-two-groups-keep-four-ranks",
+    ),
+)
 def test_active_layers_move_by_the_adam_step_of_one_process(request: pytest.FixtureRequest, case: str) -> None:
     pool, settings, on_switch, split = EXACT[case]
     config = ds_config(lr=LR, grass=cyclic(state_on_switch=on_switch), **settings)
@@ -287,7 +309,12 @@ def follow_with_own_gradients(config: dict[str, Any]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("pool", "stage", "gas"), [("two_ranks", 2, 1), ("two_ranks", 1, 2), ("four_ranks", 2, 2), ("two_ranks", 3, 2)]
+    ("pool", "stage", "gas"),
+    tiered(
+        [("two_ranks", 2, 1), ("two_ranks", 1, 2), ("four_ranks", 2, 2), ("two_ranks", 3, 2)],
+        ("two_ranks", 1, 2),
+        ("two_ranks", 3, 2),
+    ),
 )
 def test_follows_a_plain_model_trained_on_the_batches_of_all_ranks(
     request: pytest.FixtureRequest, pool: str, stage: int, gas: int
@@ -379,7 +406,8 @@ def run_to_end(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("layers", "gamma", "sampler"), [(3, 3, "uniform"), (3, 9, "grass"), (1, 2, "grass"), (1, 1, "cyclic")]
+    ("layers", "gamma", "sampler"),
+    tiered([(3, 3, "uniform"), (3, 9, "grass"), (1, 2, "grass"), (1, 1, "cyclic")], (3, 9, "grass"), (1, 1, "cyclic")),
 )
 def test_as_many_active_layers_as_there_are_is_full_training(
     two_ranks: Any, layers: int, gamma: int, sampler: str

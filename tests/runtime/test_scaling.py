@@ -5,6 +5,7 @@ Collectives are counted where torch dispatches them, so whatever else would cros
 seen too. In the formula the number of ranks changes padding alone; one rank sends no weights.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from helpers.models import VOCAB, ds_config, engine_of, grass_block, tiny_llama, train
 from helpers.ranks import RankPool
 from helpers.small import ALIGNMENT, HIDDEN, WORLD
+from helpers.tiered import tiered
 from helpers.traffic import Collectives
 from helpers.zero3 import BARE, LAYER, part
 
@@ -155,8 +157,16 @@ def watch_steps(config: dict[str, Any], layers: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("pool", POOLS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "pool"),
+    tiered(
+        itertools.product(CASES, POOLS),
+        ("zero1-nvme", "two_ranks"),
+        ("zero2-six-layers-gas2", "four_ranks"),
+        ("zero3-three-layers", "one_rank"),
+        ("zero3-three-layers", "two_ranks"),
+    ),
+)
 def test_what_crosses_ranks_is_the_formula(
     request: pytest.FixtureRequest, tmp_path: Path, case: str, pool: str
 ) -> None:

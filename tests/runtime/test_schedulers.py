@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
+from helpers.tiered import tiered
 
 pytestmark = pytest.mark.dist
 STEPS, PROBE_STEPS = 12, 2
@@ -98,7 +99,7 @@ def test_lr_sequence_is_stock_deepspeeds(two_ranks: Any, name: str) -> None:
     assert ours["engine"] == stock["engine"]
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", tiered(SCHEDULERS, "WarmupDecayLR", "torch object built before"))
 def test_probing_delays_the_schedule_by_its_steps(two_ranks: Any, name: str) -> None:
     [stock, _] = two_ranks.run(rates, config=ds_config(stage=1), name=name, steps=STEPS)
     block = grass_block(sampler="grass", probe_steps=PROBE_STEPS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.models import LAYERS, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
 from helpers.observed import difference, observe, optimizer_state
+from helpers.tiered import tiered
 
 pytestmark = pytest.mark.dist
 
@@ -44,9 +45,18 @@ def counts(seen: dict[str, Any]) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+CHANGES = [("full", "grass"), ("uniform", "grass"), ("grass", "full"), ("grass", "uniform")]
+
+
 @pytest.mark.parametrize(
-    ("saved", "then"), [("full", "grass"), ("uniform", "grass"), ("grass", "full"), ("grass", "uniform")]
+    ("saved", "then", "stage"),
+    tiered(
+        [(*change, stage) for change in CHANGES for stage in (2, 3)],
+        ("full", "grass", 2),
+        ("uniform", "grass", 3),
+        ("grass", "full", 3),
+        ("grass", "uniform", 2),
+    ),
 )
 def test_a_run_goes_on_with_another_sampler(two_ranks: Any, saved: str, then: str, stage: int, tmp_path: Path) -> None:
     config = ds_config(dtype="bf16", lr=1e-2, stage=stage)
@@ -102,8 +112,10 @@ def from_weights(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> di
         return {"losses": train(engine, 4), "end": snapshot(engine.module)}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("saved_by", ["grass", "stock"])
+@pytest.mark.parametrize(
+    ("saved_by", "stage"),
+    tiered([("grass", 2), ("grass", 3), ("stock", 2), ("stock", 3)], ("grass", 2), ("stock", 3)),
+)
 def test_restart_from_weights_alone(two_ranks: Any, saved_by: str, stage: int, tmp_path: Path) -> None:
     config, plain = ds_config(stage=stage, grass=grass_block()), ds_config(stage=stage)
     [weights, _] = two_ranks.run(save, config=config if saved_by == "grass" else plain, folder=tmp_path)
@@ -135,8 +147,7 @@ def weights_of_a_tag(config: dict[str, Any], folder: Path, save_latest: bool) ->
     return found
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("threshold", [0, 100])
+@pytest.mark.parametrize(("stage", "threshold"), tiered([(2, 0), (2, 100), (3, 0), (3, 100)], (2, 0), (3, 100)))
 def test_weights_alone_are_those_of_the_tag(two_ranks: Any, stage: int, threshold: int, tmp_path: Path) -> None:
     zero = {"stage": stage, "stage3_param_persistence_threshold": threshold}
     config = ds_config(dtype="bf16", zero_optimization=zero, grass=grass_block())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.models import batch, engine_of, snapshot
 from helpers.small import PERIOD, WORLD, model_for
+from helpers.tiered import tiered
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
     AHEAD,
@@ -110,7 +111,9 @@ TRACES: dict[str, tuple[dict[str, Any], bool | None, int, bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", TRACES)
+@pytest.mark.parametrize(
+    "case", tiered(TRACES, "embeddings-idle-gas2", "reentrant", "non-reentrant", "embeddings-frozen-by-user")
+)
 def test_every_floor_has_a_trace_that_its_first_step_records(two_ranks: Any, case: str) -> None:
     block, reentrant, gas, moves = TRACES[case]
     config = config_of(AHEAD, {"sampler": "uniform", "num_active_layers": 2, "seed": 3, **block}, gas=gas)
@@ -175,9 +178,25 @@ def evaluate_between(config: dict[str, Any], moments: set[str]) -> list[dict[str
     return records
 
 
-@pytest.mark.parametrize("zero", [AHEAD, PERSISTENT, DEFAULT], ids=["ahead", "persistent", "default"])
-@pytest.mark.parametrize(("gas", "moment"), [(1, "before the step"), (2, "before the step"), (1, "after a switch")])
-def test_evaluation_sees_the_weights_as_they_are(two_ranks: Any, zero: dict[str, Any], gas: int, moment: str) -> None:
+SETTINGS = {"ahead": AHEAD, "persistent": PERSISTENT, "default": DEFAULT}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gas", "moment"),
+    tiered(
+        [
+            (settings, *moment)
+            for settings in SETTINGS
+            for moment in ((1, "before the step"), (2, "before the step"), (1, "after a switch"))
+        ],
+        ("ahead", 1, "before the step"),
+        ("ahead", 1, "after a switch"),
+        ("persistent", 1, "after a switch"),
+        ("default", 2, "before the step"),
+    ),
+)
+def test_evaluation_sees_the_weights_as_they_are(two_ranks: Any, settings: str, gas: int, moment: str) -> None:
+    zero = SETTINGS[settings]
     for steps in two_ranks.run(evaluate_between, config=config_of(zero, {}, gas=gas), moments={moment}):
         seen = {steps[0]["active"]}
         for after in steps[1:]:

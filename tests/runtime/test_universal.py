@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.models import LAYERS, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
 from helpers.observed import difference, optimizer_state
+from helpers.tiered import tiered
 
 pytestmark = pytest.mark.dist
 
@@ -128,7 +129,7 @@ def tensor_in(path: Path) -> torch.Tensor:
     return (content["param"] if isinstance(content, dict) else content).reshape(-1)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", tiered(CASES, "grass-bf16-zero1-host", "cyclic-bf16-zero3-nvme"))
 def test_two_ranks_then_one_then_four(
     two_ranks: Any, one_rank: Any, four_ranks: Any, case: str, tmp_path: Path
 ) -> None:
@@ -228,8 +229,10 @@ def load(config: dict[str, Any], folder: Path, layers: int = LAYERS, tag: Any = 
         return weights
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@pytest.mark.parametrize("saved_by", ["grass", "stock"])
+@pytest.mark.parametrize(
+    ("saved_by", "stage"),
+    tiered([("grass", 1), ("grass", 3), ("stock", 1), ("stock", 3)], ("grass", 3), ("stock", 1)),
+)
 def test_weights_alone(two_ranks: Any, one_rank: Any, saved_by: str, stage: int, tmp_path: Path) -> None:
     config = ds_config(stage=stage, dtype="bf16", grass=grass_block())
     stock = {key: value for key, value in config.items() if key != "grass"}

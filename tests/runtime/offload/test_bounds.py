@@ -5,6 +5,7 @@ Nothing is taken on the library's word: device buffers are the storages that are
 """
 
 import gc
+import itertools
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from helpers.disks import aio_or_skip, start_python
 from helpers.live import LiveBytes, process_bytes, tensors_in
 from helpers.models import ds_config, engine_of, grass_block, split_groups, tiny_llama, train
 from helpers.ranks import free_port, rank_environment
+from helpers.tiered import tiered
 
 LAYERS, GAMMA = 5, 2
 GRAIN = 1024  # elements
@@ -95,8 +97,9 @@ CHUNKS = {"grain": (1, GRAIN), "odd": (1500, 2 * GRAIN)}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("device_buffers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("device_buffers", "chunk"), tiered(itertools.product([1, 2, 3], CHUNKS), (1, "odd"), (3, "grain"))
+)
 def test_the_window_is_as_large_as_asked_for_and_the_host_holds_state_or_buffers(
     two_ranks: Any, device_buffers: int, chunk: str, tmp_path: Path
 ) -> None:
@@ -158,11 +161,12 @@ NOISE = 6 * 2**20  # bytes; two hundred switches that lost one chunk of state ea
 @pytest.mark.parametrize(
     "offload",
     [
-        {"device": "cpu", "residency": "period", "chunk_numel": CHUNK},
-        {**POSIX, "chunk_numel": CHUNK, "host_buffers": 4},
-        {**AIO, "residency": "period", "chunk_numel": CHUNK},
+        pytest.param(
+            {"device": "cpu", "residency": "period", "chunk_numel": CHUNK}, id="cpu-period", marks=pytest.mark.all
+        ),
+        pytest.param({**POSIX, "chunk_numel": CHUNK, "host_buffers": 4}, id="posix-stream"),
+        pytest.param({**AIO, "residency": "period", "chunk_numel": CHUNK}, id="aio-period", marks=pytest.mark.all),
     ],
-    ids=["cpu-period", "posix-stream", "aio-period"],
 )
 def test_nothing_grows_over_two_hundred_switches(two_ranks: Any, offload: dict[str, Any], tmp_path: Path) -> None:
     aio_or_skip()
@@ -284,8 +288,15 @@ FAILURES: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("io", [POSIX, AIO, {"device": "cpu"}], ids=["posix", "aio", "cpu"])
-@pytest.mark.parametrize("residency", ["stream", "period"])
+@pytest.mark.parametrize(
+    ("residency", "io"),
+    tiered(
+        itertools.product(["stream", "period"], [POSIX, AIO, {"device": "cpu"}]),
+        ("stream", POSIX),
+        ("period", AIO),
+        ("stream", {"device": "cpu"}),
+    ),
+)
 def test_destroy_gives_everything_back(two_ranks: Any, io: dict[str, Any], residency: str, tmp_path: Path) -> None:
     aio_or_skip()
     config = often(tmp_path, {**io, "residency": residency, "chunk_numel": 1})

@@ -77,7 +77,14 @@ class SlowCopies(Copies):
 # ---- with every wait --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copies", [Copies, SlowCopies, LazyCopies], ids=["synchronous", "slow", "lazy"])
+@pytest.mark.parametrize(
+    "copies",
+    [
+        pytest.param(Copies, id="synchronous", marks=pytest.mark.all),
+        pytest.param(SlowCopies, id="slow", marks=pytest.mark.all),
+        pytest.param(LazyCopies, id="lazy"),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_random_steps_switches_and_settings_give_what_plain_tensors_give(
     case: str, copies: type[Copies], tmp_path: Path

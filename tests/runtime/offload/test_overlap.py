@@ -19,7 +19,7 @@ pytestmark = pytest.mark.dist
 
 LAYERS, CHUNKS = 4, 4
 BACKWARD, LATENCY = 0.6, 0.06  # seconds: of a backward pass, and of moving one chunk from or to the disk
-MEASURED = 5
+MEASURED = 3
 
 
 def slowly(open_io: Callable[..., Any]) -> Callable[..., Any]:
