@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.methods import EVERYTHING, METHODS, Method
 from benchmarks.places import OFFLOADS
+from benchmarks.precision import BYTES
 from grass_ds.config import GrassConfig
 
 Row = dict[str, Any]
@@ -94,6 +95,11 @@ class Case:
         s = self.shape
         outside = s["embed_numel"] + s["head_numel"] + s["norm_numel"]
         return outside + s["layers"] * s["layer_numel"] + s["lora_numel"]
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes of a weight, a gradient, an activation."""
+        return BYTES[self.row["dtype"]]
 
     @cached_property
     def tokens(self) -> int:

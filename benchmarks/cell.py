@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure one cell of the benchmarks: one method, one setting, one seed. ``run.py`` starts it on every rank.
 
-torchrun --nproc_per_node 2 benchmarks/cell.py cost --method grass --out row.json
-torchrun --nproc_per_node 1 benchmarks/cell.py quality --method grass --task builtin --out row.json
+torchrun --nproc_per_node 2 benchmarks/cell.py cost --method grass --dtype bf16 --out row.json
+torchrun --nproc_per_node 1 benchmarks/cell.py quality --method grass --dtype bf16 --task builtin --out row.json
 """
 
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import sys
@@ -32,6 +33,7 @@ from benchmarks.quality import quality
 from benchmarks.saves import measure_save
 from benchmarks.shape import shape_of
 from benchmarks.tasks import ROWS, TASKS
+from grass_ds.precision import DTYPES
 from launch import distributed
 
 VERSIONS = ("torch", "deepspeed", "transformers", "peft")
@@ -41,6 +43,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("cost", "quality", "checkpoint"))
     parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True, help="precision of weights, gradients, activations")
     parser.add_argument("--out", required=True, type=Path, help="JSON file for the row")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--stage", type=int, default=2)
@@ -101,7 +104,7 @@ def main() -> None:
 
 def fresh(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model as it is loaded, in training mode, and its tokenizer."""
-    model, tokenizer = distributed.on_every_rank(lambda: load(args.model))
+    model, tokenizer = distributed.on_every_rank(lambda: load(args.model, args.dtype))
     model.train()
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,6 +114,7 @@ def fresh(args: argparse.Namespace) -> tuple[Any, Any]:
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
     keys = (
         "kind",
+        "dtype",
         "method",
         "model",
         "stage",
@@ -142,13 +146,15 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """What the accelerator is called; for the CPU its model, cores and memory of the machine."""
+    """What the accelerator is called; for the CPU its model, cores (also how many this process may use) and memory of the machine."""
     module = torch.get_device_module(get_accelerator().device_name())
     if hasattr(module, "get_device_name"):
         return module.get_device_name()
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     name = found.group(1) if found else platform.machine()
-    return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    cores, usable = psutil.cpu_count(), len(os.sched_getaffinity(0))
+    some = "" if usable == cores else f"{usable} of "
+    return f"{name}, {some}{cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 def checkpoint(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

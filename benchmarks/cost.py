@@ -13,7 +13,10 @@ from launch import distributed
 
 
 def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Seconds per step (probing apart), memory of the process, bytes by category, bytes through the disk."""
+    """Seconds per step (probing apart), memory of the process, bytes by category, bytes through the disk.
+
+    ``skipped_steps``: how many of the measured steps fp16's loss scale has skipped; their ``step()`` does nothing.
+    """
     args.grass = {"probe_steps": 2, "sample_period": max(2, args.steps // 2), **args.grass}
     engine, one_step = prepare(args, model)
     grass = engine.grass
@@ -22,7 +25,7 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         probing.append(one_step())
     for _ in range(args.warmup):
         one_step()
-    peak = peak_bytes()
+    peak, skipped = peak_bytes(), engine.skipped_steps
     reset_peak()
     watched = watch(args.method, engine)
     measured, active, facts, first_steps, disk = [], [], [], 0, disk_bytes()
@@ -43,6 +46,7 @@ def cost(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]
         "active": active,
         **{name: [fact[name] for fact in facts] for name in ("changed", "moved_frozen")},
         "first_steps": first_steps,
+        "skipped_steps": engine.skipped_steps - skipped,
         "peak_bytes": max(distributed.max_over_ranks(peak), train_peak),
         "train_peak_bytes": train_peak,
         "resident_bytes": distributed.max_over_ranks(process_bytes("VmRSS")),

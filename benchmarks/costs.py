@@ -10,6 +10,7 @@ from benchmarks.case import Case
 from benchmarks.lineup import Setting, compared, lines_of, ratios, spread, step_seconds
 from benchmarks.methods import METHODS, NOT_RUN
 from benchmarks.places import header, line
+from benchmarks.precision import STATE
 from grass_ds.config import GrassConfig
 
 Row = dict[str, Any]
@@ -48,6 +49,8 @@ REASONS: dict[tuple[str, int, str], str] = {
     **{(method, 3, "time"): _HOOKS for method in ("grass", "uniform", "cyclic")},
     **{(method, 3, "memory"): _BUCKETS for method in ("badam-package", "grass", "uniform", "cyclic")},
 }
+# What the reasons for time, which are seconds, were profiled on; rows of anything else have none.
+PROFILED = {"hardware": "AMD EPYC, 2 cores, 24 GiB", "dtype": "bf16"}
 # Optimizer steps of the run whose share of probing is told.
 RUN = 1000
 
@@ -135,7 +138,7 @@ def floor_table(rows: Sequence[Row]) -> list[str]:
             *map(spread, found.values()),
             _above(mine),
             f"{statistics.fmean(traffic):.2f}" if traffic else "",
-            _reasons(one, found),
+            _reasons(one, found, profiled=all(PROFILED.items() <= row.items() for row in mine)),
         ]
         lines.append(line([one.label, str(one.stage), *cells]))
     return lines
@@ -194,7 +197,7 @@ def live_peak(row: Row) -> float:
 def host_state(row: Row) -> float:
     """Bytes of Adam state of a rank once every layer has trained, by default in host memory."""
     shape = row["shape"]
-    return floors.STATE * (shape["layers"] * shape["layer_numel"] + shape["norm_numel"]) / row["ranks"]
+    return STATE * (shape["layers"] * shape["layer_numel"] + shape["norm_numel"]) / row["ranks"]
 
 
 def floor_ratios(name: str, rows: Sequence[Row]) -> list[float]:
@@ -247,10 +250,13 @@ FLOORS: dict[str, Callable[[Row], float | None]] = {
 }
 
 
-def _reasons(one: Setting, found: dict[str, list[float]]) -> str:
+def _reasons(one: Setting, found: dict[str, list[float]], *, profiled: bool) -> str:
+    """``profiled``: reasons for time are of this hardware and precision."""
     above = [name for name, values in found.items() if values and statistics.median(values) > EXPLAIN]
     variant = one != Setting(one.method, one.stage)
     known = {name: reason for (*key, name), reason in REASONS.items() if key == [one.method, one.stage]}
+    if not profiled:
+        known.pop("time", None)
     if variant and "time" in known:
         known["time"] = "as without the variant"
     return "; ".join(f"{name}: {known.get(name, 'not explained')}" for name in above)

@@ -51,6 +51,7 @@ def build(args: argparse.Namespace, model: Any) -> Any:
     """The engine of the method."""
     config = ds_config(
         args.method,
+        dtype=args.dtype,
         stage=args.stage,
         micro_batch=args.micro_batch,
         accumulation=args.accumulation,

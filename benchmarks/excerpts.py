@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.costs import after_switch, host_state, live_peak, plain_seconds
 from benchmarks.lineup import Setting, compared, ratios, setting, spread, step_seconds
 from benchmarks.methods import METHODS
-from benchmarks.places import each, header, line
+from benchmarks.places import each, header, line, precision_unlike_bf16
 
 Row = dict[str, Any]
 SHOWN = (
@@ -86,7 +86,7 @@ def zero3_sentence(rows: Sequence[Row]) -> str:
     switches = [ratio for row in grass for ratio in after_switch(row)]
     one = grass[0]
     text = (
-        f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, micro-batch {one['micro_batch']} x {one['sequence']}, a draw every "
+        f"Measured (SmolLM2-135M{precision_unlike_bf16(one)}, {one['ranks']} {one['device'].upper()} ranks, micro-batch {one['micro_batch']} x {one['sequence']}, a draw every "
         f"{one['grass']['sample_period']} steps, {len({row['seed'] for row in grass})} rounds, commit {each(grass, 'commit', ', ')}): {', '.join(parts)}. "
         f"{forward:.2f} s of a `grass` step are forward"
     )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The least that a training step of a row can cost: arithmetic, bytes between ranks, memory, time. Closed forms of the row's conditions.
 
-Hugging Face's Llama as it is, in bf16 with fp32 optimizer state. What its modeling code computes and saves for backward is no waste
+Hugging Face's Llama as it is, in the row's precision with fp32 optimizer state. What its modeling code computes and saves for backward is no waste
 here; what an engine adds is, but for the weights that DeepSpeed's ZeRO-3 keeps gathered (:data:`REUSE_DISTANCE`). ``active``: the decoder layers that the step trains, None where the method trains its set all the time.
 
-[Note: What backward needs] A norm saves its input and output in fp32 and bf16, a matrix product its input if its weight trains,
+[Note: What backward needs] A norm saves its input in fp32 and its output in the row's precision, a matrix product its input if its weight trains,
 attention its three inputs, its output and a number per row. A layer below which nothing trains has no input gradient; one that is frozen
 saves only what leads to its input.
 """
@@ -12,8 +12,9 @@ saves only what leads to its input.
 from collections.abc import Iterator
 
 from benchmarks.case import Case, Row
+from benchmarks.precision import BYTES, STATE
 
-BF16, FP32, STATE = 2, 4, 12  # bytes per element; of the optimizer's: master weights and two moments
+FP32 = BYTES["fp32"]
 # DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters: weights that backward needs again so soon stay gathered.
 REUSE_DISTANCE = 1_000_000_000
 
@@ -53,10 +54,10 @@ def traffic(row: Row, active: list[int] | None) -> dict[str, int]:
     case = Case(row, active)
     if row["ranks"] == 1:
         return {}
-    trained, micro, stage = BF16 * sum(case.units), row["accumulation"], row["stage"]
+    trained, micro, stage = case.width * sum(case.units), row["accumulation"], row["stage"]
     moved = {
         "reduce_scatter": trained * (micro if case.reduces_always else 1),
-        "all_gather": trained if stage < 3 else BF16 * micro * (case.numel + _gathered_again(case)),
+        "all_gather": trained if stage < 3 else case.width * micro * (case.numel + _gathered_again(case)),
         "all_reduce": FP32 * (1 if case.grass is None else len(case.units) * (2 if micro > 1 else 1)),
     }
     if case.grass is not None and case.grass.offload.device == "nvme":
@@ -87,14 +88,14 @@ def memory(row: Row, active: list[int] | None) -> dict[str, int]:
     """Bytes on the device at the peak of a step, by category, and their ``total``."""
     case = Case(row, active)
     ranks, stage = row["ranks"], row["stage"]
-    weights = BF16 * case.numel
+    weights = case.width * case.numel
     if stage == 3 and ranks > 1:
         reused = (
             case.numel - case.lowest * case.shape["layer_numel"]
         )  # what backward does not run through is released at once
         kept = reused if reused <= REUSE_DISTANCE else REUSE_DISTANCE // 2
         largest = max(case.shape["layer_numel"], case.shape["embed_numel"])
-        weights = weights // ranks + BF16 * min(case.numel, max(kept, largest))
+        weights = weights // ranks + case.width * min(case.numel, max(kept, largest))
     moment = max(_moments(case), key=lambda parts: sum(parts.values()))
     parts = {"weights": weights, "optimizer_state": _state(case), **moment}
     return {**parts, "total": sum(parts.values())}
@@ -123,24 +124,24 @@ def _moments(case: Case) -> Iterator[dict[str, int]]:
     s, row = case.shape, case.row
     rows, kept = case.tokens * s["vocab"], _kept(case)
     # All micro-steps but the first begin with gradients: their shards, or in ZeRO-1 whole ones.
-    whole = BF16 * sum(case.units)
+    whole = case.width * sum(case.units)
     held = 0 if row["accumulation"] == 1 else whole // (row["ranks"] if case.reduces_always else 1)
     total = saved_bytes(case)
     # log-probabilities, their gradient and that of the fp32 logits
     yield {"activations": total, "logits": 3 * FP32 * rows, "gradients": held}
-    head = BF16 * s["vocab"] * s["hidden"] if "head" in case.always else 0
-    yield {"activations": total, "logits": BF16 * rows, "gradients": held + head}
+    head = case.width * s["vocab"] * s["hidden"] if "head" in case.always else 0
+    yield {"activations": total, "logits": case.width * rows, "gradients": held + head}
     tied = head if s["tied"] else 0  # waits for the embedding's part
     done = sum(case.units[: len(case.units) - len(case.layers)]) if not case.lora else 0
     for layer in range(s["layers"] - 1, case.lowest - 1, -1):
-        own = layer_bytes(case, layer) if row["checkpointing"] else 0
-        work = case.tokens * BF16 * (2 * s["intermediate"] + s["hidden"])
+        own = _recomputed_bytes(case, layer) if row["checkpointing"] else 0
+        work = case.tokens * case.width * (2 * s["intermediate"] + s["hidden"])
         trained = (case.adapter_numel if case.lora else s["layer_numel"]) if layer in case.layers else 0
-        gradients = max(held, BF16 * done // row["ranks"]) + tied + BF16 * trained
+        gradients = max(held, case.width * done // row["ranks"]) + tied + case.width * trained
         below = sum(nbytes for index, nbytes in kept.items() if index <= layer)
         yield {"activations": below + own + work, "logits": 0, "gradients": gradients}
         done += trained
-    embed = BF16 * s["embed_numel"] if "embed" in case.always else 0
+    embed = case.width * s["embed_numel"] if "embed" in case.always else 0
     yield {"activations": 0, "logits": 0, "gradients": max(held, whole // row["ranks"]) + embed + tied}
 
 
@@ -152,16 +153,22 @@ def layer_bytes(case: Case, layer: int) -> int:
     trains, tokens = layer in case.layers and not case.lora, case.tokens
     hidden, inter = s["hidden"], s["intermediate"]
     query, key = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-    inner += BF16 * (2 * query + 2 * key) + FP32 * s["heads"]  # attention
-    inner += BF16 * 3 * inter  # gate, its activation, up
+    inner += case.width * (2 * query + 2 * key) + FP32 * s["heads"]  # attention
+    inner += case.width * 3 * inter  # gate, its activation, up
     norms = 2 if case.has_input_gradient(layer) else 1
     inner += norms * FP32 * (hidden + 1)  # a norm's input, and one number per token
     if trains:
-        inner += BF16 * (2 * hidden + 2 * hidden + inter)  # norms before and after their weight; what goes down
+        inner += case.width * (2 * hidden + 2 * hidden + inter)  # norms before and after their weight; what goes down
     if case.lora:
         inputs = 0 if case.half_lora else 2 * hidden + inter
-        inner += BF16 * (inputs + len(case.linears) * s["lora_rank"])
+        inner += case.width * (inputs + len(case.linears) * s["lora_rank"])
     return tokens * inner
+
+
+def _recomputed_bytes(case: Case, layer: int) -> int:
+    """What a layer saves beside its input, which :func:`_kept` has. A norm's fp32 copy of it is another tensor, unless all is fp32."""
+    again = case.row["dtype"] == "fp32" and case.has_input_gradient(layer)
+    return layer_bytes(case, layer) - again * case.tokens * FP32 * case.shape["hidden"]
 
 
 def saved_bytes(case: Case) -> int:
@@ -171,7 +178,7 @@ def saved_bytes(case: Case) -> int:
 
 def _kept(case: Case) -> dict[int, int]:
     """Layer -> bytes that it saves; with recomputation its input alone."""
-    nbytes = BF16 * case.tokens * case.shape["hidden"]
+    nbytes = case.width * case.tokens * case.shape["hidden"]
     layers = range(case.lowest, case.shape["layers"])
     return {layer: nbytes if case.row["checkpointing"] else layer_bytes(case, layer) for layer in layers}
 
@@ -179,10 +186,10 @@ def _kept(case: Case) -> dict[int, int]:
 def _outside_bytes(case: Case) -> int:
     """What is saved outside the layers: final norm, head, labels; positions, their sines and cosines."""
     s = case.shape
-    per_token = 8 + BF16 * s["hidden"] * (("norm" in case.always) + ("head" in case.always))
+    per_token = 8 + case.width * s["hidden"] * (("norm" in case.always) + ("head" in case.always))
     if case.lowest == s["layers"]:
         return case.tokens * per_token
-    per_place = 2 * BF16 * s["head_dim"] + 8 * case.row["checkpointing"]
+    per_place = 2 * case.width * s["head_dim"] + 8 * case.row["checkpointing"]
     return case.tokens * (per_token + FP32 * (s["hidden"] + 1)) + per_place * case.row["sequence"]
 
 

@@ -8,6 +8,12 @@ from typing import Any
 from torch import nn
 
 EVERYTHING = ["embed", "norm", "head"]
+# What DeepSpeed is told of a precision. fp16 has a dynamic loss scale: steps whose gradients overflow are skipped, most of them first ones.
+PRECISION: dict[str, dict[str, Any]] = {
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "loss_scale": 0}},
+    "fp32": {},
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def missing_package(method: str) -> str | None:
 def ds_config(
     method: str,
     *,
+    dtype: str,
     stage: int,
     micro_batch: int,
     accumulation: int,
@@ -118,7 +125,7 @@ def ds_config(
     bucket: int = 5_000_000,
     total_steps: int | None = None,
 ) -> dict[str, Any]:
-    """bf16, torch's fused AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
+    """``dtype``, torch's fused AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
 
     Args:
         bucket: elements of DeepSpeed's communication buffers; about one layer, as its default of 5e8 would dominate the memory of
@@ -129,7 +136,7 @@ def ds_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
+        **PRECISION[dtype],
         "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True, "fused": True}},
         "scheduler": {

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PretrainedConfig
 
 import launch.model
+from grass_ds.precision import DTYPES
 
 # Shapes of published models: what their config.json says.
 SHAPES: dict[str, PretrainedConfig] = {
@@ -50,20 +51,20 @@ RANDOM = "random:"
 DEFAULTS = {"layers": 12, "hidden": 256, "intermediate": 768, "heads": 4, "vocab": 32000}
 
 
-def load(name: str) -> tuple[nn.Module, Any]:
-    """Model in bf16 and tokenizer; a model with random weights is made on the device and has no tokenizer.
+def load(name: str, dtype: str) -> tuple[nn.Module, Any]:
+    """Model and tokenizer, weights in ``dtype`` (a name of :data:`DTYPES`); a model with random weights is made on the device and has no tokenizer.
 
     Raises:
         ValueError: a ``random:`` name with an unknown key or a value that is not a positive integer.
     """
     if name not in SHAPES and not name.startswith(RANDOM):
-        model, tokenizer = launch.model.load(name)
+        model, tokenizer = launch.model.load(name, dtype)
         model.config.use_cache = False  # as Hugging Face Trainer does: or every forward pass copies keys and values
         return model, tokenizer
     config = copy.deepcopy(SHAPES[name]) if name in SHAPES else _llama(random_shape(name))
     config.use_cache = False
     with torch.device(get_accelerator().current_device_name()):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), None
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]), None
 
 
 def random_shape(name: str) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.methods import METHODS
+from benchmarks.precision import BYTES, STATE
 
 Row = dict[str, Any]
 BASE = "none"
@@ -19,7 +20,6 @@ PAPER = {
 PAPER_NOTE = (
     "In the paper: peak memory that GRASS (arXiv 2604.07808) reports for one GPU and LoRA of rank 128, under its own conditions. Its full "
     "fine-tuning takes about 8 bytes per weight, as much as weights, gradients and both moments in bf16; ours keeps fp32 weights and moments, "
-    "16 bytes per weight."
 )
 
 # No transfer before the step that needs it, and one chunk at a time.
@@ -90,6 +90,17 @@ def header(*names: str) -> list[str]:
 def each(rows: Iterable[Row], key: str, separator: str = " / ") -> str:
     """Every value that the rows have, once."""
     return separator.join(str(value) for value in sorted({row[key] for row in rows}))
+
+
+def threads(rows: Iterable[Row]) -> str:
+    """How many threads a process of the rows had: ``1 thread``."""
+    count = each(rows, "threads")
+    return f"{count} thread{'' if count == '1' else 's'}"
+
+
+def precision_unlike_bf16(row: Row) -> str:
+    """What sentences of README.md, which are of bf16 unless they say otherwise, say of a row's precision: ``, fp32``."""
+    return "" if row["dtype"] == "bf16" else f", {row['dtype']}"
 
 
 def offload_table(rows: list[Row]) -> list[str]:
@@ -186,6 +197,7 @@ def gpu_note(rows: list[Row]) -> str:
         f"`grass` probed before (temperature {', '.join(f'{value:g}' for value in probing) or 'not measured'}); `uniform` draws the same "
         "layers in all its rows, which the ratios compare step by step; `cpu-stream-serial` is without overlap. The state of all layers was made before "
         f"the first step, but for `none`, where it would not fit ({_first_steps([row for row in rows if row['offload']])}). {PAPER_NOTE}"
+        f"{2 * BYTES[one['dtype']] + STATE} bytes per weight."
     )
 
 
@@ -240,7 +252,7 @@ def offload_sentence(rows: list[Row]) -> str:
     one = rows[0]
     saved = _median(found[BASE], "resident_bytes") - _median(found["nvme-stream"], "resident_bytes")
     return (
-        f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, all layers' state made before, a draw every "
+        f"Measured (SmolLM2-135M{precision_unlike_bf16(one)}, {one['ranks']} {one['device'].upper()} ranks, all layers' state made before, a draw every "
         f"{one['grass']['sample_period']} steps, commit {each(rows, 'commit', ', ')}): `cpu`, `stream` adds "
         f"{1e3 * cost['cpu-stream'][0]:.0f} ms to `step()`, {cost['cpu-stream'][1]:.1%} of a step over `none`; `nvme`, `stream` "
         f"{cost['nvme-stream'][1]:.1%} ({cost['nvme-stream-serial'][1]:.1%} without overlap) with {saved / 1e9:.2f} GB less resident memory per "

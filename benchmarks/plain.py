@@ -19,11 +19,12 @@ from torch import nn
 from benchmarks.case import Case, Row
 from benchmarks.engines import finish_compute
 from benchmarks.methods import prepare_model
+from grass_ds.precision import DTYPES
 from launch import distributed
 
 REPEATS = 3
 ADAM_NUMEL = 4_000_000
-MESSAGE_NUMEL = 8 * 2**20  # 16 MiB of bf16
+MESSAGE_BYTES = 16 * 2**20
 # torch's own: DeepSpeed's ZeRO-3 replaces it for the life of a process.
 LINEAR = mock.patch.object(nn.functional, "linear", torch._C._nn.linear)
 
@@ -37,7 +38,8 @@ def plain(row: Row, model: nn.Module) -> dict[str, Any]:
     """
     device = get_accelerator().current_device_name()
     model = prepare_model(row["method"], model.to(device)).train()
-    model.bfloat16()  # PEFT makes float32 adapters, which an engine casts back
+    dtype = DTYPES[row["dtype"]]
+    model.to(dtype)  # PEFT makes float32 adapters, which an engine casts back
     ids = torch.randint(0, 1000, (row["micro_batch"], row["sequence"]), device=device)
     passes: list[dict[str, Any]] = []
     for active in row["active"]:
@@ -50,7 +52,7 @@ def plain(row: Row, model: nn.Module) -> dict[str, Any]:
                 model.disable_input_require_grads()  # or backward never stops early
         with LINEAR:
             passes.append({"active": active, **forward_backward(model, ids)})
-    return {"passes": passes, "adam": adam(device), "bandwidth": bandwidth(device)}
+    return {"passes": passes, "adam": adam(device), "bandwidth": bandwidth(device, dtype)}
 
 
 def freeze(model: nn.Module, layers: list[int], always: set[str]) -> None:
@@ -88,13 +90,14 @@ def adam(device: str) -> dict[str, float]:
     return {"numel": ADAM_NUMEL, "seconds": timed(optimizer.step)}
 
 
-def bandwidth(device: str) -> dict[str, float]:
+def bandwidth(device: str, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per second of collectives of 16 MiB; bytes of the whole message, whatever crosses the wire. Empty on one rank."""
     ranks = distributed.world_size()
     if ranks == 1:
         return {}
-    whole = torch.zeros(MESSAGE_NUMEL // ranks * ranks, dtype=torch.bfloat16, device=device)
-    part = torch.zeros(whole.numel() // ranks, dtype=torch.bfloat16, device=device)
+    numel = MESSAGE_BYTES // dtype.itemsize // ranks
+    whole = torch.zeros(numel * ranks, dtype=dtype, device=device)
+    part = torch.zeros(numel, dtype=dtype, device=device)
     calls = {
         "all_reduce": lambda: dist.all_reduce(whole),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),

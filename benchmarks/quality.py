@@ -93,4 +93,5 @@ def _train(
         "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
         "bytes": memory(engine),
         "trainable": trainable,
+        "skipped_steps": engine.skipped_steps,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import contest, standings
 from benchmarks.methods import METHODS
-from benchmarks.places import each, header, line
+from benchmarks.places import each, header, line, precision_unlike_bf16
 from benchmarks.tasks import TASKS
 from benchmarks.worth import BEST, DEFAULT, UNIFORM, agreement, brings
 
@@ -45,7 +45,7 @@ def _paragraph(task: str, rows: Sequence[Row]) -> str:
     redrawn, valued = standings.other_draws(rows), [row for row in rows if "worth" in row]
     one = mine[0]
     text = (
-        f"`{task}`: {', '.join(TASKS[task].train)}; SmolLM2-135M-Instruct, {one['steps']} steps of {one['micro_batch']} rows, "
+        f"`{task}`: {', '.join(TASKS[task].train)}; SmolLM2-135M-Instruct{precision_unlike_bf16(one)}, {one['steps']} steps of {one['micro_batch']} rows, "
         f"{len({row['seed'] for row in mine})} seeds (mean ± standard deviation), learning rates tuned per method, one {one['device'].upper()} rank, commit "
         f"{each([*mine, *redrawn, *valued], 'commit', ', ')}."
     )

@@ -7,7 +7,6 @@ python benchmarks/render.py --rows DIR # the same from rows in another folder, i
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import curves, standings
+from benchmarks import curves, rowfile, standings
 from benchmarks.aims import aims_table
 from benchmarks.costs import FLOOR_NOTE, cost_note, floor_table, memory_table, time_table
 from benchmarks.excerpts import indented, short_table, shown, zero3_sentence
 from benchmarks.growth import draw_growth, growth_images, growth_note, growth_table
 from benchmarks.lineup import compared, growing
-from benchmarks.places import each, gpu_note, gpu_table, offload_note, offload_sentence, offload_table
+from benchmarks.places import each, gpu_note, gpu_table, offload_note, offload_sentence, offload_table, threads
 from benchmarks.reached import reached_block
 from benchmarks.saves import save_note, save_sentence, save_table
 
@@ -35,8 +34,7 @@ Row = dict[str, Any]
 
 def read(suite: str, folder: Path = ROWS) -> list[Row]:
     """Rows of a suite; none if it has not been run."""
-    path = folder / f"{suite}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return rowfile.read(folder / f"{suite}.jsonl")
 
 
 def conditions(rows: Sequence[Row]) -> str:
@@ -47,8 +45,8 @@ def conditions(rows: Sequence[Row]) -> str:
     temperature = f"grass drawn at temperature {each(drawn, 'temperature')}; " if drawn else ""
     stages = " / ".join(f"ZeRO-{stage}" for stage in sorted({row["stage"] for row in rows}))
     return (
-        f"{one['model']}, {stages}, {each(rows, 'ranks')} rank(s) on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread each), "
-        f"bf16, AdamW, clip 1.0, micro-batch {each(rows, 'micro_batch')} x {each(rows, 'sequence')} tokens, accumulation "
+        f"{one['model']}, {stages}, {each(rows, 'ranks')} rank(s) on {one['device']} ({each(rows, 'hardware')}, {threads(rows)} each), "
+        f"{one['dtype']}, AdamW, clip 1.0, micro-batch {each(rows, 'micro_batch')} x {each(rows, 'sequence')} tokens, accumulation "
         f"{each(rows, 'accumulation')}; {temperature}{', '.join(f'{name} {version}' for name, version in versions.items())}; "
         f"commit {each(rows, 'commit', ', ')}"
     )

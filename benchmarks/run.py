@@ -7,7 +7,8 @@
     python benchmarks/run.py --suite gpu        # shapes of TinyLlama, Gemma-2B and LLaMA-2-7B with random weights, on GPUs
 
 Resumable: a cell whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cells run one after another
-and want a quiet machine; ``--jobs`` runs cells of ``quality`` side by side, one core each.
+and want a quiet machine; ``--jobs`` runs cells of ``quality`` side by side, one core each. A file of rows holds one precision: bf16 where
+the hardware computes it, on GPUs without bf16 fp16, else fp32; ``--dtype`` asks for one. With ``--rows FOLDER`` there is a file for another.
 """
 
 import argparse
@@ -29,11 +30,13 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks import precision, rowfile
 from benchmarks.contest import PARTS, contest_cells
 from benchmarks.methods import missing_package
 from benchmarks.saves import save_cells
 from benchmarks.suites import cpu_cells, gpu_cells, offload_cells
 from benchmarks.tasks import TASKS
+from grass_ds.precision import DTYPES
 
 COST_SUITES: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
     "checkpoint": save_cells,
@@ -63,9 +66,9 @@ def arguments(cell: dict[str, Any]) -> list[str]:
 
 
 def run_cell(
-    cell: dict[str, Any], timeout: float, nvme_path: str | None = None, data: str | None = None
+    cell: dict[str, Any], dtype: str, timeout: float, nvme_path: str | None = None, data: str | None = None
 ) -> dict[str, Any]:
-    """Start the cell's ranks and return its row."""
+    """Start the cell's ranks and return its row. ``dtype`` is no part of the cell: a file holds rows of one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,7 +76,7 @@ def run_cell(
         out = Path(folder) / "row.json"
         launch = [sys.executable, "-m", "torch.distributed.run"]
         launch += ["--nproc_per_node", str(cell["ranks"]), "--master_port", str(port)]
-        command = [*launch, str(FOLDER / "cell.py"), *arguments(cell), "--out", str(out)]
+        command = [*launch, str(FOLDER / "cell.py"), *arguments(cell), "--dtype", dtype, "--out", str(out)]
         if nvme_path is not None:
             command += ["--nvme-path", nvme_path]
         if data is not None:
@@ -98,6 +101,12 @@ def parse() -> argparse.Namespace:
         "--rounds", type=int, default=3, help="repetitions of the whole suite, each with its own seed (not quality)"
     )
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument(
+        "--dtype",
+        choices=(precision.AUTO, *DTYPES),
+        default=precision.AUTO,
+        help="of all cells; auto: of the rows that are there, else what the hardware computes",
+    )
     parser.add_argument("--data", help="quality: folder with gsm8k/, arc_easy/, ...: see benchmarks/tasks.py")
     parser.add_argument(
         "--part", choices=PARTS, help="quality: only this part; the learning rates of others must be there"
@@ -158,12 +167,15 @@ def main() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
     file = args.rows / f"{args.suite}.jsonl"
     file.parent.mkdir(exist_ok=True)
+    dtype = precision_of(args, file)
     commit, begin, lock = args.commit or current_commit(), time.monotonic(), Lock()
 
     with disk_folder(args) as disk:
         while todo := left(args, file):
             print(f"{len(todo)} cells to run", flush=True)
-            work = partial(run_and_note, args=args, disk=disk, commit=commit, file=file, lock=lock, begin=begin)
+            work = partial(
+                run_and_note, args=args, dtype=dtype, disk=disk, commit=commit, file=file, lock=lock, begin=begin
+            )
             with ThreadPoolExecutor(args.jobs) as pool:
                 running = [pool.submit(work, cell) for cell in todo]
                 try:
@@ -174,9 +186,23 @@ def main() -> None:
                     raise
 
 
+def precision_of(args: argparse.Namespace, file: Path) -> str:
+    """The precision of the cells to run; says why. Ends the program if there is none to go on in."""
+    try:
+        rows, among = rowfile.read(file), precision.candidates()
+        rates = precision.measured({args.dtype, *(row["dtype"] for row in rows)} - {precision.AUTO})
+        choice = precision.choose(args.dtype, file, rows, rates, among)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(f"precision: {choice.name}, {choice.reason} ({rates.text()})", flush=True)
+    if choice.warning is not None:
+        print(f"warning: {choice.warning}", file=sys.stderr, flush=True)
+    return choice.name
+
+
 def left(args: argparse.Namespace, file: Path) -> list[dict[str, Any]]:
     """Cells without a row."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = rowfile.read(file)
     done = {row["cell"] for row in rows}
     return installed([cell for cell in cells_of(args, rows) if key(cell) not in done])
 
@@ -185,6 +211,7 @@ def run_and_note(
     cell: dict[str, Any],
     *,
     args: argparse.Namespace,
+    dtype: str,
     disk: str | None,
     commit: str,
     file: Path,
@@ -192,7 +219,8 @@ def run_and_note(
     begin: float,
 ) -> None:
     """Run a cell and write its row."""
-    row = {"cell": key(cell), "commit": commit, **run_cell(cell, args.timeout, disk, args.data)}
+    measured = run_cell(cell, dtype, args.timeout, disk, args.data)
+    row = {"cell": key(cell), "commit": commit, "jobs": args.jobs, **measured}
     with lock, file.open("a") as rows:
         rows.write(json.dumps(row) + "\n")
     print(f"[{time.monotonic() - begin:6.0f} s] {key(cell)}", flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.places import each, header, line
+from benchmarks.places import each, header, line, precision_unlike_bf16
 from launch import distributed
 
 Row = dict[str, Any]
@@ -157,7 +157,7 @@ def save_sentence(rows: list[Row]) -> str:
     early, late, background = (found[label] for label in SAVES if label != STOCK)
     one = rows[0]
     return (
-        f"Measured (SmolLM2-135M, {one['ranks']} {one['device'].upper()} ranks, ZeRO-2, against stock full fine-tuning; commit "
+        f"Measured (SmolLM2-135M{precision_unlike_bf16(one)}, {one['ranks']} {one['device'].upper()} ranks, ZeRO-2, against stock full fine-tuning; commit "
         f"{each(rows, 'commit', ', ')}): {early['checkpoint_bytes'] / 1e6:.0f} MB after {STEPS} steps, "
         f"{early['bytes_ratio']:.2f} of stock's, and {late['checkpoint_bytes'] / 1e6:.0f} MB, {late['bytes_ratio']:.2f}, once every layer has "
         f"state. Training stands still for {statistics.median(late['stall_ratios']):.2f} of stock's time with the files on disk when it goes "

@@ -26,8 +26,12 @@ def compares(what: str, mine: Sequence[Row], rows: Sequence[Row]) -> bool:
 
     All but CPU seconds do; those of other commits are of another day, and machines differ.
     """
-    return what != "cpu_seconds" or {row["commit"] for row in mine} <= {
-        row["commit"] for row in rows if row["method"] == "grass"
+
+    def when_and_where(row: Row) -> tuple[str, str, int, int]:
+        return row["commit"], row["hardware"], row["threads"], row["jobs"]
+
+    return what != "cpu_seconds" or {when_and_where(row) for row in mine} <= {
+        when_and_where(row) for row in rows if row["method"] == "grass"
     }
 
 

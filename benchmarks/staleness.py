@@ -30,6 +30,8 @@ class Reprobe:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self._copy = copy.deepcopy(model)
+        if next(model.parameters()).dtype == torch.float16:
+            self._copy.float()  # without a loss scale gradients underflow
         half = len(batches) // 2
         self._halves = (batches[:half], batches[half : 2 * half])
 

@@ -20,7 +20,7 @@ from benchmarks.contest import (
 )
 from benchmarks.draws import alike, distance
 from benchmarks.methods import METHODS as KNOWN
-from benchmarks.places import each, header, line
+from benchmarks.places import each, header, line, threads
 from benchmarks.spending import compares, mean_of_all, spending_table, step_flops, untrained_loss
 from benchmarks.staleness import staleness_note, staleness_table
 from benchmarks.tasks import ROWS, TASKS
@@ -32,7 +32,7 @@ SPENDING_NOTE = (
     "measured; means over the seeds. Learning rates fall to zero with the last step, so a dear method is shown in mid-run here: a shorter "
     "run of it, with its own schedule, would have a lower loss."
 )
-MODEL = "SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1), trained in bf16"
+MODEL = "SmolLM2-135M-Instruct, from weights of 4 bits (Q4_1)"
 # Student's t, 97.5 %, by number of seeds.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 CHANGES_NOTE = (
@@ -118,14 +118,19 @@ def _conditions(task: str, rows: Sequence[Row]) -> str:
         elsewhere = ""
     answers = "exact match of generated numbers" if what.exact else "the most likely option"
     return (
-        f"{one['model']} ({MODEL}), {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
-        f"{_sources(task, rows)}; every method sees the same rows in the same order, and probing counts as steps. bf16, AdamW (fused), clip "
+        f"{one['model']} ({MODEL}, trained in {one['dtype']}), {one['steps']} steps of {one['micro_batch']} rows (at most {one['sequence']} tokens each) from "
+        f"{_sources(task, rows)}; every method sees the same rows in the same order, and probing counts as steps. {one['dtype']}, AdamW (fused), clip "
         f"1.0, linear warm-up over 5 steps, then down to zero. The sampler's periods are a fifth of its defaults: {_settings(one)}; the rest "
         f"as by default. Loss: mean cross-entropy per answer token on {one['dev_rows']} development rows (they choose the learning rate, on "
         f"a seed of its own) and on the test rows behind them; accuracy: {answers} on {what.answered(ROWS)} test rows of {', '.join(what.exact or what.choice)} each. "
-        f"{len({row['seed'] for row in reached})} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {one['threads']} thread); two cells at a time, "
+        f"{len({row['seed'] for row in reached})} seeds: mean ± standard deviation. One rank on {one['device']} ({each(rows, 'hardware')}, {threads(rows)}); {_cells_at_a_time(rows)}, "
         f"so time is CPU time of the steps{elsewhere}. {versions}; training rows {one['data']}; commit {each(rows, 'commit', ', ')}"
     )
+
+
+def _cells_at_a_time(rows: Sequence[Row]) -> str:
+    count = {"1": "one", "2": "two"}.get(jobs := each(rows, "jobs"), jobs)
+    return f"{count} cell{'' if jobs == '1' else 's'} at a time"
 
 
 def _sources(task: str, rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import cell as cell_program
-from benchmarks import costs, floors, growth, methods, places, render, saves
+from benchmarks import costs, floors, growth, methods, places, precision, render, rowfile, saves
 from benchmarks.aims import aims_table
 from benchmarks.excerpts import short_table, zero3_sentence
 from benchmarks.models import SHAPES, random_shape
@@ -19,6 +19,7 @@ from benchmarks.peers import badam_engine
 from benchmarks.run import arguments, installed, key, run_cell
 from benchmarks.suites import cpu_cells, gpu_cells, offload_cells
 from grass_ds.config import GrassConfig, OffloadConfig
+from grass_ds.precision import Rates
 
 TINY = "llama-tiny-random"
 
@@ -31,7 +32,8 @@ def tiny(suite: Any, steps: int, **wanted: Any) -> dict[str, Any]:
 
 @pytest.mark.dist
 def test_a_cell_on_disk_moves_state_and_leaves_nothing(tmp_path: Path) -> None:
-    row = run_cell(tiny(offload_cells(1), 6, offload="nvme-stream-files"), 300, str(tmp_path))
+    cell = tiny(offload_cells(1), 6, offload="nvme-stream-files") | {"plain": True}
+    row = run_cell(cell, "fp32", 300, str(tmp_path))
     assert len({tuple(active) for active in row["active"]}) == 2  # a draw within the measured steps
     assert row["first_steps"] == 0
     state = row["bytes"]["optimizer_state"]
@@ -41,13 +43,25 @@ def test_a_cell_on_disk_moves_state_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     assert str(tmp_path) not in json.dumps(row)
     assert len(places.offload_table([row])) == 3
+    # Floors of fp32: 4 bytes per weight.
+    weights, seen = 6 * 41_088 + 64 + 2 * 64_000, row["observed"]
+    assert (row["dtype"], row["skipped_steps"]) == ("fp32", 0)
+    assert row["bytes"]["weights"]["device"] == pytest.approx(4 * weights, rel=0.01)
+    least = floors.memory(row, seen["active"])
+    assert least["weights"] == 4 * weights
+    assert seen["peak_bytes"] >= least["total"]
+    moved = floors.traffic(row, seen["active"])
+    assert moved["reduce_scatter"] == moved["all_gather"] == 4 * (2 * 41_088 + 64)
+    assert floors.wire_bytes(seen["traffic"]) == pytest.approx(floors.wire_bytes(moved), rel=0.02)
+    assert seen["flops"] == floors.flops(row, seen["active"])
+    assert all(min(parts.values()) > 0 for parts in floors.seconds(row))
 
 
 @pytest.mark.all
 @pytest.mark.dist
 def test_a_checkpoint_cell_weighs_what_it_saves(tmp_path: Path) -> None:
     cell = {**tiny(saves.save_cells(1), 2, stage=2, **{"async": True}), "ranks": 1}
-    row = run_cell(cell, 300, str(tmp_path))
+    row = run_cell(cell, "bf16", 300, str(tmp_path))
     assert row["async"]
     # Weights, their fp32 values and all moments, but for those of the embeddings, which never train.
     trained, everything = 6 * 41_088 + 64, 6 * 41_088 + 64 + 2 * 64_000
@@ -62,7 +76,7 @@ def test_a_checkpoint_cell_weighs_what_it_saves(tmp_path: Path) -> None:
 @pytest.mark.dist
 def test_badam_loses_the_last_step_on_every_block() -> None:
     pytest.importorskip("badam")
-    row = run_cell({**tiny(cpu_cells(1), 10, method="badam-package"), "grass": {"sample_period": 5}}, 300)
+    row = run_cell({**tiny(cpu_cells(1), 10, method="badam-package"), "grass": {"sample_period": 5}}, "bf16", 300)
     adam = 12 * (41_088 // 2)
     assert row["bytes"]["weights"]["device"] > 0
     assert adam <= row["bytes"]["optimizer_state"]["device"] < 1.5 * adam
@@ -74,6 +88,76 @@ def test_badam_loses_the_last_step_on_every_block() -> None:
     assert len(switches) == 2
     assert [step for step, changed in enumerate(row["changed"]) if not changed] == switches
     assert f"badam {row['versions']['badam']}, blocks in random order: 2 of its 10 measured" in costs.cost_note([row])
+
+
+# GFLOP/s of a CPU without bf16, a GPU with it, one without, and a CPU that refuses fp16.
+EMULATES, COMPUTES = {"bf16": 1.5, "fp32": 20.0}, {"bf16": 300e3, "fp16": 290e3, "fp32": 20e3}
+GPU_OF_FP16, REFUSES = {"bf16": 9e3, "fp16": 90e3, "fp32": 14e3}, {"bf16": 12.0, "fp16": 0.0, "fp32": 20.0}
+FILE = Path("rows/cpu.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "gflops", "chosen", "reason"),
+    [
+        ("auto", None, COMPUTES, "bf16", "by what the hardware computes"),
+        ("auto", None, GPU_OF_FP16, "fp16", "by what the hardware computes"),
+        ("auto", None, EMULATES, "fp32", "by what the hardware computes"),
+        ("auto", "fp32", COMPUTES, "fp32", "as the rows in rows/cpu.jsonl"),
+        ("auto", "bf16", COMPUTES, "bf16", "as the rows in rows/cpu.jsonl"),
+        ("fp16", None, COMPUTES, "fp16", "asked for by --dtype fp16"),
+        ("fp32", "fp32", EMULATES, "fp32", "asked for by --dtype fp32"),
+    ],
+)
+def test_the_precision_of_a_file_of_rows(
+    asked: str, there: str | None, gflops: dict[str, float], chosen: str, reason: str
+) -> None:
+    rows = [] if there is None else [{"dtype": there}]
+    assert precision.choose(asked, FILE, rows, Rates(gflops)) == precision.Choice(chosen, reason)
+
+
+@pytest.mark.parametrize("rows", [[], [{"dtype": "bf16"}]])
+def test_an_emulated_precision_that_was_asked_for_is_obeyed_with_a_warning(rows: list[dict[str, str]]) -> None:
+    choice = precision.choose("bf16", FILE, rows, Rates(EMULATES), ["bf16", "fp32"])
+    assert (choice.name, choice.reason) == ("bf16", "asked for by --dtype bf16")
+    assert choice.warning is not None and "take 13 times as long as in fp32" in choice.warning
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "gflops", "said"),
+    [
+        (
+            "auto",
+            "bf16",
+            EMULATES,
+            "rows/cpu.jsonl holds rows of bf16: bf16 is emulated .* 13 times as long as in fp32 .* rows of fp32 .* --rows FOLDER.* --dtype bf16$",
+        ),
+        ("fp32", "bf16", EMULATES, "rows/cpu.jsonl holds rows of bf16, and --dtype asks for fp32.* --rows FOLDER$"),
+        ("auto", "fp16", REFUSES, "rows/cpu.jsonl holds rows of fp16: fp16 does not work .* of bf16 .*--rows FOLDER$"),
+        ("fp16", None, REFUSES, "--dtype fp16: fp16 does not work on this device"),
+    ],
+)
+def test_a_precision_that_nobody_would_want_ends_the_suite(
+    asked: str, there: str | None, gflops: dict[str, float], said: str
+) -> None:
+    rows = [] if there is None else [{"dtype": there}]
+    with pytest.raises(ValueError, match=said):
+        precision.choose(asked, FILE, rows, Rates(gflops), ["bf16", "fp32"])
+
+
+def test_old_rows_are_of_bf16_and_a_file_holds_one_precision(tmp_path: Path) -> None:
+    file = tmp_path / "quality.jsonl"
+    assert rowfile.read(file) == []
+    file.write_text('{"kind": "quality"}\n{"kind": "cost"}\n')
+    assert [(one["dtype"], one["jobs"]) for one in rowfile.read(file)] == [("bf16", 2), ("bf16", 1)]
+    file.write_text('{"kind": "quality"}\n{"kind": "quality", "dtype": "fp32"}\n')
+    with pytest.raises(ValueError, match=r"quality\.jsonl: rows of bf16 and fp32"):
+        rowfile.read(file)
+
+
+def test_texts_name_the_precision_of_their_rows() -> None:
+    rows = [cost_row("grass", 2, [1.0], dtype="fp32", threads=4)]
+    assert "(any, 4 threads each), fp32, AdamW" in render.conditions(rows)
+    assert "ours keeps fp32 weights and moments, 20 bytes per weight." in places.gpu_note(rows)
 
 
 def test_badam_is_refused_off_stage_3() -> None:
@@ -98,7 +182,7 @@ def test_every_cell_is_a_command_line_of_its_own(suite: Any, monkeypatch: pytest
     cells = list(suite(2))
     assert len({key(cell) for cell in cells}) == len(cells)
     for cell in cells:
-        monkeypatch.setattr(sys, "argv", ["cell.py", *arguments(cell), "--out", "row.json"])
+        monkeypatch.setattr(sys, "argv", ["cell.py", *arguments(cell), "--dtype", "fp16", "--out", "row.json"])
         args = cell_program.parse()
         assert (args.kind, args.method, args.grass) == (cell["kind"], cell["method"], cell.get("grass", {}))
         if methods.METHODS[args.method].grass is not None:
@@ -358,6 +442,7 @@ def row(offload: str | None, seconds: list[float], **changed: Any) -> dict[str, 
     return {
         "method": "uniform",
         "offload": offload,
+        "dtype": "bf16",
         "seed": 0,
         "active": [[0, 1], [0, 1], [2, 3]],
         "seconds": seconds,

@@ -27,6 +27,9 @@ TASK = "arithmetic"
 def row(method: str, lr: float, seed: int, dev_loss: float, **changed: Any) -> dict[str, Any]:
     """A row as a cell writes it, as far as this suite reads it."""
     return {
+        "kind": "quality",
+        "dtype": "bf16",
+        "jobs": 1,
         "task": TASK,
         "method": method,
         "lr": lr,
@@ -305,7 +308,7 @@ def test_a_quality_cell_trains_measures_and_is_shown(tmp_path: Path) -> None:
         "steps": 8,
         "grass": {**SETTINGS, "sample_period": 2, "num_active_layers": 1},
     }
-    found = run_cell(cell, 300)
+    found = run_cell(cell, "bf16", 300)
     assert found["active"][:4] == [None] * 4
     drawn = [layers for (layers,) in found["active"][4:]]
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
@@ -325,7 +328,7 @@ def test_a_quality_cell_trains_measures_and_is_shown(tmp_path: Path) -> None:
     assert found["data"] == exam.fingerprint()
     assert found["train_rows"] == {"builtin:arithmetic": len(exam.train)}
     assert found["bytes"]["optimizer_state"]["host"] > 0
-    text = "\n".join(standings.sections([{**found, "commit": "0123abc"}]))
+    text = "\n".join(standings.sections([{**found, "commit": "0123abc", "jobs": 1}]))
     assert "## Quality: task `builtin`" in text
     assert "### Do scores go stale?" in text
 

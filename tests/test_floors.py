@@ -15,9 +15,11 @@ from helpers.tiered import tiered
 from benchmarks import floors
 from benchmarks.case import Case
 from benchmarks.plain import LINEAR
+from grass_ds.precision import DTYPES
 
 LAYERS, ROWS, TOKENS = 4, 2, 32
 CONDITIONS = {
+    "dtype": "bf16",
     "stage": 2,
     "micro_batch": ROWS,
     "sequence": TOKENS,
@@ -31,7 +33,7 @@ CONDITIONS = {
 EVERYWHERE = list(range(LAYERS))
 
 
-def llama(tied: bool, checkpointing: bool, hidden: int = 64) -> Any:
+def llama(tied: bool, checkpointing: bool, hidden: int = 64, dtype: str = "bf16") -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -44,7 +46,7 @@ def llama(tied: bool, checkpointing: bool, hidden: int = 64) -> Any:
         tie_word_embeddings=tied,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).bfloat16().train()
+    model = LlamaForCausalLM(config).to(DTYPES[dtype]).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -54,15 +56,15 @@ def llama(tied: bool, checkpointing: bool, hidden: int = 64) -> Any:
 
 
 @LINEAR
-def watch_passes(tied: bool, checkpointing: bool, lora: str | None) -> list[dict[str, Any]]:
+def watch_passes(tied: bool, checkpointing: bool, lora: str | None, dtype: str) -> list[dict[str, Any]]:
     """Per active set: FLOPs of forward and backward, bytes that forward leaves for backward, and the row that they belong to."""
     from benchmarks.methods import prepare_model
     from benchmarks.observed import Observer
     from benchmarks.plain import freeze
     from benchmarks.shape import shape_of
 
-    model = prepare_model(lora or "full", llama(tied, checkpointing))
-    model.bfloat16()
+    model = prepare_model(lora or "full", llama(tied, checkpointing, dtype=dtype))
+    model.to(DTYPES[dtype])
     if checkpointing and not lora:
         model.disable_input_require_grads()  # as the library does
     ids, steps = torch.randint(0, 1000, (ROWS, TOKENS)), []
@@ -72,6 +74,7 @@ def watch_passes(tied: bool, checkpointing: bool, lora: str | None) -> list[dict
             freeze(model, EVERYWHERE if active is None else active, outside)
         method = lora or ("full" if active is None else "grass")
         row = {**CONDITIONS, "method": method, "ranks": 1, "checkpointing": checkpointing, "shape": shape_of(model)}
+        row["dtype"] = dtype
         gc.collect()
         with Observer() as seen:
             loss = model(input_ids=ids, labels=ids).loss
@@ -83,11 +86,12 @@ def watch_passes(tied: bool, checkpointing: bool, lora: str | None) -> list[dict
     return steps
 
 
-# tied, checkpointing, LoRA
+# tied, checkpointing, LoRA; bf16 unless the name says otherwise
 PASSES = {
     "untied": (False, False, None),
     "tied": (True, False, None),
     "checkpointing": (False, True, None),
+    "fp32": (False, False, None),
     "lora": (False, False, "lora"),
     "lora-checkpointing": (True, True, "lora"),
     "lora-fa": (True, False, "lora-fa"),
@@ -99,7 +103,8 @@ PASSES = {
 @pytest.mark.parametrize("case", tiered(PASSES, "untied", "checkpointing", "lora-checkpointing", "lora-fa"))
 def test_flops_and_activations_are_exact(two_ranks: RankPool, case: str) -> None:
     tied, checkpointing, lora = PASSES[case]
-    for step in two_ranks.run(watch_passes, tied=tied, checkpointing=checkpointing, lora=lora)[0]:
+    dtype = "fp32" if case == "fp32" else "bf16"
+    for step in two_ranks.run(watch_passes, tied=tied, checkpointing=checkpointing, lora=lora, dtype=dtype)[0]:
         assert step["flops"] == floors.flops(step["row"], step["active"])
         log_probabilities = 4 * ROWS * TOKENS * step["row"]["shape"]["vocab"]
         activations = floors.saved_bytes(Case(step["row"], step["active"]))
@@ -131,7 +136,9 @@ def watch_step(**arguments: Any) -> dict[str, Any]:
     gc.collect()
     left = observed.Observer().rest_bytes
     row = {**CONDITIONS, **arguments, "grass": {"probe_steps": 1, "sample_period": 9, "seed": 3}}
-    model = llama(row.pop("tied", False), row["checkpointing"], hidden=512)  # or ZeRO-3 never releases a matrix
+    model = llama(
+        row.pop("tied", False), row["checkpointing"], hidden=512, dtype=row["dtype"]
+    )  # or ZeRO-3 never releases a matrix
     more = {"kind": "cost", "lr": 1e-3, "seed": 0, "steps": 1, "async": False, "nvme_path": None}
     engine, one_step = prepare(argparse.Namespace(**row, **more), model)
     for _ in range(4):
@@ -160,6 +167,19 @@ def test_steps_cost_what_the_floors_say(two_ranks: RankPool, case: str) -> None:
     ratio = seen["peak_bytes"] / floors.memory(row, active)["total"]
     # On ZeRO-3 this small DeepSpeed's buffers count: what it has gathered is there twice for a moment.
     assert 1 <= ratio < (math.inf if stock else 1.1 if row["stage"] < 3 else 1.3)
+
+
+@pytest.mark.dist
+def test_a_step_in_fp32_costs_what_the_floors_say(two_ranks: RankPool) -> None:
+    case = {"method": "grass-embed", "checkpointing": True, "dtype": "fp32"}
+    row = max(two_ranks.run(watch_step, **case), key=lambda row: row["observed"]["peak_bytes"])
+    seen, active = row["observed"], row["observed"]["active"]
+    assert seen["flops"] == floors.flops(row, active)
+    assert floors.wire_bytes(seen["traffic"]) == pytest.approx(
+        floors.wire_bytes(floors.traffic(row, active)), rel=0.02
+    )
+    # DeepSpeed's buffer of reduced gradients, above the floor, is as much larger as they are; the optimizer state is not.
+    assert 1 <= seen["peak_bytes"] / floors.memory(row, active)["total"] < 1.2
 
 
 # ---- time ---------------------------------------------------------------------------------------------------------------------

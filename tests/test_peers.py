@@ -20,7 +20,16 @@ LAYERS, PERIOD, STEPS = 6, 3, 9
 
 def train(method: str, accumulation: int) -> tuple[list[Any], list[dict[str, Any]], set[str]]:
     """On stock ZeRO-2: layers trained per step, what a watch says of it, and the weights that are not what they were."""
-    cell = {"kind": "cost", "stage": 2, "micro_batch": 1, "sequence": 8, "steps": STEPS, "lr": 1e-2, "seed": 1}
+    cell = {
+        "kind": "cost",
+        "dtype": "bf16",
+        "stage": 2,
+        "micro_batch": 1,
+        "sequence": 8,
+        "steps": STEPS,
+        "lr": 1e-2,
+        "seed": 1,
+    }
     grass = {"num_active_layers": 2, "sample_period": PERIOD}
     args = Namespace(
         **cell,
@@ -32,7 +41,7 @@ def train(method: str, accumulation: int) -> tuple[list[Any], list[dict[str, Any
         **{"async": 0},
     )
     torch.manual_seed(0)
-    engine, one_step = prepare(args, load("llama-tiny-random")[0])
+    engine, one_step = prepare(args, load("llama-tiny-random", "bf16")[0])
     numel = trainable_numel(engine)  # of toggled layers all, before the first step
     before = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
     watched, active, facts = watch(method, engine), [], []
@@ -84,7 +93,7 @@ def test_adapters(method: str, rank: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_configs_differ_where_the_method_does(method: str) -> None:
-    shared = {"stage": 2, "micro_batch": 1, "accumulation": 1, "lr": 1e-3, "grass": {"seed": 7}}
+    shared = {"dtype": "bf16", "stage": 2, "micro_batch": 1, "accumulation": 1, "lr": 1e-3, "grass": {"seed": 7}}
     config, stock = ds_config(method, **shared), ds_config("full", **shared)
     block = config.pop("grass", None)
     assert (block is None) == (METHODS[method].grass is None)
