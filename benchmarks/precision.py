@@ -60,7 +60,7 @@ def choose(
     name = there if asked == AUTO else asked
     if name != "fp32" and not rates.gflops[name]:
         raise ValueError(f"{_why(asked, file, name)}: {name} does not work on this device; {_elsewhere(rates, among)}")
-    warning = _slowness(name, rates, among)
+    warning = rates.warning(name, among)
     if asked != AUTO:
         return Choice(name, f"asked for by --dtype {name}", warning)
     if warning is not None:
@@ -77,14 +77,3 @@ def _why(asked: str, file: Path, name: str) -> str:
 
 def _elsewhere(rates: Rates, among: Collection[str]) -> str:
     return f"measure rows of {rates.recommended(among)} into a folder of their own with --rows FOLDER"
-
-
-def _slowness(name: str, rates: Rates, among: Collection[str]) -> str | None:
-    """How slow an emulated precision is; None where the device computes it."""
-    if not rates.emulated(name):
-        return None
-    better = rates.recommended(among)
-    return (
-        f"{name} is emulated on this device: matrix products take {rates.gflops[better] / rates.gflops[name]:.0f} times as long as in "
-        f"{better} ({rates.text()}), and steps accordingly"
-    )
