@@ -25,7 +25,7 @@ fi
 
 # Few rows and steps, at a learning rate that fits them: two CPU cores take minutes. What the user gives comes later and wins.
 config=(--deepspeed "$GRASS_ROOT/ds_configs/quickstart.json")
-small=(--max_steps 60 --per_device_train_batch_size 2 --learning_rate 6e-4 --eval_samples 32)
+small=(--max_steps 50 --per_device_train_batch_size 2 --learning_rate 6e-4 --eval_samples 32)
 for argument in "$@"; do
     case "$argument" in --deepspeed | --deepspeed=*) config=() small=() ;; esac
 done

@@ -20,6 +20,7 @@ EXPECTED: dict[str, tuple[int, str | None, int, frozenset[str]]] = {
     "full.json": (2, None, LAYERS, frozenset({"embed", "norm", "head"})),
     "grass.json": (2, "grass", 2, frozenset({"norm"})),
     "lisa.json": (2, "uniform", 2, frozenset({"embed", "norm", "head"})),
+    "quickstart.json": (2, "grass", 2, frozenset({"norm"})),
     "zero1_grass.json": (1, "grass", 2, frozenset({"norm"})),
     "zero3_full.json": (3, None, LAYERS, frozenset({"embed", "norm", "head"})),
     "zero3_grass.json": (3, "grass", 2, frozenset({"norm"})),
