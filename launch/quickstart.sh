@@ -18,7 +18,7 @@ if grass_has_gpu; then
 else
     ranks="${GRASS_RANKS:-2}"
     if [ -n "${GRASS_SHARE_CORES:-}" ]; then
-        threads=$(($(nproc) / ranks))
+        threads=$(($(env -u OMP_NUM_THREADS nproc) / ranks)) # which nproc would take for the number of cores
         export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
     fi
 fi
@@ -27,7 +27,7 @@ fi
 config=(--deepspeed "$GRASS_ROOT/ds_configs/quickstart.json")
 small=(--max_steps 50 --per_device_train_batch_size 2 --learning_rate 6e-4 --eval_samples 32)
 for argument in "$@"; do
-    case "$argument" in --deepspeed | --deepspeed=*) config=() small=() ;; esac
+    case "$argument" in --deepspeed | --deepspeed=*) config=() ;; esac
 done
 
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"

@@ -21,6 +21,8 @@ from helpers.ranks import FORKED, free_port, rank_environment
 from helpers.tiered import tiered
 from transformers import AutoModelForCausalLM
 
+from launch import distributed
+
 ROOT = Path(__file__).resolve().parents[2]
 PROBE, STEPS = 3, 9
 
@@ -205,6 +207,18 @@ def test_mistakes_end_the_job(model_folder: Path, tmp_path: Path, case: str) -> 
     done = start(torchrun(), options, tmp_path, **environment)
     assert done.returncode != 0
     assert_told(case, done.stdout + done.stderr, tmp_path)
+
+
+def speak() -> list[bool]:
+    from launch import distributed
+
+    return [distributed.first_to_fail(), distributed.first_to_fail()]
+
+
+def test_one_rank_tells_what_went_wrong(two_ranks: Any) -> None:
+    """Also when it asks again; in a single process there is nobody else."""
+    assert sorted(two_ranks.run(speak)) == [[False, False], [True, True]]
+    assert distributed.first_to_fail()
 
 
 def test_an_interrupted_run_ends_with_one_message(model_folder: Path, tmp_path: Path) -> None:
