@@ -3,7 +3,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import deepspeed
@@ -83,9 +83,9 @@ def _engine_class() -> Iterator[None]:
 def _warn_of_emulation(engine: Any) -> None:
     """A dtype that the device emulates makes every step many times slower: rank 0 says so, before the first."""
     if getattr(engine, "grass", None) is not None and engine.global_rank == 0:
-        precision.warn_if_emulated(
-            "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-        )
+        name = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+        with suppress(torch.OutOfMemoryError):  # a full device cannot be measured, but may well train
+            precision.warn_if_emulated(name)
 
 
 def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -19,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # with bf16 instructions reach 0.54 of their fp32 rate or more; with AVX-512 but without them 0.2, with AVX2 0.03 to 0.15.
 EMULATED_BELOW = 1 / 3
 # (rows, inputs, outputs) of the product: a small layer for the CPU, enough work to fill a GPU.
-_CPU_SHAPE, _DEVICE_SHAPE = (64, 512, 512), (4096, 4096, 4096)
+_CPU_SHAPE, _DEVICE_SHAPE = (64, 512, 512), (2048, 2048, 2048)
 _TIMES, _SECONDS = 5, 0.1  # a dtype is timed at least so often and so long; the best counts
 
 
@@ -39,7 +40,7 @@ class Rates:
 
         fp32 is never emulated: on a GPU it is slower than 16 bits by design.
         """
-        return name != "fp32" and self.gflops[name] < EMULATED_BELOW * self.fastest
+        return name != "fp32" and (not self.gflops[name] or self.gflops[name] < EMULATED_BELOW * self.fastest)
 
     def slowdown(self, name: str, other: str) -> float:
         """Time of a product in dtype ``name``, in those of ``other``; infinite if ``name`` fails."""
@@ -84,12 +85,23 @@ def measure(names: Collection[str] = ()) -> Rates:
     return Rates({name: _gflops(name) for name in DTYPES if name in wanted})
 
 
-@cache
-def warn_if_emulated(name: str) -> None:
-    """Log one warning per process if the current device emulates the dtype ``name``."""
-    text = None if name == "fp32" else measure([name]).warning(name, candidates())
+def enabled(config: Mapping[str, Any], name: str) -> Any:
+    """What a DeepSpeed config says of the dtype ``name``: True, False, "auto", or None without its block."""
+    block = config.get(name, config.get("bfloat16") if name == "bf16" else None)  # DeepSpeed reads both names
+    return block.get("enabled") if isinstance(block, Mapping) else None
+
+
+def warn_if_emulated(name: str, rates: Rates | None = None) -> None:
+    """Log one warning per process if the dtype ``name`` is emulated, by ``rates`` or, without them, by measuring the current device."""
+    if name == "fp32" or name in _WARNED:
+        return
+    _WARNED.add(name)
+    text = (rates or measure([name])).warning(name, candidates())
     if text is not None:
         logger.warning(text)
+
+
+_WARNED: set[str] = set()
 
 
 @cache
@@ -102,19 +114,26 @@ def _gflops(name: str) -> float:
     # does while it waits for other threads of its product.
     clock, threads = time.thread_time if on_cpu else time.perf_counter, torch.get_num_threads()
     rows, inputs, outputs = _CPU_SHAPE if on_cpu else _DEVICE_SHAPE
-    seconds: list[float] = []
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             left = torch.ones(rows, inputs, dtype=DTYPES[name], device=device)
             weight = torch.ones(outputs, inputs, dtype=DTYPES[name], device=device)
-            torch.nn.functional.linear(left, weight)  # the first product of a process sets libraries up
-            while len(seconds) < _TIMES or sum(seconds) < _SECONDS:
-                accelerator.synchronize()
+
+            def product() -> float:
                 start = clock()
                 torch.nn.functional.linear(left, weight)
                 accelerator.synchronize()
-                seconds.append(clock() - start)
+                return clock() - start
+
+            spent = product()  # sets libraries up
+            while not on_cpu and spent < _SECONDS:  # a GPU raises its clock
+                spent += product()
+            seconds = [product() for _ in range(_TIMES)]
+            while sum(seconds) < _SECONDS:
+                seconds.append(product())
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return 0.0
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,11 @@ class Arguments:
     """The folder to continue from; None: from the beginning."""
 
 
-def parse(argv: Sequence[str] | None = None) -> Arguments:
+def parse(argv: Sequence[str] | None = None, started: Callable[[float], None] = lambda limit: None) -> Arguments:
     """Parse the command line and join the process group; every rank gets the same answer.
+
+    Args:
+        started: is called when the ranks have met, with --rank_timeout.
 
     Raises:
         ValueError: an option that cannot work, with what would.
@@ -215,7 +218,10 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu, **config_defaults(ds_config))
     parser.set_defaults(**dict.fromkeys(_PRECISIONS))
     said = parser.parse_known_args(given)[0]  # ends here with --help
+    if said.rank_timeout < 1:
+        raise ValueError(f"--rank_timeout must be at least 1, got {said.rank_timeout}")
     distributed.start()
+    started(said.rank_timeout)
     checkpoint = resume_point(said.resume_from_checkpoint, Path(said.output_dir))
     precision = dtype.choose_for_training(ds_config, {name: getattr(said, name) for name in _PRECISIONS}, checkpoint)
     parser.set_defaults(**{name: name == precision.name for name in _PRECISIONS})
@@ -281,7 +287,6 @@ def _check(arguments: Arguments) -> None:
         ("eval_samples", arguments.evaluation.eval_samples),
         ("max_new_tokens", arguments.evaluation.max_new_tokens),
         ("train_samples", arguments.data.train_samples),
-        ("rank_timeout", arguments.cluster.rank_timeout),
     ):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")

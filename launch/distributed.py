@@ -6,12 +6,10 @@ import contextlib
 import io
 import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import datasets
@@ -25,8 +23,6 @@ from grass_ds.doctor.extensions import communication_ready
 from grass_ds.runtime import seams
 
 T = TypeVar("T")
-INTERRUPTED = 128 + signal.SIGINT
-"""Exit code after Ctrl-C, as shells say it."""
 
 
 class AgreedError(ValueError):
@@ -87,6 +83,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def gather(value: T) -> list[T]:
+    """The ranks' values, in rank order, on every rank; any object that can be pickled."""
+    if world_size() == 1 or not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
 def max_over_ranks(value: float) -> float:
     """The largest of the ranks' values, the same on every rank."""
     if world_size() == 1 or not dist.is_initialized():
@@ -113,19 +118,11 @@ def on_every_rank(action: Callable[[], T], at_once: bool = False) -> T:
                 result = action()
             except (ValueError, OSError) as error:
                 failure = error
-        failures = _gather(f"{failure}" if failure is not None else None)
+        messages = gather(f"{failure}" if failure is not None else None)
+        failures = [message for message in messages if message is not None]
         if failures:
             raise AgreedError(failures[0]) from failure
     return result  # type: ignore[return-value]
-
-
-def _gather(message: str | None) -> list[str]:
-    """The messages of the ranks that have one, in rank order."""
-    if world_size() == 1 or not dist.is_initialized():
-        return [message] if message is not None else []
-    messages: list[str | None] = [None] * world_size()
-    dist.all_gather_object(messages, message)
-    return [found for found in messages if found is not None]
 
 
 def is_communication_error(error: BaseException) -> bool:
@@ -139,10 +136,11 @@ def is_communication_error(error: BaseException) -> bool:
 _speaks: list[bool] = []
 
 
-def first_to_fail(seconds: float = 5.0) -> bool:
+def first_to_fail(otherwise: bool = True, seconds: float = 5.0) -> bool:
     """Whether this rank is the first that asks, and so the one that tells the user what went wrong.
 
-    The ranks ask the process group's store. Where its host is gone, a rank that was there spoke before.
+    Args:
+        otherwise: the answer where the process group's store, which the ranks ask, does not give one within ``seconds``: its host may be gone.
     """
     if not dist.is_initialized() or world_size() == 1:
         return True
@@ -156,22 +154,7 @@ def first_to_fail(seconds: float = 5.0) -> bool:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(seconds)
-    return bool(_speaks) and _speaks[0]
-
-
-def end_on_interrupt() -> None:
-    """From now on Ctrl-C ends the process at once, with one message from rank 0. The ranks may wait in a collective: no clean-up could finish.
-
-    A handler, not the exception: launchers send SIGTERM right after it, which asks for a checkpoint at the end of the step.
-    """
-    process = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process and rank() == 0:
-            os.write(2, b"\ninterrupted\n")
-        os._exit(INTERRUPTED)
-
-    signal.signal(signal.SIGINT, end)
+    return _speaks[0] if _speaks else otherwise
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:
@@ -180,11 +163,7 @@ def own_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def report_error(error: Exception) -> None:
-    """Say what ended the run: once per machine where all ranks agree on it, else by every rank that failed.
-
-    The launcher ends the other ranks as soon as one has failed, so a rank cannot leave it to another to speak.
-    """
-    if isinstance(error, AgreedError) and local_rank() != 0:
-        return
-    where = "" if isinstance(error, AgreedError) or world_size() == 1 else f" [rank {rank()}]"
-    print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)
+    """Say what ended the run, on one rank: the first that fails, before there is a process group rank 0."""
+    if first_to_fail() if dist.is_initialized() else rank() == 0:
+        where = "" if isinstance(error, AgreedError) or world_size() == 1 else f" [rank {rank()}]"
+        print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from grass_ds import precision
 from launch import distributed
 
 AUTO = "auto"
+_BY_HARDWARE = "by what the hardware computes"
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -22,7 +24,7 @@ class Choice:
     Attributes:
         name: "bf16", "fp16" or "fp32".
         reason: who or what decided, for people.
-        rates: of matrix products on the slowest rank.
+        rates: of matrix products on the rank whose device lacks 16 bits the most.
     """
 
     name: str
@@ -33,7 +35,7 @@ class Choice:
         """Say it on rank 0, with a warning if the device emulates the dtype."""
         if distributed.rank() == 0:
             print(f"precision: {self}", flush=True)
-            precision.warn_if_emulated(self.name)
+            precision.warn_if_emulated(self.name, self.rates)
 
     def as_dict(self) -> dict[str, Any]:
         """For reports: name, reason and GFLOP/s by dtype."""
@@ -44,9 +46,11 @@ class Choice:
 
 
 def measured(names: Collection[str] = ()) -> precision.Rates:
-    """The rates of this run's devices: of each dtype the lowest over all ranks. Collective."""
-    mine = precision.measure(names).gflops
-    return precision.Rates({name: -distributed.max_over_ranks(-rate) for name, rate in mine.items()})
+    """The rates of the rank whose device is slowest in 16 bits, relative to its fastest dtype: what it emulates, the run cannot use. Collective."""
+    everywhere = distributed.gather(precision.measure(names))
+    return min(
+        everywhere, key=lambda rates: [rates.gflops[name] / rates.fastest for name in rates.gflops if name != "fp32"]
+    )
 
 
 def asked_for(name: str, reason: str) -> Choice:
@@ -57,7 +61,11 @@ def asked_for(name: str, reason: str) -> Choice:
 def by_hardware(among: Collection[str] = tuple(precision.DTYPES)) -> Choice:
     """The precision that all devices of the run compute."""
     rates = measured()
-    return Choice(rates.recommended(among), "by what the hardware computes", rates)
+    return Choice(
+        rates.recommended(among),
+        _BY_HARDWARE + (f" of {', '.join(among)}" if len(among) < len(precision.DTYPES) else ""),
+        rates,
+    )
 
 
 def choose(name: str) -> Choice:
@@ -87,7 +95,7 @@ def choose_for_training(
     Raises:
         ValueError: an option that the configuration has no block for: DeepSpeed would train in fp32.
     """
-    enabled = {name: _enabled(ds_config, name) for name in options}
+    enabled = {name: precision.enabled(ds_config, name) for name in options}
     for name, value in options.items():
         if value and enabled[name] is None:
             raise ValueError(
@@ -103,20 +111,19 @@ def choose_for_training(
     undecided = [name for name in unsaid if enabled[name] == AUTO]
     if not undecided:
         return asked_for("fp32", "as the DeepSpeed configuration and the command line leave no other")
-    saved = None if checkpoint is None else _saved_dtype(Path(checkpoint))
+    # Rank 0's answer: another machine may not see the file yet, and what follows is collective.
+    saved = distributed.gather(_saved_dtype(checkpoint) if distributed.rank() == 0 else None)[0]
     if saved in (*undecided, "fp32"):
         return asked_for(saved, f"as {checkpoint} was trained")
     return by_hardware((*undecided, "fp32"))
 
 
-def _enabled(ds_config: Mapping[str, Any], name: str) -> Any:
-    block = ds_config.get(name)
-    return block.get("enabled") if isinstance(block, Mapping) else None
-
-
-def _saved_dtype(checkpoint: Path) -> str | None:
+def _saved_dtype(checkpoint: str | None) -> str | None:
     """The precision of the model in a checkpoint of the Trainer; None where it does not say."""
-    file = checkpoint / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    name = config.get("dtype") or config.get("torch_dtype")  # transformers 5, transformers 4
-    return _SHORT.get(str(name))
+    file = None if checkpoint is None else Path(checkpoint) / "config.json"
+    if file is None or not file.is_file():
+        return None
+    with contextlib.suppress(ValueError):  # a file that cannot be read says nothing; loading the model will say why
+        config = json.loads(file.read_text())
+        return _SHORT.get(str(config.get("dtype") or config.get("torch_dtype")))  # transformers 5, transformers 4
+    return None

@@ -24,6 +24,7 @@ if __package__ in (None, ""):
     # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.interrupt  # noqa: F401, I001  # before what takes seconds to import
 import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
@@ -159,7 +160,7 @@ def _generate(
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     configured = model.generation_config.eos_token_id
     ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    known_ends = sorted(end for end in ends if end is not None)
+    known_ends, before = sorted(end for end in ends if end is not None), progress.finished
     output = model.generate(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
@@ -170,7 +171,7 @@ def _generate(
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=[_RowsDone(progress, longest, known_ends)],
     )
-    progress.reach(progress.finished + len(prompts))
+    progress.reach(before + len(prompts))
     return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
 
 
@@ -372,12 +373,12 @@ def run(arguments: Arguments) -> dict[str, Any]:
     """Load, measure and return {"task", "value", "rows", "model", "data", "precision"}."""
     if arguments.task not in (*TASKS, "auto"):
         raise ValueError(f"unknown task {arguments.task!r}: choose one of {', '.join(TASKS)}, auto")
+    precision = dtype.choose(arguments.dtype)
+    precision.announce()
     splits = distributed.on_every_rank(lambda: load_splits(arguments.data, arguments.data_config))
     if arguments.split not in splits:
         raise ValueError(f"{arguments.data} has no {arguments.split} rows, only {sorted(splits)}")
     rows = splits[arguments.split].take(arguments.samples)
-    precision = dtype.choose(arguments.dtype)
-    precision.announce()
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
     model.to(get_accelerator().current_device_name())
     template = Template.choose(tokenizer, arguments.template)
@@ -399,7 +400,6 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
 def main() -> int:
     """Run the command line; the exit status."""
-    distributed.end_on_interrupt()
     parser = HfArgumentParser(Arguments)
     arguments = parser.parse_args_into_dataclasses(args=distributed.own_arguments(sys.argv[1:]))[0]
     try:
@@ -409,6 +409,10 @@ def main() -> int:
             print(json.dumps(result))
     except (ValueError, OSError) as error:
         distributed.report_error(error)
+        return 1
+    except Exception as error:
+        if distributed.first_to_fail(otherwise=not distributed.is_communication_error(error)):
+            raise
         return 1
     finally:
         distributed.stop()

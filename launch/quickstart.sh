@@ -17,10 +17,10 @@ if grass_has_gpu; then
     ranks="${GRASS_RANKS:-$(nvidia-smi -L | grep -c GPU)}"
 else
     ranks="${GRASS_RANKS:-2}"
-    if [ -n "${GRASS_SHARE_CORES:-}" ]; then
-        threads=$(($(env -u OMP_NUM_THREADS nproc) / ranks)) # which nproc would take for the number of cores
-        export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-    fi
+fi
+if [ -n "${GRASS_SHARE_CORES:-}" ]; then
+    threads=$(($(env -u OMP_NUM_THREADS nproc) / ranks)) # which nproc would take for the number of cores
+    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
 # Few rows and steps, at a learning rate that fits them: two CPU cores take minutes. What the user gives comes later and wins.

@@ -14,10 +14,12 @@ import signal
 import sys
 from types import FrameType
 
-import psutil
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports take seconds; torchrun handles it from then on
+
+import psutil  # noqa: E402
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.run import main  # noqa: E402
 
 HANDED_ON = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -32,7 +34,8 @@ def hand_on(number: int, frame: FrameType | None) -> None:
 def run() -> int:
     """torchrun's command line; the exit status."""
     # It reports each rank that it ends. The rank that failed has said why, or ends by a signal, which is said below.
-    logging.disable(logging.ERROR)
+    for part in ("multiprocessing", "agent.server"):
+        logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
     for number in HANDED_ON:
         signal.signal(number, hand_on)
     try:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ if __package__ in (None, ""):
     # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.interrupt  # noqa: F401, I001  # before what takes seconds to import
 import datasets
 import psutil
 import torch
@@ -299,22 +301,26 @@ def _report(
     }
 
 
-def run_watched(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int:
-    """`run`, with an end that says who is missing when a rank is lost."""
-    limit = options.cluster.rank_timeout
-    with grass_ds.Heartbeat(limit, interval=min(5.0, limit / 6)) as heartbeat:
+def run_watched(preemption: grass_ds.Preemption) -> int:
+    """Parse the command line and `run`, with an end that says who is missing when a rank is lost."""
+    with ExitStack() as stack:
+        heartbeats: list[grass_ds.Heartbeat] = []
+
+        def watch(limit: float) -> None:
+            heartbeats.append(stack.enter_context(grass_ds.Heartbeat(limit, interval=min(5.0, limit / 6))))
+
         try:
-            status = run(options, preemption)
+            status = run(command_line.parse(started=watch), preemption)
         except RuntimeError as error:
-            if distributed.is_communication_error(error):
-                if distributed.first_to_fail():
+            if distributed.is_communication_error(error) and heartbeats:
+                if distributed.first_to_fail(otherwise=False):
                     first_line = str(error).splitlines()[0]
                     print(
                         f"[rank {distributed.rank()}] {first_line}\nwaiting to learn whether a rank is lost",
                         file=sys.stderr,
                         flush=True,
                     )
-                heartbeat.wait_for_verdict()
+                heartbeats[0].wait_for_verdict()
             raise
         tracking.finish(status)
         if status == grass_ds.PREEMPTED:
@@ -325,16 +331,15 @@ def run_watched(options: command_line.Arguments, preemption: grass_ds.Preemption
 
 def main() -> int:
     """Run the command line; the exit status."""
-    distributed.end_on_interrupt()
     preemption, status = grass_ds.Preemption(), 1
     try:
-        status = run_watched(command_line.parse(), preemption)
+        status = run_watched(preemption)
     except UserError as error:
         if os.environ.get("GRASS_TRACEBACK"):
             traceback.print_exc()
         distributed.report_error(error)
-    except Exception:
-        if distributed.first_to_fail():
+    except Exception as error:
+        if distributed.first_to_fail(otherwise=not distributed.is_communication_error(error)):
             raise
     finally:
         tracking.finish(status)

@@ -308,7 +308,7 @@ def test_a_quality_cell_trains_measures_and_is_shown(tmp_path: Path) -> None:
         "steps": 8,
         "grass": {**SETTINGS, "sample_period": 2, "num_active_layers": 1},
     }
-    found = run_cell(cell, "bf16", 300)
+    found = run_cell(cell, "fp32", 300)
     assert found["active"][:4] == [None] * 4
     drawn = [layers for (layers,) in found["active"][4:]]
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
@@ -316,9 +316,11 @@ def test_a_quality_cell_trains_measures_and_is_shown(tmp_path: Path) -> None:
     assert found["tokens"] <= sum(rows * length for rows, length in found["batches"])
     probed, trained = found["curve"]
     assert (probed["step"], trained["step"]) == (4, 8)
-    assert probed["dev_loss"] == pytest.approx(
-        found["worth"]["before"], rel=1e-4
-    )  # of the float32 copy: nothing has moved
+    # Nothing has moved before the first point. In float32 only the sum over the vocabulary can round otherwise, by the unit roundoff per term.
+    before = found["worth"]["before"]
+    rounding = len(tokenizer) * torch.finfo(torch.float32).eps / 2 * before
+    print(before, probed, trained, rounding)
+    assert abs(probed["dev_loss"] - before) <= rounding < before - trained["dev_loss"]
     assert trained["dev_loss"] == found["dev_loss"] < probed["dev_loss"]
     assert found["test_loss"] > 0
     assert found["accuracy"].keys() == {"builtin:arithmetic"}
@@ -405,7 +407,7 @@ def test_worth_trains_one_layer_at_a_time_from_the_same_weights() -> None:
     found = worth.layer_worth(model, batches, 1e-2, loss)
     assert seen == [set(), {0}, {1}, {2}]
     assert worth.worths(found) == [1.0, 2.0, 4.0]
-    assert found["scores"] == pytest.approx(staleness.gradient_rms(copy.deepcopy(model).float(), batches))
+    assert found["scores"] == staleness.gradient_rms(copy.deepcopy(model).float(), batches)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 

@@ -28,8 +28,7 @@ def asked_for(config: str) -> list[str]:
         raise ValueError(f"{config}: not valid JSON: {error}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{config}: must hold a JSON object, not a {type(found).__name__}")
-    blocks = {name: found.get(name) for name in ("bf16", "fp16")}
-    return [name for name, block in blocks.items() if isinstance(block, Mapping) and block.get("enabled") is True]
+    return [name for name in ("bf16", "fp16") if precision.enabled(found, name) is True]
 
 
 def judge_precision(

@@ -50,6 +50,7 @@ ASKED: list[tuple[dict[str, Any], dict[str, bool | None], str, str]] = [
     (OPEN, {"bf16": False, "fp16": False}, "fp32", "no other"),
     ({"bf16": {"enabled": True}}, UNSAID, "bf16", "configuration"),
     ({"bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}, UNSAID, "bf16", "configuration"),
+    ({"bfloat16": {"enabled": True}}, UNSAID, "bf16", "configuration"),
     ({"fp16": {"enabled": True}}, UNSAID, "fp16", "configuration"),
     ({"bf16": {"enabled": False}}, UNSAID, "fp32", "no other"),
     ({}, UNSAID, "fp32", "no other"),
@@ -81,11 +82,29 @@ def test_a_resumed_run_keeps_its_precision_on_another_machine(device: str, key: 
     assert dtype.choose_for_training(OPEN, UNSAID, str(tmp_path)).name == device
 
 
-def test_the_slowest_rank_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "measure", lambda names=(): precision.Rates(DEVICES["bf16"]))
-    other = iter(DEVICES["fp32"].values())
-    monkeypatch.setattr(distributed, "max_over_ranks", lambda mine: max(mine, -next(other)))
-    assert dtype.measured().gflops == DEVICES["fp32"]
+@pytest.mark.parametrize("device", ["bf16"], indirect=True)
+def test_what_one_rank_emulates_the_run_cannot_use(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates of one rank, not the lowest of each dtype: 20 and 40 would look like hardware that computes bf16."""
+    others = [precision.Rates({"bf16": 20.0, "fp32": 40.0}), precision.Rates({"bf16": 30.0, "fp32": 142.0})]
+    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, *others])
+    assert dtype.measured() == others[1]
+
+
+def train_in(checkpoint: str | None) -> tuple[str, dict[str, float]]:
+    """Rank 1 does not see the checkpoint."""
+    import torch.distributed as dist
+
+    found = dtype.choose_for_training(OPEN, UNSAID, checkpoint if dist.get_rank() == 0 else None)
+    return found.name, dict(found.rates.gflops)
+
+
+@pytest.mark.dist
+def test_ranks_agree(two_ranks: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float16"}))
+    for checkpoint in (str(tmp_path), None):
+        mine, theirs = two_ranks.run(train_in, checkpoint=checkpoint)
+        assert mine == theirs
+        assert (mine[0] == "fp16") == (checkpoint is not None)
 
 
 def test_names_of_evaluate(device: str) -> None:

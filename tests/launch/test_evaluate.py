@@ -87,7 +87,11 @@ def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer
         ids = torch.tensor([template.prompt_ids(row)])
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         expected.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
-    assert _generate(model, template, [template.prompt_ids(row) for row in rows], 12, _Progress("test", 6)) == expected
+    progress, prompts = _Progress("test", 6), [template.prompt_ids(row) for row in rows]
+    assert _generate(model, template, prompts[:4], 12, progress) == expected[:4]
+    assert progress.finished == 4
+    assert _generate(model, template, prompts[4:], 12, progress) == expected[4:]
+    assert progress.finished == 6
     # Each row's own continuation as its answer: all right. With one answer changed: all but one.
     words = [text.split()[0].strip(".,:;'\"").lower() for text in expected]
     answered = [{**row, "answer": word} for row, word in zip(rows, words, strict=True)]

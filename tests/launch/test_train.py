@@ -133,6 +133,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "row-without-field": (["--data", "{folder}/rows.jsonl"], "row 1"),
     "torn-checkpoint": (["--resume_from_checkpoint", "{folder}/checkpoint-3"], "trainer_state.json is missing"),
     "no-wandb-login": (["--report_to", "wandb"], "wandb login"),
+    "no-such-config": (["--deepspeed", "no/such.json"], "no/such.json: no such file"),
+    "no-block": (["--deepspeed", "{folder}/plain.json", "--bf16", "true"], 'has no "bf16" block'),
 }
 
 
@@ -141,14 +143,18 @@ def mistake(case: str, model_folder: Path, folder: Path) -> tuple[list[str], dic
     rows = [{"instruction": "1 + 1?", "output": "The answer is 2."}, {"instruction": "2 + 2?"}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "checkpoint-3").mkdir()
-    options = ["--deepspeed", "ds_configs/grass.json", *(option.format(folder=folder) for option in BAD[case][0])]
+    (folder / "plain.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    options = [option.format(folder=folder) for option in BAD[case][0]]
+    if "--deepspeed" not in options:
+        options += ["--deepspeed", "ds_configs/grass.json"]
     if "--model" not in options:
         options += ["--model", str(model_folder)]
     return options, {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(folder / "none"), "HOME": str(folder)}
 
 
 def assert_told(case: str, output: str, folder: Path) -> None:
-    assert BAD[case][1] in output, (case, output[-3000:])
+    (message,) = [line for line in output.splitlines() if line.startswith("error")]
+    assert BAD[case][1] in output[output.index(message) :], (case, output[-3000:])
     assert 'launch/train.py", line' not in output, (case, output[:3000])  # a message, no traceback of ours
     assert not (folder / "out" / "report.json").exists(), case
 
@@ -255,7 +261,7 @@ FAILING = """
 import deepspeed.comm as dist
 from launch import train
 for error in (ValueError, RuntimeError):
-    def parse():
+    def parse(started):
         train.distributed.start()
         assert dist.is_initialized()
         raise error("no such thing")

@@ -54,6 +54,10 @@ def test_the_warning_names_the_slowdown_and_the_remedy() -> None:
     assert text is not None and "does not work" in text and "use fp16" in text
 
 
+def test_a_device_that_computes_nothing_is_not_recommended_16_bits() -> None:
+    assert Rates({"bf16": 0.0, "fp32": 0.0}).recommended() == "fp32"
+
+
 @pytest.mark.parametrize("config", [{}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": False}}, {"fp16": True}])
 def test_a_config_that_asks_for_nothing_is_no_finding(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(config))
@@ -64,6 +68,8 @@ def test_the_doctor_fails_a_config_that_asks_for_what_is_emulated(tmp_path: Path
     file = str(tmp_path / "ds.json")
     Path(file).write_text(json.dumps({"bf16": {"enabled": True}}))
     assert dtypes.asked_for(file) == ["bf16"]
+    Path(file).write_text(json.dumps({"bfloat16": {"enabled": True}, "fp16": {"enabled": False}}))
+    assert dtypes.asked_for(file) == ["bf16"]  # DeepSpeed reads both names
     for device, status in (("AVX2", FAIL), ("amx_bf16", OK)):
         first, second = dtypes.judge_precision(Rates(CPU[device][0]), ("bf16", "fp32"), file, ["bf16"])
         assert (first.status, second.check, second.status) == (OK, "config", status)
@@ -76,7 +82,7 @@ def test_the_doctor_fails_a_config_that_asks_for_what_is_emulated(tmp_path: Path
     assert examine("precision", dtypes.check_precision, str(tmp_path / "none.json"))[0].status == FAIL
 
 
-def test_this_device_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_device_is_measured_once() -> None:
     rates = precision.measure(["fp16"])
     assert list(rates.gflops) == ["bf16", "fp16", "fp32"]
     assert rates.gflops["fp32"] > 0
@@ -88,10 +94,11 @@ def test_one_warning_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[logging.LogRecord] = []
     monkeypatch.setattr(precision, "measure", lambda names=(): Rates(CPU["AVX2"][0]))
     monkeypatch.setattr(logger, "warning", said.append)
-    precision.warn_if_emulated.cache_clear()
+    monkeypatch.setattr(precision, "_WARNED", set())
     for name in ("bf16", "fp32", "bf16"):
         precision.warn_if_emulated(name)
-    precision.warn_if_emulated.cache_clear()
+    assert len(said) == 1
+    precision.warn_if_emulated("fp16", Rates({"fp16": 9.0, "fp32": 10.0}))  # as another rank's device computes it
     assert len(said) == 1
 
 
