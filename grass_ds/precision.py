@@ -56,10 +56,8 @@ class Rates:
 
     def text(self) -> str:
         """The figures in words: ``bf16 matrix products at 73.4 GFLOP/s, fp32 at 98.4``."""
-        first, *others = (f"{rate:.3g} GFLOP/s" for rate in self.gflops.values())
-        names = list(self.gflops)
-        more = (f"{name} at {rate}" for name, rate in zip(names[1:], others, strict=True))
-        return ", ".join([f"{names[0]} matrix products at {first}", *more])
+        figures = ", ".join(f"{name} at {rate:.3g} GFLOP/s" for name, rate in self.gflops.items())
+        return figures.replace(" at ", " matrix products at ", 1)
 
     def warning(self, name: str, among: Collection[str] = tuple(DTYPES)) -> str | None:
         """What to tell a user who asked for ``name``, or None where the device computes it; ``among``: what to use instead."""

@@ -293,6 +293,7 @@ def test_readme_quotes_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> None
     assert reached_block(tuned("grass", {GRID[0]: 9.0})) == ""
 
 
+@pytest.mark.all  # most of a minute: cells of other suites run whole by default
 @pytest.mark.dist
 def test_a_quality_cell_trains_measures_and_is_shown(tmp_path: Path) -> None:
     """The whole of a cell: a tiny model on the built-in task; rank, engine, probing, drawing, every measure."""
