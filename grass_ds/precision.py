@@ -42,10 +42,6 @@ class Rates:
         """
         return name != "fp32" and (not self.gflops[name] or self.gflops[name] < EMULATED_BELOW * self.fastest)
 
-    def slowdown(self, name: str, other: str) -> float:
-        """Time of a product in dtype ``name``, in those of ``other``; infinite if ``name`` fails."""
-        return self.gflops[other] / self.gflops[name] if self.gflops[name] else float("inf")
-
     def recommended(self, among: Collection[str] = tuple(DTYPES)) -> str:
         """bf16 where the device computes it, else fp16 where it does, else fp32; ``among`` always allows fp32.
 
@@ -67,7 +63,7 @@ class Rates:
         if not self.gflops[name]:
             return f"{name} does not work on this device: use {better}"
         return (
-            f"{name} is emulated on this device: matrix products take {self.slowdown(name, better):.0f} times as long as in {better} "
+            f"{name} is emulated on this device: matrix products take {self.gflops[better] / self.gflops[name]:.0f} times as long as in {better} "
             f"({self.text()}), and steps accordingly; use {better}"
         )
 

@@ -13,7 +13,6 @@ from grass_ds import precision
 from launch import distributed
 
 AUTO = "auto"
-_BY_HARDWARE = "by what the hardware computes"
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -61,11 +60,8 @@ def asked_for(name: str, reason: str) -> Choice:
 def by_hardware(among: Collection[str] = tuple(precision.DTYPES)) -> Choice:
     """The precision that all devices of the run compute."""
     rates = measured()
-    return Choice(
-        rates.recommended(among),
-        _BY_HARDWARE + (f" of {', '.join(among)}" if len(among) < len(precision.DTYPES) else ""),
-        rates,
-    )
+    restricted = f" of {', '.join(among)}" if len(among) < len(precision.DTYPES) else ""
+    return Choice(rates.recommended(among), f"by what the hardware computes{restricted}", rates)
 
 
 def choose(name: str) -> Choice:
