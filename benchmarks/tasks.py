@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from launch.data import Rows, load_splits, tokenize
-from launch.evaluate import choice_accuracy, exact_match, mean_loss, reference_answer
+from launch.evaluate import choice_accuracy, exact_match, mean_loss
+from launch.grading import reference_answer
+from launch.rows import Rows, load_splits
 from launch.template import Template
+from launch.tokens import tokenize
 
 BUILTIN = "builtin:arithmetic"
 ROWS = 48  # per measure, see Exam

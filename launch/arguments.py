@@ -15,9 +15,9 @@ from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
 from launch import distributed, dtype
-from launch.data import BUILTIN
 from launch.model import DEFAULT_MODEL
 from launch.resume import resume_point, wants_to_resume
+from launch.rows import BUILTIN
 
 PROG = "deepspeed launch/train.py"
 DESCRIPTION = """Fine-tune a language model under DeepSpeed, a few layers at a time (GRASS) or any other way that the

@@ -46,11 +46,13 @@ from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
-from launch.data import Collator, Rows, load_splits, tokenize
-from launch.evaluate import choice_accuracy, detect_task, exact_match, mean_loss
+from launch.evaluate import choice_accuracy, exact_match, mean_loss
+from launch.grading import detect_task
 from launch.model import load_model, load_tokenizer
 from launch.resume import wants_to_resume
+from launch.rows import Rows, load_splits
 from launch.template import Template
+from launch.tokens import Collator, tokenize
 
 UserError = (ValueError, OSError, DeepSpeedConfigError)
 
