@@ -134,10 +134,13 @@ class GrassConfig(_Block):
     """``mean`` [ours]: scores are divided by their mean before the softmax, so that ``temperature`` has no unit. ``none``: raw
     gradient RMS (the paper's formula; values far below 1, so the temperature must be of their size)."""
 
-    always_active: tuple[Literal["embed", "norm", "head", "other"], ...] = ("norm",)
-    """Modules outside the decoder blocks that train all the time. Default: the final norm only [ours]. With ``embed`` the
-    backward pass can never stop early, and embeddings plus head are most of what would train (70 % at 8B). ``other``: whatever
-    is neither block, embedding, final norm nor head. Tied embeddings: ``embed`` and ``head`` are the same."""
+    always_active: tuple[Literal["embed", "norm", "head", "other"], ...] | None = None
+    """Modules outside the decoder blocks that train all the time. ``norm``: the final norm. ``head``: the output layers, which are
+    the projection to the vocabulary or, in a model without one, everything above the blocks (a classifier, a reward model's
+    score). ``other``: the rest (a value head, a projector), and model parts with blocks of their own (an encoder, a vision
+    tower). Null [ours]: all but the embeddings, the projection to the vocabulary and such model parts; in a language model that
+    is the final norm. With ``embed`` the backward pass can never stop early, and embeddings plus head are most of what would
+    train (70 % at 8B). Tied embeddings: ``embed`` and ``head`` are the same. A kind that the model lacks is an error."""
 
     layers_path: str | None = None
     """Dotted path of the decoder's ``ModuleList`` (``"model.layers"``). Null: found by inspection."""
@@ -148,6 +151,11 @@ class GrassConfig(_Block):
     seed: int = Field(42, ge=0, lt=2**63)
     """Seed of the sampler's own generator; global generators are neither read nor moved."""
 
+    missing_gradients: Literal["error", "zero"] = "error"
+    """A module that is to train and receives no gradient on any rank in a whole accumulation window. ``error``: training stops, since
+    the usual cause is a model that trains nothing. ``zero``: its gradient counts as zeros, as in DeepSpeed; for data of which some
+    rows do not use the module (text rows beside a vision tower)."""
+
     state_on_switch: Literal["keep", "reset"] = "keep"
     """What becomes of a layer's optimizer state when it leaves the active set. ``keep`` (paper): moments, step count and master
     weights wait for its return. ``reset`` (BAdam): dropped, and rebuilt from the weights."""
@@ -157,7 +165,7 @@ class GrassConfig(_Block):
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> "GrassConfig":
-        if len(set(self.always_active)) != len(self.always_active):
+        if self.always_active is not None and len(set(self.always_active)) != len(self.always_active):
             raise ValueError(f"always_active names a module twice: {self.always_active}; name each once")
         return self
 

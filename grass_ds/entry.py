@@ -12,7 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 
 from grass_ds import placement, precision
-from grass_ds.config import parse_grass_block
+from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.layers import discover_layers
 from grass_ds.runtime.engine import GrassEngine
 from grass_ds.support import check_ds_config, check_model, check_optimizer
@@ -24,8 +24,8 @@ _SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` with the same arguments and the same 4-tuple, whose engine is a :class:`GrassEngine`.
 
-    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock otherwise. Where there is no
-    process group yet, the ranks find each other under every launcher, plain ``srun python`` and ``mpirun python`` included.
+    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock otherwise. Without an
+    optimizer, given or named in the config, it is stock, too: a reference model, or an evaluation. Where there is no process group yet, the ranks find each other under every launcher, plain ``srun python`` and ``mpirun python`` included.
 
     Raises:
         PlacementError: launchers contradict each other, see :func:`grass_ds.placement.find`.
@@ -65,8 +65,7 @@ class enable:
 
 
 def _initialize_if_asked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    config = _ds_config(_SIGNATURE.bind(*args, **kwargs).arguments)
-    wanted = config is not None and parse_grass_block(config) is not None
+    wanted = _wanted_block(_SIGNATURE.bind(*args, **kwargs).arguments) is not None
     return initialize(*args, **kwargs) if wanted else _STOCK_INITIALIZE(*args, **kwargs)
 
 
@@ -94,10 +93,20 @@ def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return config if config is None or isinstance(config, Mapping) else load_ds_config(config)
 
 
+def _wanted_block(arguments: Mapping[str, Any]) -> GrassConfig | None:
+    """The ``"grass"`` block of a call that trains; None: the engine is to be stock.
+
+    Front-ends prepare reference models and evaluations with a copy of the training config from which they took the optimizer.
+    """
+    config = _ds_config(arguments) or {}
+    section = config.get("optimizer")
+    named = isinstance(section, Mapping) and section.get("type") is not None
+    return parse_grass_block(config) if named or arguments.get("optimizer") is not None else None
+
+
 def _check(arguments: Mapping[str, Any]) -> None:
     """Everything that can be refused before DeepSpeed starts."""
-    config = _ds_config(arguments)
-    block = None if config is None else parse_grass_block(config)
+    config, block = _ds_config(arguments), _wanted_block(arguments)
     if config is None or block is None:
         return
     check_ds_config(config)

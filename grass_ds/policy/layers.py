@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the decoder blocks of a model and name every parameter's place, by structure alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import nn
 
-OUTSIDE_KINDS = ("embed", "norm", "head", "other")
+OUTSIDE_KINDS = ("embed", "norm", "head", "other", "tower")
+ALWAYS_ACTIVE_KINDS = ("embed", "norm", "head", "other")  # what grass.always_active may name; "other" includes "tower"
 DOMINANCE = 3  # a stack is taken over another without further evidence if it holds this many times its parameters
 
 
@@ -23,7 +24,12 @@ class ModelLayers:
         path: of the block stack, for example ``model.layers``.
         names: of the blocks, in module order.
         block_params: parameter names of each block.
-        outside: parameter names by kind (``embed``, ``norm``, ``head``, ``other``); an empty kind is missing.
+        outside: parameter names by kind; an empty kind is missing. ``embed``: embeddings. ``norm``: the final norm. ``head``: output
+            layers, which are the projection to the vocabulary or, in a model without one, everything above the blocks (a
+            classifier, a reward model's score). ``tower``: other model parts with blocks of their own (an encoder beside
+            the decoder, a vision tower). ``other``: the rest (a value head beside the vocabulary's, a projector).
+        below: kinds of ``outside`` of which something lies below the blocks, so that its gradient passes all of them.
+        vocabulary_head: ``head`` projects to the vocabulary; if it is tied, too.
         tied: the head shares a parameter with the embeddings; all of both is then listed under ``embed``.
     """
 
@@ -31,24 +37,45 @@ class ModelLayers:
     names: tuple[str, ...]
     block_params: tuple[tuple[str, ...], ...]
     outside: dict[str, tuple[str, ...]]
+    below: tuple[str, ...]
+    vocabulary_head: bool
     tied: bool
 
-    def resolve_always_active(self, kinds: Sequence[str]) -> tuple[str, ...]:
+    def resolve_always_active(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
         """The keys of ``outside`` that ``kinds`` stand for, each once, in order.
 
-        ``head`` becomes ``embed`` when they are tied. Kinds this model has no parameters for are left out, so that the
-        default ``norm`` also serves a model without a final norm.
+        ``head`` stands for ``embed`` when they are tied, and ``other`` also for ``tower``. None is the default: everything but the
+        embeddings, the projection to the vocabulary and towers, since what is left may be new and random.
 
         Raises:
-            ValueError: an unknown kind.
+            ValueError: an unknown kind, or one that this model has no parameters of.
         """
+        if kinds is None:
+            default = ("norm", "other") if self.vocabulary_head else ("norm", "head", "other")
+            return tuple(kind for kind in default if kind in self.outside)
+        resolved: dict[str, None] = {}
         for kind in kinds:
-            if kind not in OUTSIDE_KINDS:
+            if kind not in ALWAYS_ACTIVE_KINDS:
                 raise ValueError(
-                    f"grass.always_active has {kind!r}: expected any of {', '.join(map(repr, OUTSIDE_KINDS))}"
+                    f"grass.always_active has {kind!r}: expected any of {', '.join(map(repr, ALWAYS_ACTIVE_KINDS))}"
                 )
-        resolved = ("embed" if kind == "head" and self.tied else kind for kind in kinds)
-        return tuple(kind for kind in dict.fromkeys(resolved) if kind in self.outside)
+            meant = ("embed",) if kind == "head" and self.tied else ("other", "tower") if kind == "other" else (kind,)
+            found = [name for name in meant if name in self.outside]
+            if not found:
+                raise ValueError(
+                    f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. It has: "
+                    f"{self.describe()}. Name some of these, or leave always_active out for the default"
+                )
+            resolved.update(dict.fromkeys(found))
+        return tuple(resolved)
+
+    def describe(self) -> str:
+        """What is in every kind: up to three parameter names each."""
+
+        def listed(names: Sequence[str]) -> str:
+            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+        return "; ".join(f"{kind!r} ({listed(names)})" for kind, names in self.outside.items()) or "nothing"
 
 
 def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLayers:
@@ -72,8 +99,9 @@ def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLa
     stack = model.get_submodule(path)
     names = tuple(f"{path}.{child}" for child, _ in stack.named_children())
     block_params = _block_parameters(model, names)
-    outside, tied = _Outside(model, path, candidates, {name for block in block_params for name in block}).sort()
-    return ModelLayers(path, names, block_params, outside, tied)
+    sorter = _Outside(model, path, candidates, {name for block in block_params for name in block})
+    outside, tied = sorter.sort()
+    return ModelLayers(path, names, block_params, outside, sorter.below(outside), sorter.has_vocabulary_head, tied)
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -177,9 +205,9 @@ class _Outside:
         self, model: nn.Module, stack: str, candidates: dict[str, nn.ModuleList], in_blocks: set[str]
     ) -> None:
         self._model, self._stack = model, stack
-        self._foreign = tuple(
-            _foreign_root(stack, path) for path, b in candidates.items() if _tower(b) and path != stack
-        )
+        self._paths = {path: position for position, (path, _) in enumerate(model.named_modules())}
+        self._foreign = tuple(self._towers(candidates))
+        self.has_vocabulary_head = False
         self._name_of = {p: name for name, p in model.named_parameters() if name not in in_blocks}
         self._hidden = {_shape(p)[0] for p in model.get_submodule(stack).parameters() if len(_shape(p)) == 1}
         self._kind: dict[str, str] = {}
@@ -187,19 +215,45 @@ class _Outside:
     def sort(self) -> tuple[dict[str, tuple[str, ...]], bool]:
         """Parameter names by kind, in model order, and whether the head is tied to the embeddings."""
         embeddings = self._embeddings()
-        shapes = {_shape(p) for module in embeddings for p in module.parameters() if len(_shape(p)) == 2}
+        shapes = [_shape(p) for module in embeddings for p in module.parameters() if len(_shape(p)) == 2]
         self._hidden |= {shape[1] for shape in shapes}
         for module in embeddings:
             self._assign(module, "embed")
-        tied = self._assign_heads(shapes, set(embeddings))
+        # The tokens' embeddings come first. A table of positions or token types may be as large as a classifier.
+        tied = self._assign_heads(shapes[0] if shapes else None, set(embeddings))
         for path, module in self._own_modules():
             if self._is_norm(path, module):
                 self._assign(module, "embed" if "emb" in path.lower() else "norm")
+            elif not self.has_vocabulary_head and self._above(path):
+                self._assign(module, "head")
+        for name in self._name_of.values():
+            if any(_inside(name, root) for root in self._foreign):
+                self._kind.setdefault(name, "tower")
         by_kind = {
             kind: tuple(n for n in self._name_of.values() if self._kind.get(n, "other") == kind)
             for kind in OUTSIDE_KINDS
         }
         return {kind: names for kind, names in by_kind.items() if names}, tied
+
+    def below(self, outside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """Embeddings, and kinds with a parameter in a module that was registered before the stack: a projector, an encoder."""
+
+        def is_below(name: str) -> bool:
+            return not self._above(name.rpartition(".")[0])
+
+        parts = {kind: names for kind, names in outside.items() if kind not in ("norm", "head")}
+        return tuple(kind for kind, names in parts.items() if kind == "embed" or any(map(is_below, names)))
+
+    def _above(self, path: str) -> bool:
+        """Whether a module was registered after the stack, as models do with what they compute after their blocks."""
+        return self._paths[path] > self._paths[self._stack]
+
+    def _towers(self, candidates: dict[str, nn.ModuleList]) -> Iterator[str]:
+        """Subtrees with a stack of their own. A list above the blocks that is smaller than one of them holds heads, not blocks."""
+        block = _numel(self._model.get_submodule(self._stack)[0])  # type: ignore[index]
+        for path, blocks in candidates.items():
+            if path != self._stack and _tower(blocks) and not (self._above(path) and _numel(blocks) < block):
+                yield _foreign_root(self._stack, path)
 
     def _own_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules outside the blocks and outside other towers (a vision encoder) that hold parameters themselves."""
@@ -209,18 +263,22 @@ class _Outside:
                 yield path, module
 
     def _embeddings(self) -> list[nn.Module]:
+        """The tokens' embedding first: the named one, else the largest."""
         named = _from_first(self._model, "get_input_embeddings")
         own: list[nn.Module] = [module for _, module in self._own_modules() if isinstance(module, nn.Embedding)]
-        return own if named is None or named in own else [named, *own]
+        if named is None:
+            return sorted(own, key=lambda module: -_numel(module))
+        return [named, *(module for module in own if module is not named)]
 
-    def _assign_heads(self, embedding_shapes: set[tuple[int, ...]], embeddings: set[nn.Module]) -> bool:
+    def _assign_heads(self, vocabulary: tuple[int, ...] | None, embeddings: set[nn.Module]) -> bool:
         """Assign every module that maps hidden states to the vocabulary; whether one shares the embeddings' weight."""
         named = _from_first(self._model, "get_output_embeddings")
         heads = [] if named is None else [named]
         for _, module in self._own_modules():
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and _shape(weight) in embedding_shapes and module not in embeddings:
+            if isinstance(weight, nn.Parameter) and _shape(weight) == vocabulary and module not in embeddings:
                 heads.append(module)
+        self.has_vocabulary_head = bool(heads)
         tied = any(self._kind.get(self._name_of.get(p, "")) == "embed" for head in heads for p in head.parameters())
         for head in heads:
             self._assign(head, "embed" if tied else "head")

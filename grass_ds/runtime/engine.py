@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,7 +12,7 @@ from deepspeed.utils import logger
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.controller import Controller
-from grass_ds.policy.layers import ModelLayers, discover_layers
+from grass_ds.policy.layers import OUTSIDE_KINDS, ModelLayers, discover_layers
 from grass_ds.runtime import seams
 from grass_ds.runtime.agreement import check_ranks_agree, check_ranks_succeeded, digest
 from grass_ds.runtime.checkpoint.engine import CheckpointingEngine
@@ -22,18 +23,16 @@ from grass_ds.runtime.offload.template import learn_template
 from grass_ds.runtime.recompute import fit_input_gradients
 from grass_ds.runtime.stepping import StepSettings
 from grass_ds.runtime.store import StateStore
-from grass_ds.runtime.units import Unit, UnitPlan, build_units
+from grass_ds.runtime.units import Unit, UnitPlan, build_units, whole_numel
 from grass_ds.runtime.zero import GrassZeroOptimizer
 from grass_ds.runtime.zero3 import GrassZero3Optimizer
 from grass_ds.runtime.zero12 import GrassZero12Optimizer
-
-_OUTSIDE = ("embed", "norm", "head", "other")
 
 
 class GrassEngine(CheckpointingEngine):
     """DeepSpeedEngine whose ZeRO optimizer trains a few layers at a time.
 
-    Without an enabled ``"grass"`` block it is the stock engine. Build it with :func:`grass_ds.initialize`.
+    Without an enabled ``"grass"`` block, or without an optimizer, it is the stock engine. Build it with :func:`grass_ds.initialize`.
 
     Attributes:
         grass: :class:`~grass_ds.runtime.handle.GrassHandle`, or None without a block.
@@ -57,17 +56,15 @@ class GrassEngine(CheckpointingEngine):
         return wrapper
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
-        config = parse_grass_block(self.config)
-        if config is None:
+        config = parse_grass_block(self.config) if optimizer is not None else None
+        if (
+            config is None or optimizer is None
+        ):  # without an optimizer nothing trains: a reference model, or an evaluation
             return super()._configure_zero_optimizer(optimizer)
-        if optimizer is None:
-            raise ValueError(
-                'the "grass" block needs an optimizer: pass one to initialize(), or put one into the DeepSpeed config'
-            )
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
         layers = discover_layers(self.module, config.layers_path)
-        always = _OUTSIDE if config.sampler == "full" else layers.resolve_always_active(config.always_active)
+        always = OUTSIDE_KINDS if config.sampler == "full" else layers.resolve_always_active(config.always_active)
         stage3 = self.zero_optimization_stage() == 3
         plan = UnitPlan(
             layers, always, dist.get_world_size(group=group), dist.get_rank(group=group), partitioned=stage3
@@ -76,7 +73,9 @@ class GrassEngine(CheckpointingEngine):
         _check_coverage(units, layers)
         controller = Controller(len(layers.names), **config.policy_arguments())
         embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
-        full_backward = fit_input_gradients(self.module, embeddings_train)
+        full_backward = fit_input_gradients(self.module, embeddings_train) or any(
+            unit.always and unit.kind in layers.below for unit in units
+        )
         store = self._open_store(config, optimizer, units)
         parts = (optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
         with ExitStack() as undo:
@@ -132,26 +131,52 @@ class GrassEngine(CheckpointingEngine):
             stage=self.zero_optimization_stage(),
             clip_grad=self.gradient_clipping(),
             reset_on_switch=config.state_on_switch == "reset",
+            accumulation_steps=self.gradient_accumulation_steps,
+            allow_missing_gradients=config.missing_gradients == "zero",
             loss_scale=self.loss_scale(),
             dynamic_loss_scale=self.dynamic_loss_scale(),
             dynamic_loss_args=self.dynamic_loss_scale_args(),
         )
 
     def _announce(self, config: GrassConfig, layers: ModelLayers, always: tuple[str, ...]) -> None:
+        """One line on rank 0, at the level that DeepSpeed shows: what trains, what never does, and the clip in force."""
         if self.global_rank != 0:
             return
-        idle = sorted(set(layers.outside) - set(always))
-        gamma = min(config.num_active_layers, len(layers.names))
-        logger.info(
-            f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time, always active: "
-            f"{sorted(set(always) & set(layers.outside)) or 'nothing'}, never trained: {idle or 'nothing'}"
+        sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
+        whole = max(sum(sizes.values()), 1)
+
+        def listed(kinds: Sequence[str]) -> str:
+            shares = {kind: sum(sizes[name] for name in layers.outside[kind]) / whole for kind in kinds}
+            return ", ".join(f"{kind} ({share:.2%} of the weights)" for kind, share in shares.items()) or "nothing"
+
+        gamma = len(layers.names) if config.sampler == "full" else min(config.num_active_layers, len(layers.names))
+        trained = [kind for kind in layers.outside if kind in always]
+        idle = [kind for kind in layers.outside if kind not in always]
+        logger.warning(
+            f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time; always active: "
+            f"{listed(trained)}; never trained: {listed(idle)}; {self._clip_in_force()}"
         )
+
+    def _clip_in_force(self) -> str:
+        clip = self.gradient_clipping()
+        if not clip:
+            return "gradients are not clipped"
+        default = (
+            "" if "gradient_clipping" in self.config else " (the default of DeepSpeed; gradient_clipping sets it)"
+        )
+        return f"gradients are clipped at norm {clip:g}{default}"
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         super()._take_model_step(lr_kwargs)
         if self.grass is not None:
             self.optimizer.advance()
             self.optimizer.prepare_switch()
+
+    def zero_grad(self) -> None:
+        """As DeepSpeed's; and discard what this accumulation window has collected, which is no longer on the parameters."""
+        super().zero_grad()
+        if self.grass is not None:
+            self.optimizer.zero_grad()
 
     def destroy(self) -> None:
         """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""

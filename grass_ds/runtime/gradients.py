@@ -77,6 +77,8 @@ class GradientReducer:
         squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged gradient,
             float32 scalar.
         micro_steps: backward passes since :meth:`clear`.
+        discarded: backward passes that :meth:`discard` has forgotten since then.
+        arrived: units that got a gradient on this rank since then.
         peak_bytes: high-water mark of gradient memory held here.
     """
 
@@ -86,7 +88,8 @@ class GradientReducer:
         self.traffic = Traffic()
         self.shards: dict[Unit, torch.Tensor] = {}
         self.squares: dict[Unit, torch.Tensor] = {}
-        self.micro_steps = 0
+        self.arrived: set[Unit] = set()
+        self.micro_steps = self.discarded = 0
         self.peak_bytes = 0
         self._units: list[Unit] = []
         self._pending: dict[Unit, _Pending] = {}
@@ -99,10 +102,16 @@ class GradientReducer:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every gradient: after a step, or instead of one."""
+        """Forget every gradient, and begin a new accumulation window: after a step, or instead of one."""
         self._pending = {unit: _Pending() for unit in self._units}
-        self.shards, self.squares = {}, {}
-        self.micro_steps = self._next = 0
+        self.shards, self.squares, self.arrived = {}, {}, set()
+        self.micro_steps = self.discarded = self._next = 0
+
+    def discard(self) -> None:
+        """Forget every gradient of this accumulation window, which goes on."""
+        discarded = self.discarded + self.micro_steps
+        self.clear()
+        self.discarded = discarded
 
     @property
     def nbytes(self) -> int:
@@ -124,6 +133,7 @@ class GradientReducer:
         unit.write(pending.flat, slot, grad, accumulate=slot in pending.filled)
         pending.filled.add(slot)
         pending.arrived.add(slot)
+        self.arrived.add(unit)
         if reduce_now:
             self._reduce_complete()
 

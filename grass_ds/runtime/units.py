@@ -21,7 +21,7 @@ from grass_ds.policy.layers import ModelLayers
 # Shards start at multiples of this many elements: 16 bytes of bf16, which NCCL and vectorised kernels want.
 SHARD_ALIGNMENT = 8
 # Order of the gradient reductions, which is the order in which backward reaches the modules. Tied to the loss first.
-_BEFORE_BLOCKS, _AFTER_BLOCKS = ("head", "norm", "other"), ("embed",)
+_BEFORE_BLOCKS, _AFTER_BLOCKS = ("head", "norm", "other", "tower"), ("embed",)
 
 
 @dataclass(eq=False)
@@ -107,6 +107,18 @@ class Unit(ABC):
     def claim(self) -> None:
         """Move this rank's weights into one buffer, which the model's parameters then view. Peak: one more copy of them."""
 
+    def replaced(self) -> list[int]:
+        """Slots whose parameter no longer views that buffer, after ``param.data = ...`` or ``model.to(...)``."""
+        return []
+
+    def holds(self, slot: int) -> bool:
+        """Whether the buffer holds, bit by bit, what parameter ``slot`` computes with."""
+        return slot not in self.replaced()
+
+    @abstractmethod
+    def reclaim(self, adopt: bool = False) -> None:
+        """Point replaced parameters into the buffer again. ``adopt``: with the values they have now, not those of the buffer."""
+
     @abstractmethod
     def disown(self) -> None:
         """Forget that buffer; the parameters keep it alive for as long as they view it, and no longer."""
@@ -133,6 +145,7 @@ class ReplicatedUnit(Unit):
 
     offsets: list[int] = field(init=False)
     flat: torch.Tensor = field(init=False, repr=False)
+    _views: list[torch.Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,14 +175,34 @@ class ReplicatedUnit(Unit):
         return (begin - first, begin - self.shard_start, end - begin) if begin < end else (0, 0, 0)
 
     def claim(self) -> None:
+        shapes = [param.shape for param in self.params]
         self.flat = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
-        for param, offset in zip(self.params, self.offsets, strict=True):
-            view = self.flat.narrow(0, offset, param.numel()).view(param.shape)
-            view.copy_(param.data)
-            param.data = view
+        self._views = [
+            self.flat.narrow(0, offset, size).view(shape)
+            for offset, size, shape in zip(self.offsets, self.sizes, shapes, strict=True)
+        ]
+        self.reclaim(adopt=True)
+
+    def replaced(self) -> list[int]:
+        pairs = zip(self.params, self._views, strict=True)
+        # A moved parameter may lie at the same address of another device.
+        return [
+            slot for slot, (p, view) in enumerate(pairs) if p.data_ptr() != view.data_ptr() or p.device != view.device
+        ]
+
+    def reclaim(self, adopt: bool = False) -> None:
+        for slot in self.replaced():
+            if adopt:
+                self._views[slot].copy_(self.params[slot].data)
+            self.params[slot].data = self._views[slot]
+
+    def holds(self, slot: int) -> bool:
+        mine, its = self._views[slot], self.params[slot].data
+        return mine.dtype == its.dtype and torch.equal(mine, its.to(mine.device))
 
     def disown(self) -> None:
         vars(self).pop("flat", None)
+        vars(self).pop("_views", None)
 
     def write(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         _put(flat.narrow(0, self.offsets[slot], self.sizes[slot]), gradient.reshape(-1), accumulate)
@@ -235,6 +268,9 @@ class PartitionedUnit(Unit):
             view[:owned].copy_(partition[:owned])  # the rest is DeepSpeed's padding, which it does not initialise
             partition.data = view
         self._shard = shard
+
+    def reclaim(self, adopt: bool = False) -> None:
+        """Nothing to do: weights are gathered from the partitions, so that what was put in their place goes with the next step."""
 
     def disown(self) -> None:
         vars(self).pop("_shard", None)

@@ -80,6 +80,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         self.grass: Any = None
         self._saving = False
         self._skips = 0
+        self._counts = False  # whether the last step is one of the schedule's
         self._layer_rms: dict[int, float] | None = None
         layout = digest([(u.name, u.param_names, [tuple(whole_shape(p)) for p in u.params]) for u in units])
         check_ranks_agree([layout], "the layers and param groups", self.dp_process_group, self.device)
@@ -136,18 +137,24 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Measure, and update the active units' weights. See [Note: A step]."""
-        scale = self.loss_scale
-        norms, squares = global_squares(self.reducer, self._active, self.dp_process_group)
-        finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
-        self.loss_scaler.update_scale(not finite)
-        measured = finite and self.controller.measuring
-        self._layer_rms = layer_rms(squares, self.reducer.micro_steps, scale) if measured else None
-        probing = self.controller.phase is Phase.PROBE
-        self._note_skip(finite)
-        self.overflow = probing or not finite
-        self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
+        """Measure, and update the active units' weights. See [Note: A step].
+
+        A step whose gradients were all discarded by :meth:`zero_grad` updates nothing and does not count.
+
+        Raises:
+            MissingGradientError, RankDivergenceError, RuntimeError: see :func:`grass_ds.runtime.norms.global_squares`.
+        """
         try:
+            scale = self.loss_scale
+            allowed = self.settings.allow_missing_gradients
+            norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, allowed)
+            finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
+            discarded = not self.reducer.micro_steps
+            if not discarded:
+                self._measure(squares, finite, scale)
+            self._counts = finite and not discarded
+            self.overflow = not self._counts or self.controller.phase is Phase.PROBE
+            self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
             if not self.overflow:
                 clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
                 with self.store.trace.span("step", f"step {self.controller.step}"):
@@ -156,12 +163,40 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
             self.reducer.clear()
         self.store.end_step()
 
+    def _measure(self, squares: dict[Unit, float], finite: bool, scale: float) -> None:
+        """Adapt the loss scale, and keep the layers' gradient norms for :meth:`advance`."""
+        self.loss_scaler.update_scale(not finite)
+        self._note_skip(finite)
+        self._layer_rms = None
+        if finite and self.controller.measuring:
+            steps = self.reducer.micro_steps
+            window = max(steps, self.settings.accumulation_steps()) if self.reducer.discarded else steps
+            self._layer_rms = layer_rms(squares, steps, window, scale)
+
     def _update(self, factor: float) -> None:
         """Step all active units, and share the new weights if every rank got that far."""
         with self._together():
             for unit in self._active:
                 step_unit(unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store)
         self._publish(self._active)
+
+    def check_weights(self) -> None:
+        """Refuse to save weights that training does not hold.
+
+        Raises:
+            ValueError: on every rank; a parameter was given other values by ``param.data = ...``.
+        """
+        with self._together():
+            changed = [
+                unit.param_names[slot] for unit in self.units for slot in unit.replaced() if not unit.holds(slot)
+            ]
+            if changed:
+                raise ValueError(
+                    f"{len(changed)} parameters were given other weights by `param.data = ...` (first: {changed[0]}): the next step "
+                    "would go on from the engine's own, and a checkpoint of both could not be resumed. Put the trained weights back "
+                    "before save_checkpoint(), save the others by save_16bit_model() or model.state_dict(), or train on from them: "
+                    "engine.optimizer.refresh_fp32_params()"
+                )
 
     def flush(self) -> None:
         """Bring all state to where it rests; raise on every rank what went wrong on one."""
@@ -191,7 +226,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         Raises:
             RankDivergenceError: ranks would train different layers.
         """
-        if self._skips:
+        if not self._counts:
             return False
         before = self.controller.draws
         switch = self.controller.end_step(self._layer_rms)
@@ -274,13 +309,15 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
     cur_scale = loss_scale
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Gradients leave the parameters as they arrive; :meth:`step` cleared the rest."""
+        """Discard every gradient of this accumulation window: collected, reduced or measured. To be called on all ranks alike."""
+        self.reducer.discard()
 
     @torch.no_grad()
     def refresh_fp32_params(self) -> None:
-        """Take the master weights anew from the low-precision ones."""
+        """Take the master weights anew from the low-precision ones, also from those that were assigned (``param.data = ...``)."""
         with self._together():
             for unit in self.units:
+                unit.reclaim(adopt=True)
                 if unit in self.store:
                     state = self.store[unit]
                     state.master.copy_(unit.shard)

@@ -38,6 +38,10 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         return [unit.params for unit in self.units]
 
     def _publish(self, units: Sequence[Unit]) -> None:
+        for unit in (
+            self.units
+        ):  # as DeepSpeed does after a step: the master weights hold, whatever was assigned to the parameters
+            unit.reclaim()
         for unit in units:
             assert isinstance(unit, ReplicatedUnit)
             if unit.world > 1:

@@ -91,10 +91,15 @@ def test_decoders(name, tied):
     )
 
 
-def test_resolving_refuses_unknown_kinds_and_leaves_out_absent_ones():
+def test_resolving_refuses_kinds_that_are_unknown_or_not_there():
     layers = discover_layers(Plain())
     assert layers.resolve_always_active([]) == ()
-    assert "norm" not in layers.outside and layers.resolve_always_active(["norm", "head"]) == ("head",)
+    assert layers.resolve_always_active(None) == ("other",)  # it has no final norm, and its head is the vocabulary's
+    with pytest.raises(
+        ValueError,
+        match=r"'norm', but this model has nothing of that kind.*'head' \(out.weight, out.bias\); 'other' \(scale",
+    ):
+        layers.resolve_always_active(["norm", "head"])
     with pytest.raises(ValueError, match="'lm_head': expected any of 'embed', 'norm', 'head'"):
         layers.resolve_always_active(["lm_head"])
 
@@ -161,9 +166,11 @@ def test_the_text_stack_is_taken_and_the_vision_tower_is_other(model):
     assert layers.outside["embed"] == ("text.position.weight", "tokens.weight")
     assert layers.outside["norm"] == ("text.last_norm.weight", "text.last_norm.bias")
     assert layers.outside["head"] == ("head.weight",)
-    assert layers.outside["other"] == under(
-        model, ["vision", "connector"]
-    )  # the connector's norm is not the final one
+    assert layers.outside["other"] == under(model, ["connector"])  # whose norm is not the final one
+    assert layers.outside["tower"] == under(model, ["vision"])
+    assert layers.below == ("embed", "tower")
+    assert layers.resolve_always_active(None) == ("norm", "other")
+    assert layers.resolve_always_active(["other"]) == ("other", "tower")
 
 
 def test_comparable_stacks_are_refused_with_every_candidate_and_a_path_settles_it():
@@ -261,3 +268,73 @@ def test_adapters_are_refused():
     for candidate in (model, wrapped, model.base_model.model):
         with pytest.raises(ValueError, match=re.compile("PEFT.*full-parameter", re.DOTALL)):
             discover_layers(candidate)
+
+
+def task_model(name):
+    """(model, parameters that only a task gives it)."""
+    import transformers as hf
+
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    match name:
+        case "llama":
+            return hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes, num_labels=2)), {"score.weight"}
+        case "reward":
+            return hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes, num_labels=1)), {"score.weight"}
+        case "tokens":
+            model = hf.LlamaForTokenClassification(hf.LlamaConfig(**sizes, num_labels=5))
+            return model, {"score.weight", "score.bias"}
+        case "answers":
+            return hf.LlamaForQuestionAnswering(hf.LlamaConfig(**sizes)), {"qa_outputs.weight", "qa_outputs.bias"}
+        case "gpt2":
+            config = hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, num_labels=2)
+            return hf.GPT2ForSequenceClassification(config), {"score.weight"}
+    labels = int(name.rpartition("-")[2])
+    model = hf.BertForSequenceClassification(hf.BertConfig(**sizes, num_labels=labels))
+    return model, {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize("name", ["llama", "reward", "tokens", "answers", "gpt2", "bert-2", "bert-3"])
+def test_the_output_layers_of_a_task_model_are_its_head_and_train_by_default(name):
+    """Whatever the number of labels: two make a classifier as large as BERT's table of token types."""
+    model, own = task_model(name)
+    layers = discover_layers(model)
+    assert set(layers.outside["head"]) == own
+    assert not layers.tied and "other" not in layers.outside and "tower" not in layers.outside
+    assert "head" in layers.resolve_always_active(None)
+    if "norm" in layers.outside:
+        assert layers.resolve_always_active(["norm", "head"]) == ("norm", "head")
+    assert everything(layers) == sorted(n for n, _ in model.named_parameters())
+
+
+class Valued(Plain):
+    """A value head beside the vocabulary's, and a list of task heads, each smaller than a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Linear(8, 1)
+        self.tasks = nn.ModuleList(nn.Sequential(nn.Linear(8, 2)) for _ in range(2))
+
+
+def test_what_lies_above_the_blocks_beside_the_head_trains_by_default():
+    layers = discover_layers(Valued())
+    assert layers.outside["head"] == ("out.weight", "out.bias")
+    assert {"value.weight", "tasks.0.0.weight", "tasks.1.0.bias"} < set(layers.outside["other"])
+    assert layers.resolve_always_active(None) == ("other",)
+
+
+def test_the_encoder_beside_a_decoder_is_a_tower():
+    import transformers as hf
+
+    config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4)
+    layers = discover_layers(hf.T5ForConditionalGeneration(config))
+    assert layers.path == "decoder.block"
+    assert all(name.startswith("encoder.") for name in layers.outside["tower"])
+    assert "encoder.final_layer_norm.weight" in layers.outside["tower"]
+    assert layers.outside["norm"] == ("decoder.final_layer_norm.weight",)
+    assert layers.resolve_always_active(None) == ("norm",)

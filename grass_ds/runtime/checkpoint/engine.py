@@ -65,6 +65,7 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
         follows. With ``"checkpoint": {"async": true}`` the call returns once everything is copied, and a thread does the rest.
 
         Raises:
+            ValueError: parameters were given other weights by ``param.data = ...``, which training does not hold.
             Exception: on every rank, what went wrong on one, here or with the asynchronous save before; checkpoints that were published
                 are as they were.
         """
@@ -73,6 +74,7 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
         began = time.perf_counter()
         folder = Path(save_dir).absolute()  # a thread may write to it later
         tag = str(tag if tag is not None else f"global_step{self.global_steps}")
+        self.optimizer.check_weights()
         self.optimizer.flush()
         writer = self.checkpoint_engine
         report = writer.begin(folder, tag, save_latest, self._part())
@@ -159,6 +161,8 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
             if tag is not None:
                 reading.check_stage(load_dir, tag, self.zero_optimization_stage())
                 reading.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
+        for unit in self.optimizer.units:
+            unit.reclaim()
         with self.optimizer.all_trainable():
             result = super().load_checkpoint(load_dir, tag, *what)
             lacking = self.zero_optimization_stage() == 3 and not self.load_universal_checkpoint()
