@@ -138,7 +138,8 @@ class Controller:
             The change of the active set that holds from the next step on, None when it stays.
 
         Raises:
-            ValueError: an RMS is not finite (names the layer) or is missing; the step was not counted then.
+            ValueError: an RMS is not finite (names the layer) or is missing, or all were 0 in a whole probing; the step was not
+                counted then.
         """
         if self.measuring:
             self._importance.measure(rms, self.active_layers)
@@ -147,8 +148,14 @@ class Controller:
 
     def _end_probe_step(self) -> tuple[int, ...] | None:
         """Count a probe step; after the last one, the set to train."""
+        last = self._schedule.probing_done(self.probe_step + 1)
+        if last and self._importance.silent:
+            raise ValueError(
+                f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not depend on the "
+                "layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer of zeros"
+            )
         self.probe_step += 1
-        if not self._schedule.probing_done(self.probe_step):
+        if not last:
             return None
         self._importance.settle(1.0)  # what was measured now, and on all layers, replaces what was measured before
         self.phase = Phase.TRAIN

@@ -64,6 +64,11 @@ class Importance:
         self._sums = [0.0] * num_layers
         self._counts = [0] * num_layers
 
+    @property
+    def silent(self) -> bool:
+        """Whether every measurement not yet folded in is 0."""
+        return not any(self._sums)
+
     def measure(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
         """Add one step's gradient RMS for each layer of ``expected``.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -177,6 +177,40 @@ class GrassEngine(CheckpointingEngine):
         super().zero_grad()
         if self.grass is not None:
             self.optimizer.zero_grad()
+
+    def compile(
+        self,
+        backend: Any = None,
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """As DeepSpeed's, but one decoder block at a time rather than the model as a whole.
+
+        A graph is bound to which of its weights require a gradient. That of the model would be compiled anew for every set of active
+        layers. Blocks share theirs: whatever is drawn, there is one for each of active or not, with or without an input gradient. Set
+        ``model.config.use_cache = False``: the cache of keys and values would bind graphs to the block's number.
+
+        Args:
+            backend: of ``torch.compile``; None: the accelerator's.
+            compile_kwargs: its other arguments. ``{"dynamic": True}`` where rows differ in length, or each new length counts towards
+                torch's limit of recompilations.
+
+        Raises:
+            ValueError: ``compiled_autograd_enabled``; it records the hooks by which gradients are collected.
+        """
+        backend = get_accelerator().get_compile_backend() if backend is None else backend
+        kwargs = dict(compile_kwargs or {})
+        if self.grass is None:
+            super().compile(backend, kwargs, schedule, compiled_autograd_enabled)
+            return
+        if compiled_autograd_enabled:
+            raise ValueError("compiled_autograd_enabled = True does not go with layer sampling: leave it False")
+        if self.is_compiled:
+            return
+        for name in self.grass.layers:
+            self.module.get_submodule(name).compile(**{**kwargs, "backend": backend})
+        seams.mark_compiled(self, kwargs)
 
     def destroy(self) -> None:
         """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""

@@ -8,6 +8,8 @@ nowhere else; ``tests/runtime/test_seams.py`` checks what they do. When a releas
 import copy
 import importlib
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import deepspeed
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
@@ -234,3 +236,8 @@ __all__ = [
     "sequence_parallel_size",
     "untraced",
 ]
+
+
+def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
+    """Tell ``engine`` that its model is compiled, as its own ``compile()`` does: ``is_compiled`` answers by it."""
+    engine._is_compiled, engine._compile_mode, engine._compile_kwargs = True, "model", dict(compile_kwargs)

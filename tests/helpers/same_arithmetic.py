@@ -71,8 +71,8 @@ def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squ
 
     measured: list[Squares] = []
 
-    def squares(reducer: Any, units: Any, group: Any) -> Any:
-        found = zero_squares(reducer, units, group)
+    def squares(reducer: Any, units: Any, *settings: Any) -> Any:
+        found = zero_squares(reducer, units, *settings)
         finite = all(math.isfinite(value) for part in found for value in part.values())
         measured.append(tuple({unit.name: part[unit] for unit in units} for part in found) if finite else None)
         if given is None or not finite:

@@ -123,8 +123,8 @@ def test_traffic_and_gradients_are_those_of_the_active_layers(request: pytest.Fi
             assert step["counted"] == (len(units) * len(reducing), world * sum(shards) * len(reducing))
             gathers = [("allgather_base", world * size) for size in shards] if world > 1 else []
             assert step["gathered"] == (len(gathers), sum(size for _, size in gathers))
-            # one vector of squared norms; with several micro-steps, that of the sum beside that of the parts
-            norms = [("allreduce", 4 * len(units) * (1 if gas == 1 else 2))]
+            # one vector: per unit the squared norm of the sum and that of the parts, and whether there is one; micro-steps, squared, too
+            norms = [("allreduce", 4 * (3 * len(units) + 2))]
             fingerprint = [("allreduce", 2 * 6 * 8)] if gamma < LAYERS and (number + 1) % PERIOD == 0 else []
             assert step["step"] == norms + gathers + fingerprint
             assert step["held"] == sum(shards)

@@ -108,8 +108,8 @@ def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.Fixtu
             units = [NORM] + [LAYER] * gamma  # final norm first: that is how backward meets them
             reductions = [("reduce_scatter_base", width(config) * world * shard(sizes, world)) for sizes in units]
             assert step["reduced"] == [reductions] * gas
-            # one vector of squared norms; with several micro-steps, that of the sum beside that of the parts
-            norms = [("allreduce", 4 * len(units) * (1 if gas == 1 else 2))]
+            # one vector: per unit the squared norm of the sum and that of the parts, and whether there is one; micro-steps, squared, too
+            norms = [("allreduce", 4 * (3 * len(units) + 2))]
             fingerprint = [("allreduce", 2 * 6 * 8)] if gamma < LAYERS and (number + 1) % PERIOD == 0 else []
             # of what was gathered to stay, that which has moved
             moved = [n for n in step["held"] if n == "model.norm.weight" or layers_in([n]) & set(step["active"])]

@@ -354,3 +354,18 @@ def kept_names(config: dict[str, Any]) -> set[str]:
 @pytest.mark.dist
 def test_module_state_dict_takes_requires_grad_for_frozen(one_rank: Any) -> None:
     assert one_rank.run(kept_names, config=ds_config()) == [{"model.embed_tokens.weight"}]
+
+
+def test_an_engine_says_that_it_is_compiled_as_deepspeeds_own_compile_makes_it() -> None:
+    """``is_compiled`` reads what ``compile()`` sets; a second call returns at once where the mode is the same."""
+    source = inspect.getsource(deepspeed.DeepSpeedEngine.compile)
+    for line in (
+        "self._is_compiled = True",
+        "self._compile_mode = compile_mode",
+        "self._compile_kwargs = compile_kwargs",
+    ):
+        assert line in source
+    engine = types.SimpleNamespace()
+    seams.mark_compiled(engine, {"dynamic": True})
+    assert deepspeed.DeepSpeedEngine.is_compiled.fget(engine) is True
+    assert (engine._compile_mode, engine._compile_kwargs) == ("model", {"dynamic": True})

@@ -6,7 +6,9 @@ from typing import Any
 
 import deepspeed
 import pytest
-from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
+import torch
+from helpers.models import batch, ds_config, grass_block, tiny_llama, train
+from helpers.tiered import tiered
 from torch import nn
 
 import grass_ds
@@ -37,7 +39,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     return found
 
 
-WITH_BLOCK, WITHOUT = {"zero_optimization": {"stage": 2}, "grass": {}}, {"zero_optimization": {"stage": 2}}
+WITHOUT = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
+WITH_BLOCK = {**WITHOUT, "grass": {}}
 
 
 # ---- enable -------------------------------------------------------------------------------------------------------------
@@ -188,16 +191,32 @@ def test_an_engine_that_cannot_be_built_leaves_nothing_bound(two_ranks: Any, how
         assert found["restored"]
 
 
-def no_optimizer(config: dict[str, Any]) -> str:
-    del config["optimizer"]
+def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
+    """The loss of an engine without an optimizer, as front-ends build one for a reference model or an evaluation."""
+    enabled = grass_ds.enable() if how == "enable" else None
     try:
-        with engine_of(config):
-            return ""
-    except ValueError as error:
-        return str(error)
+        initialize = deepspeed.initialize if enabled else grass_ds.initialize
+        engine, *_ = initialize(model=tiny_llama(), config=config)
+        engine.eval()
+        with torch.no_grad():
+            ids = batch(0, 0, engine.global_rank)
+            loss = engine(input_ids=ids, labels=ids).loss.item()
+        wrapper = type(engine.optimizer).__name__
+        engine.destroy()
+        return {"loss": loss, "wrapper": wrapper, "grass": getattr(engine, "grass", None)}
+    finally:
+        if enabled:
+            enabled.__exit__()
 
 
 @pytest.mark.dist
-def test_a_block_without_an_optimizer_is_an_error(two_ranks: Any) -> None:
-    for message in two_ranks.run(no_optimizer, config=ds_config(grass=grass_block())):
-        assert 'the "grass" block needs an optimizer' in message
+@pytest.mark.parametrize(
+    ("stage", "how"), tiered([(0, "enable"), (3, "enable"), (3, "initialize")], (0, "enable"), (3, "enable"))
+)
+def test_an_engine_without_an_optimizer_is_stock(two_ranks: Any, stage: int, how: str) -> None:
+    """TRL copies the training config for a DPO reference model, sets stage 0 unless it is 3, and takes the optimizer out."""
+    config = ds_config(stage=stage)
+    del config["optimizer"]
+    with_block = two_ranks.run(evaluated, config={**config, "grass": grass_block()}, how=how)
+    assert with_block == two_ranks.run(evaluated, config=config, how=how)
+    assert [found["grass"] for found in with_block] == [None, None]

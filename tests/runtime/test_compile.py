@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``engine.compile()``: the same arithmetic, and no compilation at a draw once every kind of block has been seen."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.tiered import tiered
+
+pytestmark = pytest.mark.dist
+STEPS = 10
+# A block is active or not, and its input requires a gradient or not.
+KINDS_OF_BLOCK = 4
+
+
+def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
+    """Train with a compiler that only counts what it is given; ``how``: ``no``, ``engine`` or ``whole`` (the model in one piece)."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(len(sets))
+        return graph.forward
+
+    torch._dynamo.reset()
+    sets: set[tuple[int, ...]] = set()
+    model = tiny_llama()
+    model.config.use_cache = (
+        False  # the cache of keys and values is indexed by the layer's number, which a graph would hold
+    )
+    with engine_of(config, model=model) as engine:
+        if how == "engine":
+            engine.compile(backend=count)
+            engine.compile(backend=count)  # nothing more
+        elif how == "whole":
+            engine.module.compile(backend=count)
+        said = engine.is_compiled
+
+        def note(_: int) -> None:
+            sets.add(engine.grass.active_layers)
+
+        note(0)
+        train(engine, STEPS, after_step=note)
+        weights = snapshot(engine.module)
+    torch._dynamo.reset()
+    return {"weights": weights, "graphs": graphs, "sets": len(sets), "compiled": said}
+
+
+@pytest.mark.parametrize("stage", tiered([1, 2], 2))
+def test_blocks_share_their_graphs_whatever_is_drawn(two_ranks: Any, stage: int) -> None:
+    config = ds_config(stage=stage, grass=grass_block(sampler="cyclic", sample_period=1))
+    plain = two_ranks.run(compiled, config=config, how="no")
+    for found, expected in zip(two_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
+        assert found["compiled"] and not expected["compiled"]
+        assert found["sets"] == 4
+        assert 1 < len(found["graphs"]) <= KINDS_OF_BLOCK
+        assert all(torch.equal(found["weights"][name], weight) for name, weight in expected["weights"].items())
+
+
+@pytest.mark.all
+def test_a_model_in_one_piece_is_compiled_anew_for_every_set(two_ranks: Any) -> None:
+    """Why the engine does otherwise."""
+    config = ds_config(grass=grass_block(sampler="cyclic", sample_period=1))
+    for found in two_ranks.run(compiled, config=config, how="whole"):
+        assert len(found["graphs"]) >= found["sets"] == 4
+
+
+@pytest.mark.all
+def test_compiled_blocks_compute_the_same_on_zero3(two_ranks: Any) -> None:
+    """There the hooks that gather weights break the graphs."""
+    config = ds_config(stage=3, grass=grass_block(sampler="cyclic", sample_period=1), zero_optimization=RELEASED)
+    plain = two_ranks.run(compiled, config=config, how="no")
+    for found, expected in zip(two_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
+        assert all(torch.equal(found["weights"][name], weight) for name, weight in expected["weights"].items())
+
+
+def refused() -> str:
+    with engine_of(ds_config(grass=grass_block(sampler="uniform"))) as engine:
+        try:
+            engine.compile(compiled_autograd_enabled=True)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def test_compiled_autograd_is_refused(two_ranks: Any) -> None:
+    for message in two_ranks.run(refused):
+        assert "compiled_autograd_enabled" in message

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that were put elsewhere (``param.data = ...``, ``model.cpu()``): training goes on as DeepSpeed's does, or says why not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.tiered import tiered
+from torch import nn
+
+pytestmark = pytest.mark.dist
+UNIFORM = grass_block(sampler="uniform", sample_period=1)
+
+
+def average_swap(model: nn.Module) -> None:
+    """What an EMA callback does: the averages in for an evaluation, and the weights back."""
+    weights = {name: param.data for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        param.data = 0.5 * weights[name]
+    for name, param in model.named_parameters():
+        param.data = weights[name].clone()
+
+
+def there_and_back(model: nn.Module) -> None:
+    """What ``model.cpu()`` and ``model.cuda()`` do to every parameter, where there is one kind of memory."""
+    model._apply(lambda tensor: tensor.clone())
+
+
+DISTURBANCES = {"nothing": lambda model: None, "average": average_swap, "move": there_and_back}
+
+
+def disturbed(config: dict[str, Any], what: str) -> dict[str, torch.Tensor]:
+    with engine_of(config) as engine:
+        train(engine, 2)
+        DISTURBANCES[what](engine.module)
+        train(engine, 3, start=2)
+        return snapshot(engine.module)
+
+
+CONFIGS = {
+    "zero1-full": ds_config(stage=1, grass={"sampler": "full"}),
+    "zero1-uniform": ds_config(stage=1, grass=UNIFORM),
+    "zero2-uniform": ds_config(grass=UNIFORM),
+    "zero2-bf16": ds_config(dtype="bf16", grass=UNIFORM),
+    "zero3-uniform": ds_config(stage=3, grass=UNIFORM, zero_optimization=RELEASED),
+    "zero3-kept": ds_config(stage=3, grass=UNIFORM),  # small weights stay gathered
+}
+
+
+@pytest.mark.parametrize("name", tiered(CONFIGS, "zero1-full", "zero2-uniform", "zero3-kept"))
+def test_training_goes_on_as_if_nothing_had_happened(two_ranks: Any, name: str) -> None:
+    untouched = two_ranks.run(disturbed, config=CONFIGS[name], what="nothing")
+    for what in ("average", "move"):
+        for found, expected in zip(two_ranks.run(disturbed, config=CONFIGS[name], what=what), untouched, strict=True):
+            assert all(torch.equal(found[key], expected[key]) for key in expected), what
+
+
+def saved_and_resumed(folder: Path) -> dict[str, Any]:
+    """Replace the weights by equal ones and by others; save, and load while they are replaced."""
+    found: dict[str, Any] = {}
+    with engine_of(ds_config(grass=UNIFORM)) as engine:
+        train(engine, 2)
+        there_and_back(engine.module)
+        engine.save_checkpoint(folder, tag="equal")
+        saved = snapshot(engine.module)
+        for param in engine.module.parameters():
+            param.data = 0.5 * param.data
+        try:
+            engine.save_checkpoint(folder, tag="other")
+        except ValueError as error:
+            found["refusal"] = str(error)
+        engine.load_checkpoint(folder, tag="equal")
+        loaded = snapshot(engine.module)
+        train(engine, 2, start=2)
+        found["going on"] = snapshot(engine.module)
+    with engine_of(ds_config(grass=UNIFORM)) as engine:
+        engine.load_checkpoint(folder, tag="equal")
+        train(engine, 2, start=2)
+        found["resumed"] = snapshot(engine.module)
+    return {**found, "saved": saved, "loaded": loaded}
+
+
+def test_checkpoints_hold_what_training_holds(two_ranks: Any, tmp_path: Path) -> None:
+    for found in two_ranks.run(saved_and_resumed, folder=tmp_path):
+        assert "39 parameters were given other weights" in found["refusal"]
+        assert "(first: lm_head.weight)" in found["refusal"]
+        for key, weights in found["saved"].items():
+            assert torch.equal(found["loaded"][key], weights)
+            assert torch.equal(found["resumed"][key], found["going on"][key])
+    assert not (tmp_path / "other").exists()
+
+
+def adopted(config: dict[str, Any], adopt: bool) -> dict[str, torch.Tensor]:
+    """Train from weights that were halved before the engine was built, or that it was told to take over after that."""
+    model = tiny_llama()
+    if not adopt:
+        for param in model.parameters():
+            param.data = 0.5 * param.data
+    with engine_of(config, model=model) as engine:
+        if adopt:
+            for param in model.parameters():
+                param.data = 0.5 * param.data
+            engine.optimizer.refresh_fp32_params()
+        train(engine, 3)
+        return snapshot(engine.module)
+
+
+def test_other_weights_are_taken_over_on_request(two_ranks: Any) -> None:
+    config = ds_config(dtype="bf16", grass=UNIFORM)
+    for found, expected in zip(
+        two_ranks.run(adopted, config=config, adopt=True),
+        two_ranks.run(adopted, config=config, adopt=False),
+        strict=True,
+    ):
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
