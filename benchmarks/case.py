@@ -55,7 +55,10 @@ class Case:
         """Modules outside the blocks that train. Tied embeddings are embeddings and head."""
         if self.lora or self.method.package is not None:
             return set()
-        names = set(EVERYTHING if self.grass is None or self.grass.sampler == "full" else self.grass.always_active)
+        if self.grass is None or self.grass.sampler == "full":
+            names = set(EVERYTHING)
+        else:  # null: in a language model the final norm
+            names = {"norm"} if self.grass.always_active is None else set(self.grass.always_active)
         return names | {"embed", "head"} if self.shape["tied"] and names & {"embed", "head"} else names
 
     @cached_property

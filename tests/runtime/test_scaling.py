@@ -89,9 +89,9 @@ class Traffic:
         return calls
 
     def step(self, active: Sequence[int], trains: bool, draws: bool) -> list[Call]:
-        """One vector of squared norms (of the sum of micro-steps, too, if there are several); in ZeRO-1 and 2 the new weights."""
+        """One vector of squared norms (of the sum of micro-steps, and of the parts) and counts; in ZeRO-1 and 2 the new weights."""
         units = [(self.model.norm,)] + [self.model.block] * len(active)
-        calls = [("allreduce", 4 * len(units) * (2 if trains and self.gas > 1 else 1))]
+        calls = [("allreduce", 4 * (3 * len(units) + 2))]
         calls += [("allreduce", 8)] if trains and self.fallible else []
         if trains and self.stage < 3 and self.world > 1:
             calls += [self._of_unit("allgather_base", unit) for unit in units]
