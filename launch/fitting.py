@@ -1,8 +1,8 @@
 """Make a row fit into a number of tokens, and say what it loses by that.
 
 What is cut stays a conversation: beginning of text, system prompt, prompt, answer. A conversation first loses its earlier
-turns, as few as will do, and is rendered anew without them. If its last turns alone are too long, the first message
-loses its start. Plain text loses its end.
+turns, as few as will do, and is rendered anew without them. If what is left is too long even from its last question on,
+that question loses its start. Plain text loses its end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.template import IGNORED_LABEL, SYSTEM_ROLES, Encoded, Message, Row, Template, conversation, is_text
+from launch.template import SYSTEM_ROLES, Encoded, Message, Row, Template, conversation, is_text
 
 TURNS, PROMPT, TEXT = "earlier turns", "the start of the prompt", "the end of the text"
 LOSSES = (TURNS, PROMPT, TEXT)
@@ -51,7 +51,7 @@ def fit(template: Template, row: Row, max_length: int) -> Fitted:
     # The more turns are gone, the shorter the rest: the longest that fits is looked for.
     fewest = bisect_left(shorter, True, key=lambda rest: len(template.encode_messages(rest).ids) <= max_length)
     rest = shorter[min(fewest, len(shorter) - 1)] if shorter else messages
-    encoded = template.encode_messages(rest, with_frame=True)
+    encoded = template.encode_messages(rest, with_cuttable=True)
     lost = (TURNS,) if shorter else ()
     if len(encoded.ids) > max_length:
         lost += (PROMPT,)
@@ -67,19 +67,14 @@ def _without_earlier_turns(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def _needed(encoded: Encoded) -> int:
-    return encoded.head + len(encoded.ids) - encoded.opening
+    start, stop = encoded.cuttable
+    return len(encoded.ids) - (stop - start)
 
 
 def _without_start(encoded: Encoded, max_length: int) -> tuple[list[int], list[int]]:
-    """Ids and labels without what follows the head, as much of it as is too long."""
-    if len(encoded.ids) <= max_length or _needed(encoded) > max_length:
+    """Ids and labels without the start of the first message, as much of it as is too long."""
+    excess, start = len(encoded.ids) - max_length, encoded.cuttable[0]
+    if excess <= 0 or _needed(encoded) > max_length:
         return encoded.ids, encoded.labels
-    start = len(encoded.ids) - (max_length - encoded.head)
-    labels = list(encoded.labels)
-    # An answer that has lost its start would be learnt as the continuation of something else.
-    index = start
-    while index < encoded.last_answer and labels[index] != IGNORED_LABEL:
-        labels[index] = IGNORED_LABEL
-        index += 1
-    head = slice(0, encoded.head)
-    return encoded.ids[head] + encoded.ids[start:], labels[head] + labels[start:]
+    ids, labels = ([*part[:start], *part[start + excess :]] for part in (encoded.ids, encoded.labels))
+    return ids, labels

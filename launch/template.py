@@ -105,14 +105,10 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     """The token itself where it is trained, -100 elsewhere."""
-    last_answer: int = 0
-    """Index of the last answer's first token."""
     rewritten: int = 0
     """See `Rendered.rewritten`."""
-    head: int = 0
-    """Tokens at the start that a cut keeps: beginning of text, system prompt, and the first message's opening."""
-    opening: int = 0
-    """Index of the first token behind the last prompt: from here on the last answer is opened."""
+    cuttable: tuple[int, int] = (0, 0)
+    """First token and last token + 1 of the first message behind the system prompt: what a cut may take."""
 
 
 @dataclass(frozen=True)
@@ -203,19 +199,17 @@ class Template:
 
     @cached_property
     def _tail(self) -> str:
-        """What the template writes behind an answer."""
+        """What the template writes behind an answer; the mark, with which no text ends, if it refuses the question."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
         try:
-            _, mark, tail = self.render(turns, add_generation_prompt=False).rpartition(_MARK)
+            return self.render(turns, add_generation_prompt=False).rpartition(_MARK)[2]
         except ValueError:
-            return ""
-        return tail if mark else ""
+            return _MARK
 
     def _check_tool_calls(self, messages: Sequence[Message], whole: str) -> None:
         """Refuse tool calls that the template leaves out: the model would learn to answer without the call."""
         for index, message in enumerate(messages):
-            for call in message.get("tool_calls") or ():
-                name = str((call.get("function") or call).get("name", ""))
+            for name in _called_tools(message):
                 if not self.chat or name not in whole:
                     raise ValueError(
                         f"message {index} calls the tool {name!r}, which the {'chat' if self.chat else 'plain'} template "
@@ -241,11 +235,11 @@ class Template:
         end = self._end(ids)
         return Encoded(first + ids + end, [IGNORED_LABEL] * len(first) + ids + end)
 
-    def encode_messages(self, messages: Sequence[Message], with_frame: bool = False) -> Encoded:
+    def encode_messages(self, messages: Sequence[Message], with_cuttable: bool = False) -> Encoded:
         """A conversation, tokenized once.
 
         Args:
-            with_frame: also find what a cut has to keep, `head` and `opening`.
+            with_cuttable: also find what a cut may take.
 
         Raises:
             ValueError: see `layout`.
@@ -256,17 +250,16 @@ class Template:
         first = [] if self.chat else self._opening
         end = self._end(found.ids)
         labels = [IGNORED_LABEL] * len(found.ids)
-        spans = [(found.reaching(start), found.behind(stop)) for start, stop in rendered.answers]
-        for start, stop in spans:
-            labels[start:stop] = found.ids[start:stop]
-        head, opening = self._frame(messages, rendered) if with_frame else (0, 0)
+        for answer, end_of_turn in rendered.answers:
+            trained = slice(found.reaching(answer), found.behind(end_of_turn))
+            labels[trained] = found.ids[trained]
+        cuttable = self._first_message(messages, rendered) if with_cuttable else (0, 0)
+        start = len(first) + found.behind(cuttable[0])
         return Encoded(
             ids=first + found.ids + end,
             labels=[IGNORED_LABEL] * len(first) + labels + end,
-            last_answer=len(first) + spans[-1][0],
             rewritten=rendered.rewritten,
-            head=len(first) + found.behind(head) if head else len(first),
-            opening=len(first) + found.reaching(opening),
+            cuttable=(start, max(start, len(first) + found.reaching(cuttable[1]))),
         )
 
     def prompt_ids(self, row: Row) -> list[int]:
@@ -298,25 +291,24 @@ class Template:
     def _opening(self) -> list[int]:
         return opening_tokens(self.tokenizer)
 
-    def _frame(self, messages: Sequence[Message], rendered: Rendered) -> tuple[int, int]:
-        """Two places in the text: where the first message behind the system prompt begins, and where the last prompt ends.
+    def _first_message(self, messages: Sequence[Message], rendered: Rendered) -> tuple[int, int]:
+        """Where the content of the first message behind the system prompt stands in the text; nowhere if it is an answer.
 
-        They are found by another text in these messages: what stays the same before it and behind it is the template's.
+        It is found by other content in its place: what stays the same before it and behind it is the template's.
         """
-        last = len(messages) - 1
-        first = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), last)
-        answer = rendered.answers[-1][0]
-        if first == last:
-            return answer, answer
-        prompt = self.render(messages[:last], add_generation_prompt=True)
-        marked = [self.render(_marked(messages[:last], index), True) for index in (first, last - 1)]
-        head = _common(prompt, marked[0])
-        opening = len(prompt) - _common(prompt[::-1], marked[1][::-1])
-        return min(head, answer), min(opening, answer)
+        first = next(index for index, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES)
+        if messages[first]["role"] == "assistant":
+            return rendered.answers[0][0], rendered.answers[0][0]
+        prompt = self.render(messages[:-1], add_generation_prompt=True)
+        marked = [{**m, "content": _MARK} if m is messages[first] else m for m in messages[:-1]]
+        other = self.render(marked, add_generation_prompt=True)
+        return _common(prompt, other), len(prompt) - _common(prompt[::-1], other[::-1])
 
 
-def _marked(messages: Sequence[Message], index: int) -> list[Message]:
-    return [{**m, "content": _MARK} if i == index else m for i, m in enumerate(messages)]
+def _called_tools(message: Message) -> list[str]:
+    calls = message.get("tool_calls")
+    found = [call.get("function") or call for call in calls or () if isinstance(call, Mapping)]
+    return [str(function.get("name")) for function in found]
 
 
 def _common(text: str, other: str) -> int:

@@ -256,7 +256,12 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_text() -> None:
     assert pieces(tokenizer, {**CAPITAL, "output": "x = 1\n"})[1] == ["x", "Ġ", "=", "Ġ", "1", "Ċ", "<eos>"]
 
 
-@pytest.mark.parametrize("chat_template", [None, tokenizers.CHATML], ids=["plain", "chat"])
+BARE = "{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "chat_template", [None, tokenizers.CHATML, BARE], ids=["plain", "chat", "chat without an end"]
+)
 def test_white_space_at_the_end_of_an_answer_is_trained(chat_template: str | None) -> None:
     trained = pieces(tokenizers.byte_level(chat_template), {**CAPITAL, "output": "x\n  \n"})[1]
     assert trained[-6:] == ["x", "Ċ", "Ġ", "Ġ", "Ċ", "<|im_end|>"]
