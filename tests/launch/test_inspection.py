@@ -1,11 +1,17 @@
 """What is shown of the training rows before the training starts."""
 
 import io
+import json
+import os
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
 from helpers import tokenizers
+from helpers.ranks import free_port
 from transformers import PreTrainedTokenizerBase
 
 from launch import inspection
@@ -13,6 +19,7 @@ from launch.rows import Rows
 from launch.template import IGNORED_LABEL, Template
 from launch.tokens import tokenize
 
+ROOT = Path(__file__).resolve().parents[2]
 CHATML = tokenizers.byte_level(tokenizers.CHATML)
 ROW = {"instruction": "the capital", "output": "Paris"}
 
@@ -96,3 +103,35 @@ def test_the_first_rows_are_shown() -> None:
 def test_a_terminal_without_the_characters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert "trained | \\xfc \\U0001f600<|im_end|>" in inspection.show(CHATML, encoded({**ROW, "output": "ü 😀"}), 1)
+
+
+@pytest.mark.dist
+def test_inspect_shows_rows_and_ends_without_the_weights(model_folder: Path, tmp_path: Path) -> None:
+    """All ranks end with 0, and one of them speaks."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    rows = [{"instruction": f"say {i}", "output": f"word {i}"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    command += ["launch/train.py", "--deepspeed", "ds_configs/grass.json", "--model", str(folder), "--inspect", "2"]
+    command += ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    names = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = subprocess.run(command, cwd=ROOT, env=names, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("precision")]
+    assert [line.split(":")[0] for line in lines if line.startswith(("training row", "all"))] == [
+        "training row 1 of 4",
+        "training row 2 of 4",
+        "all 4 training rows",
+    ]
+    assert "trained | word 1<|end|>" in lines
+    assert not (tmp_path / "out" / "report.json").exists()

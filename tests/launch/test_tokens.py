@@ -9,7 +9,7 @@ import torch
 from helpers import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from launch import tokens
+from launch import distributed, tokens
 from launch.rows import Rows, load_splits
 from launch.template import IGNORED_LABEL, Template
 from launch.tokens import Collator, tokenize
@@ -198,6 +198,28 @@ def test_a_row_that_the_template_refuses_is_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match=expected):
         tokenize(in_memory(good, good, bad, bad), template, 512)
     assert len(tokenize(in_memory(good, good, good), template, 512)) == 3
+
+
+def refused(file: str) -> str:
+    """What every rank is told when it tokenizes a file that the template refuses."""
+    datasets.config.HF_DATASETS_CACHE = Path(file).parent / "datasets"
+    rows = load_splits(file)["train"]
+    template = Template.choose(tokenizers.byte_level(tokenizers.GEMMA, bos="<bos>", eos="<eos>"))
+    with pytest.raises(distributed.AgreedError) as told:
+        distributed.on_every_rank(lambda: tokenize(rows, template, 512))
+    return str(told.value)
+
+
+@pytest.mark.dist
+def test_every_rank_is_told_of_the_row_that_the_template_refuses(two_ranks: Any, tmp_path: Path) -> None:
+    """A rank that broke would leave the other one waiting."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (turns("u", "a"), turns("u", "a", system="s"))))
+    messages = two_ranks.run(refused, file=str(file))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(
+        f"{file}: row 1: the chat template refuses the conversation: Conversation roles must"
+    )
 
 
 def test_a_part_that_is_not_text_is_named() -> None:
