@@ -11,7 +11,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.template import SYSTEM_ROLES, Encoded, Message, Row, Template, conversation, is_text
+from launch.messages import SYSTEM_ROLES, Message, Row, conversation, is_text
+from launch.template import Encoded, Template
 
 TURNS, PROMPT, TEXT = "earlier turns", "the start of the prompt", "the end of the text"
 LOSSES = (TURNS, PROMPT, TEXT)
@@ -42,7 +43,7 @@ def fit(template: Template, row: Row, max_length: int) -> Fitted:
         length = len(encoded.ids)
         lost = (TEXT,) if length > max_length else ()
         return Fitted(encoded.ids[:max_length], encoded.labels[:max_length], length, 0, lost)
-    messages = conversation(row)
+    template, messages = template.for_row(row), conversation(row)
     encoded = template.encode_messages(messages)
     length = len(encoded.ids)
     if length <= max_length:

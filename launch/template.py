@@ -6,85 +6,35 @@ generation prompt ends, up to and with the end of turn that the template writes.
 - Spaces at the end of a generation prompt belong to the answer: most tokenizers join them to the answer's first word.
 - A token is trained if it has a character of an answer in it, also if it begins or ends outside.
 - The tokenizer's end-of-text token follows the last turn, once, unless the template has just written it.
+
+A chat template writes its own beginning of text. Plain conversations and plain text begin with the tokenizer's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from launch.messages import (
+    SYSTEM_ROLES,
+    Message,
+    Row,
+    called_tools,
+    conversation,
+    is_text,
+    offered_tools,
+)
+from launch.messages import text_of as text_of
 from launch.offsets import TokenizedText, opening_tokens
 
 IGNORED_LABEL = -100
 
-Row = Mapping[str, Any]
-Message = Mapping[str, Any]
-
-SYSTEM_ROLES = ("system", "developer")
 # A character of no language: marks a place in what a template writes.
 _MARK = "\ue000"
-
-
-def text_of(content: Any) -> str:
-    """The text of a message's content, which is a string, nothing, or a list of text parts.
-
-    Raises:
-        ValueError: a part that is not text, or content of another type; which one is named.
-    """
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
-        raise ValueError(f"has content of type {type(content).__name__}, which is neither text nor a list of parts")
-    return "".join(_text_of_part(part, index) for index, part in enumerate(content))
-
-
-def _text_of_part(part: Any, index: int) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind != "text":
-        raise ValueError(f"has a part {index} of type {kind!r}; only parts of type 'text' can be trained on")
-    if not isinstance(part.get("text"), str):
-        raise ValueError(f"has a part {index} of type 'text' without text")
-    return str(part["text"])
-
-
-def conversation(row: Row) -> list[Message]:
-    """The messages of a row that has `messages` or `instruction` and `output`, their content as text.
-
-    Other keys of a message stay as they are, but for what is None: a table fills in None where a row has no such key.
-
-    Raises:
-        ValueError: content that is not text; the message is named.
-    """
-    if row.get("messages") is None:
-        question = row["instruction"] if not row.get("input") else f"{row['instruction']}\n\n{row['input']}"
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output") or ""}]
-    messages = []
-    for index, message in enumerate(row["messages"]):
-        try:
-            content = text_of(message.get("content"))
-        except ValueError as error:
-            raise ValueError(f"message {index} {error}") from error
-        messages.append({**_without_none(message), "content": content})
-    return messages
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
-
-
-def is_text(row: Row) -> bool:
-    """Whether a row is plain text rather than a conversation."""
-    return row.get("messages") is None and row.get("instruction") is None
 
 
 @dataclass(frozen=True)
@@ -117,6 +67,8 @@ class Template:
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """The tools that a conversation offers to the assistant, see `for_row`."""
 
     @classmethod
     def choose(cls, tokenizer: PreTrainedTokenizerBase, kind: str = "auto") -> Template:
@@ -126,6 +78,15 @@ class Template:
         if kind == "chat" and not tokenizer.chat_template:
             raise ValueError("--template chat: this tokenizer has no chat template; use --template plain")
         return cls(tokenizer, chat=kind != "plain" and bool(tokenizer.chat_template))
+
+    def for_row(self, row: Row) -> Template:
+        """The template with the tools that a row offers.
+
+        Raises:
+            ValueError: what a row offers is not a list of tools.
+        """
+        tools = offered_tools(row)
+        return replace(self, tools=tools) if tools else self
 
     # ---- text -------------------------------------------------------------------------------------------------------
 
@@ -143,7 +104,10 @@ class Template:
             return "".join(turns) + ("Assistant: " if add_generation_prompt else "")
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in self.tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # a template is a program: what it raises is its own affair
             words = " ".join(f"{error}".split()) or type(error).__name__
@@ -167,7 +131,7 @@ class Template:
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the conversation does not end with a message from the assistant")
         whole = self.render(messages, add_generation_prompt=False)
-        self._check_tool_calls(messages, whole)
+        self._check_tools(messages, whole)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         answers = [self._place(messages, index, whole) for index in turns]
         if answers[-1] is None:
@@ -206,15 +170,16 @@ class Template:
         except ValueError:
             return _MARK
 
-    def _check_tool_calls(self, messages: Sequence[Message], whole: str) -> None:
-        """Refuse tool calls that the template leaves out: the model would learn to answer without the call."""
-        for index, message in enumerate(messages):
-            for name in _called_tools(message):
-                if not self.chat or name not in whole:
-                    raise ValueError(
-                        f"message {index} calls the tool {name!r}, which the {'chat' if self.chat else 'plain'} template "
-                        "leaves out; leave such rows out, or use a tokenizer whose chat template writes tool calls"
-                    )
+    def _check_tools(self, messages: Sequence[Message], whole: str) -> None:
+        """Refuse tools that the template leaves out: the model would learn to answer without the call, or unasked."""
+        named = [(f"message {index} calls", name) for index, m in enumerate(messages) for name in called_tools(m)]
+        named += [("the row offers", str((tool.get("function") or tool).get("name"))) for tool in self.tools]
+        for what, name in named:
+            if not self.chat or name not in whole:
+                raise ValueError(
+                    f"{what} the tool {name!r}, which the {'chat' if self.chat else 'plain'} template leaves out; leave "
+                    "such rows out, or use a tokenizer whose chat template writes tools"
+                )
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
 
@@ -224,7 +189,10 @@ class Template:
         Raises:
             ValueError: see `layout` and `conversation`.
         """
-        encoded = self.encode_text(str(row["text"])) if is_text(row) else self.encode_messages(conversation(row))
+        if is_text(row):
+            encoded = self.encode_text(str(row["text"]))
+        else:
+            encoded = self.for_row(row).encode_messages(conversation(row))
         return encoded.ids, encoded.labels
 
     def encode_text(self, text: str) -> Encoded:
@@ -275,7 +243,7 @@ class Template:
         """Token ids of a row's prompt and of `answer` in place of its own, without an end of turn; tokenized as in training."""
         messages = conversation(row)
         messages[-1] = {"role": "assistant", "content": answer}
-        rendered = self.layout(messages)
+        rendered = self.for_row(row).layout(messages)
         found = TokenizedText.of(self.tokenizer, rendered.text)
         start = found.reaching(rendered.answers[-1][0])
         end_of_turn = self._tail.rstrip()
@@ -303,12 +271,6 @@ class Template:
         marked = [{**m, "content": _MARK} if m is messages[first] else m for m in messages[:-1]]
         other = self.render(marked, add_generation_prompt=True)
         return _common(prompt, other), len(prompt) - _common(prompt[::-1], other[::-1])
-
-
-def _called_tools(message: Message) -> list[str]:
-    calls = message.get("tool_calls")
-    found = [call.get("function") or call for call in calls or () if isinstance(call, Mapping)]
-    return [str(function.get("name")) for function in found]
 
 
 def _common(text: str, other: str) -> int:

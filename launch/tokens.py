@@ -17,7 +17,7 @@ import torch
 import transformers
 from datasets.fingerprint import Hasher
 
-from launch import fitting, offsets
+from launch import fitting, messages, offsets
 from launch import template as templates
 from launch.rows import Rows
 from launch.template import IGNORED_LABEL, Row, Template
@@ -94,7 +94,7 @@ def _fingerprint(rows: Rows, template: Template, max_length: int) -> str:
     """Of all that the tokens depend on, this program's own code included: what is cached under it must be what would be made."""
     tokenizer = template.tokenizer
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else Hasher.hash(tokenizer)
-    code = [inspect.getsource(module) for module in (templates, offsets, fitting)]
+    code = [inspect.getsource(module) for module in (templates, messages, offsets, fitting)]
     versions = [transformers.__version__, tokenizers.__version__]
     settings = [str(type(template)), str(template.chat), str(max_length), str(type(tokenizer))]
     special = [str(sorted(tokenizer.special_tokens_map.items())), str(tokenizer.chat_template)]
@@ -102,7 +102,7 @@ def _fingerprint(rows: Rows, template: Template, max_length: int) -> str:
 
 
 def _refuse_problems(rows: Rows, encoded: datasets.Dataset) -> None:
-    problems = [(index, problem) for index, problem in enumerate(encoded["problem"]) if problem is not None]
+    problems = [(index, problem) for index, problem in enumerate(encoded["problem"][:]) if problem is not None]
     if problems:
         index, problem = problems[0]
         others = f" ({len(problems)} of {len(rows)} rows cannot be used)" if len(problems) > 1 else ""
@@ -118,7 +118,7 @@ def _leave_out(
         ValueError: rows that are too long, where that is an error; or none is left.
     """
     cut = on_long_row == "cut"
-    sizes = encoded["needed" if cut else "length"]
+    sizes = encoded["needed" if cut else "length"][:]
     too_long = [index for index, size in enumerate(sizes) if size > max_length]
     what = "answers" if cut else "rows"
     if too_long and (on_long_answer if cut else on_long_row) == "error":
@@ -138,14 +138,14 @@ def _leave_out(
 
 
 def _say_what_is_lost(rows: Rows, encoded: datasets.Dataset, max_length: int) -> None:
-    lost = [losses for losses in encoded["lost"] if losses]
+    lost = [losses for losses in encoded["lost"][:] if losses]
     if lost:
         counts = [(sum(kind in losses for losses in lost), kind) for kind in fitting.LOSSES]
         details = ", ".join(f"{count} lost {kind}" for count, kind in counts if count)
         logger.warning(
             "%s: %d of %d rows cut to %d tokens: %s", rows.source, len(lost), len(rows), max_length, details
         )
-    rewritten = sum(count > 0 for count in encoded["rewritten"])
+    rewritten = sum(count > 0 for count in encoded["rewritten"][:])
     if rewritten:
         logger.warning(
             "%s: in %d of %d rows earlier answers are not trained: the chat template rewrites them once others follow",

@@ -1,5 +1,6 @@
 """Tokens and labels, against what the tokenizer itself makes of the whole conversation."""
 
+import json
 from typing import Any
 
 import pytest
@@ -335,6 +336,36 @@ def test_other_keys_of_a_message_reach_the_template_but_for_nothing() -> None:
         Template.choose(tokenizers.byte_level(tokenizers.CHATML)).encode(row)
     with pytest.raises(ValueError, match="which the plain template leaves out"):
         Template.choose(tokenizers.byte_level(None)).encode(row)
+
+
+def test_tools_that_a_row_offers_reach_the_template() -> None:
+    offering = (
+        "{% for t in tools or [] %}<|im_start|>tools\n{{ t.function.name }}<|im_end|>\n{% endfor %}"
+        + tokenizers.CHATML
+    )
+    tokenizer = tokenizers.byte_level(offering)
+    schema = {"type": "function", "function": {"name": "weather", "parameters": None}}
+    clean = {"type": "function", "function": {"name": "weather"}}
+    for tools in ([schema], json.dumps([clean])):
+        row = chat(("user", "the capital"), ("assistant", "Paris"), tools=tools)
+        ids, _ = Template.choose(tokenizer).encode(row)
+        own = tokenizer.apply_chat_template(conversation(row), tools=[clean], tokenize=True, return_dict=False)
+        assert own[: len(ids)] == ids
+        assert "weather" in tokenizer.decode(ids)
+        assert ids[: len(Template.choose(tokenizer).prompt_ids(row))] == Template.choose(tokenizer).prompt_ids(row)
+    for nothing in (None, [], "", "[]"):
+        row = chat(("user", "the capital"), ("assistant", "Paris"), tools=nothing)
+        assert Template.choose(tokenizer).encode(row) == Template.choose(tokenizer).encode(CAPITAL)
+    row = chat(("user", "u"), ("assistant", "a"), tools=[schema])
+    with pytest.raises(ValueError, match="the row offers the tool 'weather', which the chat template leaves out"):
+        Template.choose(tokenizers.byte_level(tokenizers.CHATML)).encode(row)
+    for wrong, told in (
+        ("[", "tools is not valid JSON"),
+        ("{}x", "not valid JSON"),
+        (["f"], "tools is a list, not a list of JSON"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Template.choose(tokenizer).encode(chat(("user", "u"), ("assistant", "a"), tools=wrong))
 
 
 def test_input_is_part_of_the_question(tokenizer: PreTrainedTokenizerFast) -> None:
