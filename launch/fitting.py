@@ -41,8 +41,8 @@ def fit(template: Template, row: Row, max_length: int) -> Fitted:
     if is_text(row):
         encoded = template.encode_text(str(row["text"]))
         length = len(encoded.ids)
-        lost = (TEXT,) if length > max_length else ()
-        return Fitted(encoded.ids[:max_length], encoded.labels[:max_length], length, 0, lost)
+        end_lost = (TEXT,) if length > max_length else ()
+        return Fitted(encoded.ids[:max_length], encoded.labels[:max_length], length, 0, end_lost)
     template, messages = template.for_row(row), conversation(row)
     encoded = template.encode_messages(messages)
     length = len(encoded.ids)
@@ -53,9 +53,8 @@ def fit(template: Template, row: Row, max_length: int) -> Fitted:
     fewest = bisect_left(shorter, True, key=lambda rest: len(template.encode_messages(rest).ids) <= max_length)
     rest = shorter[min(fewest, len(shorter) - 1)] if shorter else messages
     encoded = template.encode_messages(rest, with_cuttable=True)
-    lost = (TURNS,) if shorter else ()
-    if len(encoded.ids) > max_length:
-        lost += (PROMPT,)
+    happened = {TURNS: bool(shorter), PROMPT: len(encoded.ids) > max_length}
+    lost = tuple(loss for loss, has in happened.items() if has)
     ids, labels = _without_start(encoded, max_length)
     return Fitted(ids, labels, length, _needed(encoded), lost, encoded.rewritten)
 

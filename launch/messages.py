@@ -49,7 +49,7 @@ def conversation(row: Row) -> list[Message]:
     if row.get("messages") is None:
         question = row["instruction"] if not row.get("input") else f"{row['instruction']}\n\n{row['input']}"
         return [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output") or ""}]
-    messages = []
+    messages: list[Message] = []
     for index, message in enumerate(row["messages"]):
         try:
             content = text_of(message.get("content"))
