@@ -82,16 +82,30 @@ class DataArguments:
     )
     max_length: int = field(
         default=512,
-        metadata={"help": "Longest row in tokens. Longer prompts lose their start; see --on_long_answer for answers."},
+        metadata={"help": "Longest row in tokens; see --on_long_row and --on_long_answer for longer ones."},
+    )
+    on_long_row: str = field(
+        default="cut",
+        metadata={
+            "help": "What to do with a row longer than --max_length: cut (a conversation loses its earlier turns, then the "
+            "start of its prompt, but not its system prompt; text loses its end), drop (leave it out) or error (stop)."
+        },
     )
     on_long_answer: str = field(
         default="error",
-        metadata={"help": "What to do with an answer longer than --max_length: error (stop) or drop (leave it out)."},
+        metadata={
+            "help": "What to do with a row to cut whose answer does not fit into --max_length next to its system prompt: "
+            "error (stop) or drop (leave it out)."
+        },
     )
     train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
     template: str = field(
         default="auto",
         metadata={"help": "How a row becomes a prompt: chat (the tokenizer's template), plain, or auto."},
+    )
+    inspect: int | None = field(
+        default=None,
+        metadata={"help": "Show so many training rows, with what is trained of them, and end without training."},
     )
 
 
@@ -287,6 +301,7 @@ def _check(arguments: Arguments) -> None:
         ("eval_samples", arguments.evaluation.eval_samples),
         ("max_new_tokens", arguments.evaluation.max_new_tokens),
         ("train_samples", arguments.data.train_samples),
+        ("inspect", arguments.data.inspect),
     ):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")

@@ -77,6 +77,10 @@ def render(report: Mapping[str, Any]) -> str:
         _line("model", f"{report['model']}, {report['parameters'] / 1e6:.1f} M parameters"),
         _line("data", f"{report['data']}, {report['train_rows']} training rows"),
         _line(
+            "tokens",
+            f"{report['tokens']['all']} in these rows, {report['tokens']['trained_share']:.1%} of them trained",
+        ),
+        _line(
             "method", f"{report['method']} ({Path(report['deepspeed']).name}), {report['ranks']} x {report['device']}"
         ),
         _line("precision", f"{report['precision']['name']}, {report['precision']['reason']}"),

@@ -44,7 +44,7 @@ from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers, discover_layers
 from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
-from launch import distributed, report, tracking
+from launch import distributed, inspection, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
 from launch.evaluate import choice_accuracy, exact_match, mean_loss
 from launch.grading import detect_task
@@ -67,6 +67,7 @@ class Task:
     test: Rows | None
     test_tokens: datasets.Dataset | None
     measure: str
+    token_count: inspection.TokenCount
 
 
 class GrassTrainer(Trainer):
@@ -113,14 +114,15 @@ def prepare(options: command_line.Arguments) -> Task:
     template = Template.choose(tokenizer, options.data.template)
     train = splits["train"].take(options.data.train_samples)
     length, on_long_answer = options.data.max_length, options.data.on_long_answer
-    train_tokens = tokenize(train, template, length, on_long_answer)
+    train_tokens = tokenize(train, template, length, on_long_answer, options.data.on_long_row)
     test = splits["test"].take(options.evaluation.eval_samples) if "test" in splits else None
     measure = _measure(options.evaluation.eval_task, test)
     test_tokens = tokenize(test, template, length, "drop") if test is not None and measure != "none" else None
     ranks, partitioned = distributed.world_size(), options.ds_config.get("zero_optimization", {}).get("stage") == 3
     if partitioned and measure != "none" and test is not None and len(test) < ranks:
         raise ValueError(f"{len(test)} test rows for {ranks} ranks: evaluation with ZeRO-3 needs one per rank")
-    return Task(tokenizer, template, train_tokens, test, test_tokens, measure)
+    count = inspection.count_tokens(train_tokens)
+    return Task(tokenizer, template, train_tokens, test, test_tokens, measure, count)
 
 
 def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrainedModel, Callable[[int], int]]:
@@ -195,6 +197,9 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     resuming = wants_to_resume(options.training.resume_from_checkpoint)
     options.precision.announce()
     task = distributed.on_every_rank(lambda: prepare(options))
+    _show_rows(task, options.data.inspect or 1)
+    if options.data.inspect is not None:
+        return 0
     model, probe_steps_within = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
     folder = Path(str(options.training.output_dir))
     stopwatch = Stopwatch(lambda: measure(task, model, options), folder / "before.json")
@@ -246,6 +251,12 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     return 0
 
 
+def _show_rows(task: Task, number: int) -> None:
+    """What the model will see and learn, before hours are spent on it."""
+    if distributed.rank() == 0:
+        print(inspection.show(task.tokenizer, task.train, number), flush=True)
+
+
 def _say_where_to_go_on(preemption: grass_ds.Preemption, trainer: GrassTrainer) -> None:
     if trainer.is_world_process_zero():
         folder, step = trainer.args.output_dir, trainer.state.global_step
@@ -275,6 +286,7 @@ def _report(
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
         "data": options.data.data,
         "train_rows": len(task.train),
+        "tokens": task.token_count.as_dict(),
         "eval_rows": 0 if task.test is None else len(task.test),
         "method": f"{config.sampler if config else 'stock'}, ZeRO-{stage}",
         "deepspeed": training.deepspeed,

@@ -1,0 +1,71 @@
+"""Where in a text its tokens stand: which token is the first of an answer, and which the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+# Tokenizers add the same tokens around any text.
+_ANY_TEXT = "a"
+
+
+def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: its beginning-of-text token, or nothing."""
+    bare = list(tokenizer(_ANY_TEXT, add_special_tokens=False)["input_ids"])
+    full = list(tokenizer(_ANY_TEXT)["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text, its tokens without any that the tokenizer would add, and the place of each token in the text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    ids: list[int]
+    places: list[tuple[int, int]] | None
+    """First and last character + 1 of each token; None where the tokenizer does not tell."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> TokenizedText:
+        """Tokenize `text` once, as a whole."""
+        if not tokenizer.is_fast:
+            return cls(tokenizer, text, list(tokenizer(text, add_special_tokens=False)["input_ids"]), None)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return cls(tokenizer, text, list(encoded["input_ids"]), _without_gaps(encoded["offset_mapping"]))
+
+    def reaching(self, position: int) -> int:
+        """Index of the first token with a character at `position` or behind it."""
+        if self.places is None:
+            return self._tokens_before(position)
+        return next((index for index, (_, end) in enumerate(self.places) if end > position), len(self.ids))
+
+    def behind(self, position: int) -> int:
+        """Index of the first token whose characters all stand at `position` or behind it."""
+        if self.places is None:
+            return self._tokens_before(position)
+        return next((index for index, (start, _) in enumerate(self.places) if start >= position), len(self.ids))
+
+    def _tokens_before(self, position: int) -> int:
+        """How many tokens the text before `position` has, if they are those that the whole text begins with."""
+        before = list(self.tokenizer(self.text[:position], add_special_tokens=False)["input_ids"])
+        if self.ids[: len(before)] != before:
+            raise ValueError(
+                f"the tokenizer ({type(self.tokenizer).__name__}) does not tell where its tokens stand in the text, and "
+                f"one of them reaches across the border after {self.text[max(0, position - 20) : position]!r}; use the fast "
+                "tokenizer of this model (a folder with tokenizer.json)"
+            )
+        return len(before)
+
+
+def _without_gaps(offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets that leave out no character: some tokenizers do not count the space that a token begins with."""
+    places, reached = [], 0
+    for start, end in offsets:
+        places.append((min(start, reached), end))
+        reached = max(reached, end)
+    return places
