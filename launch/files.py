@@ -63,7 +63,7 @@ def check_encoding(encoding: str) -> None:
         ValueError: with names that are known.
     """
     try:
-        b"".decode(encoding)
+        "a".encode(encoding)
     except LookupError as error:
         raise ValueError(
             f"--encoding {encoding!r}: no such text encoding; use for example utf-8, utf-16, latin-1 or cp1252"

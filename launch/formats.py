@@ -16,6 +16,7 @@ is refused, since nobody but the user knows how the model should read it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import date, datetime
 from decimal import Decimal
@@ -127,7 +128,7 @@ def as_text(value: Any, field: str) -> str | None:
         return _checked(str(value), field)
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | Decimal) or (isinstance(value, float) and abs(value) < float("inf")):
+    if isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, date) and not isinstance(value, datetime):
         return value.isoformat()
@@ -213,11 +214,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not content and not may_be_empty:
         raise ValueError(f"has a message without role or content: {where} ({role}) has no content; {_keys(message)}")
     more = {key: value for key, value in found.items() if key not in ("role", "content", "from", "value")}
-    known: dict[str, Any] = {"role": role, "content": content, **more}
-    _checked(json.dumps(known, ensure_ascii=False, default=repr), where)
-    return {
-        key: value if key == "role" or isinstance(value, str) else plain(value, where) for key, value in known.items()
-    }
+    return {"role": role, "content": plain(content, where), **plain(more, where)}
 
 
 def _role(message: Mapping[str, Any], where: str) -> str:
@@ -236,15 +233,15 @@ def _keys(message: Mapping[str, Any]) -> str:
 
 def plain(value: Any, where: str) -> Any:
     """A value whose numbers are numbers again: the arguments of a tool call keep their types."""
-    if isinstance(value, NotANumber):
+    if isinstance(value, NotANumber) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"has {name_of_type(value)} in {where}; write null for nothing")
     if isinstance(value, Number):
         return json.loads(value)
     if isinstance(value, Mapping):
-        return {key: plain(item, where) for key, item in value.items()}
+        return {_checked(str(key), where): plain(item, where) for key, item in value.items()}
     if isinstance(value, list):
         return [plain(item, where) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else as_text(value, where)
+    return value if isinstance(value, bool | int | float | None) else as_text(value, where)
 
 
 # ---- remedies -------------------------------------------------------------------------------------------------------

@@ -178,13 +178,13 @@ def _rows_within(path: Path, document: Any) -> Sequence[Any]:
         raise ValueError(
             f"{path}: the file holds several lists ({', '.join(wrapped)}); write each to a file of its own"
         )
-    if all(isinstance(value, list) for value in values):
+    if {"columns", "data"} <= document.keys() or (values and all(isinstance(value, Mapping) for value in values)):
+        raise ValueError(f"{path}: the file holds columns with an index ({', '.join(document)}): {_AS_RECORDS}")
+    if values and all(isinstance(value, list) for value in values):
         lengths = {key: len(value) for key, value in document.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{path}: the columns differ in length: {lengths}; {_AS_RECORDS}")
         return [dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)]
-    if all(isinstance(value, Mapping) for value in values) or isinstance(document.get("data"), list):
-        raise ValueError(f"{path}: the file holds columns with an index ({', '.join(document)}): {_AS_RECORDS}")
     return [document]
 
 
