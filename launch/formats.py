@@ -2,8 +2,8 @@
 
 | record | row |
 |---|---|
-| `messages`, each with role and content, or from and value; also as JSON text | `messages` |
-| `conversations` (ShareGPT), with `system` before them if given | `messages` |
+| `messages`, each with role and content, or from and value; also as JSON text | `messages`, behind `system` if given |
+| `conversations` (ShareGPT) | the same |
 | `instruction` (`input`), `output` | the same |
 | `prompt` and `completion`, texts | `instruction` and `output` |
 | `prompt` and `completion`, lists of messages | `messages` |
@@ -75,9 +75,9 @@ def _main_part(record: Mapping[str, Any]) -> dict[str, Any]:
     for nothing in ((None, ""), (None,)):
         filled = {field for field in USED if record.get(field) not in nothing}
         if "messages" in filled:
-            return {"messages": _messages(record["messages"], "messages")}
+            return {"messages": _with_system(record, _messages(record["messages"], "messages"))}
         if "conversations" in filled:
-            return {"messages": [*_system(record), *_messages(record["conversations"], "conversations")]}
+            return {"messages": _with_system(record, _messages(record["conversations"], "conversations"))}
         if filled & {"instruction", "output"}:
             return {"input": _text(record, "input") or None, **_needed(record, "instruction", "output")}
         if {"prompt", "completion"} <= filled:
@@ -107,8 +107,9 @@ def _needed(record: Mapping[str, Any], *fields: str) -> dict[str, Any]:
     texts = {field: _text(record, field) for field in fields}
     missing = [field for field, text in texts.items() if not (text or "").strip()]
     if missing:
-        why = "there, but empty" if all(texts[field] is not None for field in missing) else "not there, or null"
-        raise ValueError(f"has no text in {', '.join(missing)} ({why}); {_remedy(record, missing)}")
+        states = {field: "empty" if texts[field] is not None else "null" for field in missing if field in record}
+        said = ", ".join(f"{field} ({states.get(field, 'not there')})" for field in missing)
+        raise ValueError(f"has no text in {said}; {_remedy(record, missing)}")
     return texts
 
 
@@ -163,7 +164,7 @@ def _choices(value: Any) -> list[str] | None:
     if value is None or value == "":
         return None
     if not isinstance(value, list) or any(choice is None for choice in value):
-        raise ValueError(f"has {name_of_type(value)} in choices where a list of texts belongs")
+        raise ValueError(f'has {name_of_type(value)} in choices where a list of texts belongs: ["a", "b"]')
     return [str(as_text(choice, "choices")) for choice in value]
 
 
@@ -177,9 +178,10 @@ def _parsed(text: str, field: str) -> Any:
 # ---- messages -------------------------------------------------------------------------------------------------------
 
 
-def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _with_system(record: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages behind the record's own `system`, if it has one and they do not begin with one."""
     text = _text(record, "system")
-    return [{"role": "system", "content": text}] if text else []
+    return [{"role": "system", "content": text}, *messages] if text and messages[0]["role"] != "system" else messages
 
 
 def _messages(value: Any, field: str, ends_with_assistant: bool = True) -> list[dict[str, Any]]:

@@ -147,6 +147,8 @@ def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> str:
         problem = "a comma that nothing follows; remove it"
     elif error.pos >= len(error.doc.rstrip()):
         problem = f"it ends in the middle ({error.msg})"
+    elif error.msg == "Extra data":
+        problem += "; write one object a line, or all in one list"
     return f"{path}: not readable as json: line {line}: {problem}"
 
 
@@ -267,16 +269,20 @@ def _read_parquet(path: Path) -> Iterator[Record]:
                 raise ValueError(f"{path}: the file has two columns named {', '.join(twice)}; rename one of them")
             for batch in file.iter_batches(batch_size=1000):
                 for values in batch.to_pylist():
-                    yield Record(without_nulls(values))
+                    yield of_table(values)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as parquet: {str(error).splitlines()[0]}") from error
 
 
-def without_nulls(value: Any) -> Any:
-    """A value of an Arrow table without the nulls that fill up keys which only other rows have."""
+def of_table(values: Mapping[str, Any]) -> Record:
+    """The record of a row of an Arrow table, without the nulls inside its values that fill up keys of other rows."""
+    return Record({key: _without_nulls(value) for key, value in values.items()})
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- words for messages ---------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def _read_dataset(source: str, dataset: datasets.Dataset) -> Rows:
 
     def numbered() -> Iterator[tuple[str, Record]]:
         for index, values in enumerate(dataset.select_columns(known)):
-            yield f"{source}: row {index}", Record(records.without_nulls(values))
+            yield f"{source}: row {index}", records.of_table(values)
 
     return Rows(source, _checked(source, numbered, [dataset._fingerprint]))
 
@@ -229,19 +229,22 @@ def _checked(source: str, numbered: Callable[[], Iterator[tuple[str, Record]]], 
     program = [Path(str(module.__file__)).read_bytes() for module in (files, records, formats)]
     try:
         return datasets.Dataset.from_generator(
-            rows, features=formats.FEATURES, fingerprint=Hasher.hash([*program, *key])
+            rows,
+            features=formats.FEATURES,
+            fingerprint=Hasher.hash([*program, *key]),
+            split=datasets.NamedSplit("rows"),
         )
     except Exception as error:  # datasets wraps what its generator raises
-        raise _origin(source, error) from error
+        raise ValueError(_message(source, error)) from error
 
 
-def _origin(source: str, error: BaseException) -> Exception:
-    """The error that a user can act on, behind those that were made of it."""
+def _message(source: str, error: BaseException) -> str:
+    """What a user can act on: the error behind those that were made of it."""
     while error.__cause__ is not None and not isinstance(error, ValueError | OSError):
         error = error.__cause__
     if isinstance(error, ValueError | OSError):
-        return error
-    return ValueError(f"{source}: not readable: {type(error).__name__}: {_first_line(error)}")
+        return str(error)
+    return f"{source}: not readable: {type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

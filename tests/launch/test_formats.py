@@ -44,6 +44,12 @@ def test_every_form_becomes_a_row(record: dict[str, Any], row: dict[str, Any]) -
     assert filled(record) == row
 
 
+def test_a_system_prompt_beside_the_messages_comes_first() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    assert filled({"system": "Be brief.", "messages": [USER, ASSISTANT]})["messages"] == [system, USER, ASSISTANT]
+    assert filled({"system": "Other.", "messages": [system, USER, ASSISTANT]})["messages"] == [system, USER, ASSISTANT]
+
+
 def test_sharegpt_turns_get_the_roles_of_chat_templates() -> None:
     said = {
         "human": "user",
@@ -158,16 +164,17 @@ def test_choices_are_a_list_of_texts(choices: Any) -> None:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({"instruction": "q"}, r"no text in output \(not there, or null\); .*found: instruction\)$"),
-        ({"instruction": "q", "output": None}, r"no text in output \(not there, or null\); .*found: instruction\)$"),
+        ({"instruction": "q"}, r"no text in output \(not there\); .*found: instruction\)$"),
+        ({"instruction": "q", "output": None}, r"no text in output \(null\); .*found: instruction\)$"),
         (
             {"instruction": "q", "output": " "},
-            r"no text in output \(there, but empty\); .*found: instruction, output\)$",
+            r"no text in output \(empty\); .*found: instruction, output\)$",
         ),
-        ({"output": "a"}, r"no text in instruction \(not there, or null\)"),
+        ({"instruction": ""}, r"no text in instruction \(empty\), output \(not there\)"),
+        ({"output": "a"}, r"no text in instruction \(not there\)"),
         ({"input": "q", "output": "a"}, "no text in instruction .*rename `input` to `instruction`"),
         ({"instruction": "q", "response": "a"}, "no text in output .*rename `response` to `output`"),
-        ({"prompt": "q", "completion": ""}, r"no text in completion \(there, but empty\)"),
+        ({"prompt": "q", "completion": ""}, r"no text in completion \(empty\)"),
         ({"prompt": "q", "completion": ["a"]}, "a list in completion where a text belongs"),
         ({"prompt": "q", "response": "a"}, "rename `prompt` to `instruction` and `response` to `output`"),
         (

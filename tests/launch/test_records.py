@@ -86,6 +86,11 @@ def test_a_number_is_the_text_that_the_file_holds(tmp_path: Path, number: str) -
         ("a.jsonl", '{"a": 1,}\n' + lines(ROWS), "line 1: a comma that nothing follows; remove it"),
         ("a.json", '[\n {"a": 1},\n {"a": 2},\n]', "line [34]: a comma that nothing follows; remove it"),
         ("a.json", '\n\n[\n {"a": 1}\n {"a": 2}\n]', "line 5: Expecting ',' delimiter in column 2"),
+        (
+            "a.json",
+            '{\n"a": 1\n}\n{\n"a": 2\n}\n',
+            "line 4: Extra data in column 1; write one object a line, or all in",
+        ),
         ("a.json", "hello", "line 1: Expecting value in column 1"),
         ("a.jsonl", '{"a": 1, "a": 2}\n' + lines(ROWS), "line 1: an object names 'a' twice"),
         ("a.json", "[" * 100_000, "nested too deeply"),
@@ -189,7 +194,7 @@ def test_parquet_gives_values_without_the_nulls_of_other_rows(tmp_path: Path) ->
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [record.values for record in read(tmp_path / "a.parquet")] == [
         rows[0],
-        {"messages": [{"role": "user", "content": "q", "call": {"z": [None]}}]},
+        {"messages": [{"role": "user", "content": "q", "call": {"z": [None]}}], "answer": None},
     ]
 
 

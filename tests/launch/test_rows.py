@@ -56,8 +56,8 @@ def test_builtin_rows() -> None:
             r"field.jsonl: row 1 \(line 2\) has no text in output .*\(fields found: answer, instruction\)",
         ),
         ("other.jsonl", json.dumps({"a": "a", "reply": "b"}), r"row 0 \(line 1\) has none .*found: a, reply\)"),
-        ("blank.json", json.dumps([{**ROW, "output": "  "}]), r"blank.json: row 0 has no text in output \(there, but"),
-        ("blank_text.jsonl", json.dumps({"text": ""}), r"row 0 \(line 1\) has no text in text \(there, but empty\)"),
+        ("blank.json", json.dumps([{**ROW, "output": "  "}]), r"blank.json: row 0 has no text in output \(empty"),
+        ("blank_text.jsonl", json.dumps({"text": ""}), r"row 0 \(line 1\) has no text in text \(empty\)"),
     ],
 )
 def test_mistakes_name_file_row_and_fields(tmp_path: Path, name: str, content: str, expected: str) -> None:
