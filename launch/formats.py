@@ -263,11 +263,6 @@ _LIKELY = {
 }
 
 
-def problem_of_columns(columns: list[str]) -> str:
-    """What is wrong with a table that has no column of any format."""
-    return f"has none of the needed fields; {_remedy(dict.fromkeys(columns, ''))}"
-
-
 def _remedy(record: Mapping[str, Any], missing: list[str] | None = None) -> str:
     """What a row needs, what this one has, and what to rename."""
     found = sorted(str(key) for key, value in record.items() if value is not None)

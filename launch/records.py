@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,8 +42,11 @@ class Record:
     """What to say where the names of its fields are unknown."""
 
 
-def read(path: Path, encoding: str = files.UTF8) -> Iterator[Record]:
+def read(path: Path, encoding: str = files.UTF8, used: Collection[str] | None = None) -> Iterator[Record]:
     """The records of a file, in order.
+
+    Args:
+        used: the columns whose values are needed; None for all. Of a parquet file no other is read.
 
     Raises:
         ValueError: (also while they are read) not such a file, with the line and the remedy.
@@ -55,7 +58,7 @@ def read(path: Path, encoding: str = files.UTF8) -> Iterator[Record]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     if kind == "parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, used)
     return _read_json(path, encoding) if kind == "json" else _read_csv(path, encoding)
 
 
@@ -261,22 +264,32 @@ def _delimiter(path: Path, encoding: str) -> str:
 # ---- parquet and datasets -------------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, used: Collection[str] | None) -> Iterator[Record]:
     try:
         with pq.ParquetFile(path) as file:
-            twice = sorted({name for name in file.schema_arrow.names if file.schema_arrow.names.count(name) > 1})
+            names = list(file.schema_arrow.names)
+            twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{path}: the file has two columns named {', '.join(twice)}; rename one of them")
-            for batch in file.iter_batches(batch_size=1000):
+            known = [name for name in names if used is None or name in used]
+            if not known:
+                yield of_table({}, names)
+                return
+            for batch in file.iter_batches(batch_size=1000, columns=known):
                 for values in batch.to_pylist():
-                    yield of_table(values)
-    except (pa.ArrowException, OSError) as error:
+                    yield of_table(values, names)
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as parquet: {str(error).splitlines()[0]}") from error
 
 
-def of_table(values: Mapping[str, Any]) -> Record:
-    """The record of a row of an Arrow table, without the nulls inside its values that fill up keys of other rows."""
-    return Record({key: _without_nulls(value) for key, value in values.items()})
+def of_table(values: Mapping[str, Any], names: Iterable[str]) -> Record:
+    """The record of a row of an Arrow table, without the nulls inside its values that fill up keys of other rows.
+
+    Args:
+        names: of all columns; those that were not read are there, for messages, but hold no value of use.
+    """
+    read = {key: _without_nulls(value) for key, value in values.items()}
+    return Record(dict.fromkeys(names, "(not read)") | read)
 
 
 def _without_nulls(value: Any) -> Any:

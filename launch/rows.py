@@ -138,7 +138,7 @@ def _read_files(source: str, paths: tuple[Path, ...], encoding: str) -> Rows:
 
     def numbered() -> Iterator[tuple[str, Record]]:
         for path in paths:
-            for index, record in enumerate(records.read(path, encoding)):
+            for index, record in enumerate(records.read(path, encoding, formats.USED)):
                 line = "" if record.line is None else f" (line {record.line})"
                 yield f"{path}: row {index}{line}", record
 
@@ -196,13 +196,12 @@ def _of_splits(name: str, found: Mapping[str, datasets.Dataset]) -> dict[str, Ro
 
 
 def _read_dataset(source: str, dataset: datasets.Dataset) -> Rows:
-    known = [column for column in dataset.column_names if column in formats.USED]
-    if not known:
-        raise ValueError(f"{source}: row 0 {formats.problem_of_columns(dataset.column_names)}")
+    names = dataset.column_names
+    known = [name for name in names if name in formats.USED]
 
     def numbered() -> Iterator[tuple[str, Record]]:
-        for index, values in enumerate(dataset.select_columns(known)):
-            yield f"{source}: row {index}", records.of_table(values)
+        for index, values in enumerate(dataset.select_columns(known) if known else [{}]):
+            yield f"{source}: row {index}", records.of_table(values, names)
 
     return Rows(source, _checked(source, numbered, [dataset._fingerprint]))
 

@@ -198,6 +198,15 @@ def test_parquet_gives_values_without_the_nulls_of_other_rows(tmp_path: Path) ->
     ]
 
 
+def test_columns_that_are_not_needed_are_not_read_but_known(tmp_path: Path) -> None:
+    far = pa.array([2**62], pa.timestamp("ms"))  # no date of Python's
+    pq.write_table(pa.table({"output": ["a"], "when": far}), tmp_path / "a.parquet")
+    assert [record.values["output"] for record in read(tmp_path / "a.parquet", used=["output"])] == ["a"]
+    assert [set(record.values) for record in read(tmp_path / "a.parquet", used=["text"])] == [{"output", "when"}]
+    with pytest.raises(ValueError, match=r"a\.parquet: not readable as parquet"):
+        list(read(tmp_path / "a.parquet"))
+
+
 def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet: not readable as parquet: "):
         records(tmp_path, "a.parquet", "hello")

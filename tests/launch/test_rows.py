@@ -226,6 +226,11 @@ def test_a_damaged_or_unknown_dataset_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"question": "q", "reply": 1}]).save_to_disk(tmp_path / "unknown")
     with pytest.raises(ValueError, match=r"unknown/train: row 0 has none .*question, reply\); rename `question`"):
         load_splits(str(tmp_path / "unknown"))
+    datasets.Dataset.from_list([{"instruction": "q", "response": "a"}]).save_to_disk(tmp_path / "response")
+    with pytest.raises(
+        ValueError, match=r"no text in output \(not there\).*instruction, response\); rename `response`"
+    ):
+        load_splits(str(tmp_path / "response"))
     datasets.DatasetDict(first=datasets.Dataset.from_list([ROW])).save_to_disk(tmp_path / "first")
     with pytest.raises(ValueError, match=r"no split named train or test, .*only \['first'\]"):
         load_splits(str(tmp_path / "first"))
