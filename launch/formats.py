@@ -4,7 +4,7 @@
 |---|---|
 | `messages`, each with role and content, or from and value; also as JSON text | `messages`, behind `system` if given |
 | `conversations` (ShareGPT) | the same |
-| `instruction` (`input`), `output` | the same |
+| `instruction` (`input`), `output` | the same, with `messages` beside them if there is a `system` |
 | `prompt` and `completion`, texts | `instruction` and `output` |
 | `prompt` and `completion`, lists of messages | `messages` |
 | `text` | the same |
@@ -25,6 +25,7 @@ from typing import Any
 import datasets
 
 from launch.records import NotANumber, Number, name_of_type, parse_json
+from launch.template import conversation
 
 TEXTS = ("instruction", "input", "output", "answer", "text")
 FEATURES = datasets.Features(
@@ -35,7 +36,7 @@ FEATURES = datasets.Features(
         "messages": datasets.List(datasets.Json()),
     }
 )
-USED = (*FEATURES, "conversations", "system", "prompt", "completion")
+USED = (*FEATURES, "conversations", "system", "history", "prompt", "completion", "label")
 
 _ROLES = {
     "human": "user",
@@ -79,7 +80,7 @@ def _main_part(record: Mapping[str, Any]) -> dict[str, Any]:
         if "conversations" in filled:
             return {"messages": _with_system(record, _messages(record["conversations"], "conversations"))}
         if filled & {"instruction", "output"}:
-            return {"input": _text(record, "input") or None, **_needed(record, "instruction", "output")}
+            return _instruction(record)
         if {"prompt", "completion"} <= filled:
             return _prompt_and_completion(record)
         if "text" in filled:
@@ -87,7 +88,18 @@ def _main_part(record: Mapping[str, Any]) -> dict[str, Any]:
     raise UnknownFields(f"has none of the needed fields; {_remedy(record)}")
 
 
+def _instruction(record: Mapping[str, Any]) -> dict[str, Any]:
+    if record.get("history"):
+        raise ValueError("has earlier turns in history; write the whole conversation as `messages`")
+    row = {"input": _text(record, "input") or None, **_needed(record, "instruction", "output")}
+    if record.get("system"):
+        row["messages"] = _with_system(record, [dict(message) for message in conversation(row)])
+    return row
+
+
 def _prompt_and_completion(record: Mapping[str, Any]) -> dict[str, Any]:
+    if record.get("label") is False:
+        raise ValueError("is a completion that is not to be learnt (label: false, as in KTO); leave such rows out")
     if all(_is_conversation(record[field]) for field in ("prompt", "completion")):
         before = _messages(record["prompt"], "prompt", ends_with_assistant=False)
         return {"messages": before + _messages(record["completion"], "completion")}

@@ -47,6 +47,11 @@ def test_every_form_becomes_a_row(record: dict[str, Any], row: dict[str, Any]) -
 def test_a_system_prompt_beside_the_messages_comes_first() -> None:
     system = {"role": "system", "content": "Be brief."}
     assert filled({"system": "Be brief.", "messages": [USER, ASSISTANT]})["messages"] == [system, USER, ASSISTANT]
+    row = {"instruction": "q", "input": "i", "output": "a"}
+    assert filled({"system": "Be brief.", "history": [], **row}) == {
+        **row,
+        "messages": [system, {"role": "user", "content": "q\n\ni"}, ASSISTANT],
+    }
     assert filled({"system": "Other.", "messages": [system, USER, ASSISTANT]})["messages"] == [system, USER, ASSISTANT]
 
 
@@ -176,6 +181,14 @@ def test_choices_are_a_list_of_texts(choices: Any) -> None:
         ({"instruction": "q", "response": "a"}, "no text in output .*rename `response` to `output`"),
         ({"prompt": "q", "completion": ""}, r"no text in completion \(empty\)"),
         ({"prompt": "q", "completion": ["a"]}, "a list in completion where a text belongs"),
+        (
+            {"prompt": "q", "completion": "a", "label": False},
+            "not to be learnt .label: false, as in KTO.; leave such rows",
+        ),
+        (
+            {"instruction": "q", "output": "a", "history": [["q", "a"]]},
+            "earlier turns in history; write .* as `messages`",
+        ),
         ({"prompt": "q", "response": "a"}, "rename `prompt` to `instruction` and `response` to `output`"),
         (
             {"question": "q", "answer": "a"},
@@ -190,7 +203,7 @@ def test_choices_are_a_list_of_texts(choices: Any) -> None:
     ],
 )
 def test_a_missing_field_is_named_with_what_is_there(record: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ValueError, match=f"^has .*{expected}"):
+    with pytest.raises(ValueError, match=f"^(has|is) .*{expected}"):
         row_of(record)
 
 
