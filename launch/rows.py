@@ -50,6 +50,10 @@ class Rows:
         """The first `count` rows (all of them for None)."""
         return self if count is None or count >= len(self) else replace(self, rows=self.rows.select(range(count)))
 
+    def leaving(self, *unread: str) -> Rows:
+        """The same rows, with more that is not read beside them."""
+        return replace(self, unread=(*self.unread, *unread))
+
     def share(self, count: int | None, option: str) -> str:
         """Which of the rows are used if `option` limits them to `count`, for messages."""
         if count is None or count >= len(self):

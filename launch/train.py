@@ -150,6 +150,8 @@ def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
     if "train" not in splits:
         raise ValueError(f"--data {data.data}: has test rows only; give a source with training rows")
     if data.eval_data is not None:
+        if "test" in splits:
+            splits["train"] = splits["train"].leaving(f"{splits['test'].source} (--eval_data takes its place)")
         splits["test"] = load_test(data.eval_data, data.data_config, encoding=data.encoding)
     if distributed.rank() == 0:
         measured = None if options.evaluation.eval_task == "none" else splits.get("test")

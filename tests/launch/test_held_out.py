@@ -46,6 +46,15 @@ def test_eval_data_is_measured_whole_and_nothing_is_held_out(
     )
 
 
+def test_test_rows_that_eval_data_replaces_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.jsonl", 40)
+    replaced, test = write(tmp_path / "folder" / "test.jsonl", 5), write(tmp_path / "mine.jsonl", 7)
+    assert len(_load_data(options(tmp_path / "folder", test))["test"]) == 7
+    said = capsys.readouterr().out
+    assert said.endswith(f"on all 7 rows of {test}; not read: {replaced} (--eval_data takes its place)\n")
+
+
 def test_nothing_is_held_out_where_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(_load_data(options(write(tmp_path / "rows.jsonl", 40), eval_task="none"))) == ["train"]
     assert capsys.readouterr().out.endswith("; nothing is measured\n")

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from launch.rows import BUILTIN, load_measured, load_splits, load_test, summary
@@ -34,6 +35,25 @@ def test_a_file_of_each_kind_gives_its_rows(tmp_path: Path, ending: str) -> None
     read = [*splits["train"].rows, *splits["test"].rows]
     assert [{key: row[key] for key in ROW} for row in read] == rows
     assert len(splits["test"]) == 2  # a tenth is held out
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "A.JSONL.GZ", "a.json.zst", "a.JSONL"])
+def test_packed_files_and_upper_case_endings_are_read(tmp_path: Path, name: str) -> None:
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix.lower())
+    with pa.output_stream(str(tmp_path / name), compression=packing) as stream:
+        stream.write(b'{"instruction": "q", "output": 1.50}\n{"instruction": "r", "output": "a"}\n')
+    assert load_splits(str(tmp_path / name))["train"].rows["output"] == ["1.50", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("a.csv.gz", ","), ("a.TSV.zst", "\t"), ("a.tsv", "\t"), ("a.CSV", ";")]
+)
+def test_packed_tables_are_read(tmp_path: Path, name: str, delimiter: str) -> None:
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix.lower())
+    with pa.output_stream(str(tmp_path / name), compression=packing) as stream:
+        stream.write(f"instruction{delimiter}output\ncafé{delimiter}02134\n".encode("utf-16-le"))
+    rows = load_splits(str(tmp_path / name), encoding="utf-16-le")["train"].rows
+    assert (rows[0]["instruction"], rows[0]["output"]) == ("café", "02134")
 
 
 def test_builtin_rows() -> None:
