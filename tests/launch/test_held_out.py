@@ -1,4 +1,4 @@
-"""Which rows launch/train.py trains on and measures, and what it says about them."""
+"""Which rows launch/train.py trains on, which it and launch/evaluate.py measure, and what they say about them."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch import arguments
+from launch import arguments, evaluate
 from launch.train import _load_data
 
 
@@ -77,3 +77,16 @@ def test_test_rows_alone_cannot_be_trained_on(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", 5)
     with pytest.raises(ValueError, match="has test rows only; give a source with training rows"):
         _load_data(options(tmp_path))
+
+
+@pytest.mark.parametrize(("split", "count"), [("test", 30), ("train", 30), ("held_out", 3)])
+def test_evaluate_measures_the_whole_file_unless_told_otherwise(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, count: int
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(("instruction,output\n" + "café,a b\n" * 30).encode("latin-1"))
+    asked = evaluate.Arguments(
+        model=str(model_folder), data=str(path), encoding="latin-1", split=split, task="loss", dtype="fp32"
+    )
+    assert evaluate.run(asked)["rows"] == count
+    assert f"data: measuring on all {count} rows of {path}" in capsys.readouterr().out
