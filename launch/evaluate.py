@@ -33,7 +33,7 @@ from launch import distributed, dtype
 from launch.files import UTF8
 from launch.grading import detect_task, is_correct, options, reference_answer
 from launch.model import DEFAULT_MODEL, is_partitioned, load
-from launch.rows import Rows, load_measured
+from launch.rows import Rows, load_measured, not_read
 from launch.template import IGNORED_LABEL, Row, Template, conversation
 from launch.tokens import Collator, tokenize
 
@@ -320,7 +320,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         lambda: load_measured(arguments.data, arguments.split, arguments.data_config, encoding=arguments.encoding)
     )
     if distributed.rank() == 0:
-        print(f"data: measuring on {found.share(arguments.samples, '--samples')}", flush=True)
+        print(f"data: measuring on {found.share(arguments.samples, '--samples')}{not_read(found)}", flush=True)
     rows = found.take(arguments.samples)
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
     model.to(get_accelerator().current_device_name())

@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from launch import arithmetic, files, folders, formats, records
+from launch import arithmetic, files, folders, formats, records, template
 from launch.records import Record
 
 BUILTIN = "builtin:arithmetic"
@@ -108,7 +108,7 @@ def load_test(source: str, config: str | None = None, *, encoding: str = files.U
             f"{source} has training rows only ({splits['train'].source}); to measure on a file, name the file; test "
             f"files of a folder and splits of a dataset are called {', '.join(folders.TEST_NAMES)}"
         )
-    return splits.get("test") or splits["train"]
+    return splits["test" if "test" in splits else "train"]
 
 
 def load_measured(source: str, split: str, config: str | None = None, *, encoding: str = files.UTF8) -> Rows:
@@ -229,7 +229,7 @@ def _checked(source: str, numbered: Callable[[], Iterator[tuple[str, Record]]], 
         if found is None:
             raise ValueError(f"{source}: the file holds no rows")
 
-    program = [Path(str(module.__file__)).read_bytes() for module in (files, records, formats)]
+    program = [Path(str(module.__file__)).read_bytes() for module in (files, records, formats, template)]
     try:
         return datasets.Dataset.from_generator(
             rows,
@@ -288,8 +288,13 @@ def summary(train: Rows, train_count: int | None, test: Rows | None, test_count:
             )
         elif test.source == train.source:
             parts.append("these are the rows that are trained on")
-    unread = list(dict.fromkeys([*train.unread, *(test.unread if test is not None else ())]))
-    return "; ".join([*parts, *([f"not read: {_listed(unread)}"] if unread else [])])
+    return "; ".join(parts) + not_read(train, *([test] if test is not None else []))
+
+
+def not_read(*several: Rows) -> str:
+    """The end of a line for the user: what the sources hold that is not read; "" for nothing."""
+    unread = list(dict.fromkeys(name for rows in several for name in rows.unread))
+    return f"; not read: {_listed(unread)}" if unread else ""
 
 
 def _listed(names: list[str], limit: int = 10) -> str:

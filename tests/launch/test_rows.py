@@ -6,7 +6,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from launch.rows import BUILTIN, load_measured, load_splits, load_test, summary
+from launch.rows import BUILTIN, load_measured, load_splits, load_test, not_read, summary
 
 ROW = {"instruction": "What is 2 and 3?", "output": "2 + 3 = 5. The answer is 5.", "answer": "5"}
 
@@ -183,6 +183,7 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     splits = load_splits(str(tmp_path))
     assert splits["train"].unread == ("more/", "notes.md", "train_extra.jsonl", "val.jsonl")
+    assert not_read(splits["test"]) == "; not read: more/, notes.md, train_extra.jsonl, val.jsonl"
     line = summary(splits["train"], None, splits["test"], None)
     assert line.endswith("; not read: more/, notes.md, train_extra.jsonl, val.jsonl")
 
