@@ -15,6 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
 from launch import distributed, dtype
+from launch.files import UTF8
 from launch.model import DEFAULT_MODEL
 from launch.resume import resume_point, wants_to_resume
 from launch.rows import BUILTIN
@@ -71,14 +72,26 @@ class DataArguments:
     data: str = field(
         default=BUILTIN,
         metadata={
-            "help": "Training data: builtin:arithmetic, a json/jsonl/csv/parquet file, a folder with train and test "
-            "files, or a hub dataset. Rows have instruction/output/answer, or messages, or text."
+            "help": "Training data: builtin:arithmetic, a json/jsonl/csv/tsv/parquet file (text also as .gz or .zst), a "
+            "folder with train and test files or written by save_to_disk, or a hub dataset. Rows have "
+            "instruction/output/answer, prompt/completion, messages, conversations (ShareGPT), or text. Without test "
+            "rows, the last tenth (at most 200) is held out, unless --eval_data or --eval_task none is given."
         },
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset, e.g. main."})
     eval_data: str | None = field(
         default=None,
-        metadata={"help": "Evaluate on the test rows of this source instead (same forms as --data)."},
+        metadata={
+            "help": "Evaluate on this source instead (same forms as --data): all rows of a file, the test rows of a "
+            "folder or dataset."
+        },
+    )
+    encoding: str = field(
+        default=UTF8,
+        metadata={
+            "help": "How text files of --data and --eval_data are encoded, e.g. latin-1, cp1252, utf-16-le. A byte "
+            "order mark at a file's start decides without being asked."
+        },
     )
     max_length: int = field(
         default=512,

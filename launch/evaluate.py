@@ -30,9 +30,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, StoppingCriteria
 
 from launch import distributed, dtype
+from launch.files import UTF8
 from launch.grading import detect_task, is_correct, options, reference_answer
 from launch.model import DEFAULT_MODEL, is_partitioned, load
-from launch.rows import Rows, load_splits
+from launch.rows import Rows, load_measured, not_read
 from launch.template import IGNORED_LABEL, Row, Template, conversation
 from launch.tokens import Collator, tokenize
 
@@ -283,11 +284,17 @@ class Arguments:
     data: str = field(
         default="builtin:arithmetic",
         metadata={
-            "help": "builtin:arithmetic, a json/jsonl/csv/parquet file, a folder with a test file, or a hub name."
+            "help": "builtin:arithmetic, a json/jsonl/csv/tsv/parquet file, a folder with a test file, or a hub name."
         },
     )
+    encoding: str = field(default=UTF8, metadata={"help": "How a text file is encoded, e.g. latin-1 or utf-16-le."})
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset, e.g. main."})
-    split: str = field(default="test", metadata={"help": "Which rows: test or train."})
+    split: str = field(
+        default="test",
+        metadata={
+            "help": "Which rows: test (of a file: all), train, or held_out (those that train.py --data holds out)."
+        },
+    )
     task: str = field(default="auto", metadata={"help": "exact, choice, loss, or auto (what the rows allow)."})
     samples: int | None = field(default=None, metadata={"help": "Only the first so many rows; all if left out."})
     batch_size: int = field(default=16, metadata={"help": "Rows per batch and rank."})
@@ -309,10 +316,12 @@ def run(arguments: Arguments) -> dict[str, Any]:
         raise ValueError(f"unknown task {arguments.task!r}: choose one of {', '.join(TASKS)}, auto")
     precision = dtype.choose(arguments.dtype)
     precision.announce()
-    splits = distributed.on_every_rank(lambda: load_splits(arguments.data, arguments.data_config))
-    if arguments.split not in splits:
-        raise ValueError(f"{arguments.data} has no {arguments.split} rows, only {sorted(splits)}")
-    rows = splits[arguments.split].take(arguments.samples)
+    found = distributed.on_every_rank(
+        lambda: load_measured(arguments.data, arguments.split, arguments.data_config, encoding=arguments.encoding)
+    )
+    if distributed.rank() == 0:
+        print(f"data: measuring on {found.share(arguments.samples, '--samples')}{not_read(found)}", flush=True)
+    rows = found.take(arguments.samples)
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
     model.to(get_accelerator().current_device_name())
     template = Template.choose(tokenizer, arguments.template)
@@ -328,8 +337,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     else:
         examples = distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
         value = mean_loss(model, template, list(examples), batch_size=arguments.batch_size)
-    found = {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
-    return found | {"precision": precision.as_dict()}
+    result = {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
+    return result | {"precision": precision.as_dict()}
 
 
 def main() -> int:

@@ -1,38 +1,47 @@
 """Read the rows to train and to evaluate on.
 
-A source is the built-in task ("builtin:arithmetic"), a json, jsonl, csv or parquet file, a folder with train and test
-files, or a dataset on the Hugging Face hub. A row has one of three forms:
+A source is the built-in task ("builtin:arithmetic"), a file, a folder with train and test files, a folder written by
+`save_to_disk`, or a dataset on the Hugging Face hub. `launch.files` says which files can be read, `launch.formats` which
+records. A row has one of three forms:
 
 - `instruction` (optionally `input`), `output`, and for evaluation by exact match or choice `answer` (and `choices`);
 - `messages`: a list of {"role": ..., "content": ...}, the last one from the assistant;
 - `text`: plain text, trained on as a whole.
+
+Rows are counted from 0 in messages, lines from 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.fingerprint import Hasher
 
-from launch import arithmetic
-from launch.template import Row
+from launch import arithmetic, files, folders, formats, records, template
+from launch.records import Record
 
 BUILTIN = "builtin:arithmetic"
 BUILTIN_ROWS = {"train": 2000, "test": 400}
-_LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_TEST_NAMES = ("test", "validation", "valid", "dev", "eval")
 _HELD_OUT = 200
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split and where they came from, for error messages."""
+    """The rows of one split and where they came from, for error messages.
+
+    Attributes:
+        held_out: the rows were split off the training data for want of test rows.
+        unread: names of files or splits of the source that nobody asked for.
+    """
 
     source: str
     rows: datasets.Dataset
+    held_out: bool = False
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,67 +50,129 @@ class Rows:
         """The first `count` rows (all of them for None)."""
         return self if count is None or count >= len(self) else replace(self, rows=self.rows.select(range(count)))
 
+    def leaving(self, *unread: str) -> Rows:
+        """The same rows, with more that is not read beside them."""
+        return replace(self, unread=(*self.unread, *unread))
 
-def load_splits(source: str, config: str | None = None, seed: int = 0) -> dict[str, Rows]:
+    def share(self, count: int | None, option: str) -> str:
+        """Which of the rows are used if `option` limits them to `count`, for messages."""
+        if count is None or count >= len(self):
+            return f"all {len(self)} rows of {self.source}"
+        return f"the first {count} of {len(self)} rows of {self.source} ({option})"
+
+
+def load_splits(
+    source: str, config: str | None = None, seed: int = 0, *, encoding: str = files.UTF8, hold_out: bool = True
+) -> dict[str, Rows]:
     """The "train" and "test" rows of a source, checked row by row.
 
-    A single file is split: the last tenth of it (at most 200 rows) becomes "test". A folder may hold only one of them.
+    Where a source has training rows only, as a single file has, `hold_out` splits off the last tenth of them (at most
+    200 rows) as "test". A folder may have test rows only.
+
+    Args:
+        config: the configuration of a hub dataset.
+        encoding: of text files that do not begin with a byte order mark.
 
     Raises:
         ValueError: no such source, unreadable, empty, or a row without the needed fields (file, row and fields named).
     """
     if source == BUILTIN:
-        splits = {
+        return {
             split: Rows(f"{BUILTIN}/{split}", datasets.Dataset.from_list(arithmetic.generate(split, count, seed)))
             for split, count in BUILTIN_ROWS.items()
         }
-    elif source.startswith("builtin:"):
+    if source.startswith("builtin:"):
         raise ValueError(f"unknown built-in data {source!r}: the only one is {BUILTIN!r}")
+    files.check_encoding(encoding)
+    path = Path(source).expanduser()
+    if path.is_file():
+        splits = {"train": _read_files(str(path), (path,), encoding)}
+    elif path.is_dir():
+        splits = _read_folder(path, encoding)
+    elif files.format_of(path) is not None or source.startswith(("/", ".", "~")):
+        raise ValueError(f"no such data file or folder: {source}")
     else:
-        path = Path(source).expanduser()
-        if path.is_file():
-            splits = _hold_out(_read_file(path))
-        elif path.is_dir():
-            splits = _read_folder(path)
-        elif path.suffix in _LOADERS or source.startswith(("/", ".", "~")):
-            raise ValueError(f"no such data file or folder: {source}")
-        else:
-            splits = _read_hub(source, config)
-    for split in splits.values():
-        check_rows(split)
-    return splits
+        splits = _read_hub(source, config)
+    return _hold_out(splits["train"]) if hold_out and "test" not in splits else splits
 
 
-def _read_file(path: Path) -> Rows:
-    loader = _LOADERS.get(path.suffix)
-    if loader is None:
+def load_test(source: str, config: str | None = None, *, encoding: str = files.UTF8) -> Rows:
+    """The rows of a source that is given as test data: all rows of a file, else the source's own test rows.
+
+    Raises:
+        ValueError: see `load_splits`; or a folder or dataset without test rows.
+    """
+    splits = load_splits(source, config, encoding=encoding, hold_out=False)
+    if "test" not in splits and not _is_one_table(source):
         raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without an ending'}; use one of {sorted(_LOADERS)}"
+            f"{source} has training rows only ({splits['train'].source}); to measure on a file, name the file; test "
+            f"files of a folder and splits of a dataset are called {', '.join(folders.TEST_NAMES)}"
         )
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
+    return splits["test" if "test" in splits else "train"]
+
+
+def load_measured(source: str, split: str, config: str | None = None, *, encoding: str = files.UTF8) -> Rows:
+    """The rows to measure on: "test" (see `load_test`), "train", or "held_out" (what `load_splits` splits off).
+
+    Raises:
+        ValueError: see `load_splits`; or the source has no such rows.
+    """
+    if split == "test":
+        return load_test(source, config, encoding=encoding)
+    if split not in ("train", "held_out"):
+        raise ValueError(f"--split {split!r}: choose test, train or held_out")
+    splits = load_splits(source, config, encoding=encoding, hold_out=split == "held_out")
+    found = splits.get("train" if split == "train" else "test")
+    if found is None or (split == "held_out" and not found.held_out):
+        there = ", ".join(f"{name} ({len(rows)} rows)" for name, rows in sorted(splits.items()))
+        raise ValueError(f"{source} has no {split} rows, only {there}; choose another --split")
+    return found
+
+
+def _is_one_table(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.is_file() or (path / "state.json").is_file()
+
+
+# ---- sources --------------------------------------------------------------------------------------------------------
+
+
+def _read_files(source: str, paths: tuple[Path, ...], encoding: str) -> Rows:
+    """The rows of one file, or of files that are the parts of one."""
+
+    def numbered() -> Iterator[tuple[str, Record]]:
+        for path in paths:
+            for index, record in enumerate(records.read(path, encoding, formats.USED)):
+                line = "" if record.line is None else f" (line {record.line})"
+                yield f"{path}: row {index}{line}", record
+
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return Rows(source, _checked(source, numbered, [encoding, *stats]))
+
+
+def _read_folder(folder: Path, encoding: str) -> dict[str, Rows]:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _read_saved(folder)
+    found = folders.find(folder)
+    return {
+        split: replace(_read_files(_name_of(paths), paths, encoding), unread=found.unread)
+        for split, paths in found.splits.items()
+    }
+
+
+def _name_of(paths: tuple[Path, ...]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
+
+
+def _read_saved(folder: Path) -> dict[str, Rows]:
+    """What `save_to_disk` of a Dataset or a DatasetDict has written."""
     try:
-        rows = datasets.load_dataset(loader, data_files=str(path), split="train")
-    except Exception as error:  # datasets raises many types for a malformed file; all mean the same to the user
-        cause = error.__cause__ or error
-        raise ValueError(f"{path}: not readable as {loader}: {str(cause).splitlines()[0]}") from error
-    return Rows(str(path), rows)
-
-
-def _read_folder(folder: Path) -> dict[str, Rows]:
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _LOADERS}
-    splits = {}
-    if "train" in files:
-        splits["train"] = _read_file(files["train"])
-    test = next((files[name] for name in _TEST_NAMES if name in files), None)
-    if test is not None:
-        splits["test"] = _read_file(test)
-    if not splits:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:  # a damaged folder raises many types; all mean the same to the user
         raise ValueError(
-            f"{folder}: no train or test file; expected train.jsonl and test.jsonl (or .json, .csv, .parquet), "
-            f"found {sorted(path.name for path in folder.iterdir())[:10]}"
-        )
-    return splits if "test" in splits else _hold_out(splits["train"])
+            f"{folder}: not readable as a folder of save_to_disk: {_first_line(error)}; save the dataset again"
+        ) from error
+    return _of_splits(str(folder), {"train": found} if isinstance(found, datasets.Dataset) else found)
 
 
 def _read_hub(name: str, config: str | None) -> dict[str, Rows]:
@@ -110,61 +181,121 @@ def _read_hub(name: str, config: str | None) -> dict[str, Rows]:
     except Exception as error:  # network, permission, name and script errors alike
         raise ValueError(
             f"data {name!r}: no such file or folder, and the hub did not give a dataset of that name: "
-            f"{str(error).splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from error
-    if "train" not in found:
-        raise ValueError(f"data {name!r}: the hub dataset has no train split, only {sorted(found)}")
-    train = Rows(f"{name}/train", found["train"])
-    test = next((Rows(f"{name}/{split}", found[split]) for split in _TEST_NAMES if split in found), None)
-    return {"train": train, "test": test} if test is not None else _hold_out(train)
+    return _of_splits(name, found)
+
+
+def _of_splits(name: str, found: Mapping[str, datasets.Dataset]) -> dict[str, Rows]:
+    test = next((split for split in folders.TEST_NAMES if split in found), None)
+    names = {"train": "train"} if "train" in found else {}
+    names |= {"test": test} if test is not None else {}
+    if not names:
+        raise ValueError(f"{name}: no split named train or {', '.join(folders.TEST_NAMES)}, only {sorted(found)}")
+    unread = tuple(f"split {split}" for split in sorted(found) if split not in names.values())
+    return {
+        split: replace(_read_dataset(f"{name}/{theirs}", found[theirs]), unread=unread)
+        for split, theirs in names.items()
+    }
+
+
+def _read_dataset(source: str, dataset: datasets.Dataset) -> Rows:
+    names = dataset.column_names
+    known = [name for name in names if name in formats.USED]
+
+    def numbered() -> Iterator[tuple[str, Record]]:
+        for index, values in enumerate(dataset.select_columns(known) if known else [{}]):
+            yield f"{source}: row {index}", records.of_table(values, names)
+
+    return Rows(source, _checked(source, numbered, [dataset._fingerprint]))
+
+
+def _checked(source: str, numbered: Callable[[], Iterator[tuple[str, Record]]], key: list[Any]) -> datasets.Dataset:
+    """The rows as a table on disk, which `datasets` keeps under a name made from `key` and from the program that reads it.
+
+    Raises:
+        ValueError: no rows, or one that cannot be trained on.
+    """
+
+    def rows() -> Iterator[dict[str, Any]]:
+        found = None
+        for where, record in numbered():
+            try:
+                found = formats.row_of(record.values)
+            except ValueError as error:
+                note = record.note if isinstance(error, formats.UnknownFields) else ""
+                raise ValueError(f"{where} {error}{note}") from error
+            yield found
+        if found is None:
+            raise ValueError(f"{source}: the file holds no rows")
+
+    program = [Path(str(module.__file__)).read_bytes() for module in (files, records, formats, template)]
+    try:
+        return datasets.Dataset.from_generator(
+            rows,
+            features=formats.FEATURES,
+            fingerprint=Hasher.hash([*program, *key]),
+            split=datasets.NamedSplit("rows"),
+        )
+    except Exception as error:  # datasets wraps what its generator raises
+        raise ValueError(_message(source, error)) from error
+
+
+def _message(source: str, error: BaseException) -> str:
+    """What a user can act on: the error behind those that were made of it."""
+    while error.__cause__ is not None and not isinstance(error, ValueError | OSError):
+        error = error.__cause__
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    return f"{source}: not readable: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+# ---- held-out rows --------------------------------------------------------------------------------------------------
 
 
 def _hold_out(rows: Rows) -> dict[str, Rows]:
-    """Split off the end of the only file there is, so that evaluation never sees a training row."""
+    """Split off the end of the only rows there are, so that evaluation never sees a training row."""
     held_out = min(_HELD_OUT, len(rows) // 10)
     if held_out == 0:
         return {"train": rows}
     border = len(rows) - held_out
+    test = rows.rows.select(range(border, len(rows)))
     return {
         "train": replace(rows, rows=rows.rows.select(range(border))),
-        "test": Rows(f"{rows.source} (rows from {border})", rows.rows.select(range(border, len(rows)))),
+        "test": replace(rows, source=f"{rows.source} (rows from {border})", rows=test, held_out=True),
     }
 
 
-def check_rows(rows: Rows) -> None:
-    """Refuse an empty dataset and a row that cannot be trained on.
+def summary(train: Rows, train_count: int | None, test: Rows | None, test_count: int | None) -> str:
+    """One line for the user: what is trained on, what is measured, what is held out, and what is not read.
 
-    Raises:
-        ValueError: naming the source, the row's index and the fields found.
+    Args:
+        train_count: how many rows of `train` are used; None for all. `test_count` alike.
     """
-    if len(rows) == 0:
-        raise ValueError(f"{rows.source}: the dataset is empty")
-    for index, row in enumerate(rows.rows):
-        problem = _row_problem(row)
-        if problem is not None:
-            found = sorted(key for key, value in row.items() if value is not None)
-            raise ValueError(
-                f"{rows.source}: row {index} {problem}; a row needs `instruction` and `output`, or `messages`, or "
-                f"`text` (fields found: {', '.join(found) or 'none'})"
+    parts = [f"training on {train.share(train_count, '--train_samples')}"]
+    if test is None:
+        parts.append("nothing is measured")
+    else:
+        parts.append(f"measuring on {test.share(test_count, '--eval_samples')}")
+        if test.held_out:
+            parts.append(
+                f"these {len(test)} of {len(train) + len(test)} rows are held out of training; name test rows with "
+                "--eval_data to train on all"
             )
+        elif test.source == train.source:
+            parts.append("these are the rows that are trained on")
+    return "; ".join(parts) + not_read(train, *([test] if test is not None else []))
 
 
-def _row_problem(row: Row) -> str | None:
-    """Why the row cannot be used, or None."""
-    if row.get("messages") is not None:
-        return _messages_problem(row["messages"])
-    for needed in (("instruction", "output"), ("text",)):
-        if any(row.get(field) is not None for field in needed):
-            missing = [field for field in needed if not isinstance(row.get(field), str) or not row[field].strip()]
-            return f"has no text in {', '.join(missing)}" if missing else None
-    return "has none of the needed fields"
+def not_read(*several: Rows) -> str:
+    """The end of a line for the user: what the sources hold that is not read; "" for nothing."""
+    unread = list(dict.fromkeys(name for rows in several for name in rows.unread))
+    return f"; not read: {_listed(unread)}" if unread else ""
 
 
-def _messages_problem(messages: Any) -> str | None:
-    if not isinstance(messages, Sequence) or not messages:
-        return "has no list in messages"
-    if not all(
-        isinstance(message, Mapping) and message.get("role") and message.get("content") for message in messages
-    ):
-        return "has a message without role or content"
-    return None if messages[-1]["role"] == "assistant" else "does not end with a message from the assistant"
+def _listed(names: list[str], limit: int = 10) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -50,7 +50,7 @@ from launch.evaluate import choice_accuracy, exact_match, mean_loss
 from launch.grading import detect_task
 from launch.model import load_model, load_tokenizer
 from launch.resume import wants_to_resume
-from launch.rows import Rows, load_splits
+from launch.rows import Rows, load_splits, load_test, summary
 from launch.template import Template
 from launch.tokens import Collator, tokenize
 
@@ -147,12 +147,18 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
 
 
 def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
-    splits = load_splits(options.data.data, options.data.data_config)
+    data, hold_out = options.data, options.data.eval_data is None and options.evaluation.eval_task != "none"
+    splits = load_splits(data.data, data.data_config, encoding=data.encoding, hold_out=hold_out)
     if "train" not in splits:
-        raise ValueError(f"--data {options.data.data}: has test rows only; give a source with training rows")
-    if options.data.eval_data is not None:
-        found = load_splits(options.data.eval_data, options.data.data_config)
-        splits["test"] = found.get("test", next(iter(found.values())))
+        raise ValueError(f"--data {data.data}: has test rows only; give a source with training rows")
+    if data.eval_data is not None:
+        if "test" in splits:
+            splits["train"] = splits["train"].leaving(f"{splits['test'].source} (--eval_data takes its place)")
+        splits["test"] = load_test(data.eval_data, data.data_config, encoding=data.encoding)
+    if distributed.rank() == 0:
+        measured = None if options.evaluation.eval_task == "none" else splits.get("test")
+        line = summary(splits["train"], data.train_samples, measured, options.evaluation.eval_samples)
+        print(f"data: {line}", flush=True)
     return splits
 
 

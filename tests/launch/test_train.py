@@ -131,6 +131,7 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "missing-model": (["--model", "no/such/folder"], "no/such/folder"),
     "row-without-field": (["--data", "{folder}/rows.jsonl"], "row 1"),
+    "other-encoding": (["--data", "{folder}/latin.csv"], "latin.csv: not text in utf-8 (line 2, byte 0xe9"),
     "torn-checkpoint": (["--resume_from_checkpoint", "{folder}/checkpoint-3"], "trainer_state.json is missing"),
     "no-wandb-login": (["--report_to", "wandb"], "wandb login"),
     "no-such-config": (["--deepspeed", "no/such.json"], "no/such.json: no such file"),
@@ -142,6 +143,7 @@ def mistake(case: str, model_folder: Path, folder: Path) -> tuple[list[str], dic
     """Arguments and environment of a start that must fail; what they name is made in ``folder``."""
     rows = [{"instruction": "1 + 1?", "output": "The answer is 2."}, {"instruction": "2 + 2?"}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "latin.csv").write_bytes("instruction,output\ncafé,a\n".encode("latin-1"))
     (folder / "checkpoint-3").mkdir()
     (folder / "plain.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     options = [option.format(folder=folder) for option in BAD[case][0]]
