@@ -9,7 +9,7 @@
 | `prompt` and `completion`, lists of messages | `messages` |
 | `text` | the same |
 
-`answer` and `choices` are kept. A number, true or false in the place of a text becomes its text; a list or an object there
+`answer`, `choices`, and the `tools` that a conversation offers are kept. A number, true or false in the place of a text becomes its text; a list or an object there
 is refused, since nobody but the user knows how the model should read it.
 """
 
@@ -34,6 +34,7 @@ FEATURES = datasets.Features(
         "choices": datasets.List(datasets.Value("string")),
         # Messages of one file differ in their keys, and the arguments of tool calls in everything.
         "messages": datasets.List(datasets.Json()),
+        "tools": datasets.Value("string"),  # a JSON list
     }
 )
 USED = (*FEATURES, "conversations", "system", "history", "prompt", "completion", "label")
@@ -68,6 +69,8 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(FEATURES)
     row |= _main_part(record)
     row["answer"], row["choices"] = _text(record, "answer") or None, _choices(record.get("choices"))
+    if row["messages"] is not None:
+        row["tools"] = _tools(record.get("tools"))
     return row
 
 
@@ -178,6 +181,17 @@ def _choices(value: Any) -> list[str] | None:
     if not isinstance(value, list) or any(choice is None for choice in value):
         raise ValueError(f'has {name_of_type(value)} in choices where a list of texts belongs: ["a", "b"]')
     return [str(as_text(choice, "choices")) for choice in value]
+
+
+def _tools(value: Any) -> str | None:
+    """The tools that a conversation offers, as JSON text; None for none."""
+    if isinstance(value, str) and value:
+        value = _parsed(value, "tools")
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise ValueError(f"has {name_of_type(value)} in tools where a list of JSON schemas belongs")
+    return json.dumps(plain(value, "tools"), ensure_ascii=False)
 
 
 def _parsed(text: str, field: str) -> Any:

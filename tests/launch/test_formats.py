@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from launch.formats import FEATURES, row_of
+from launch.messages import offered_tools
 from launch.records import parse_json
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -231,3 +232,24 @@ def test_a_missing_field_is_named_with_what_is_there(record: dict[str, Any], exp
 def test_messages_that_cannot_be_used_are_named(messages: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^has .*{expected}|^{expected}"):
         row_of({"messages": messages})
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "maximum": 3}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_the_tools_that_a_conversation_offers_are_kept(tools: Any) -> None:
+    row = row_of({"messages": [USER, ASSISTANT], "tools": tools})
+    assert json.loads(row["tools"]) == [TOOL]
+    assert offered_tools(row) == (TOOL,)
+
+
+@pytest.mark.parametrize("tools", [None, "", []])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert row_of({"messages": [USER, ASSISTANT], "tools": tools})["tools"] is None
+
+
+@pytest.mark.parametrize(("tools", "said"), [("{", "not JSON"), ({"f": 1}, "an object"), ([1], "a list")])
+def test_tools_that_are_no_list_of_schemas_are_refused(tools: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said + ".*in tools|in tools.*" + said):
+        row_of({"messages": [USER, ASSISTANT], "tools": tools})
