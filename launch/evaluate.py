@@ -3,7 +3,7 @@
     python launch/evaluate.py --model runs/grass --data builtin:arithmetic --task exact
     deepspeed launch/evaluate.py --model runs/grass --data path/to/folder --task choice
 
-- exact: generate greedily and compare the number after "The answer is" (or the last number) with the row's `answer`;
+- exact: generate greedily and compare what follows "The answer is" (or the last number) with the row's `answer`, see launch/grading.py;
 - choice: the option whose text the model finds most likely, over the row's `choices` or its "Answer format: a/b/c";
 - loss: mean cross-entropy per answer token, in nats.
 """
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, StoppingCriteria
 
 from launch import distributed, dtype
-from launch.grading import detect_task, is_correct, options, reference_answer
+from launch.grading import check_task, detect_task, is_correct, options, reference_answer, right_option
 from launch.model import DEFAULT_MODEL, is_partitioned, load
 from launch.rows import Rows, load_splits
 from launch.template import IGNORED_LABEL, Row, Template, conversation
@@ -39,6 +39,21 @@ from launch.tokens import Collator, tokenize
 TASKS = ("exact", "choice", "loss")
 
 T = TypeVar("T")
+
+
+def choose_task(wanted: str, rows: Rows) -> str:
+    """The task to measure; "auto" is what all rows allow, and rank 0 says why that is no more than the loss.
+
+    Raises:
+        ValueError: a row that the wanted task cannot be measured on.
+    """
+    if wanted != "auto":
+        check_task(wanted, rows)
+        return wanted
+    task, why = detect_task(rows)
+    if why and distributed.rank() == 0:
+        print(f"measuring the loss only: {why}", flush=True)
+    return task
 
 
 def longest_answer(template: Template, rows: Rows) -> int:
@@ -69,9 +84,8 @@ def exact_match(
     Raises:
         ValueError: a row without an answer to compare with.
     """
+    check_task("exact", rows)
     references = [reference_answer(row) for row in rows.rows]
-    if None in references:
-        raise ValueError(f"{rows.source}: row {references.index(None)} has no `answer` to compare with")
     prompts = [template.prompt_ids(row) for row in rows.rows]
     mine = _my_share(range(len(rows)), lambda index: len(prompts[index]))
     limit = longest_answer(template, rows) if max_new_tokens is None else max_new_tokens
@@ -136,7 +150,8 @@ def choice_accuracy(
     Raises:
         ValueError: a row without options, or whose answer is not among them.
     """
-    candidates = [_candidate_texts(row, f"{rows.source}: row {index}") for index, row in enumerate(rows.rows)]
+    check_task("choice", rows)
+    candidates = [_candidate_texts(row) for row in rows.rows]
     mine = _my_share(range(len(rows)), lambda index: len(str(rows.rows[index])))
     pairs = [(index, option) for index in mine for option in range(len(candidates[index][0]))]
     scores: dict[tuple[int, int], float] = {}
@@ -159,14 +174,13 @@ def choice_accuracy(
     return distributed.sum_over_ranks([correct])[0] / len(rows)
 
 
-def _candidate_texts(row: Row, where: str) -> tuple[list[str], int]:
+def _candidate_texts(row: Row) -> tuple[list[str], int]:
     """The answer text of every option, and which one is right. The wording is that of the row's own answer."""
-    names, answer = options(row), reference_answer(row)
-    if len(names) < 2 or answer not in names:
-        raise ValueError(f"{where} has no options with its answer {answer!r} among them: {names}")
+    names, right = options(row), right_option(row)
+    assert right is not None, "see check_task"
     output = str(row.get("output") or "").rstrip(". ")
-    opening = output[: -len(answer)] if output.endswith(answer) else ""
-    return [opening + name for name in names], names.index(answer)
+    opening = output[: -len(names[right])] if output.endswith(names[right]) else ""
+    return [opening + name for name in names], right
 
 
 @torch.no_grad()
@@ -313,10 +327,10 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if arguments.split not in splits:
         raise ValueError(f"{arguments.data} has no {arguments.split} rows, only {sorted(splits)}")
     rows = splits[arguments.split].take(arguments.samples)
+    task = choose_task(arguments.task, rows)
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
     model.to(get_accelerator().current_device_name())
     template = Template.choose(tokenizer, arguments.template)
-    task = arguments.task if arguments.task != "auto" else detect_task(rows) or "loss"
     if task == "exact":
         value = exact_match(
             model, template, rows, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens

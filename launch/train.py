@@ -46,8 +46,7 @@ from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
-from launch.evaluate import choice_accuracy, exact_match, mean_loss
-from launch.grading import detect_task
+from launch.evaluate import choice_accuracy, choose_task, exact_match, mean_loss
 from launch.model import load_model, load_tokenizer
 from launch.resume import wants_to_resume
 from launch.rows import Rows, load_splits
@@ -163,12 +162,16 @@ def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
 
 
 def _measure(wanted: str, test: Rows | None) -> str:
-    """The task to measure: "exact", "choice", "loss" or "none"."""
+    """The task to measure: "exact", "choice", "loss" or "none".
+
+    Raises:
+        ValueError: no test rows, or one that the wanted task cannot be measured on.
+    """
     if test is None:
         if wanted not in ("auto", "none"):
             raise ValueError(f"--eval_task {wanted}: the data has no test rows; name some with --eval_data")
         return "none"
-    return (detect_task(test) or "loss") if wanted == "auto" else wanted
+    return choose_task(wanted, test)
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
