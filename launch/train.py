@@ -47,7 +47,7 @@ from launch import arguments as command_line
 from launch import distributed, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
 from launch.evaluate import choice_accuracy, choose_task, exact_match, mean_loss
-from launch.model import load_model, load_tokenizer
+from launch.model import check_tokens, largest_token, load_model, load_tokenizer, rehearse_saving
 from launch.resume import wants_to_resume
 from launch.rows import Rows, load_splits
 from launch.template import Template
@@ -126,9 +126,12 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
     """The model, and how many of a number of steps only measure it.
 
     Raises:
-        ValueError: whatever is wrong with the model.
+        ValueError: whatever is wrong with the model, and with the folder that it will be saved in.
     """
     model = load_model(options.model.model, options.precision.name, task.tokenizer)
+    check_tokens(model, options.model.model, task.tokenizer, _largest_token(task))
+    if distributed.rank() == 0:
+        rehearse_saving(model, task.tokenizer, Path(str(options.training.output_dir)))
     config = parse_grass_block(options.ds_config)
     if config is None:
         return model, lambda steps: 0
@@ -159,6 +162,14 @@ def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
     return layers
+
+
+def _largest_token(task: Task) -> int:
+    """The largest token that the model will read."""
+    tokens = [largest_token(rows) for rows in (task.train, task.test_tokens) if rows is not None]
+    if task.test is not None and task.measure in ("exact", "choice"):
+        tokens += [max(task.template.prompt_ids(row)) for row in task.test.rows]
+    return max(*tokens, task.tokenizer.pad_token_id)
 
 
 def _measure(wanted: str, test: Rows | None) -> str:
@@ -200,7 +211,9 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     task = distributed.on_every_rank(lambda: prepare(options))
     model, probe_steps_within = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
     folder = Path(str(options.training.output_dir))
-    stopwatch = Stopwatch(lambda: measure(task, model, options), folder / "before.json")
+    stopwatch = Stopwatch(
+        lambda: measure(task, model, options), folder / "before.json", save=lambda: trainer.save_model()
+    )
 
     grass_ds.enable()
     callback = grass_ds.GrassCallback()
@@ -220,32 +233,52 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         trainer.add_callback(tracking.WandbRun(resuming))
     if resuming:
         trainer.add_callback(LastCheckpoint)
+    try:
+        return _train_and_report(options, task, trainer, stopwatch, callback, preemption)
+    except Exception as error:
+        if stopwatch.saved and distributed.first_to_fail(otherwise=not distributed.is_communication_error(error)):
+            print(
+                f"\ntraining is complete, and the trained model is in {folder.resolve()}; what failed came after it",
+                file=sys.stderr,
+            )
+        raise
+
+
+def _train_and_report(
+    options: command_line.Arguments,
+    task: Task,
+    trainer: GrassTrainer,
+    stopwatch: Stopwatch,
+    callback: grass_ds.GrassCallback,
+    preemption: grass_ds.Preemption,
+) -> int:
+    """What `run` does once the Trainer stands; the model is saved by the stopwatch, in the last step."""
     trainer.train(resume_from_checkpoint=options.checkpoint)
     if preemption.reason:
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
-    peak = report.peak_memory()
-    trained = time.time()
-    trainer.save_model()
-    if resuming and preemption.agreed():
+    if not stopwatch.saved or options.training.load_best_model_at_end:
+        # Resumed from the last step, there was no step to save in; and the best model is another than that of the last step.
+        stopwatch.save()
+    if wants_to_resume(options.training.resume_from_checkpoint) and preemption.agreed():
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
     saved = time.time()
-    after = measure(task, model, options)
+    after = measure(task, trainer.model, options)
     seconds = {
         "before": stopwatch.before_seconds,
         "training": stopwatch.seconds,
-        "saving": saved - trained,
+        "saving": stopwatch.saving_seconds,
         "after": time.time() - saved,
     }
     total = time.time() - psutil.Process().create_time()
 
     numbers = _report(options, task, trainer, stopwatch, callback)
     numbers["seconds"] = {"total": total, "start": total - sum(seconds.values()), **seconds}
-    numbers |= {"before": stopwatch.before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
+    numbers |= {"before": stopwatch.before, "after": after, "peak_memory": report.peak_memory(stopwatch.peak_memory)}
     if trainer.is_world_process_zero():
-        report.save(numbers, folder)
         print(report.render(numbers), flush=True)
+        report.save(numbers, Path(str(options.training.output_dir)))
     return 0
 
 
