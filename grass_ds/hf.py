@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.keeper import CheckpointKeeper
-from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
+from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics, grass_summary
 from grass_ds.plots import save_plots
 from grass_ds.preemption import Preemption, shielded
 
@@ -38,9 +39,11 @@ class GrassCallback(TrainerCallback):
 
     - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
       is not a `GrassEngine`: the block would be ignored and every layer trained.
-    - Every training log gets the values of `grass_metrics` and `tokens_per_second`. The callback moves itself to the
+    - Every training log gets the few values of `grass_summary` and `tokens_per_second`. The callback moves itself to the
       front of the Trainer's callbacks, so that wandb, TensorBoard and the console all see them (the HF integrations
       prefix them with `train/`).
+    - wandb and TensorBoard get all values of `grass_metrics` besides, three or four per layer, under the same prefix. A
+      failure there is said once, and training goes on.
     - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
       rows after it; a file that cannot be continued is set aside as `grass_history.jsonl.old`.
     - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete
@@ -71,6 +74,7 @@ class GrassCallback(TrainerCallback):
     def __init__(self) -> None:
         self.history: History | None = None
         self.plot_paths: list[Path] = []
+        self._details_failed = False
         self._handle: Any = None
         self._keeper: CheckpointKeeper | None = None
         self._row: HistoryRow | None = None
@@ -149,7 +153,10 @@ class GrassCallback(TrainerCallback):
         if rate is not None:
             logs["tokens_per_second"] = rate
         if self._handle is not None:
-            logs.update(grass_metrics(self._handle))
+            logs.update(grass_summary(self._handle))
+            if state.is_world_process_zero:
+                details = {key: value for key, value in grass_metrics(self._handle).items() if key not in logs}
+                self._log_details(details, args, state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,6 +206,23 @@ class GrassCallback(TrainerCallback):
         if self._token_counter is not None:
             self._token_counter.remove()
             self._token_counter = None
+
+    def _log_details(
+        self, details: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Send what does not belong into a log line to the dashboards that the Trainer reports to."""
+        handler = None if self._details_failed else _calling_handler()
+        for callback in handler.callbacks if handler is not None else ():
+            try:
+                if isinstance(callback, TensorBoardCallback):
+                    callback.on_log(args, state, control, logs=details)
+                elif isinstance(callback, WandbCallback):
+                    _add_to_wandb_row(details)
+            except Exception as error:
+                self._details_failed = True
+                logger.warning(
+                    f"could not report the values of each layer ({error!r}); they are in {HISTORY_FILE} alone"
+                )
 
     def _resume_clock(self) -> None:
         if self._throughput is not None:
@@ -338,6 +362,13 @@ def _open_history(handle: Any, config: GrassConfig, path: Path, step: int) -> Hi
             logger.warning(f"{error}; it is kept as {aside.name} and a new one is started")
             os.replace(path, aside)
     return History.create(path, layers=layers, sampler=config.sampler, num_active_layers=gamma)
+
+
+def _add_to_wandb_row(values: dict[str, float]) -> None:
+    """Put values into the row that the Trainer's wandb callback is about to log: one row per step holds everything."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.run.log(rewrite_logs(values), commit=False)
 
 
 def _log_to_wandb(paths: list[Path]) -> None:

@@ -13,7 +13,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from grass_ds.runtime.checkpoint.folder import replace_file
 from launch import report
 
-_ACTIVE = "grass/active/"
+_ACTIVE = "grass/active_layers"
 _SHOWN = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second")
 
 
@@ -92,12 +92,10 @@ class LastCheckpoint(TrainerCallback):
 
 
 def shown(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The few values that a reader of the terminal follows; GRASS's hundred per step, which go to --report_to, as the active layers."""
+    """The few values that a reader of the terminal follows."""
     picked = {key: logs[key] for key in logs if key in _SHOWN}
-    layers = [key for key in logs if key.startswith(_ACTIVE)]
-    active = [key.rsplit("/", 1)[-1] for key in layers if logs[key]]
-    if active:
-        picked["active_layers"] = " ".join(active) if len(active) < len(layers) else "all"
+    if _ACTIVE in logs:
+        picked["active_layers"] = logs[_ACTIVE]
     return picked
 
 
