@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +25,12 @@ if __package__ in (None, ""):
 import launch.interrupt  # noqa: F401, I001  # before what takes seconds to import
 import torch
 from deepspeed.accelerator import get_accelerator
-from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, StoppingCriteria
 
 from launch import distributed, dtype
 from launch.grading import check_task, detect_task, is_correct, options, reference_answer, right_option
-from launch.model import DEFAULT_MODEL, is_partitioned, load
+from launch.model import DEFAULT_MODEL, check_tokens, is_partitioned, largest_token, largest_token_read, load
+from launch.progress import Progress
 from launch.rows import Rows, load_splits
 from launch.template import IGNORED_LABEL, Row, Template, conversation
 from launch.tokens import Collator, tokenize
@@ -90,7 +89,7 @@ def exact_match(
     mine = _my_share(range(len(rows)), lambda index: len(prompts[index]))
     limit = longest_answer(template, rows) if max_new_tokens is None else max_new_tokens
     correct = 0
-    with _evaluation_mode(model), _Progress("exact match", len(mine)) as progress:
+    with _evaluation_mode(model), Progress("exact match", len(mine)) as progress:
         for batch, counts in _batches(model, mine, batch_size):
             texts = _generate(model, template, [prompts[index] for index in batch], limit, progress)
             if counts:
@@ -99,7 +98,7 @@ def exact_match(
 
 
 def _generate(
-    model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int, progress: _Progress
+    model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int, progress: Progress
 ) -> list[str]:
     """The greedy continuations of some prompts, padded on the left to one length."""
     tokenizer = template.tokenizer
@@ -126,7 +125,7 @@ def _generate(
 class _RowsDone(StoppingCriteria):
     """Shows rows that have ended while others of their batch go on. It stops none: `generate` does, when all have ended."""
 
-    def __init__(self, progress: _Progress, prompt_length: int, ends: list[int]) -> None:
+    def __init__(self, progress: Progress, prompt_length: int, ends: list[int]) -> None:
         self._progress, self._start, self._ends = progress, prompt_length, ends
         self._before = progress.finished
 
@@ -156,7 +155,7 @@ def choice_accuracy(
     pairs = [(index, option) for index in mine for option in range(len(candidates[index][0]))]
     scores: dict[tuple[int, int], float] = {}
     prompts = {index: template.prompt_ids(rows.rows[index]) for index in mine}
-    with _evaluation_mode(model), _Progress("multiple choice", len(pairs), "option") as progress:
+    with _evaluation_mode(model), Progress("multiple choice", len(pairs), "option") as progress:
         for batch, _ in _batches(model, pairs, batch_size):
             answers = [template.answer_ids(candidates[index][0][option]) for index, option in batch]
             examples = [
@@ -192,7 +191,7 @@ def mean_loss(model: PreTrainedModel, template: Template, examples: Sequence[Any
     """
     mine = _my_share(list(examples), lambda example: len(example["input_ids"]))
     total, count = 0.0, 0
-    with _evaluation_mode(model), _Progress("loss", len(mine)) as progress:
+    with _evaluation_mode(model), Progress("loss", len(mine)) as progress:
         for batch, counts in _batches(model, mine, batch_size):
             losses, tokens = _token_losses(model, template, batch)
             progress.reach(progress.finished + len(batch))
@@ -221,34 +220,6 @@ def _token_losses(model: PreTrainedModel, template: Template, examples: list[Any
 def _my_share(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
     """This rank's part of the items: every world_size-th of them by length, so that batches need little padding."""
     return sorted(items, key=length)[distributed.rank() :: distributed.world_size()]
-
-
-class _Progress:
-    """A bar on rank 0 that counts the rows of its own share; the other ranks have as many, up to one."""
-
-    def __init__(self, what: str, total: int, unit: str = "row") -> None:
-        ranks = distributed.world_size()
-        label = f"Evaluating {what}" + (f" (1 of {ranks} ranks)" if ranks > 1 else "")
-        hidden = distributed.rank() != 0
-        self._bar = tqdm(total=total, desc=label, unit=unit, disable=hidden, leave=False, mininterval=1.0)
-        self.finished = 0
-        self._drawn = time.monotonic()
-
-    def reach(self, finished: int, detail: str = "") -> None:
-        """Show that so many rows are finished; `detail`: where the others are."""
-        finished = min(finished, self._bar.total)  # a rank repeats rows for the others' sake
-        self._bar.set_postfix_str(detail, refresh=False)
-        # Rows end rarely, tokens come often: the bar is drawn at most once a second.
-        if not self._bar.update(finished - self.finished) and time.monotonic() - self._drawn > 1.0:
-            self._bar.refresh()
-            self._drawn = time.monotonic()
-        self.finished = finished
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _batches(model: PreTrainedModel, items: list[T], size: int) -> Iterator[tuple[list[T], bool]]:
@@ -329,8 +300,15 @@ def run(arguments: Arguments) -> dict[str, Any]:
     rows = splits[arguments.split].take(arguments.samples)
     task = choose_task(arguments.task, rows)
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
-    model.to(get_accelerator().current_device_name())
     template = Template.choose(tokenizer, arguments.template)
+    examples = (
+        distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
+        if task == "loss"
+        else None
+    )
+    largest = largest_token_read(template, rows, task) if examples is None else largest_token(examples)
+    check_tokens(model, arguments.model, tokenizer, max(largest, tokenizer.pad_token_id))
+    model.to(get_accelerator().current_device_name())
     if task == "exact":
         value = exact_match(
             model, template, rows, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens
@@ -340,8 +318,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             model, template, rows, batch_size=arguments.batch_size, length_normalized=arguments.length_normalized
         )
     else:
-        examples = distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
-        value = mean_loss(model, template, list(examples), batch_size=arguments.batch_size)
+        value = mean_loss(model, template, list(examples or ()), batch_size=arguments.batch_size)
     found = {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
     return found | {"precision": precision.as_dict()}
 

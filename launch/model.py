@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from grass_ds.precision import DTYPES
 from launch import distributed
+from launch.rows import Rows
+from launch.template import Template
 
 logger = logging.getLogger(__name__)
 
@@ -172,6 +174,13 @@ def largest_token(tokens: datasets.Dataset) -> int:
     """The largest of a data set's `input_ids`."""
     batches = tokens.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
     return max(pyarrow.compute.max(pyarrow.compute.list_flatten(batch["input_ids"])).as_py() for batch in batches)
+
+
+def largest_token_read(template: Template, rows: Rows, task: str) -> int:
+    """The largest token of the prompts that a task reads besides the rows' tokens; 0 if it reads none."""
+    if task not in ("exact", "choice"):
+        return 0
+    return max(max(template.prompt_ids(row)) for row in rows.rows)
 
 
 def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase, largest: int) -> None:

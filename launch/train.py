@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     set_seed,
 )
 from transformers.integrations import WandbCallback
@@ -47,11 +46,12 @@ from launch import arguments as command_line
 from launch import distributed, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
 from launch.evaluate import choice_accuracy, choose_task, exact_match, mean_loss
-from launch.model import check_tokens, largest_token, load_model, load_tokenizer, rehearse_saving
+from launch.model import check_tokens, largest_token, largest_token_read, load_model, load_tokenizer, rehearse_saving
 from launch.resume import wants_to_resume
 from launch.rows import Rows, load_splits
 from launch.template import Template
 from launch.tokens import Collator, tokenize
+from launch.trainer import GrassTrainer
 
 UserError = (ValueError, OSError, DeepSpeedConfigError)
 
@@ -66,32 +66,6 @@ class Task:
     test: Rows | None
     test_tokens: datasets.Dataset | None
     measure: str
-
-
-class GrassTrainer(Trainer):
-    """The Trainer, with a learning-rate schedule over the steps that train, and an end that can be resumed.
-
-    `max_steps` counts the probing steps too, but the engine does not advance the schedule in them: spread over all of
-    `max_steps`, it would end that many steps early, at a learning rate above its last one.
-    """
-
-    def __init__(self, *args: Any, probe_steps_within: Callable[[int], int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.probe_steps_within = probe_steps_within
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """See `Trainer.create_scheduler`; without the probing steps."""
-        updates = num_training_steps - self.probe_steps_within(num_training_steps)
-        return super().create_scheduler(max(1, updates), optimizer)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Not a step more for a run that is resumed from its last one: the Trainer asks only after each step whether to stop."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
 
 # ---- preparing ------------------------------------------------------------------------------------------------------
@@ -167,8 +141,8 @@ def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
 def _largest_token(task: Task) -> int:
     """The largest token that the model will read."""
     tokens = [largest_token(rows) for rows in (task.train, task.test_tokens) if rows is not None]
-    if task.test is not None and task.measure in ("exact", "choice"):
-        tokens += [max(task.template.prompt_ids(row)) for row in task.test.rows]
+    if task.test is not None:
+        tokens.append(largest_token_read(task.template, task.test, task.measure))
     return max(*tokens, task.tokenizer.pad_token_id)
 
 

@@ -10,13 +10,14 @@ from launch import distributed, evaluate
 from launch.arithmetic import generate
 from launch.evaluate import (
     _generate,
-    _Progress,
     choice_accuracy,
     choose_task,
     exact_match,
     mean_loss,
 )
 from launch.grading import _said, extract_number
+from launch.model import largest_token_read
+from launch.progress import Progress
 from launch.rows import Rows
 from launch.template import IGNORED_LABEL, Template
 from launch.tokens import tokenize
@@ -47,7 +48,7 @@ def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer
         ids = torch.tensor([template.prompt_ids(row)])
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         expected.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
-    progress, prompts = _Progress("test", 6), [template.prompt_ids(row) for row in rows]
+    progress, prompts = Progress("test", 6), [template.prompt_ids(row) for row in rows]
     assert _generate(model, template, prompts[:4], 12, progress) == expected[:4]
     assert progress.finished == 4
     assert _generate(model, template, prompts[4:], 12, progress) == expected[4:]
@@ -192,3 +193,10 @@ def test_rank_0_says_why_auto_takes_the_loss(
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="memory: row 1 has no options"):
         choose_task("choice", in_memory([ARC, generate("test", 1)[0]]))
+
+
+def test_prompts_count_among_the_tokens_that_are_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    template, rows = Template.choose(tokenizer), in_memory(generate("test", 3))
+    expected = max(token for row in rows.rows for token in template.prompt_ids(row))
+    assert largest_token_read(template, rows, "exact") == largest_token_read(template, rows, "choice") == expected
+    assert largest_token_read(template, rows, "loss") == 0
