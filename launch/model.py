@@ -170,6 +170,23 @@ def _save_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
             ) from error
 
 
+def check_space(model: PreTrainedModel, folder: Path) -> None:
+    """Warn if the folder's file system has less room than the model's weights take. No error: not every file system tells its free space.
+
+    Args:
+        folder: where the trained model will be saved; it exists. Weights in it count as room, since they are replaced.
+    """
+    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if room < needed:
+        logger.warning(
+            "--output_dir %s: the trained model takes %.2f GB, but there is room for %.2f GB",
+            folder,
+            needed / 1e9,
+            room / 1e9,
+        )
+
+
 def largest_token(tokens: datasets.Dataset) -> int:
     """The largest of a data set's `input_ids`."""
     batches = tokens.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)

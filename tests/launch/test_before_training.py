@@ -79,6 +79,23 @@ def test_an_output_folder_that_is_a_file_is_refused(model_folder: Path, task: tr
         train.prepare_model(options(model_folder, tmp_path / "out"), task)
 
 
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 3}, True),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, False),
+        ({"stage": 2}, False),
+    ],
+)
+def test_a_model_that_will_be_saved_in_another_form_is_announced(
+    model_folder: Path, task: train.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: Any, said: bool
+) -> None:
+    given = options(model_folder, tmp_path / "out")
+    given.ds_config = {"zero_optimization": zero}
+    train.prepare_model(given, task)
+    assert ("will be saved as a DeepSpeed checkpoint" in capsys.readouterr().out) is said
+
+
 @pytest.mark.parametrize("wanted", ["exact", "choice"])
 def test_rows_without_an_answer_are_refused_for_a_task_that_needs_one(wanted: str) -> None:
     rows = in_memory([{"instruction": "Explain.", "output": "It is a thing."}])

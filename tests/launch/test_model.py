@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import distributed
-from launch.model import check_tokens, largest_token, load, load_model, make_savable, rehearse_saving
+from launch.model import check_space, check_tokens, largest_token, load, load_model, make_savable, rehearse_saving
 
 
 def with_generation_config(model_folder: Path, folder: Path, **values: Any) -> Path:
@@ -122,3 +122,15 @@ def test_a_part_that_cannot_be_saved_is_named(
     model.config.own = object()
     with pytest.raises(ValueError, match=r"the model's config cannot be saved.*TypeError"):
         rehearse_saving(model, tokenizer, tmp_path)
+
+
+def test_a_file_system_without_room_is_warned_of(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for free, earlier, warnings in ((needed, 0, 0), (needed - 1, 0, 1), (needed - 1, 1, 0)):
+        (tmp_path / "model.safetensors").write_bytes(b"." * earlier)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        caplog.clear()
+        check_space(model, tmp_path)
+        assert len(caplog.records) == warnings
