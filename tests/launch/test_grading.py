@@ -202,6 +202,14 @@ def test_a_reference_from_a_rows_own_output_grades_it_as_right(number: str, phra
         assert not is_correct(output, str(int(value_of(number)) + 1))
 
 
+@settings(max_examples=500, deadline=None)
+@given(st.text(max_size=30), PHRASES)
+def test_whatever_a_row_says_its_own_reference_grades_it_as_right(answer: str, phrase: str) -> None:
+    output = phrase.format(answer)
+    reference = reference_answer({"instruction": "q", "output": output})
+    assert reference is None or is_correct(output, reference)
+
+
 @pytest.mark.parametrize(
     ("row", "reference"),
     [
