@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fails after training finds the trained weights on disk, and says where; each case is launch/train.py in a process of its own."""
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -23,15 +24,20 @@ def fail(error: type[Exception]) -> None:
     raise error("an injected fault")
 
 
-def break_measure(train: Any) -> None:
-    """Measuring works before training."""
+def break_measure(train: Any, rank: int = 0) -> None:
+    """Measuring works before training, and on the other ranks."""
     measure, calls = train.measure, []
 
     def measured(*args: Any) -> Any:
         calls.append(args)
-        return measure(*args) if len(calls) == 1 else fail(ValueError)
+        broken = len(calls) > 1 and int(os.environ["RANK"]) == rank
+        return fail(ValueError) if broken else measure(*args)
 
     train.measure = measured
+
+
+def break_measure_of_rank_1(train: Any) -> None:
+    break_measure(train, rank=1)
 
 
 def break_report(train: Any) -> None:
@@ -49,14 +55,20 @@ def break_last_log_line(train: Any) -> None:
     train.TerminalLines.on_log = logged
 
 
-FAULTS = {"measure": break_measure, "report": break_report, "log": break_last_log_line}
+FAULTS = {
+    "measure": break_measure,
+    "report": break_report,
+    "log": break_last_log_line,
+    "rank-1": break_measure_of_rank_1,
+}
+RANKS = {"rank-1": 2}
 
 
-def _train(fault: str, model: Path, folder: Path) -> None:
-    descriptor = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+def _train(fault: str, model: Path, folder: Path, environment: dict[str, str]) -> None:
+    descriptor = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(rank_environment(0, 1, free_port()))
+    os.environ.update(environment)
     os.chdir(ROOT)
     import datasets
 
@@ -70,21 +82,23 @@ def _train(fault: str, model: Path, folder: Path) -> None:
     sys.exit(train.main())
 
 
-def fork_each(model: Path, folders: dict[str, Path]) -> dict[str, int | None]:
-    """Fault -> exit code, after one import for all of them."""
+def fork_each(model: Path, folders: dict[str, Path]) -> dict[str, list[int | None]]:
+    """Fault -> exit codes of the ranks, after one import for all of them."""
     import launch.train  # noqa: F401
 
-    context = multiprocessing.get_context("fork")
-    processes = {
-        fault: context.Process(target=_train, args=(fault, model, folder)) for fault, folder in folders.items()
-    }
-    for process in processes.values():
-        process.start()
-    for process in processes.values():
+    processes: dict[str, list[Any]] = {}
+    for fault, folder in folders.items():
+        world, port = RANKS.get(fault, 1), free_port()
+        for rank in range(world):
+            arguments = (fault, model, folder, rank_environment(rank, world, port))
+            process = multiprocessing.get_context("fork").Process(target=_train, args=arguments)
+            process.start()
+            processes.setdefault(fault, []).append(process)
+    for process in itertools.chain(*processes.values()):
         process.join(120)
         process.kill()
         process.join()
-    return {fault: process.exitcode for fault, process in processes.items()}
+    return {fault: [process.exitcode for process in ranks] for fault, ranks in processes.items()}
 
 
 def test_whatever_fails_after_training_the_model_is_saved(model_folder: Path, tmp_path: Path) -> None:
@@ -97,8 +111,8 @@ def test_whatever_fails_after_training_the_model_is_saved(model_folder: Path, tm
     saved = {}
     for fault, folder in folders.items():
         said = (folder / "log").read_text()
-        assert codes[fault] == 1, (fault, said[-3000:])
-        assert f"the trained model is in {folder / 'out'};" in said, (fault, said[-3000:])
+        assert codes[fault] == [1] * RANKS.get(fault, 1), (fault, said[-3000:])
+        assert said.count(f"the trained model is in {folder / 'out'};") == 1, (fault, said[-3000:])
         assert "an injected fault" in said[said.index("the trained model is in") :]
         assert not (folder / "out" / "report.json").exists()
         saved[fault] = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
