@@ -10,7 +10,7 @@ sentence as words.
 
 [Note: Words] A reference that is not a number ("New York", "B", "5 apples") is compared as text, without regard to case, white space, and
 punctuation or markup around it. The whole answer must be the reference: "New" is not "New York", and "A or B" is not "A". Three things may
-surround it: an explanation ("B because ..."), a bracket after it ("B (iron)"), and the text of a lettered option ("(B) iron", which is both B and iron).
+come with it: an explanation ("B because ..."), a bracket after it ("B (iron)"), and the text of a lettered option ("(B) iron", which is both B and iron).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ _EXPLAINS = re.compile(
     r"|\s+\(|\s+[\u2014-]\s",
     re.IGNORECASE,
 )
+_OPTION = re.compile(r"^(?:option|choice)\s+", re.IGNORECASE)
+_ANOTHER = re.compile(r"(?:or|and|/)(?:\W|$)")
 _LONGEST_WORDS = 6  # more of them are a sentence, not an answer
 
 
@@ -75,10 +77,10 @@ class Detected(NamedTuple):
 
 def final_part(text: str) -> str:
     """What follows the last mark of an answer, or the whole text, see [Note: Final answer]."""
-    return _final_part(text)[0]
+    return _marked_part(text)[0]
 
 
-def _final_part(text: str) -> tuple[str, bool]:
+def _marked_part(text: str) -> tuple[str, bool]:
     """The final part of a text, and whether something marks it."""
     marks = list(_MARK.finditer(text)) or list(_WEAK_MARK.finditer(text))
     if not marks:
@@ -136,7 +138,7 @@ def _first_value(piece: str) -> Fraction | None:
 
 def extract_number(text: str) -> Fraction | None:
     """The number that a text ends in: exact, and None without any. See [Note: Final answer] and [Note: Numbers]."""
-    part, marked = _final_part(text)
+    part, marked = _marked_part(text)
     if not marked:
         part = _plain_numbers(part)
         found = [token for token in _TOKEN.finditer(part) if not _GOES_ON.match(part, token.end())]
@@ -177,15 +179,15 @@ def _words(text: str) -> str:
 
 def _said(text: str) -> set[str]:
     """The answers that a text gives in words: the whole, without its explanation, and both halves of a lettered option."""
-    statement = _statement(_final_part(text)[0])
-    end = _EXPLAINS.search(statement.lstrip(_AROUND))
-    shortened = statement if end is None else statement.lstrip(_AROUND)[: end.start()]
-    said = {_words(statement), _words(shortened)}
-    label = _LABEL.match(statement.lstrip("*_` "))
-    if label is not None:
-        rest = statement.lstrip("*_` ")[label.end() :]
-        if _words(rest) and not re.match(r"(?:or|and|/)(?:\W|$)", _words(rest)):
-            said |= {_words(label[1]), _words(rest)}
+    whole = _statement(final_part(text)).lstrip("*_` ")
+    said = {_words(whole)}
+    for form in (whole, _OPTION.sub("", whole)):
+        explanation = _EXPLAINS.search(form)
+        said.add(_words(form if explanation is None else form[: explanation.start()]))
+        label = _LABEL.match(form)
+        rest = "" if label is None else _words(form[label.end() :])
+        if label is not None and rest and not _ANOTHER.match(rest):
+            said |= {_words(label[1]), rest}
     return said - {""}
 
 

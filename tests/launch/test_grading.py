@@ -124,6 +124,8 @@ def test_numbers_are_compared_by_value(text: str, reference: str, right: bool) -
         ("The answer is B (iron)", "B", True),
         ("The answer is (B) iron.", "iron", True),
         ("The answer is (B) iron.", "gold", False),
+        ("The answer is option A or B.", "A", False),
+        ("The answer is option A.", "Option A", True),
         (r"$\boxed{\text{New York}}$", "New York", True),
     ],
 )
@@ -150,6 +152,8 @@ def test_words_are_compared_whole(text: str, reference: str, right: bool) -> Non
         "(B) iron",
         "B. iron",
         "B: iron",
+        "option B",
+        "choice (B): iron",
     ],
 )
 def test_a_choice_may_be_decorated(said: str, choice: str) -> None:
