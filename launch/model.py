@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,27 @@ def make_savable(config: Any, name: str) -> None:
         config.validate(strict=True)
     except ValueError as error:
         raise ValueError(f"{where} could not be saved with the trained model, correct it first: {error}") from error
+
+
+def check_saving(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, zero: Mapping[str, Any]
+) -> None:
+    """Find out, or say, before training what becomes of the trained model in its folder. For one rank.
+
+    Args:
+        zero: "zero_optimization" of the DeepSpeed config.
+
+    Raises:
+        ValueError: see `rehearse_saving`.
+    """
+    rehearse_saving(model, tokenizer, folder)
+    check_space(model, folder)
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        print(
+            "the trained model will be saved as a DeepSpeed checkpoint, which zero_to_fp32.py in it converts: for a model folder set "
+            '"stage3_gather_16bit_weights_on_model_save": true',
+            flush=True,
+        )
 
 
 def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

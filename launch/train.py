@@ -46,15 +46,7 @@ from launch import arguments as command_line
 from launch import distributed, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
 from launch.evaluate import choice_accuracy, choose_task, exact_match, mean_loss
-from launch.model import (
-    check_space,
-    check_tokens,
-    largest_token,
-    largest_token_read,
-    load_model,
-    load_tokenizer,
-    rehearse_saving,
-)
+from launch.model import check_saving, check_tokens, largest_token, largest_token_read, load_model, load_tokenizer
 from launch.resume import wants_to_resume
 from launch.rows import Rows, load_splits
 from launch.template import Template
@@ -113,7 +105,8 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
     model = load_model(options.model.model, options.precision.name, task.tokenizer)
     check_tokens(model, options.model.model, task.tokenizer, _largest_token(task))
     if distributed.rank() == 0:
-        _check_saving(options, model, task.tokenizer)
+        zero = options.ds_config.get("zero_optimization", {})
+        check_saving(model, task.tokenizer, Path(str(options.training.output_dir)), zero)
     config = parse_grass_block(options.ds_config)
     if config is None:
         return model, lambda steps: 0
@@ -144,20 +137,6 @@ def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
     return layers
-
-
-def _check_saving(options: command_line.Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Find out, or say, before training what becomes of the trained model in the output folder. For one rank."""
-    folder = Path(str(options.training.output_dir))
-    rehearse_saving(model, tokenizer, folder)
-    check_space(model, folder)
-    zero = options.ds_config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        print(
-            "the trained model will be saved as a DeepSpeed checkpoint, which zero_to_fp32.py in it converts: for a model folder set "
-            '"stage3_gather_16bit_weights_on_model_save": true',
-            flush=True,
-        )
 
 
 def _largest_token(task: Task) -> int:
