@@ -12,15 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.counting import TokenCounter
 from grass_ds.keeper import CheckpointKeeper
-from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
+from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics, grass_summary
 from grass_ds.plots import save_plots
 from grass_ds.preemption import Preemption, shielded
 
@@ -38,9 +39,11 @@ class GrassCallback(TrainerCallback):
 
     - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
       is not a `GrassEngine`: the block would be ignored and every layer trained.
-    - Every training log gets the values of `grass_metrics` and `tokens_per_second`. The callback moves itself to the
+    - Every training log gets the few values of `grass_summary` and `tokens_per_second`. The callback moves itself to the
       front of the Trainer's callbacks, so that wandb, TensorBoard and the console all see them (the HF integrations
       prefix them with `train/`).
+    - wandb and TensorBoard get all values of `grass_metrics` besides, three or four per layer, under the same prefix. A
+      failure there is said once, and training goes on.
     - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
       rows after it; a file that cannot be continued is set aside as `grass_history.jsonl.old`.
     - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete
@@ -71,11 +74,12 @@ class GrassCallback(TrainerCallback):
     def __init__(self) -> None:
         self.history: History | None = None
         self.plot_paths: list[Path] = []
+        self._details_failed = False
         self._handle: Any = None
         self._keeper: CheckpointKeeper | None = None
         self._row: HistoryRow | None = None
         self._throughput: Throughput | None = None
-        self._token_counter: _TokenCounter | None = None
+        self._token_counter: TokenCounter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **GrassCallback().__dict__}
@@ -105,7 +109,7 @@ class GrassCallback(TrainerCallback):
         self._move_to_front()
         if self._handle is not None and not args.save_only_model and not state.is_hyper_param_search:
             self._keeper = CheckpointKeeper(args)
-        self._token_counter = _TokenCounter(kwargs.get("model"), state, args)
+        self._token_counter = TokenCounter(kwargs.get("model"), state, args)
         self._throughput = Throughput()
         self.history = None
         self.plot_paths = []
@@ -149,7 +153,10 @@ class GrassCallback(TrainerCallback):
         if rate is not None:
             logs["tokens_per_second"] = rate
         if self._handle is not None:
-            logs.update(grass_metrics(self._handle))
+            logs.update(grass_summary(self._handle))
+            if state.is_world_process_zero:
+                details = {key: value for key, value in grass_metrics(self._handle).items() if key not in logs}
+                self._log_details(details, args, state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,6 +206,23 @@ class GrassCallback(TrainerCallback):
         if self._token_counter is not None:
             self._token_counter.remove()
             self._token_counter = None
+
+    def _log_details(
+        self, details: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Send what does not belong into a log line to the dashboards that the Trainer reports to."""
+        handler = None if self._details_failed else _calling_handler()
+        for callback in handler.callbacks if handler is not None else ():
+            try:
+                if isinstance(callback, TensorBoardCallback):
+                    callback.on_log(args, state, control, logs=details)
+                elif isinstance(callback, WandbCallback):
+                    _add_to_wandb_row(details)
+            except Exception as error:
+                self._details_failed = True
+                logger.warning(
+                    f"could not report the values of each layer ({error!r}); they are in {HISTORY_FILE} alone"
+                )
 
     def _resume_clock(self) -> None:
         if self._throughput is not None:
@@ -255,39 +279,6 @@ class PreemptionCallback(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-class _TokenCounter:
-    """Input tokens of all ranks per optimizer step: the Trainer's own count if it keeps one, else a forward hook's."""
-
-    def __init__(self, model: torch.nn.Module | None, state: TrainerState, args: TrainingArguments) -> None:
-        self._tracked = str(args.include_num_input_tokens_seen) != "no"
-        self._seen = state.num_input_tokens_seen if self._tracked else 0
-        self._ranks = args.world_size
-        self._counted = 0
-        self._hook = None
-        if not self._tracked and model is not None:
-            self._input_name = getattr(model, "main_input_name", "input_ids")
-            self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def take(self, state: TrainerState) -> int:
-        """Tokens since the previous call."""
-        if self._tracked:
-            tokens = state.num_input_tokens_seen - self._seen
-            self._seen = state.num_input_tokens_seen
-        else:
-            tokens = self._counted * self._ranks
-            self._counted = 0
-        return tokens
-
-    def remove(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def _count(self, module: torch.nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = kwargs.get(self._input_name, inputs[0] if inputs else None)
-        if module.training and isinstance(tokens, torch.Tensor):
-            self._counted += tokens.numel()
-
-
 def _calling_handler() -> CallbackHandler | None:
     """The handler that is running the current event.
 
@@ -340,8 +331,19 @@ def _open_history(handle: Any, config: GrassConfig, path: Path, step: int) -> Hi
     return History.create(path, layers=layers, sampler=config.sampler, num_active_layers=gamma)
 
 
-def _log_to_wandb(paths: list[Path]) -> None:
-    """Add the pictures to the active wandb run, if there is one; wandb is never imported for this."""
+def _wandb() -> Any:
+    """The module wandb if it has an active run, else None; it is never imported for this."""
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None and paths:
+    return None if wandb is None or wandb.run is None else wandb
+
+
+def _add_to_wandb_row(values: dict[str, float]) -> None:
+    """Put values into the row that the Trainer's wandb callback is about to log: one row per step holds everything."""
+    if (wandb := _wandb()) is not None:
+        wandb.log(rewrite_logs(values), commit=False)
+
+
+def _log_to_wandb(paths: list[Path]) -> None:
+    """Add the pictures to the active wandb run, if there is one."""
+    if paths and (wandb := _wandb()) is not None:
         wandb.log({f"grass/{path.stem}": wandb.Image(os.fspath(path)) for path in paths})

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run reports about itself: scalars for a dashboard, a record of every optimizer step, tokens per second.
 
-Nothing here knows the HF Trainer, wandb or DeepSpeed: `grass_metrics` reads `engine.grass`, `History` writes one small
+Nothing here knows the HF Trainer, wandb or DeepSpeed: `grass_metrics` and `grass_summary` read `engine.grass`, `History` writes one small
 JSONL file, `Throughput` is a clock. `grass_ds.hf` connects them to a Trainer; a hand-written loop may use them as is.
 """
 
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,39 @@ def grass_metrics(handle: Any) -> dict[str, float]:
         metrics["grass/checkpoint/stall_seconds"] = handle.checkpoint.stall_seconds
         metrics["grass/checkpoint/bytes"] = float(handle.checkpoint.bytes)
     return metrics
+
+
+def grass_summary(handle: Any) -> dict[str, float | str]:
+    """Describe `engine.grass` in a handful of values that do not grow with the model, for a log line.
+
+    As `grass_metrics`, it tells of the NEXT step.
+
+    | key | value |
+    |---|---|
+    | `grass/phase` | 0 while probing, 1 while training |
+    | `grass/active_layers` | indices of the layers in the active set A_t, as text ("3 17"), or "all" |
+    | `grass/bytes/<place>` | bytes held by this rank on device, host (and nvme) |
+    | `grass/checkpoint/stall_seconds` | that training stood still for the last checkpoint; absent before the first |
+
+    Args:
+        handle: `engine.grass`.
+
+    Returns:
+        Floats and one text; the same keys on every rank. No communication.
+    """
+    active = sorted(handle.active_layers)
+    everything = len(active) == len(handle.layers)
+    summary: dict[str, float | str] = {
+        "grass/phase": PHASES[handle.phase],
+        "grass/active_layers": "all" if everything else " ".join(map(str, active)),
+    }
+    sizes: Counter[str] = Counter()
+    for places in handle.memory().values():
+        sizes.update(places)
+    summary.update({f"grass/bytes/{place}": float(size) for place, size in sizes.items()})
+    if handle.checkpoint is not None:
+        summary["grass/checkpoint/stall_seconds"] = handle.checkpoint.stall_seconds
+    return summary
 
 
 class Throughput:

@@ -13,23 +13,35 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from grass_ds.runtime.checkpoint.folder import replace_file
 from launch import report
 
-_ACTIVE = "grass/active/"
+_ACTIVE = "grass/active_layers"
 _SHOWN = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second")
 
 
 class Stopwatch(TrainerCallback):
-    """Measures the model when the engine stands but nothing is trained, and times the training alone.
+    """Measures the model when the engine stands but nothing is trained, saves it when training is over, and times the training alone.
 
     Not before: in ZeRO-3 nobody can run the model until the engine gathers its weights. What was measured is kept in a file: a run that is
     resumed has no untrained model any more.
+
+    The model is saved in the very step that ends training, on all ranks at once: the log line of that step, its checkpoint and everything after
+    it may fail.
+
+    Args:
+        measure: what to measure before training.
+        kept: the file for it.
+        save: saves the model; all ranks call it.
     """
 
-    def __init__(self, measure: Callable[[], dict[str, float]], kept: Path) -> None:
+    def __init__(self, measure: Callable[[], dict[str, float]], kept: Path, save: Callable[[], None]) -> None:
         self._measure = measure
         self._kept = kept
+        self._save = save
         self.before: dict[str, float] = {}
         self.before_seconds = 0.0
         self.seconds = 0.0
+        self.saving_seconds = 0.0
+        self.saved = False
+        self.peak_memory = 0
         self.first_step = 0
         self._start = 0.0
 
@@ -48,9 +60,24 @@ class Stopwatch(TrainerCallback):
         report.reset_peak_memory()
         self._start = time.perf_counter()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save after the last step."""
+        if state.global_step >= state.max_steps:
+            self.save()
+
+    def save(self) -> None:
+        """Save the model as it is now, and note the peak of memory until then."""
+        self.peak_memory = report.own_peak_memory()
+        begin = time.perf_counter()
+        self._save()
+        self.saved = True
+        self.saving_seconds += time.perf_counter() - begin
+
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Stop."""
-        self.seconds = time.perf_counter() - self._start
+        self.seconds = time.perf_counter() - self._start - self.saving_seconds
 
 
 class LastCheckpoint(TrainerCallback):
@@ -65,12 +92,10 @@ class LastCheckpoint(TrainerCallback):
 
 
 def shown(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """The few values that a reader of the terminal follows; GRASS's hundred per step, which go to --report_to, as the active layers."""
+    """The few values that a reader of the terminal follows."""
     picked = {key: logs[key] for key in logs if key in _SHOWN}
-    layers = [key for key in logs if key.startswith(_ACTIVE)]
-    active = [key.rsplit("/", 1)[-1] for key in layers if logs[key]]
-    if active:
-        picked["active_layers"] = " ".join(active) if len(active) < len(layers) else "all"
+    if _ACTIVE in logs:
+        picked["active_layers"] = logs[_ACTIVE]
     return picked
 
 

@@ -3,7 +3,7 @@
     python launch/evaluate.py --model runs/grass --data builtin:arithmetic --task exact
     deepspeed launch/evaluate.py --model runs/grass --data path/to/folder --task choice
 
-- exact: generate greedily and compare the number after "The answer is" (or the last number) with the row's `answer`;
+- exact: generate greedily and compare what follows "The answer is" (or the last number) with the row's `answer`, see launch/grading.py;
 - choice: the option whose text the model finds most likely, over the row's `choices` or its "Answer format: a/b/c";
 - loss: mean cross-entropy per answer token, in nats.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +25,13 @@ if __package__ in (None, ""):
 import launch.interrupt  # noqa: F401, I001  # before what takes seconds to import
 import torch
 from deepspeed.accelerator import get_accelerator
-from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, StoppingCriteria
 
 from launch import distributed, dtype
 from launch.files import UTF8
-from launch.grading import detect_task, is_correct, options, reference_answer
-from launch.model import DEFAULT_MODEL, is_partitioned, load
+from launch.grading import check_task, detect_task, is_correct, options, reference_answer, right_option
+from launch.model import DEFAULT_MODEL, check_tokens, is_partitioned, largest_token, largest_token_read, load
+from launch.progress import Progress
 from launch.rows import Rows, load_measured, not_read
 from launch.template import IGNORED_LABEL, Row, Template, conversation
 from launch.tokens import Collator, tokenize
@@ -40,6 +39,21 @@ from launch.tokens import Collator, tokenize
 TASKS = ("exact", "choice", "loss")
 
 T = TypeVar("T")
+
+
+def choose_task(wanted: str, rows: Rows) -> str:
+    """The task to measure; "auto" is what all rows allow, and rank 0 says why that is no more than the loss.
+
+    Raises:
+        ValueError: a row that the wanted task cannot be measured on.
+    """
+    if wanted != "auto":
+        check_task(wanted, rows)
+        return wanted
+    task, why = detect_task(rows)
+    if why and distributed.rank() == 0:
+        print(f"measuring the loss only: {why}", flush=True)
+    return task
 
 
 def longest_answer(template: Template, rows: Rows) -> int:
@@ -70,14 +84,13 @@ def exact_match(
     Raises:
         ValueError: a row without an answer to compare with.
     """
+    check_task("exact", rows)
     references = [reference_answer(row) for row in rows.rows]
-    if None in references:
-        raise ValueError(f"{rows.source}: row {references.index(None)} has no `answer` to compare with")
     prompts = [template.prompt_ids(row) for row in rows.rows]
     mine = _my_share(range(len(rows)), lambda index: len(prompts[index]))
     limit = longest_answer(template, rows) if max_new_tokens is None else max_new_tokens
     correct = 0
-    with _evaluation_mode(model), _Progress("exact match", len(mine)) as progress:
+    with _evaluation_mode(model), Progress("exact match", len(mine)) as progress:
         for batch, counts in _batches(model, mine, batch_size):
             texts = _generate(model, template, [prompts[index] for index in batch], limit, progress)
             if counts:
@@ -86,7 +99,7 @@ def exact_match(
 
 
 def _generate(
-    model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int, progress: _Progress
+    model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int, progress: Progress
 ) -> list[str]:
     """The greedy continuations of some prompts, padded on the left to one length."""
     tokenizer = template.tokenizer
@@ -113,7 +126,7 @@ def _generate(
 class _RowsDone(StoppingCriteria):
     """Shows rows that have ended while others of their batch go on. It stops none: `generate` does, when all have ended."""
 
-    def __init__(self, progress: _Progress, prompt_length: int, ends: list[int]) -> None:
+    def __init__(self, progress: Progress, prompt_length: int, ends: list[int]) -> None:
         self._progress, self._start, self._ends = progress, prompt_length, ends
         self._before = progress.finished
 
@@ -137,12 +150,13 @@ def choice_accuracy(
     Raises:
         ValueError: a row without options, or whose answer is not among them.
     """
-    candidates = [_candidate_texts(row, f"{rows.source}: row {index}") for index, row in enumerate(rows.rows)]
+    check_task("choice", rows)
+    candidates = [_candidate_texts(row) for row in rows.rows]
     mine = _my_share(range(len(rows)), lambda index: len(str(rows.rows[index])))
     pairs = [(index, option) for index in mine for option in range(len(candidates[index][0]))]
     scores: dict[tuple[int, int], float] = {}
     prompts = {index: template.prompt_ids(rows.rows[index]) for index in mine}
-    with _evaluation_mode(model), _Progress("multiple choice", len(pairs), "option") as progress:
+    with _evaluation_mode(model), Progress("multiple choice", len(pairs), "option") as progress:
         for batch, _ in _batches(model, pairs, batch_size):
             answers = [template.answer_ids(candidates[index][0][option]) for index, option in batch]
             examples = [
@@ -160,14 +174,13 @@ def choice_accuracy(
     return distributed.sum_over_ranks([correct])[0] / len(rows)
 
 
-def _candidate_texts(row: Row, where: str) -> tuple[list[str], int]:
+def _candidate_texts(row: Row) -> tuple[list[str], int]:
     """The answer text of every option, and which one is right. The wording is that of the row's own answer."""
-    names, answer = options(row), reference_answer(row)
-    if len(names) < 2 or answer not in names:
-        raise ValueError(f"{where} has no options with its answer {answer!r} among them: {names}")
+    names, right = options(row), right_option(row)
+    assert right is not None, "see check_task"
     output = str(row.get("output") or "").rstrip(". ")
-    opening = output[: -len(answer)] if output.endswith(answer) else ""
-    return [opening + name for name in names], names.index(answer)
+    opening = output[: -len(names[right])] if output.endswith(names[right]) else ""
+    return [opening + name for name in names], right
 
 
 @torch.no_grad()
@@ -179,7 +192,7 @@ def mean_loss(model: PreTrainedModel, template: Template, examples: Sequence[Any
     """
     mine = _my_share(list(examples), lambda example: len(example["input_ids"]))
     total, count = 0.0, 0
-    with _evaluation_mode(model), _Progress("loss", len(mine)) as progress:
+    with _evaluation_mode(model), Progress("loss", len(mine)) as progress:
         for batch, counts in _batches(model, mine, batch_size):
             losses, tokens = _token_losses(model, template, batch)
             progress.reach(progress.finished + len(batch))
@@ -208,34 +221,6 @@ def _token_losses(model: PreTrainedModel, template: Template, examples: list[Any
 def _my_share(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
     """This rank's part of the items: every world_size-th of them by length, so that batches need little padding."""
     return sorted(items, key=length)[distributed.rank() :: distributed.world_size()]
-
-
-class _Progress:
-    """A bar on rank 0 that counts the rows of its own share; the other ranks have as many, up to one."""
-
-    def __init__(self, what: str, total: int, unit: str = "row") -> None:
-        ranks = distributed.world_size()
-        label = f"Evaluating {what}" + (f" (1 of {ranks} ranks)" if ranks > 1 else "")
-        hidden = distributed.rank() != 0
-        self._bar = tqdm(total=total, desc=label, unit=unit, disable=hidden, leave=False, mininterval=1.0)
-        self.finished = 0
-        self._drawn = time.monotonic()
-
-    def reach(self, finished: int, detail: str = "") -> None:
-        """Show that so many rows are finished; `detail`: where the others are."""
-        finished = min(finished, self._bar.total)  # a rank repeats rows for the others' sake
-        self._bar.set_postfix_str(detail, refresh=False)
-        # Rows end rarely, tokens come often: the bar is drawn at most once a second.
-        if not self._bar.update(finished - self.finished) and time.monotonic() - self._drawn > 1.0:
-            self._bar.refresh()
-            self._drawn = time.monotonic()
-        self.finished = finished
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
 
 def _batches(model: PreTrainedModel, items: list[T], size: int) -> Iterator[tuple[list[T], bool]]:
@@ -322,10 +307,17 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if distributed.rank() == 0:
         print(f"data: measuring on {found.share(arguments.samples, '--samples')}{not_read(found)}", flush=True)
     rows = found.take(arguments.samples)
+    task = choose_task(arguments.task, rows)
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
-    model.to(get_accelerator().current_device_name())
     template = Template.choose(tokenizer, arguments.template)
-    task = arguments.task if arguments.task != "auto" else detect_task(rows) or "loss"
+    examples = (
+        distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
+        if task == "loss"
+        else None
+    )
+    largest = largest_token_read(template, rows, task) if examples is None else largest_token(examples)
+    check_tokens(model, arguments.model, tokenizer, max(largest, tokenizer.pad_token_id))
+    model.to(get_accelerator().current_device_name())
     if task == "exact":
         value = exact_match(
             model, template, rows, batch_size=arguments.batch_size, max_new_tokens=arguments.max_new_tokens
@@ -335,8 +327,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
             model, template, rows, batch_size=arguments.batch_size, length_normalized=arguments.length_normalized
         )
     else:
-        examples = distributed.on_every_rank(lambda: tokenize(rows, template, arguments.max_length, "drop"))
-        value = mean_loss(model, template, list(examples), batch_size=arguments.batch_size)
+        value = mean_loss(model, template, list(examples or ()), batch_size=arguments.batch_size)
     result = {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
     return result | {"precision": precision.as_dict()}
 

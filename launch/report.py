@@ -29,13 +29,22 @@ def reset_peak_memory() -> None:
         _PROC_CLEAR.write_text("5")
 
 
-def peak_memory() -> tuple[int, str]:
-    """The largest rank's peak in bytes since `reset_peak_memory`, and what was measured."""
+def own_peak_memory() -> int:
+    """This rank's peak in bytes since `reset_peak_memory`."""
     if get_accelerator().device_name() != "cpu":
-        peak, what = get_accelerator().max_memory_allocated(), "allocated on the device"
-    else:
-        peak, what = _peak_resident(), "resident in the process (RSS)"
-    return int(distributed.max_over_ranks(peak)), what
+        return int(get_accelerator().max_memory_allocated())
+    return _peak_resident()
+
+
+def peak_memory(own: int) -> dict[str, Any]:
+    """The largest rank's peak in bytes, and what was measured.
+
+    Args:
+        own: this rank's, see `own_peak_memory`.
+    """
+    on_device = get_accelerator().device_name() != "cpu"
+    what = "allocated on the device" if on_device else "resident in the process (RSS)"
+    return {"bytes": int(distributed.max_over_ranks(own)), "what": what}
 
 
 def _peak_resident() -> int:

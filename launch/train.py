@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     set_seed,
 )
 from transformers.integrations import WandbCallback
@@ -46,13 +45,13 @@ from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, inspection, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
-from launch.evaluate import choice_accuracy, exact_match, mean_loss
-from launch.grading import detect_task
-from launch.model import load_model, load_tokenizer
+from launch.evaluate import choice_accuracy, choose_task, exact_match, mean_loss
+from launch.model import check_saving, check_tokens, largest_token, largest_token_read, load_model, load_tokenizer
 from launch.resume import wants_to_resume
 from launch.rows import Rows, load_splits, load_test, summary
 from launch.template import Template
 from launch.tokens import Collator, tokenize
+from launch.trainer import GrassTrainer
 
 UserError = (ValueError, OSError, DeepSpeedConfigError)
 
@@ -68,32 +67,6 @@ class Task:
     test_tokens: datasets.Dataset | None
     measure: str
     token_count: inspection.TokenCount
-
-
-class GrassTrainer(Trainer):
-    """The Trainer, with a learning-rate schedule over the steps that train, and an end that can be resumed.
-
-    `max_steps` counts the probing steps too, but the engine does not advance the schedule in them: spread over all of
-    `max_steps`, it would end that many steps early, at a learning rate above its last one.
-    """
-
-    def __init__(self, *args: Any, probe_steps_within: Callable[[int], int], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.probe_steps_within = probe_steps_within
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """See `Trainer.create_scheduler`; without the probing steps."""
-        updates = num_training_steps - self.probe_steps_within(num_training_steps)
-        return super().create_scheduler(max(1, updates), optimizer)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Not a step more for a run that is resumed from its last one: the Trainer asks only after each step whether to stop."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
 
 
 # ---- preparing ------------------------------------------------------------------------------------------------------
@@ -129,9 +102,13 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
     """The model, and how many of a number of steps only measure it.
 
     Raises:
-        ValueError: whatever is wrong with the model.
+        ValueError: whatever is wrong with the model, and with the folder that it will be saved in.
     """
     model = load_model(options.model.model, options.precision.name, task.tokenizer)
+    check_tokens(model, options.model.model, task.tokenizer, _largest_token(task))
+    if distributed.rank() == 0:
+        zero = options.ds_config.get("zero_optimization", {})
+        check_saving(model, task.tokenizer, Path(str(options.training.output_dir)), zero)
     config = parse_grass_block(options.ds_config)
     if config is None:
         return model, lambda steps: 0
@@ -170,13 +147,25 @@ def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
     return layers
 
 
+def _largest_token(task: Task) -> int:
+    """The largest token that the model will read."""
+    tokens = [largest_token(rows) for rows in (task.train, task.test_tokens) if rows is not None]
+    if task.test is not None:
+        tokens.append(largest_token_read(task.template, task.test, task.measure))
+    return max(*tokens, task.tokenizer.pad_token_id)
+
+
 def _measure(wanted: str, test: Rows | None) -> str:
-    """The task to measure: "exact", "choice", "loss" or "none"."""
+    """The task to measure: "exact", "choice", "loss" or "none".
+
+    Raises:
+        ValueError: no test rows, or one that the wanted task cannot be measured on.
+    """
     if test is None:
         if wanted not in ("auto", "none"):
             raise ValueError(f"--eval_task {wanted}: the data has no test rows; name some with --eval_data")
         return "none"
-    return (detect_task(test) or "loss") if wanted == "auto" else wanted
+    return choose_task(wanted, test)
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -208,7 +197,9 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         return 0
     model, probe_steps_within = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
     folder = Path(str(options.training.output_dir))
-    stopwatch = Stopwatch(lambda: measure(task, model, options), folder / "before.json")
+    stopwatch = Stopwatch(
+        lambda: measure(task, model, options), folder / "before.json", save=lambda: trainer.save_model()
+    )
 
     grass_ds.enable()
     callback = grass_ds.GrassCallback()
@@ -228,32 +219,52 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         trainer.add_callback(tracking.WandbRun(resuming))
     if resuming:
         trainer.add_callback(LastCheckpoint)
+    try:
+        return _train_and_report(options, task, trainer, stopwatch, callback, preemption)
+    except Exception as error:
+        if stopwatch.saved and distributed.first_to_fail(otherwise=not distributed.is_communication_error(error)):
+            print(
+                f"\ntraining is complete, and the trained model is in {folder.resolve()}; what failed came after it",
+                file=sys.stderr,
+            )
+        raise
+
+
+def _train_and_report(
+    options: command_line.Arguments,
+    task: Task,
+    trainer: GrassTrainer,
+    stopwatch: Stopwatch,
+    callback: grass_ds.GrassCallback,
+    preemption: grass_ds.Preemption,
+) -> int:
+    """What `run` does once the Trainer stands; the model is saved by the stopwatch, in the last step."""
     trainer.train(resume_from_checkpoint=options.checkpoint)
     if preemption.reason:
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
-    peak = report.peak_memory()
-    trained = time.time()
-    trainer.save_model()
-    if resuming and preemption.agreed():
+    if not stopwatch.saved or options.training.load_best_model_at_end:
+        # Resumed from the last step, there was no step to save in; and the best model is another than that of the last step.
+        stopwatch.save()
+    if wants_to_resume(options.training.resume_from_checkpoint) and preemption.agreed():
         _say_where_to_go_on(preemption, trainer)
         return grass_ds.PREEMPTED
     saved = time.time()
-    after = measure(task, model, options)
+    after = measure(task, trainer.model, options)
     seconds = {
         "before": stopwatch.before_seconds,
         "training": stopwatch.seconds,
-        "saving": saved - trained,
+        "saving": stopwatch.saving_seconds,
         "after": time.time() - saved,
     }
     total = time.time() - psutil.Process().create_time()
 
     numbers = _report(options, task, trainer, stopwatch, callback)
     numbers["seconds"] = {"total": total, "start": total - sum(seconds.values()), **seconds}
-    numbers |= {"before": stopwatch.before, "after": after, "peak_memory": {"bytes": peak[0], "what": peak[1]}}
+    numbers |= {"before": stopwatch.before, "after": after, "peak_memory": report.peak_memory(stopwatch.peak_memory)}
     if trainer.is_world_process_zero():
-        report.save(numbers, folder)
         print(report.render(numbers), flush=True)
+        report.save(numbers, Path(str(options.training.output_dir)))
     return 0
 
 

@@ -10,11 +10,14 @@ from launch import distributed, evaluate
 from launch.arithmetic import generate
 from launch.evaluate import (
     _generate,
-    _Progress,
     choice_accuracy,
+    choose_task,
     exact_match,
     mean_loss,
 )
+from launch.grading import _said, extract_number
+from launch.model import largest_token_read
+from launch.progress import Progress
 from launch.rows import Rows
 from launch.template import IGNORED_LABEL, Template
 from launch.tokens import tokenize
@@ -31,6 +34,12 @@ ARC = {
 }
 
 
+def final_answer(text: str) -> str:
+    """The number that a text ends in, else its first sentence."""
+    number = extract_number(text)
+    return min(_said(text), key=len) if number is None else str(number)
+
+
 def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     template = Template.choose(tokenizer)
     rows = generate("test", 6)
@@ -39,14 +48,13 @@ def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer
         ids = torch.tensor([template.prompt_ids(row)])
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         expected.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
-    progress, prompts = _Progress("test", 6), [template.prompt_ids(row) for row in rows]
+    progress, prompts = Progress("test", 6), [template.prompt_ids(row) for row in rows]
     assert _generate(model, template, prompts[:4], 12, progress) == expected[:4]
     assert progress.finished == 4
     assert _generate(model, template, prompts[4:], 12, progress) == expected[4:]
     assert progress.finished == 6
     # Each row's own continuation as its answer: all right. With one answer changed: all but one.
-    words = [text.split()[0].strip(".,:;'\"").lower() for text in expected]
-    answered = [{**row, "answer": word} for row, word in zip(rows, words, strict=True)]
+    answered = [{**row, "answer": final_answer(text)} for row, text in zip(rows, expected, strict=True)]
     assert len({row["answer"] for row in answered}) > 1
     assert exact_match(model, template, in_memory(answered), batch_size=4, max_new_tokens=12) == 1.0
     answered[2]["answer"] = "another"
@@ -169,3 +177,26 @@ def test_ranks_of_a_partitioned_model_run_as_many_batches(
     monkeypatch.setattr(distributed, "max_over_ranks", lambda mine: max(mine, 1.0))
     with pytest.raises(ValueError, match="fewer rows than ranks"):
         list(evaluate._batches(model, [], 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_says_why_auto_takes_the_loss(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    prose = {"instruction": "Explain.", "output": "There are 3 reasons.", "answer": None}
+    assert choose_task("auto", in_memory(generate("test", 3))) == "exact"
+    assert capsys.readouterr().out == ""
+    assert choose_task("auto", in_memory([*generate("test", 3), prose])) == "loss"
+    assert capsys.readouterr().out.startswith("measuring the loss only: 3 of 4 rows have" if rank == 0 else "")
+    assert choose_task("loss", in_memory([prose])) == "loss"
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="memory: row 1 has no options"):
+        choose_task("choice", in_memory([ARC, generate("test", 1)[0]]))
+
+
+def test_prompts_count_among_the_tokens_that_are_read(tokenizer: PreTrainedTokenizerFast) -> None:
+    template, rows = Template.choose(tokenizer), in_memory(generate("test", 3))
+    expected = max(token for row in rows.rows for token in template.prompt_ids(row))
+    assert largest_token_read(template, rows, "exact") == largest_token_read(template, rows, "choice") == expected
+    assert largest_token_read(template, rows, "loss") == 0

@@ -117,18 +117,16 @@ def make_trainer(folder: Path, callbacks: list[Any], handle: FakeHandle | None =
     )
 
 
-def test_every_callback_sees_the_metrics(tmp_path: Path) -> None:
+def test_every_callback_sees_the_summary(tmp_path: Path) -> None:
     before, after = Recorder(), LastRecorder()
     make_trainer(tmp_path, [before, GrassCallback(), after], FakeHandle()).train()
     assert before.events == after.events == ["begin"]
     assert before.logs == after.logs
     first, second, third, summary = before.logs
     assert first["grass/phase"] == 1.0  # read after the second step: the next one trains
-    assert [second[f"grass/active/0{i}"] for i in range(NUM_LAYERS)] == [0.0, 1.0, 0.0]
-    assert third["grass/prob/02"] == 0.5
-    assert third["grass/score/01"] == 2.0
-    assert third["grass/visits/00"] == 6.0
-    assert third["grass/bytes/weights/device"] == 10.0
+    assert [log["grass/active_layers"] for log in (first, second, third)] == ["2", "1", "0"]
+    assert third["grass/bytes/device"] == 10.0
+    assert not any(key.rsplit("/", 1)[-1].isdigit() for log in before.logs for key in log), "values of single layers"
     assert all(log["tokens_per_second"] > 0 for log in (first, second, third))
     assert "train_runtime" in summary
     assert not any(key.startswith("grass/") for key in summary)
@@ -305,8 +303,61 @@ def test_wandb_gets_metrics_and_plots(tmp_path: Path, monkeypatch: pytest.Monkey
         wandb.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = read_history(file)
-    assert [row["train/grass/phase"] for row in rows if "train/grass/phase" in row] == [1, 1, 1]
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["train/grass/phase"] for row in training] == [1, 1, 1]
+    assert [[row[f"train/grass/active/0{i}"] for i in range(NUM_LAYERS)] for row in training] == [
+        [0, 0, 1],
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
+    assert training[-1]["train/grass/prob/02"] == 0.5
+    assert training[-1]["train/grass/score/01"] == 2.0
+    assert training[-1]["train/grass/visits/00"] == 6
+    assert training[-1]["train/grass/bytes/weights/device"] == 10
+    assert not any("train/grass/prob/02" in row for row in rows if "train/loss" not in row), "a row of their own"
     assert sum("train/tokens_per_second" in row for row in rows) == 3
     assert {"grass/layers", "grass/probabilities"} <= {key.split(".")[0] for row in rows for key in row}
     images = file.parent.glob("files/media/images/grass/*.png")
     assert {path.name.split("_")[0] for path in images} == {"layers", "probabilities"}
+
+
+def test_tensorboard_gets_the_values_of_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    make_trainer(tmp_path / "out", [GrassCallback()], FakeHandle(), report_to="tensorboard").train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+
+    def scalars(name: str) -> dict[int, float]:
+        return {event.step: event.value for event in events.Scalars(f"train/grass/{name}")}
+
+    assert scalars("phase") == {2: 1.0, 4: 1.0, 6: 1.0}
+    assert scalars("active/01") == {2: 0.0, 4: 1.0, 6: 0.0}
+    assert scalars("score/02") == {2: 3.0, 4: 3.0, 6: 3.0}
+    assert scalars("prob/02") == {2: 0.5, 4: 0.5, 6: 0.5}
+    assert scalars("bytes/weights/device") == {2: 10.0, 4: 10.0, 6: 10.0}
+
+
+def test_a_dashboard_that_fails_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(hf.logger, "warning", warnings.append)
+
+    class Broken(hf.TensorBoardCallback):
+        def __init__(self) -> None:
+            pass
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "grass/prob/00" in logs:
+                raise OSError("disk full")
+
+    assert make_trainer(tmp_path, [Broken(), GrassCallback()], FakeHandle()).train().global_step == 6
+    assert len(warnings) == 1
+    assert "disk full" in warnings[0]

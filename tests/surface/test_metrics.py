@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics
+from grass_ds.metrics import History, HistoryRow, Throughput, grass_metrics, grass_summary
 
 LAYERS = ("model.layers.0", "model.layers.1", "model.layers.2")
 RUN = {"layers": LAYERS, "sampler": "grass", "num_active_layers": 1}
@@ -74,6 +74,19 @@ def test_metrics_while_probing_have_no_scores() -> None:
     assert metrics["grass/phase"] == 0.0
     assert [metrics[f"grass/active/0{i}"] for i in range(3)] == [1.0, 1.0, 1.0]
     assert not any(key.startswith("grass/score/") for key in metrics)
+
+
+def test_the_summary_is_as_short_for_a_deep_model() -> None:
+    values = (0.01,) * 100
+    deep = {"layers": tuple(map(str, range(100))), "scores": values, "probabilities": values, "visits": values}
+    expected = {"grass/phase": 1.0, "grass/bytes/device": 170.0, "grass/bytes/host": 80.0}
+    assert grass_summary(make_handle()) == expected | {"grass/active_layers": "1"}
+    assert grass_summary(make_handle(**deep, active_layers=(17, 3))) == expected | {"grass/active_layers": "3 17"}
+    probing = grass_summary(make_handle(phase="probe", active_layers=(0, 1, 2)))
+    assert (probing["grass/phase"], probing["grass/active_layers"]) == (0.0, "all")
+    report = SimpleNamespace(stall_seconds=0.5, bytes=1000)
+    more = grass_summary(make_handle(checkpoint=report)).items() - grass_summary(make_handle()).items()
+    assert dict(more) == {"grass/checkpoint/stall_seconds": 0.5}
 
 
 @pytest.mark.parametrize(("num_layers", "last"), [(10, "09"), (100, "99"), (101, "100")])
