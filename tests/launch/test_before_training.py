@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import train
 from launch.arithmetic import generate
+from launch.inspection import count_tokens
 from launch.rows import Rows
 from launch.template import Template
 from launch.tokens import tokenize
@@ -33,7 +34,7 @@ def options(model: Path, output: Path) -> Any:
 def task(tokenizer: PreTrainedTokenizerFast) -> train.Task:
     template, test = Template.choose(tokenizer), in_memory(generate("test", 3))
     rows, test_rows = tokenize(in_memory(generate("train", 5)), template, 512), tokenize(test, template, 512)
-    return train.Task(tokenizer, template, rows, test, test_rows, "exact")
+    return train.Task(tokenizer, template, rows, test, test_rows, "exact", count_tokens(rows))
 
 
 @pytest.fixture
