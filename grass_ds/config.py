@@ -153,8 +153,9 @@ class GrassConfig(_Block):
 
     missing_gradients: Literal["error", "zero"] = "error"
     """A module that is to train and receives no gradient on any rank in a whole accumulation window. ``error``: training stops, since
-    the usual cause is a model that trains nothing. ``zero``: its gradient counts as zeros, as in DeepSpeed; for data of which some
-    rows do not use the module (text rows beside a vision tower)."""
+    the usual cause is a model that trains nothing; of modules that train by default, without being named in ``always_active``, one
+    warning. ``zero``: its gradient counts as zeros, as in DeepSpeed; for data of which some rows do not use the module (text rows
+    beside a vision tower), and for blocks that are dropped at random (LayerDrop)."""
 
     state_on_switch: Literal["keep", "reset"] = "keep"
     """What becomes of a layer's optimizer state when it leaves the active set. ``keep`` (paper): moments, step count and master

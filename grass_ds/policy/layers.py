@@ -223,12 +223,16 @@ class _Outside:
         tied = self._assign_heads(shapes[0] if shapes else None, set(embeddings))
         for path, module in self._own_modules():
             if self._is_norm(path, module):
-                self._assign(module, "embed" if "emb" in path.lower() else "norm")
+                self._assign(module, "embed" if self._says_embedding(path) else "norm")
             elif not self.has_vocabulary_head and self._above(path):
                 self._assign(module, "head")
         for name in self._name_of.values():
             if any(_inside(name, root) for root in self._foreign):
                 self._kind.setdefault(name, "tower")
+            elif self._says_embedding(name) and not self._above(name.rpartition(".")[0]):
+                self._kind.setdefault(
+                    name, "embed"
+                )  # a table of positions, a mask's vector, a projection of the embeddings
         by_kind = {
             kind: tuple(n for n in self._name_of.values() if self._kind.get(n, "other") == kind)
             for kind in OUTSIDE_KINDS
@@ -243,6 +247,14 @@ class _Outside:
 
         parts = {kind: names for kind, names in outside.items() if kind not in ("norm", "head")}
         return tuple(kind for kind, names in parts.items() if kind == "embed" or any(map(is_below, names)))
+
+    def _says_embedding(self, path: str) -> bool:
+        """Whether a name says so, in what follows the part that it shares with the stack's: a model may be called "ensemble"."""
+        parts, stack = path.lower().split("."), self._stack.lower().split(".")
+        shared = next(
+            (i for i, (one, other) in enumerate(zip(parts, stack, strict=False)) if one != other), len(stack)
+        )
+        return any("emb" in part for part in parts[shared:])
 
     def _above(self, path: str) -> bool:
         """Whether a module was registered after the stack, as models do with what they compute after their blocks."""
@@ -285,14 +297,16 @@ class _Outside:
         return tied
 
     def _is_norm(self, path: str, module: nn.Module) -> bool:
-        """Whether its own parameters are vectors of the hidden size and it lies beside the stack or an ancestor of it.
+        """Whether it holds vectors of the hidden size and nothing else, and lies beside the stack or an ancestor of it.
 
         An embedding norm may lie anywhere.
         """
+        if next(module.children(), None) is not None:
+            return False
         parent, _, name = path.rpartition(".")
         shapes = [_shape(p) for p in module.parameters(recurse=False)]
         vectors = all(len(shape) == 1 and shape[0] in self._hidden for shape in shapes) and len(set(shapes)) == 1
-        return bool(name) and vectors and (_inside(self._stack, parent) or "emb" in path.lower())
+        return bool(name) and vectors and (_inside(self._stack, parent) or self._says_embedding(path))
 
     def _assign(self, module: nn.Module, kind: str) -> None:
         for parameter in module.parameters():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +27,14 @@ from grass_ds.runtime.units import Unit, UnitPlan, build_units, whole_numel
 from grass_ds.runtime.zero import GrassZeroOptimizer
 from grass_ds.runtime.zero3 import GrassZero3Optimizer
 from grass_ds.runtime.zero12 import GrassZero12Optimizer
+
+
+def _optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
+    """See :class:`~grass_ds.runtime.stepping.StepSettings`. Blocks and the final norm always need a gradient."""
+    if config.missing_gradients == "zero":
+        return None
+    by_default = config.always_active is None or config.sampler == "full"
+    return ("embed", "head", "other", "tower") if by_default else ()
 
 
 class GrassEngine(CheckpointingEngine):
@@ -91,7 +99,7 @@ class GrassEngine(CheckpointingEngine):
             undo.pop_all()
         # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
         self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
-        self._announce(config, layers, always)
+        self._announce(config, layers, units)
         return zero
 
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
@@ -132,29 +140,33 @@ class GrassEngine(CheckpointingEngine):
             clip_grad=self.gradient_clipping(),
             reset_on_switch=config.state_on_switch == "reset",
             accumulation_steps=self.gradient_accumulation_steps,
-            allow_missing_gradients=config.missing_gradients == "zero",
+            optional_kinds=_optional_kinds(config),
             loss_scale=self.loss_scale(),
             dynamic_loss_scale=self.dynamic_loss_scale(),
             dynamic_loss_args=self.dynamic_loss_scale_args(),
         )
 
-    def _announce(self, config: GrassConfig, layers: ModelLayers, always: tuple[str, ...]) -> None:
+    def _announce(self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit]) -> None:
         """One line on rank 0, at the level that DeepSpeed shows: what trains, what never does, and the clip in force."""
         if self.global_rank != 0:
             return
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
-        whole = max(sum(sizes.values()), 1)
+        owned = {name for unit in units for name in unit.param_names}
+        trained = {name for unit in units if unit.always for name in unit.param_names}
+        kinds = {"part of the layers": [name for names in layers.block_params for name in names], **layers.outside}
 
-        def listed(kinds: Sequence[str]) -> str:
-            shares = {kind: sum(sizes[name] for name in layers.outside[kind]) / whole for kind in kinds}
-            return ", ".join(f"{kind} ({share:.2%} of the weights)" for kind, share in shares.items()) or "nothing"
+        def listed(chosen: Callable[[str, str], bool], note: str = "") -> list[str]:
+            counts = {kind: sum(sizes[n] for n in names if chosen(kind, n)) for kind, names in kinds.items()}
+            whole = max(sum(sizes.values()), 1)
+            return [f"{kind} ({count / whole:.2%} of the weights{note})" for kind, count in counts.items() if count]
 
         gamma = len(layers.names) if config.sampler == "full" else min(config.num_active_layers, len(layers.names))
-        trained = [kind for kind in layers.outside if kind in always]
-        idle = [kind for kind in layers.outside if kind not in always]
+        on = listed(lambda kind, name: name in trained)
+        off = listed(lambda kind, name: kind in layers.outside and name in owned - trained)
+        off += listed(lambda kind, name: name not in owned, ", frozen or not in the optimizer")
         logger.warning(
             f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time; always active: "
-            f"{listed(trained)}; never trained: {listed(idle)}; {self._clip_in_force()}"
+            f"{', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; {self._clip_in_force()}"
         )
 
     def _clip_in_force(self) -> str:

@@ -79,6 +79,7 @@ class GradientReducer:
         micro_steps: backward passes since :meth:`clear`.
         discarded: backward passes that :meth:`discard` has forgotten since then.
         arrived: units that got a gradient on this rank since then.
+        warned: units of which the user was told that they got none.
         peak_bytes: high-water mark of gradient memory held here.
     """
 
@@ -89,6 +90,7 @@ class GradientReducer:
         self.shards: dict[Unit, torch.Tensor] = {}
         self.squares: dict[Unit, torch.Tensor] = {}
         self.arrived: set[Unit] = set()
+        self.warned: set[Unit] = set()
         self.micro_steps = self.discarded = 0
         self.peak_bytes = 0
         self._units: list[Unit] = []

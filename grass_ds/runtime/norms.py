@@ -2,11 +2,12 @@
 """Gradient norms: one all-reduce per step gives the global norm, overflow and the importance of every layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import logger
 
 from grass_ds.runtime.agreement import RankDivergenceError
 from grass_ds.runtime.gradients import GradientReducer
@@ -18,14 +19,15 @@ class MissingGradientError(ValueError):
 
 
 def global_squares(
-    reducer: GradientReducer, units: Sequence[Unit], group: Any, allow_missing: bool = False
+    reducer: GradientReducer, units: Sequence[Unit], group: Any, optional_kinds: Collection[str] | None = ()
 ) -> tuple[dict[Unit, float], dict[Unit, float]]:
     """Squared norms per unit over all ranks, loss scale included: (of the accumulated gradient, summed over its micro-steps).
 
     One all-reduce of 3 len(units) + 2 float32. Norms are non-finite if any rank's are, and 0 if all ranks have discarded what they had.
 
     Args:
-        allow_missing: a unit without any gradient counts as one with zeros.
+        optional_kinds: of units outside the blocks that may go without a gradient: it counts as zeros, and a warning says so once. None:
+            every unit may, and nothing is said.
 
     Raises:
         RuntimeError: there was no backward pass.
@@ -45,10 +47,10 @@ def global_squares(
             f"ranks have accumulated different numbers of micro-batches (this one {steps}): zero_grad() was called on some ranks "
             "only. Decide on all ranks alike, for example by the loss averaged over them"
         )
-    if steps and not allow_missing:
-        _check_arrivals(
-            [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks], len(units)
-        )
+    if steps and optional_kinds is not None:
+        missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
+        _check_arrivals([unit for unit in missing if unit.kind not in optional_kinds], len(units))
+        _warn_of_missing(reducer, missing)
     return dict(zip(units, values[:count], strict=True)), dict(zip(units, values[count : 2 * count], strict=True))
 
 
@@ -67,18 +69,39 @@ def _local_squares(reducer: GradientReducer, units: Sequence[Unit]) -> list[torc
 def _check_arrivals(missing: Sequence[Unit], active: int) -> None:
     if not missing:
         return
-    names = dict.fromkeys(
-        unit.name.rpartition("/")[0] if unit.layer is not None else unit.param_names[0] for unit in missing
+    unused = (
+        "no row of this step uses the module (a projector, a router), or it is dropped at random (LayerDrop): if that is meant, set "
+        '"grass": {"missing_gradients": "zero"}; if it is never used, leave its kind out of grass.always_active'
     )
-    listed = ", ".join([*names][:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    causes = [unused, "forward detaches the output, or runs under no_grad"]
+    if any(unit.layer is not None for unit in missing):
+        reentrant = (
+            "the model calls torch.utils.checkpoint with use_reentrant=True, which drops the gradient of a block whose input needs none, "
+            "as below embeddings that do not train: pass use_reentrant=False, call model.enable_input_require_grads(), or add "
+            '"embed" to grass.always_active'
+        )
+        causes.insert(0, reentrant)
+    numbered = "; ".join(f"({number}) {cause}" for number, cause in enumerate(causes, start=1))
     raise MissingGradientError(
-        f"{len(missing)} of {active} active modules received no gradient on any rank since the last step: {listed}. Nothing was updated. "
-        "Likely causes: (1) the model calls torch.utils.checkpoint with use_reentrant=True, which drops the gradient of a block whose "
-        "input needs none, as below embeddings that do not train: pass use_reentrant=False, call "
-        'model.enable_input_require_grads(), or add "embed" to grass.always_active; (2) forward detaches the output, or runs under '
-        "no_grad; (3) no row of this step uses the module: if that is meant, set "
-        '"grass": {"missing_gradients": "zero"}, and if it never is used, leave its kind out of grass.always_active'
+        f"{len(missing)} of {active} active modules received no gradient on any rank since the last step: {_listed(missing)}. Nothing was "
+        f"updated. Likely causes: {numbered}"
     )
+
+
+def _warn_of_missing(reducer: GradientReducer, missing: Sequence[Unit]) -> None:
+    """Once per module. A pooler that nobody uses, say: DeepSpeed trains such models without a word."""
+    new = [unit for unit in missing if unit not in reducer.warned]
+    reducer.warned.update(new)
+    if new and dist.get_rank() == 0:
+        logger.warning(
+            f"grass_ds: no gradient reached {_listed(new)}, which trains by default; as in DeepSpeed it counts as zeros. If it is never used, "
+            "name what is to train in grass.always_active; a new output layer that is not used will stay random"
+        )
+
+
+def _listed(units: Sequence[Unit]) -> str:
+    names = [*dict.fromkeys(u.name.rpartition("/")[0] if u.layer is not None else u.param_names[0] for u in units)]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss_scale: float) -> dict[int, float]:

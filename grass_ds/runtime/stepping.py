@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The client optimizer's own step, on one unit's shard at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ class StepSettings:
         clip_grad: largest global gradient norm, 0 for no clipping.
         reset_on_switch: ``state_on_switch: reset``.
         accumulation_steps: gives the engine's ``gradient_accumulation_steps``, by which it divides every loss.
-        allow_missing_gradients: ``missing_gradients: zero``.
+        optional_kinds: of units that may go without a gradient: those that train by default, not because the user said so. None:
+            all (``missing_gradients: zero``).
         loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
     """
 
@@ -28,7 +29,7 @@ class StepSettings:
     clip_grad: float
     reset_on_switch: bool
     accumulation_steps: Callable[[], int] = lambda: 1
-    allow_missing_gradients: bool = False
+    optional_kinds: Collection[str] | None = ()
     loss_scale: float = 1.0
     dynamic_loss_scale: bool = False
     dynamic_loss_args: Mapping[str, Any] | None = None

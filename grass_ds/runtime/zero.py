@@ -146,8 +146,8 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         """
         try:
             scale = self.loss_scale
-            allowed = self.settings.allow_missing_gradients
-            norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, allowed)
+            optional = self.settings.optional_kinds
+            norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, optional)
             finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
             discarded = not self.reducer.micro_steps
             if not discarded:
@@ -161,6 +161,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                     self._update(1.0 / (scale * clip))
         finally:  # what a failed step leaves differs between ranks, and would change what the next backward reduces
             self.reducer.clear()
+        self.drop_assigned()
         self.store.end_step()
 
     def _measure(self, squares: dict[Unit, float], finite: bool, scale: float) -> None:
@@ -275,6 +276,13 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
         """Let the model compute with the units' shards as they are now. Called on every rank."""
         raise NotImplementedError
 
+    def drop_assigned(self) -> None:
+        """Let the model compute with the engine's weights, whatever was assigned to ``param.data``, as DeepSpeed does after a step.
+
+        Called on every rank at the end of every step.
+        """
+        raise NotImplementedError
+
     def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
         """Make ``fragment`` answer for ``param`` in ``deepspeed.utils.safe_*``."""
         raise NotImplementedError
@@ -333,6 +341,7 @@ class GrassZeroOptimizer(seams.ZeROOptimizer):
                 if unit in self.store:
                     unit.shard.copy_(self.store[unit].master)
         self._publish(self.units)
+        self.drop_assigned()
 
     def state_dict(self) -> dict[str, Any]:
         # While a checkpoint is saved every rank is here, and none may go on to call it the latest if another has failed.

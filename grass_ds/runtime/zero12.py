@@ -38,16 +38,16 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         return [unit.params for unit in self.units]
 
     def _publish(self, units: Sequence[Unit]) -> None:
-        for unit in (
-            self.units
-        ):  # as DeepSpeed does after a step: the master weights hold, whatever was assigned to the parameters
-            unit.reclaim()
         for unit in units:
             assert isinstance(unit, ReplicatedUnit)
             if unit.world > 1:
                 dist.all_gather_into_tensor(unit.flat, unit.shard.clone(), group=self.dp_process_group)
                 self.gathered_calls += 1
                 self.gathered_bytes += unit.flat.nbytes
+
+    def drop_assigned(self) -> None:
+        for unit in self.units:
+            unit.reclaim()
 
     def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
         fragment.attach(param)

@@ -28,6 +28,10 @@ from grass_ds.runtime.units import Unit
 from grass_ds.runtime.zero import GrassZeroOptimizer
 
 
+def _same_place(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.device == other.device
+
+
 class GrassZero3Optimizer(GrassZeroOptimizer):
     """The weights' side of ZeRO-3 around :class:`~grass_ds.runtime.zero.GrassZeroOptimizer`.
 
@@ -50,10 +54,12 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.coordinators = {0: parameter_offload.get_param_coordinator()}
         self._recorded: set[int] = set()  # floors by whose trace something may have been decided
         self._access = PartitionedAccess()
+        self._kept: dict[nn.Parameter, torch.Tensor] = {}  # where the persistent parameters were left
         super().__init__(*args)  # which activates the first layers, and so needs the above
         for param in self.module.parameters():
             param._z3_optimizer = self._access
         self._settle()
+        self._kept = self._available()
 
     @property
     def fp16_groups(self) -> list[list[nn.Parameter]]:
@@ -66,6 +72,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """End of one micro-step: also of modules that backward ran through without an end, like the lowest active layer."""
         super().backward_epilogue(**kwargs)
         self.parameter_offload.release_backward_leftovers()
+        self._kept = {**self._available(), **self._kept}  # those that this first pass has gathered
         complete = self.coordinators[self._traced_floor].is_complete_trace()
         if self._traced_floor in self._recorded and not complete:
             # Modules ran in another order, and DeepSpeed starts over. By the old trace it would keep weights that the new one does not need.
@@ -77,12 +84,40 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         if any(param.ds_status is seams.ZeroParamStatus.INFLIGHT for param in self.module.parameters()):
             self.parameter_offload.partition_all_parameters()  # prefetched by an evaluation for a backward that did not come
         params: list[Any] = [param for unit in units for param in unit.params]
-        stale = [param for param in params if param.ds_status is seams.ZeroParamStatus.AVAILABLE]
+        params += self._assigned()
+        stale = [param for param in dict.fromkeys(params) if param.ds_status is seams.ZeroParamStatus.AVAILABLE]
         for param in stale:
             param.ds_active_sub_modules.clear()
             param.partition()
         self._settle()
         self._gather([param for param in stale if param.ds_persist])
+        self._kept = self._available()
+
+    def drop_assigned(self) -> None:
+        if self._assigned():
+            self._publish([])
+        self._kept = self._available()
+
+    def _available(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Where the persistent parameters are. What is remembered stays allocated, so that nothing else takes its address."""
+        available = seams.ZeroParamStatus.AVAILABLE
+        return {p: p.data for p in self.persistent_parameters if p.ds_status is available}  # type: ignore[attr-defined]
+
+    def _assigned(self) -> list[Any]:
+        """Persistent parameters that are not where they were left: assigned, or gathered anew. The same ones on every rank."""
+        available = seams.ZeroParamStatus.AVAILABLE
+        kept: list[tuple[Any, torch.Tensor]] = list(self._kept.items())
+        return [p for p, data in kept if p.ds_status is available and not _same_place(p.data, data)]
+
+    def refresh_fp32_params(self) -> None:
+        """As in the other stages. Weights that were assigned are refused: a rank has its part of them nowhere."""
+        with self._together():
+            if self._assigned():
+                raise ValueError(
+                    "weights were replaced by `param.data = ...`, which ZeRO-3 cannot take over: change them in place, within "
+                    "`with deepspeed.zero.GatheredParameters(params, modifier_rank=0)`"
+                )
+        super().refresh_fp32_params()
 
     @staticmethod
     def _gather(params: Sequence[Any]) -> None:
@@ -129,6 +164,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """After that."""
         self._settle()
         self._gather(self.persistent_parameters)
+        self._kept = self._available()
 
     def empty_partition_cache(self) -> None:
         """Release every weight that is gathered (``engine.empty_partition_cache()``)."""

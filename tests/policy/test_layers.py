@@ -338,3 +338,27 @@ def test_the_encoder_beside_a_decoder_is_a_tower():
     assert "encoder.final_layer_norm.weight" in layers.outside["tower"]
     assert layers.outside["norm"] == ("decoder.final_layer_norm.weight",)
     assert layers.resolve_always_active(None) == ("norm",)
+
+
+class Ensemble(nn.Module):
+    """Names and vectors that mislead: a parent called "ensemble", a mask's vector beside the stack, a position vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.ensemble = nn.Module()
+        self.ensemble.mask_emb = nn.Parameter(torch.zeros(8))
+        self.ensemble.null_token = nn.Parameter(torch.zeros(8))
+        self.ensemble.tokens = nn.Embedding(32, 8)
+        self.ensemble.front = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.ensemble.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.ensemble.norm = nn.LayerNorm(8)
+        self.sentence_embedding = nn.Linear(8, 3)
+
+
+def test_names_and_vectors_beside_the_stack_do_not_mislead():
+    layers = discover_layers(Ensemble())
+    assert layers.outside["norm"] == ("ensemble.norm.weight", "ensemble.norm.bias")
+    assert layers.outside["embed"] == ("ensemble.mask_emb", "ensemble.tokens.weight")
+    assert layers.outside["other"] == ("ensemble.null_token", *under(layers_model := Ensemble(), ["ensemble.front"]))
+    assert layers.outside["head"] == under(layers_model, ["sentence_embedding"])  # new, whatever its name
+    assert layers.below == ("embed", "other")

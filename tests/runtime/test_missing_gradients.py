@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that are to train and get no gradient stop the run with their names: silence would look like training."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils import logger
 from helpers.models import RELEASED, VOCAB, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama
 from helpers.tiered import tiered
 from torch import nn
@@ -46,13 +48,26 @@ class Decoder(nn.Module):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+def heard(part: str) -> list[str]:
+    """The lines with ``part`` that DeepSpeed's logger shows from now on."""
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if part in record.getMessage():
+                lines.append(record.getMessage())
+
+    logger.addHandler(Ear(logging.WARNING))
+    return lines
+
+
 def trained(
     block: dict[str, Any], stage: int = 2, reentrant: bool = False, pictures: tuple[int, ...] = ()
 ) -> dict[str, Any]:
     """Four steps; ``pictures``: the ranks whose rows use the projector."""
     config = ds_config(stage=stage, grass=block, zero_optimization=RELEASED if stage == 3 else {})
     with engine_of(config, model=Decoder(reentrant)) as engine:
-        before = snapshot(engine.module)
+        before, warnings = snapshot(engine.module), heard(" no gradient reached ")
         try:
             for step in range(4):
                 picture = torch.ones(3) if engine.global_rank in pictures else None
@@ -61,7 +76,8 @@ def trained(
         except MissingGradientError as error:
             return {"error": str(error), "steps": engine.global_steps}
         after = snapshot(engine.module)
-        return {"moved": {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}}
+        moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+        return {"moved": moved, "warnings": warnings}
 
 
 ALONE = {"always_active": ["norm"]}
@@ -79,26 +95,36 @@ def test_a_model_that_checkpoints_reentrantly_below_frozen_embeddings_is_refused
         assert "received no gradient on any rank" in found["error"] and "layers." in found["error"]
         assert "use_reentrant=False" in found["error"] and '"embed"' in found["error"]
     for found in two_ranks.run(trained, block=block, stage=stage, reentrant=False):
-        assert found == {"moved": {"layers", "norm"}}
+        assert found["moved"] == {"layers", "norm"}
 
 
 def test_embeddings_that_train_make_reentrant_checkpointing_work(two_ranks: Any) -> None:
     block = grass_block(sampler="uniform", always_active=["embed", "norm"])
     for found in two_ranks.run(trained, block=block, reentrant=True):
-        assert found == {"moved": {"embed", "layers", "norm"}}
+        assert found["moved"] == {"embed", "layers", "norm"}
 
 
 @pytest.mark.parametrize("stage", tiered([1, 2, 3], 2))
-def test_a_module_that_no_row_uses_is_named_unless_the_setting_allows_it(two_ranks: Any, stage: int) -> None:
-    block = grass_block(sampler="uniform")
+def test_a_named_module_that_no_row_uses_is_an_error_unless_the_setting_allows_it(two_ranks: Any, stage: int) -> None:
+    block = grass_block(sampler="uniform", always_active=["norm", "other"])
     for found in two_ranks.run(trained, block=block, stage=stage):
         assert "1 of 3 active modules" in found["error"] and "projector.weight" in found["error"]
+        assert "use_reentrant" not in found["error"]  # which would starve blocks
     for found in two_ranks.run(trained, block={**block, "missing_gradients": "zero"}, stage=stage):
-        assert {"layers", "norm"} <= found["moved"]
+        assert {"layers", "norm"} <= found["moved"] and found["warnings"] == []
     for found in two_ranks.run(
         trained, block=block, stage=stage, pictures=(1,) if stage < 3 else (0, 1)
     ):  # one rank's rows are enough
-        assert found == {"moved": {"layers", "norm", "projector"}}
+        assert found["moved"] == {"layers", "norm", "projector"}
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "full"])
+def test_a_module_that_trains_by_default_and_is_not_used_is_a_warning(two_ranks: Any, sampler: str) -> None:
+    """One in all: DeepSpeed trains such models without a word."""
+    first, second = two_ranks.run(trained, block=grass_block(sampler=sampler))
+    assert {"layers", "norm"} <= first["moved"] == second["moved"]
+    assert len(first["warnings"]) == 1 and "no gradient reached projector.weight" in first["warnings"][0]
+    assert second["warnings"] == []
 
 
 def probed_with_zeros() -> dict[str, Any]:
@@ -118,22 +144,12 @@ def test_scores_that_are_all_0_are_refused(two_ranks: Any) -> None:
         assert "the gradient of every layer was 0 in all 2 probe steps" in found["error"]
 
 
-def frozen_share(config: dict[str, Any]) -> str:
-    import logging
-
-    from deepspeed.utils import logger
-
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        with engine_of(config, model=tiny_llama()) as engine:
-            shown = logger.isEnabledFor(logging.WARNING) and engine.global_rank == 0
-    finally:
-        logger.removeHandler(handler)
-    said = [line for line in lines if line.startswith("grass_ds: ")]
-    return "".join(said) if shown else "" if not said else "a rank but the first spoke"
+def said_at_start(config: dict[str, Any], frozen: str = "") -> str:
+    lines, model = heard("grass_ds: "), tiny_llama()
+    for name, param in model.named_parameters():
+        param.requires_grad_(not frozen or not name.startswith(frozen))
+    with engine_of(config, model=model):
+        return "".join(line for line in lines if " active at a time" in line)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +168,18 @@ def test_one_line_says_what_never_trains_and_the_clip_in_force(
         del config["gradient_clipping"]
     else:
         config["gradient_clipping"] = clipping
-    first, second = two_ranks.run(frozen_share, config=config)
+    first, second = two_ranks.run(said_at_start, config=config)
     sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
     share = sizes["lm_head.weight"] / sum(sizes.values())
     assert "uniform over 4 layers at model.layers, 1 active at a time" in first
     assert f"never trained: embed ({share:.2%} of the weights), head ({share:.2%} of the weights)" in first
     assert first.endswith(said) and second == ""
+
+
+def test_the_line_says_what_the_user_froze(two_ranks: Any) -> None:
+    block = grass_block(sampler="uniform", always_active=["norm", "head"])
+    first, _ = two_ranks.run(said_at_start, config=ds_config(grass=block), frozen="lm_head")
+    assert "always active: norm (" in first and "head (" not in first.split("never trained: ")[0]
+    sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
+    share = f"{sizes['lm_head.weight'] / sum(sizes.values()):.2%}"
+    assert f"head ({share} of the weights, frozen or not in the optimizer)" in first.split("never trained: ")[1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
 from helpers.tiered import tiered
 from torch import nn
 
@@ -28,6 +28,12 @@ def there_and_back(model: nn.Module) -> None:
     model._apply(lambda tensor: tensor.clone())
 
 
+STAGES: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {},
+    "zero3-kept": {"stage": 3},  # small weights stay gathered
+    "zero3": {"stage": 3, "zero_optimization": RELEASED},
+}
 DISTURBANCES = {"nothing": lambda model: None, "average": average_swap, "move": there_and_back}
 
 
@@ -55,6 +61,50 @@ def test_training_goes_on_as_if_nothing_had_happened(two_ranks: Any, name: str) 
     for what in ("average", "move"):
         for found, expected in zip(two_ranks.run(disturbed, config=CONFIGS[name], what=what), untouched, strict=True):
             assert all(torch.equal(found[key], expected[key]) for key in expected), what
+
+
+def assigned_before_the_step(config: dict[str, Any], assign: bool) -> dict[str, Any]:
+    """Other weights come between backward and step, and nobody puts the trained ones back; probing (steps 0 and 1) included."""
+    with engine_of(config) as engine:
+        for step in range(5):
+            ids = batch(step, 0, engine.global_rank)
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            if assign:
+                for param in engine.module.parameters():
+                    param.data = 0.5 * param.data
+            engine.step()
+        return {"weights": snapshot(engine.module), "scores": engine.grass.scores}
+
+
+SCORED = {name: ds_config(**more, grass=grass_block()) for name, more in STAGES.items()}
+
+
+@pytest.mark.parametrize("name", tiered(STAGES, "zero2", "zero3-kept"))
+def test_assigned_weights_last_until_the_next_step(two_ranks: Any, name: str) -> None:
+    """Also in layers that do not train, and where the step only measures."""
+    untouched = two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=False)
+    for found, expected in zip(
+        two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=True), untouched, strict=True
+    ):
+        assert found["scores"] == expected["scores"]
+        assert all(torch.equal(found["weights"][key], weight) for key, weight in expected["weights"].items())
+
+
+def refused_on_zero3() -> str:
+    with engine_of(ds_config(stage=3, grass=UNIFORM)) as engine:
+        train(engine, 1)
+        for param in engine.module.parameters():
+            param.data = 0.5 * param.data
+        try:
+            engine.optimizer.refresh_fp32_params()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def test_zero3_says_that_it_cannot_take_them_over(two_ranks: Any) -> None:
+    for message in two_ranks.run(refused_on_zero3):
+        assert "GatheredParameters" in message
 
 
 def saved_and_resumed(folder: Path) -> dict[str, Any]:

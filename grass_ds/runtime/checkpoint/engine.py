@@ -161,8 +161,7 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
             if tag is not None:
                 reading.check_stage(load_dir, tag, self.zero_optimization_stage())
                 reading.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
-        for unit in self.optimizer.units:
-            unit.reclaim()
+        self.optimizer.drop_assigned()
         with self.optimizer.all_trainable():
             result = super().load_checkpoint(load_dir, tag, *what)
             lacking = self.zero_optimization_stage() == 3 and not self.load_universal_checkpoint()
