@@ -55,11 +55,12 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self._recorded: set[int] = set()  # floors by whose trace something may have been decided
         self._access = PartitionedAccess()
         self._kept: dict[nn.Parameter, torch.Tensor] = {}  # where the persistent parameters were left
+        self._assigned: dict[nn.Parameter, None] = {}
         super().__init__(*args)  # which activates the first layers, and so needs the above
         for param in self.module.parameters():
             param._z3_optimizer = self._access
         self._settle()
-        self._kept = self._available()
+        self._remember()
 
     @property
     def fp16_groups(self) -> list[list[nn.Parameter]]:
@@ -72,7 +73,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """End of one micro-step: also of modules that backward ran through without an end, like the lowest active layer."""
         super().backward_epilogue(**kwargs)
         self.parameter_offload.release_backward_leftovers()
-        self._kept = {**self._available(), **self._kept}  # those that this first pass has gathered
+        self._remember()
         complete = self.coordinators[self._traced_floor].is_complete_trace()
         if self._traced_floor in self._recorded and not complete:
             # Modules ran in another order, and DeepSpeed starts over. By the old trace it would keep weights that the new one does not need.
@@ -84,35 +85,42 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         if any(param.ds_status is seams.ZeroParamStatus.INFLIGHT for param in self.module.parameters()):
             self.parameter_offload.partition_all_parameters()  # prefetched by an evaluation for a backward that did not come
         params: list[Any] = [param for unit in units for param in unit.params]
-        params += self._assigned()
+        params += self._find_assigned()
         stale = [param for param in dict.fromkeys(params) if param.ds_status is seams.ZeroParamStatus.AVAILABLE]
         for param in stale:
             param.ds_active_sub_modules.clear()
             param.partition()
         self._settle()
         self._gather([param for param in stale if param.ds_persist])
-        self._kept = self._available()
+        self._assigned.clear()
+        self._remember()
 
     def drop_assigned(self) -> None:
-        if self._assigned():
+        if self._find_assigned():
             self._publish([])
-        self._kept = self._available()
+        self._remember()
 
-    def _available(self) -> dict[nn.Parameter, torch.Tensor]:
+    def _remember(self) -> None:
         """Where the persistent parameters are. What is remembered stays allocated, so that nothing else takes its address."""
         available = seams.ZeroParamStatus.AVAILABLE
-        return {p: p.data for p in self.persistent_parameters if p.ds_status is available}  # type: ignore[attr-defined]
+        self._kept = {p: p.data for p in self.persistent_parameters if p.ds_status is available}  # type: ignore[attr-defined]
 
-    def _assigned(self) -> list[Any]:
-        """Persistent parameters that are not where they were left: assigned, or gathered anew. The same ones on every rank."""
+    def _find_assigned(self) -> list[Any]:
+        """Persistent parameters that were assigned since the last step. The same ones on every rank.
+
+        Those are not where they were left. DeepSpeed, too, gathers some anew, but within a forward and backward pass: what is found
+        before it counts, and after it all is remembered anew.
+        """
         available = seams.ZeroParamStatus.AVAILABLE
         kept: list[tuple[Any, torch.Tensor]] = list(self._kept.items())
-        return [p for p, data in kept if p.ds_status is available and not _same_place(p.data, data)]
+        moved = [p for p, data in kept if p.ds_status is available and not _same_place(p.data, data)]
+        self._assigned.update(dict.fromkeys(moved))
+        return list(self._assigned)
 
     def refresh_fp32_params(self) -> None:
         """As in the other stages. Weights that were assigned are refused: a rank has its part of them nowhere."""
         with self._together():
-            if self._assigned():
+            if self._find_assigned():
                 raise ValueError(
                     "weights were replaced by `param.data = ...`, which ZeRO-3 cannot take over: change them in place, within "
                     "`with deepspeed.zero.GatheredParameters(params, modifier_rank=0)`"
@@ -139,6 +147,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def clear_backward_seen_flag(self) -> None:
         """Called by the engine at the start of every forward. See [Note: Trace]."""
         super().clear_backward_seen_flag()
+        self._find_assigned()
         # Not module.training: models come from ``from_pretrained`` in evaluation mode, and train as well in it.
         if self._floor != self._traced_floor and torch.is_grad_enabled():
             if self._floor not in self.coordinators:
@@ -164,7 +173,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """After that."""
         self._settle()
         self._gather(self.persistent_parameters)
-        self._kept = self._available()
+        self._remember()
 
     def empty_partition_cache(self) -> None:
         """Release every weight that is gathered (``engine.empty_partition_cache()``)."""
