@@ -72,9 +72,39 @@ def is_text(row: Row) -> bool:
 
 def called_tools(message: Message) -> list[str]:
     """The names of the tools that a message calls."""
+    return [str(function.get("name")) for function in _called(message)]
+
+
+def call_arguments(message: Message) -> list[Mapping[str, Any]]:
+    """The arguments of a message's calls, where they are objects."""
+    found = [function.get("arguments") for function in _called(message)]
+    return [arguments for arguments in found if isinstance(arguments, Mapping)]
+
+
+def with_arguments_as_text(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text, as OpenAI writes them."""
+    if not call_arguments(message):
+        return message
+    return {**message, "tool_calls": [_with_arguments_as_text(call) for call in message["tool_calls"]]}
+
+
+def _with_arguments_as_text(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if call.get("function"):
+        return {**call, "function": _with_arguments_as_text(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json_text(arguments)} if isinstance(arguments, Mapping) else call
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, its letters as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _called(message: Message) -> list[Mapping[str, Any]]:
     calls = message.get("tool_calls")
-    found = [call.get("function") or call for call in calls or () if isinstance(call, Mapping)]
-    return [str(function.get("name")) for function in found]
+    return [call.get("function") or call for call in calls or () if isinstance(call, Mapping)]
 
 
 def offered_tools(row: Row) -> tuple[Mapping[str, Any], ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from launch import arithmetic, files, folders, formats, messages, records, template
+from launch import arithmetic, files, folders, formats, messages, records, template, values
 from launch.records import Record
 
 BUILTIN = "builtin:arithmetic"
@@ -264,7 +264,7 @@ def _where(name: str, index: int, line: int | None) -> str:
 
 def _program() -> list[bytes]:
     """The text of all that decides what a record becomes."""
-    others = [Path(str(module.__file__)) for module in (files, records, formats, messages, template)]
+    others = [Path(str(module.__file__)) for module in (files, records, formats, values, messages, template)]
     return [path.read_bytes() for path in (Path(__file__), *others)]
 
 

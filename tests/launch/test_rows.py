@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from launch import files, formats, messages, records, rows, template
+from launch import files, formats, messages, records, rows, template, values
 from launch.rows import BUILTIN, load_measured, load_splits, load_test, not_read, summary
 
 ROW = {"instruction": "What is 2 and 3?", "output": "2 + 3 = 5. The answer is 5.", "answer": "5"}
@@ -108,7 +108,7 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
         assert len(load_splits(str(path))["train"]) == count
 
 
-@pytest.mark.parametrize("module", [rows, files, records, formats, messages, template])
+@pytest.mark.parametrize("module", [rows, files, records, formats, values, messages, template])
 def test_rows_are_read_anew_when_the_program_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ) -> None:
@@ -118,6 +118,20 @@ def test_rows_are_read_anew_when_the_program_has_changed(
     changed.write_bytes(Path(str(module.__file__)).read_bytes() + b"# changed")
     monkeypatch.setattr(module, "__file__", str(changed))
     assert len({*before, load_splits(path)["train"].rows._fingerprint}) == 2
+
+
+def test_a_part_that_is_no_text_is_named_with_its_file_and_row(tmp_path: Path) -> None:
+    image = [{"type": "text", "text": "q"}, {"type": "image", "url": "x"}]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
+        for text in ("q", image)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    expected = (
+        rf"^{path}: row 1 \(line 2\) has message 0 of messages, which has a part 1 of type 'image'; only parts of"
+    )
+    with pytest.raises(ValueError, match=expected):
+        load_splits(str(path))
 
 
 # ---- places ---------------------------------------------------------------------------------------------------------
