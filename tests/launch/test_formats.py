@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from launch.formats import FEATURES, row_of
-from launch.messages import offered_tools
+from launch.messages import conversation, offered_tools
 from launch.records import parse_json
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -307,6 +307,15 @@ def test_the_tools_that_a_conversation_offers_are_kept(tools: Any) -> None:
     row = row_of({"messages": [USER, ASSISTANT], "tools": tools})
     assert json.loads(row["tools"]) == [TOOL]
     assert offered_tools(row) == (TOOL,)
+
+
+def test_what_is_null_in_calls_and_schemas_is_null_for_the_template() -> None:
+    """Where the file says so; a table's own nulls are gone when it has been read."""
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "enum": [None, 1]}}}
+    text = json.dumps({"messages": [USER, calls(arguments='{"x": null, "y": [null]}')], "tools": [schema]})
+    row = next(iter(datasets.Dataset.from_list([row_of(parse_json(text))], features=FEATURES)))
+    assert offered_tools(row) == (schema,)
+    assert conversation(row)[-1]["tool_calls"][0]["function"]["arguments"] == {"x": None, "y": [None]}
 
 
 @pytest.mark.parametrize("tools", [None, "", []])

@@ -316,15 +316,15 @@ def test_content_that_is_not_text_is_refused(content: Any, told: str) -> None:
 
 def test_other_keys_of_a_message_reach_the_template_but_for_nothing() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "zip": None}}}
+    call_of_a_table = {**call, "id": None, "function": {**call["function"], "strict": None}}
     row = {
         "messages": [
             {"role": "user", "content": "w?", "tool_calls": None, "name": None},
-            {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [call_of_a_table], "name": None},
             {"role": "tool", "content": "21", "tool_calls": None, "name": "weather"},
             {"role": "assistant", "content": "It is 21.", "tool_calls": None, "name": None},
         ]
     }
-    call["function"]["arguments"] = {"city": "Paris"}
     assert conversation(row) == [
         {"role": "user", "content": "w?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -332,7 +332,7 @@ def test_other_keys_of_a_message_reach_the_template_but_for_nothing() -> None:
         {"role": "assistant", "content": "It is 21."},
     ]
     trained = "".join(pieces(tokenizers.byte_level(tokenizers.TOOLS), row)[1])
-    assert trained == 'weather({"city":Ġ"Paris"})<|im_end|>ItĠisĠ21.<|im_end|>'
+    assert trained == 'weather({"city":Ġ"Paris",Ġ"zip":Ġnull})<|im_end|>ItĠisĠ21.<|im_end|>'
     with pytest.raises(ValueError, match="message 1 calls the tool 'weather', which the chat template leaves out"):
         Template.choose(tokenizers.byte_level(tokenizers.CHATML)).encode(row)
     with pytest.raises(ValueError, match="which the plain template leaves out"):
