@@ -118,7 +118,10 @@ class DataArguments:
     )
     inspect: int | None = field(
         default=None,
-        metadata={"help": "Show so many training rows, with what is trained of them, and end without training."},
+        metadata={
+            "help": "Show so many training rows, with what is trained of them, and end without training. The model is not "
+            "looked at: whether it has all of the tokens is checked when training begins."
+        },
     )
 
 

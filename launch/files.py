@@ -22,6 +22,7 @@ FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
+JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSIONS = (".gz", ".zst")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 # UTF-32's mark begins with UTF-16's, so it comes first.
@@ -45,10 +46,19 @@ def split_name(path: Path) -> tuple[str, str]:
 
 def format_of(path: Path) -> str | None:
     """ "json", "csv" or "parquet"; None for a file that holds no rows as far as its name says."""
-    ending = split_name(path)[1]
-    unpacked = next((ending.removesuffix(packed) for packed in COMPRESSIONS if ending.endswith(packed)), ending)
+    unpacked = _unpacked_ending(path)
     kind = FORMATS.get(unpacked)
-    return None if kind == "parquet" and unpacked != ending else kind
+    return None if kind == "parquet" and unpacked != split_name(path)[1] else kind
+
+
+def is_json_lines(path: Path) -> bool:
+    """Whether the name says that each line is a row."""
+    return _unpacked_ending(path) in JSON_LINES
+
+
+def _unpacked_ending(path: Path) -> str:
+    ending = split_name(path)[1]
+    return next((ending.removesuffix(packed) for packed in COMPRESSIONS if ending.endswith(packed)), ending)
 
 
 def readable_endings() -> str:
@@ -80,7 +90,8 @@ def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator
     check_encoding(encoding)
     with _refusing_broken_archives(path), _open_bytes(path) as stream:
         head = _head(path)
-        encoding = next((found for mark, found in _MARKS.items() if head.startswith(mark)), encoding)
+        marked = next((found for mark, found in _MARKS.items() if head.startswith(mark)), None)
+        encoding = marked or encoding
         if b"\0" in head and codecs.lookup(encoding).name == "utf-8":
             raise ValueError(
                 f"{path}: not text in utf-8, since it holds zero bytes; if it is UTF-16, say --encoding utf-16-le or "
@@ -90,10 +101,21 @@ def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator
             yield io.TextIOWrapper(stream, encoding=encoding, newline=newline)
         except UnicodeError as error:
             reason = getattr(error, "reason", error)
+            remedy = "its byte order mark says this encoding: write the file again" if marked else _remedy(encoding)
             raise ValueError(
-                f"{path}: not text in {encoding}{_place_of_the_fault(path, encoding)}: {reason}; say how the file is "
-                "encoded with --encoding, for example latin-1, cp1252 or utf-16"
+                f"{path}: not text in {encoding}{_place_of_the_fault(path, encoding)}: {reason}; {remedy}"
             ) from error
+
+
+def _remedy(encoding: str) -> str:
+    """What to use in place of an encoding that does not fit."""
+    used = codecs.lookup(encoding).name
+    if used in ("utf-16", "utf-32"):
+        # Without a byte order mark, which these two expect, the order must be named.
+        others = [f"{used}-le", f"{used}-be"]
+    else:
+        others = [name for name in ("latin-1", "cp1252", "utf-16", UTF8) if codecs.lookup(name).name != used][:3]
+    return f"say how the file is encoded with --encoding, for example {', '.join(others[:-1])} or {others[-1]}"
 
 
 def _head(path: Path) -> bytes:

@@ -9,23 +9,24 @@
 | `prompt` and `completion`, lists of messages | `messages` |
 | `text` | the same |
 
-`answer`, `choices`, and the `tools` that a conversation offers are kept. A number, true or false in the place of a text becomes its text; a list or an object there
-is refused, since nobody but the user knows how the model should read it.
+`answer`, `choices`, and the `tools` that a conversation offers are kept. A number, true or false in the place of a text
+becomes its text; a list or an object there is refused, since nobody but the user knows how the model should read it.
+Text parts of a message are joined. The arguments of a tool call become an object, also where they are JSON text, as
+OpenAI writes them: a chat template would put that text into quotes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from datetime import date, datetime
-from decimal import Decimal
 from typing import Any
 
 import datasets
 
-from launch.records import NotANumber, Number, name_of_type, parse_json
+from launch.messages import text_of
+from launch.records import name_of_type
 from launch.template import conversation
+from launch.values import as_text, parsed, plain
 
 TEXTS = ("instruction", "input", "output", "answer", "text")
 FEATURES = datasets.Features(
@@ -132,50 +133,9 @@ def _text(record: Mapping[str, Any], field: str) -> str | None:
     return as_text(record.get(field), field)
 
 
-def as_text(value: Any, field: str) -> str | None:
-    """A value as text; None for null.
-
-    Raises:
-        ValueError: a value that is no text, with its type and the remedy.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str) and not isinstance(value, NotANumber):
-        return _checked(str(value), field)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value)):
-        return str(value)
-    if isinstance(value, date) and not isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"has bytes in {field} that are not text in utf-8; write it as a string") from error
-    advice = (
-        "write null for nothing" if "not a number" in name_of_type(value) else "write it as the model should read it"
-    )
-    raise ValueError(f"has {name_of_type(value)} in {field} where a text belongs; {advice}")
-
-
-def _checked(text: str, field: str) -> str:
-    """Refuse half a character, which no tokenizer and no file can hold."""
-    try:
-        if not text.isascii():
-            text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise ValueError(
-            f"has half a character ({half}, a surrogate without its pair) in {field}; the text was cut within an emoji "
-            "or the like: mend or remove it"
-        ) from error
-    return text
-
-
 def _choices(value: Any) -> list[str] | None:
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = _parsed(value, "choices")
+        value = parsed(value, "choices")
     if value is None or value == "":
         return None
     if not isinstance(value, list) or any(choice is None for choice in value):
@@ -186,19 +146,12 @@ def _choices(value: Any) -> list[str] | None:
 def _tools(value: Any) -> str | None:
     """The tools that a conversation offers, as JSON text; None for none."""
     if isinstance(value, str) and value:
-        value = _parsed(value, "tools")
+        value = parsed(value, "tools")
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise ValueError(f"has {name_of_type(value)} in tools where a list of JSON schemas belongs")
     return json.dumps(plain(value, "tools"), ensure_ascii=False)
-
-
-def _parsed(text: str, field: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"has text in {field} that is not JSON ({error}); write it with json.dumps") from error
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
@@ -212,7 +165,7 @@ def _with_system(record: Mapping[str, Any], messages: list[dict[str, Any]]) -> l
 
 def _messages(value: Any, field: str, ends_with_assistant: bool = True) -> list[dict[str, Any]]:
     if isinstance(value, str):
-        value = _parsed(value, field)
+        value = parsed(value, field)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else name_of_type(value)
         raise ValueError(f"has no list in {field}, but {found}; write a list of messages with role and content")
@@ -224,7 +177,7 @@ def _messages(value: Any, field: str, ends_with_assistant: bool = True) -> list[
                 f"does not end with a message from the assistant, but with one of role {last['role']!r}: there is "
                 f"nothing to learn behind it; remove it or add the answer"
             )
-        if not last["content"] or (isinstance(last["content"], str) and not last["content"].strip()):
+        if not (last["content"] or "").strip() and not last.get("tool_calls"):
             raise ValueError(f"has no content in its last message ({field}), which is what is to be learnt")
     return messages
 
@@ -235,41 +188,72 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     found = {key: value for key, value in message.items() if value is not None}
     role = _role(found, where)
     content = found.get("content", found.get("value"))
-    if not isinstance(content, list):
-        content = as_text(content, where)
+    content = _joined(content, where) if isinstance(content, list) else as_text(content, where)
+    calls = _tool_calls(found.get("tool_calls"), where)
     # A tool may return nothing, and a call may come without words.
-    may_be_empty = bool(found.get("tool_calls")) if role == "assistant" else role != "user" and content == ""
+    may_be_empty = bool(calls) if role == "assistant" else role != "user" and content == ""
     if not content and not may_be_empty:
         raise ValueError(f"has a message without role or content: {where} ({role}) has no content; {_keys(message)}")
-    more = {key: value for key, value in found.items() if key not in ("role", "content", "from", "value")}
-    return {"role": role, "content": plain(content, where), **plain(more, where)}
+    more = {
+        key: value for key, value in found.items() if key not in ("role", "content", "from", "value", "tool_calls")
+    }
+    # Many templates write the frame of a call where there is a list, though it be empty.
+    more |= {"tool_calls": calls} if calls else {}
+    return {"role": role, "content": content, **plain(more, where)}
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of content that is given as parts."""
+    try:
+        text_of(parts)
+    except ValueError as error:
+        raise ValueError(f"has {where}, which {error}") from error
+    texts = [part["text"] if isinstance(part, Mapping) else part for part in parts]
+    return "".join(str(as_text(text, f"part {index} of {where}")) for index, text in enumerate(texts))
+
+
+def _tool_calls(value: Any, where: str) -> list[Mapping[str, Any]]:
+    """The calls of a message, the arguments of each an object."""
+    if isinstance(value, str) and value.strip():
+        value = parsed(value, f"tool_calls of {where}")
+    if not value:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"has {name_of_type(value)} in tool_calls of {where} where a list of calls belongs")
+    return [_call(call, f"call {index} of {where}") for index, call in enumerate(value)]
+
+
+def _call(call: Any, where: str) -> Mapping[str, Any]:
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError(
+            f"has no name of a tool in {where}; write an object with function, and in it name and arguments"
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        # What streams of a call without arguments leave is an empty text.
+        arguments = parsed(arguments, f"arguments of {where}") if arguments.strip() else {}
+        function = {**function, "arguments": arguments}
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise ValueError(f"has {name_of_type(arguments)} in arguments of {where} where an object belongs")
+    return {**call, "function": function} if call.get("function") else function
 
 
 def _role(message: Mapping[str, Any], where: str) -> str:
     role = message.get("role", message.get("from"))
     if not isinstance(role, str) or not role.strip():
         raise ValueError(f"has a message without role or content: {where} has no role; {_keys(message)}")
-    if "role" not in message and role not in _SPEAKERS:
+    known = role.strip().lower()
+    if known in _SPEAKERS:
+        return _ROLES.get(known, known)
+    if "role" not in message:
         raise ValueError(f"has {where} from {role!r}, who is unknown; write one of {', '.join(sorted(_SPEAKERS))}")
-    return _ROLES.get(role, role)
+    return role
 
 
 def _keys(message: Mapping[str, Any]) -> str:
     keys = ", ".join(f"{key} ({'null' if value is None else name_of_type(value)})" for key, value in message.items())
     return f"it has {keys or 'nothing'}; a message needs role and content, or from and value"
-
-
-def plain(value: Any, where: str) -> Any:
-    """A value whose numbers are numbers again: the arguments of a tool call keep their types."""
-    if isinstance(value, NotANumber) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"has {name_of_type(value)} in {where}; write null for nothing")
-    if isinstance(value, Number):
-        return json.loads(value)
-    if isinstance(value, Mapping):
-        return {_checked(str(key), where): plain(item, where) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item, where) for item in value]
-    return value if isinstance(value, bool | int | float | None) else as_text(value, where)
 
 
 # ---- remedies -------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def conversation(row: Row) -> list[Message]:
     """The messages of a row that has `messages` or `instruction` and `output`, their content as text.
 
     Other keys of a message stay as they are, but for what is None: a table fills in None where a row has no such key.
+    In the arguments of a call None is a value: those that a table has filled in are gone when `launch.records` has read it.
 
     Raises:
         ValueError: content that is not text; the message is named.
@@ -61,7 +62,8 @@ def conversation(row: Row) -> list[Message]:
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+        inside = {key: inner for key, inner in value.items() if inner is not None}
+        return {key: inner if key == "arguments" else _without_none(inner) for key, inner in inside.items()}
     return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -72,9 +74,39 @@ def is_text(row: Row) -> bool:
 
 def called_tools(message: Message) -> list[str]:
     """The names of the tools that a message calls."""
+    return [str(function.get("name")) for function in _called(message)]
+
+
+def call_arguments(message: Message) -> list[Mapping[str, Any]]:
+    """The arguments of a message's calls, where they are objects."""
+    found = [function.get("arguments") for function in _called(message)]
+    return [arguments for arguments in found if isinstance(arguments, Mapping)]
+
+
+def with_arguments_as_text(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text, as OpenAI writes them."""
+    if not call_arguments(message):
+        return message
+    return {**message, "tool_calls": [_with_arguments_as_text(call) for call in message["tool_calls"]]}
+
+
+def _with_arguments_as_text(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if call.get("function"):
+        return {**call, "function": _with_arguments_as_text(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json_text(arguments)} if isinstance(arguments, Mapping) else call
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, its letters as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _called(message: Message) -> list[Mapping[str, Any]]:
     calls = message.get("tool_calls")
-    found = [call.get("function") or call for call in calls or () if isinstance(call, Mapping)]
-    return [str(function.get("name")) for function in found]
+    return [call.get("function") or call for call in calls or () if isinstance(call, Mapping)]
 
 
 def offered_tools(row: Row) -> tuple[Mapping[str, Any], ...]:
@@ -89,8 +121,11 @@ def offered_tools(row: Row) -> tuple[Mapping[str, Any], ...]:
             tools = json.loads(tools or "[]")
         except ValueError as error:
             raise ValueError(f"tools is not valid JSON: {error}") from error
+    else:
+        # A table fills in None where a schema has no such key; in JSON null is what somebody wrote.
+        tools = _without_none(tools)
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"tools is a {type(tools).__name__}, not a list of JSON schemas")
-    return tuple(_without_none(tool) for tool in tools)
+    return tuple(tools)

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -89,17 +90,16 @@ _DECODER = json.JSONDecoder(parse_int=Number, parse_float=Number, parse_constant
 
 
 def _read_json(path: Path, encoding: str) -> Iterator[Record]:
-    """JSON lines where the first line is an object and others follow; else one document."""
+    """JSON lines where the first line is a row and others follow, or the name says so; else one document."""
     with files.open_text(path, encoding) as text:
         lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
         start, first = next(lines, (0, ""))
         if not first:
             raise ValueError(f"{path}: the file holds no rows")
         following = next(lines, None)
-        if following is not None and _begins_json_lines(path, first):
+        if (following is not None or files.is_json_lines(path)) and _begins_json_lines(path, first):
             yield _record_of_line(path, start, first)
-            yield _record_of_line(path, *following)
-            for number, line in lines:
+            for number, line in chain([following] if following is not None else [], lines):
                 yield _record_of_line(path, number, line)
             return
     yield from _read_document(path, encoding, start if following is None else None)
@@ -111,7 +111,7 @@ def _begins_json_lines(path: Path, first: str) -> bool:
         return not isinstance(parse_json(first), list)
     except ValueError:
         # A pretty-printed object begins with its brace alone, a list with its bracket; all else is a broken row.
-        return ".jsonl" in files.split_name(path)[1] and first.strip() != "{" and not first.lstrip().startswith("[")
+        return files.is_json_lines(path) and first.strip() != "{" and not first.lstrip().startswith("[")
 
 
 def _record_of_line(path: Path, number: int, line: str) -> Record:

@@ -8,12 +8,12 @@ records. A row has one of three forms:
 - `messages`: a list of {"role": ..., "content": ...}, the last one from the assistant;
 - `text`: plain text, trained on as a whole.
 
-Rows are counted from 0 in messages, lines from 1.
+Rows are counted from 0 in messages, in each file anew, and lines from 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from typing import Any
 import datasets
 from datasets.fingerprint import Hasher
 
-from launch import arithmetic, files, folders, formats, records, template
+from launch import arithmetic, files, folders, formats, messages, records, template, values
 from launch.records import Record
 
 BUILTIN = "builtin:arithmetic"
 BUILTIN_ROWS = {"train": 2000, "test": 400}
 _HELD_OUT = 200
+# Where a row stands: the number of the file among those of its split, the row in that file, and its line if it has one.
+_PLACE = {name: datasets.Value("int64") for name in ("file", "row", "line")}
+_FEATURES = datasets.Features({**formats.FEATURES, "place": _PLACE})
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,24 @@ class Rows:
     Attributes:
         held_out: the rows were split off the training data for want of test rows.
         unread: names of files or splits of the source that nobody asked for.
+        parts: the files that the rows were read from, to which their column `place` refers.
     """
 
     source: str
     rows: datasets.Dataset
     held_out: bool = False
     unread: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """The file that row `index` of these was read from, and its number there, for messages."""
+        place = self.rows[index].get("place") if self.parts else None
+        if place is None:
+            return f"{self.source}: row {index}"
+        return _where(self.parts[place["file"]], place["row"], place["line"])
 
     def take(self, count: int | None) -> Rows:
         """The first `count` rows (all of them for None)."""
@@ -140,14 +152,11 @@ def _is_one_table(source: str) -> bool:
 def _read_files(source: str, paths: tuple[Path, ...], encoding: str) -> Rows:
     """The rows of one file, or of files that are the parts of one."""
 
-    def numbered() -> Iterator[tuple[str, Record]]:
-        for path in paths:
-            for index, record in enumerate(records.read(path, encoding, formats.USED)):
-                line = "" if record.line is None else f" (line {record.line})"
-                yield f"{path}: row {index}{line}", record
+    def parts() -> Iterator[Iterable[Record]]:
+        return (records.read(path, encoding, formats.USED) for path in paths)
 
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return Rows(source, _checked(source, numbered, [encoding, *stats]))
+    return _checked(source, tuple(map(str, paths)), parts, [encoding, *stats])
 
 
 def _read_folder(folder: Path, encoding: str) -> dict[str, Rows]:
@@ -203,15 +212,17 @@ def _read_dataset(source: str, dataset: datasets.Dataset) -> Rows:
     names = dataset.column_names
     known = [name for name in names if name in formats.USED]
 
-    def numbered() -> Iterator[tuple[str, Record]]:
-        for index, values in enumerate(dataset.select_columns(known) if known else [{}]):
-            yield f"{source}: row {index}", records.of_table(values, names)
+    def parts() -> Iterator[Iterable[Record]]:
+        yield (records.of_table(values, names) for values in (dataset.select_columns(known) if known else [{}]))
 
-    return Rows(source, _checked(source, numbered, [dataset._fingerprint]))
+    return _checked(source, (source,), parts, [dataset._fingerprint])
 
 
-def _checked(source: str, numbered: Callable[[], Iterator[tuple[str, Record]]], key: list[Any]) -> datasets.Dataset:
+def _checked(source: str, names: tuple[str, ...], parts: Callable[[], Iterator[Iterable[Record]]], key: Any) -> Rows:
     """The rows as a table on disk, which `datasets` keeps under a name made from `key` and from the program that reads it.
+
+    Args:
+        names: of the parts.
 
     Raises:
         ValueError: no rows, or one that cannot be trained on.
@@ -219,26 +230,42 @@ def _checked(source: str, numbered: Callable[[], Iterator[tuple[str, Record]]], 
 
     def rows() -> Iterator[dict[str, Any]]:
         found = None
-        for where, record in numbered():
-            try:
-                found = formats.row_of(record.values)
-            except ValueError as error:
-                note = record.note if isinstance(error, formats.UnknownFields) else ""
-                raise ValueError(f"{where} {error}{note}") from error
-            yield found
+        for part, (name, several) in enumerate(zip(names, parts(), strict=True)):
+            for index, record in enumerate(several):
+                found = _row(record, _where(name, index, record.line))
+                # By its number, since other spellings of a file's name share the table.
+                yield {**found, "place": {"file": part, "row": index, "line": record.line}}
         if found is None:
             raise ValueError(f"{source}: the file holds no rows")
 
-    program = [Path(str(module.__file__)).read_bytes() for module in (files, records, formats, template)]
     try:
-        return datasets.Dataset.from_generator(
+        table = datasets.Dataset.from_generator(
             rows,
-            features=formats.FEATURES,
-            fingerprint=Hasher.hash([*program, *key]),
+            features=_FEATURES,
+            fingerprint=Hasher.hash([*_program(), *key]),
             split=datasets.NamedSplit("rows"),
         )
     except Exception as error:  # datasets wraps what its generator raises
         raise ValueError(_message(source, error)) from error
+    return Rows(source, table, parts=names)
+
+
+def _row(record: Record, where: str) -> dict[str, Any]:
+    try:
+        return formats.row_of(record.values)
+    except ValueError as error:
+        note = record.note if isinstance(error, formats.UnknownFields) else ""
+        raise ValueError(f"{where} {error}{note}") from error
+
+
+def _where(name: str, index: int, line: int | None) -> str:
+    return f"{name}: row {index}" + ("" if line is None else f" (line {line})")
+
+
+def _program() -> list[bytes]:
+    """The text of all that decides what a record becomes."""
+    others = [Path(str(module.__file__)) for module in (files, records, formats, values, messages, template)]
+    return [path.read_bytes() for path in (Path(__file__), *others)]
 
 
 def _message(source: str, error: BaseException) -> str:

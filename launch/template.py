@@ -12,6 +12,7 @@ A chat template writes its own beginning of text. Plain conversations and plain 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +24,13 @@ from launch.messages import (
     SYSTEM_ROLES,
     Message,
     Row,
+    call_arguments,
     called_tools,
     conversation,
     is_text,
+    json_text,
     offered_tools,
+    with_arguments_as_text,
 )
 from launch.messages import text_of as text_of
 from launch.offsets import TokenizedText, opening_tokens
@@ -103,18 +107,45 @@ class Template:
             ]
             return "".join(turns) + ("Assistant: " if add_generation_prompt else "")
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in self.tools] or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            return self._written(messages, add_generation_prompt)
         except Exception as error:  # a template is a program: what it raises is its own affair
             words = " ".join(f"{error}".split()) or type(error).__name__
             raise ValueError(
                 f"the chat template refuses the conversation: {words}; change these rows, or use --template plain"
             ) from error
-        return str(text)
+
+    def _written(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """What the chat template writes.
+
+        Most templates want the arguments of a call as an object. Some join them to their text as they are: an object
+        ends such a template, or stands there as Python writes it. These get JSON text.
+        """
+        arguments = written = [found for message in messages for found in call_arguments(message)]
+        text = other = ""
+        try:
+            text = self._applied(messages, add_generation_prompt)
+            written = [found for found in arguments if found and str(found) in text]
+            if not written:
+                return text
+        except Exception:
+            if not arguments:
+                raise
+        with contextlib.suppress(Exception):
+            other = self._applied([with_arguments_as_text(message) for message in messages], add_generation_prompt)
+        # Words of a message may look like an object of Python. Then the template puts the JSON text into quotes.
+        if all(json_text(found) in other for found in written):
+            return other
+        return text or self._applied(messages, add_generation_prompt)  # which says again what it refuses
+
+    def _applied(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in self.tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        )
 
     def _plain_end(self, message: Message) -> str:
         return str(self.tokenizer.eos_token or "") if message["role"] == "assistant" else ""
@@ -131,9 +162,9 @@ class Template:
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the conversation does not end with a message from the assistant")
         whole = self.render(messages, add_generation_prompt=False)
-        self._check_tools(messages, whole)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         answers = [self._place(messages, index, whole) for index in turns]
+        self._check_tools(messages, whole, dict(zip(turns, answers, strict=True)))
         if answers[-1] is None:
             raise ValueError(
                 "the chat template rewrites its generation prompt when the answer is there, so that the answer has no "
@@ -170,12 +201,21 @@ class Template:
         except ValueError:
             return _MARK
 
-    def _check_tools(self, messages: Sequence[Message], whole: str) -> None:
-        """Refuse tools that the template leaves out: the model would learn to answer without the call, or unasked."""
-        named = [(f"message {index} calls", name) for index, m in enumerate(messages) for name in called_tools(m)]
-        named += [("the row offers", str((tool.get("function") or tool).get("name"))) for tool in self.tools]
-        for what, name in named:
-            if not self.chat or name not in whole:
+    def _check_tools(
+        self, messages: Sequence[Message], whole: str, places: Mapping[int, tuple[int, int] | None]
+    ) -> None:
+        """Refuse tools that the template leaves out: the model would learn to answer without the call, or unasked.
+
+        Args:
+            places: of the assistant's messages in the whole text. There the call must stand: its tool is named elsewhere
+                too, where tools are offered.
+        """
+        named = [("the row offers", str((tool.get("function") or tool).get("name")), whole) for tool in self.tools]
+        for index, message in enumerate(messages):
+            start, end = places.get(index) or (0, len(whole))
+            named += [(f"message {index} calls", name, whole[start:end]) for name in called_tools(message)]
+        for what, name, text in named:
+            if not self.chat or name not in text:
                 raise ValueError(
                     f"{what} the tool {name!r}, which the {'chat' if self.chat else 'plain'} template leaves out; leave "
                     "such rows out, or use a tokenizer whose chat template writes tools"

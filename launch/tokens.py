@@ -106,7 +106,7 @@ def _refuse_problems(rows: Rows, encoded: datasets.Dataset) -> None:
     if problems:
         index, problem = problems[0]
         others = f" ({len(problems)} of {len(rows)} rows cannot be used)" if len(problems) > 1 else ""
-        raise ValueError(f"{rows.source}: row {index}: {problem}{others}")
+        raise ValueError(f"{rows.where(index)}: {problem}{others}")
 
 
 def _leave_out(
@@ -124,9 +124,10 @@ def _leave_out(
     if too_long and (on_long_answer if cut else on_long_row) == "error":
         counted = ", counted with the system prompt," if cut else ""
         option = "--on_long_answer drop" if cut else "--on_long_row cut or drop"
+        first = rows.where(too_long[0]).removeprefix(f"{rows.source}: ")
         raise ValueError(
             f"{rows.source}: {len(too_long)} of {len(rows)} {what} are longer than --max_length {max_length}{counted} "
-            f"(first: row {too_long[0]}, {sizes[too_long[0]]} tokens); raise --max_length or use {option}"
+            f"(first: {first}, {sizes[too_long[0]]} tokens); raise --max_length or use {option}"
         )
     if len(too_long) == len(encoded):
         raise ValueError(f"{rows.source}: no row is left after leaving out {what} longer than {max_length} tokens")

@@ -36,7 +36,8 @@ REASONING = CHATML.replace(
     "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
 )
 TOOLS = CHATML.replace(
-    "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}(){% endfor %}"
+    "{{ m['content'] }}",
+    "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}",
 )
 _WORDS = ("Paris", "the", "is", "capital")
 

@@ -64,6 +64,24 @@ def test_a_wrong_encoding_is_said_to_be_wrong(tmp_path: Path) -> None:
         read(tmp_path / "a.csv", "utf-16")
 
 
+@pytest.mark.parametrize(
+    ("content", "encoding", "remedy"),
+    [
+        (b"caf\xe9", "utf-8", "for example latin-1, cp1252 or utf-16"),
+        (b"caf\x81", "cp1252", "for example latin-1, utf-16 or utf-8"),
+        (b"caf\x81", "Windows-1252", "for example latin-1, utf-16 or utf-8"),
+        ("q,a".encode("utf-16-be"), "utf-16", "for example utf-16-le or utf-16-be"),
+        (b"\xff\xfeq", "utf-16-be", "its byte order mark says this encoding: write the file again"),
+    ],
+)
+def test_the_encoding_that_did_not_fit_is_not_proposed(
+    tmp_path: Path, content: bytes, encoding: str, remedy: str
+) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=f"{remedy}$"):
+        read(tmp_path / "a.csv", encoding)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl"])
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
 def test_compression_is_seen_in_the_bytes(tmp_path: Path, name: str, compression: str) -> None:

@@ -7,11 +7,19 @@ import datasets
 import pytest
 
 from launch.formats import FEATURES, row_of
-from launch.messages import offered_tools
+from launch.messages import conversation, offered_tools
 from launch.records import parse_json
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": 1.5, "z": None}}}
+ARGUMENTS = {"x": 1, "y": 1.5, "z": None}
+CALL = {"type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
+TEXT = {"type": "text", "text": "q"}
+
+
+def calls(*before: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """A message that calls f, behind other calls."""
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [*before, call]}
 
 
 def filled(record: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +86,48 @@ def test_tool_calls_are_passed_on_with_the_types_of_their_arguments() -> None:
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": ""}]
     text = json.dumps({"messages": [*messages, {**ASSISTANT, "weight": 1}]})
     assert from_json(text)["messages"] == [*messages, {**ASSISTANT, "weight": 1}]
+
+
+@pytest.mark.parametrize("text", [json.dumps(ARGUMENTS), json.dumps(ARGUMENTS, indent=2)])
+def test_arguments_that_are_json_text_become_the_object(text: str) -> None:
+    expected = [USER, calls(arguments=ARGUMENTS), {"role": "tool", "content": "1"}, ASSISTANT]
+    messages = [USER, calls(arguments=text), *expected[2:]]
+    assert from_json(json.dumps({"messages": messages}))["messages"] == expected
+    as_text = [USER, {**messages[1], "tool_calls": json.dumps(messages[1]["tool_calls"])}, *expected[2:]]
+    assert filled({"messages": as_text})["messages"] == expected
+    bare = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": text}]}
+    read = filled({"messages": [USER, bare, ASSISTANT]})["messages"][1]
+    assert read == {**bare, "tool_calls": [{"name": "f", "arguments": ARGUMENTS}]}
+
+
+def test_a_call_may_have_no_arguments() -> None:
+    assert filled({"messages": [USER, calls(arguments="")]})["messages"][1] == calls(arguments={})
+    bare = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    assert filled({"messages": [USER, bare]})["messages"][1] == bare
+
+
+def test_the_last_message_may_be_a_call_without_words() -> None:
+    for content in (None, "", " "):
+        last = {**calls(arguments={"x": 1}), "content": content}
+        assert filled({"messages": [USER, last]})["messages"] == [USER, last]
+
+
+def test_an_empty_list_of_calls_is_left_out() -> None:
+    messages = [{**USER, "tool_calls": []}, {**ASSISTANT, "tool_calls": []}]
+    assert filled({"messages": messages})["messages"] == [USER, ASSISTANT]
+
+
+def test_text_parts_become_one_text() -> None:
+    text = '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a "}, "b", {"type": "text", "text": 1.50}]}, {"role": "assistant", "content": "a"}]}'
+    assert from_json(text)["messages"] == [{"role": "user", "content": "a b1.50"}, ASSISTANT]
+
+
+@pytest.mark.parametrize("names", [("Human", "GPT"), ("USER", "Assistant"), ("user ", " Model")])
+@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
+def test_roles_are_known_however_they_are_written(names: tuple[str, str], keys: tuple[str, str]) -> None:
+    messages = [dict(zip(keys, turn, strict=True)) for turn in zip(names, "qa", strict=True)]
+    assert filled({"messages": messages})["messages"] == [USER, ASSISTANT]
+    assert filled({"messages": [{"role": "Critic", "content": "c"}, ASSISTANT]})["messages"][0]["role"] == "Critic"
 
 
 def test_a_table_keeps_messages_whose_keys_differ() -> None:
@@ -223,7 +273,22 @@ def test_a_missing_field_is_named_with_what_is_there(record: dict[str, Any], exp
         ([{"role": "user", "content": {"a": 1}}, ASSISTANT], "an object in message 0 of messages where a text belongs"),
         ([USER], "does not end with a message from the assistant, but with one of role 'user'"),
         ([USER, {"role": "assistant", "content": " "}], "no content in its last message"),
-        ([USER, {"role": "assistant", "tool_calls": [CALL]}], "no content in its last message"),
+        ([USER, {"role": "assistant", "tool_calls": []}], r"message 1 of messages \(assistant\) has no content"),
+        ([USER, {**ASSISTANT, "tool_calls": "f()"}], r"text in tool_calls of message 1 of messages that is not JSON"),
+        ([USER, {**ASSISTANT, "tool_calls": CALL}], "an object in tool_calls of message 1 of messages where a list of calls"),
+        ([USER, {**ASSISTANT, "tool_calls": ["f"]}], "no name of a tool in call 0 of message 1 of messages"),
+        ([USER, {**ASSISTANT, "tool_calls": [{"type": "function"}]}], "no name of a tool in call 0 of message 1 of messages"),
+        ([USER, calls(CALL, arguments="x=1")], r"text in arguments of call 1 of message 1 of messages that is not JSON"),
+        ([USER, calls(CALL, arguments="[1]")], "a list in arguments of call 1 of message 1 of messages where an object"),
+        ([USER, calls(CALL, arguments="7")], "a number in arguments of call 1 of message 1 of messages where an object"),
+        ([USER, calls(arguments='{"x": NaN}')], r"NaN \(not a number\) in message 1 of messages"),
+        ([{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": "x"}]}, ASSISTANT],
+         "message 0 of messages, which has a part 1 of type 'image_url'; only parts of type 'text' can be trained on"),
+        ([{"role": "user", "content": [{"type": "text"}]}, ASSISTANT], "message 0 of messages, which has a part 0 of type 'text' without"),
+        ([{"role": "user", "content": [TEXT, float("nan")]}, ASSISTANT], "message 0 of messages, which has a part 1 of type 'float'"),
+        ([{"role": "user", "content": [TEXT, parse_json("NaN")]}, ASSISTANT], "NaN .not a number. in part 1 of message 0 of messages"),
+        ([USER, {"role": "assistant", "content": [{"type": "text", "text": " "}]}], "no content in its last message"),
+        ([{"role": "user", "content": [{"type": "text", "text": ""}]}, ASSISTANT], r"message 0 of messages \(user\) has no content"),
         ([{"role": "user", "content": "\ud83d"}, ASSISTANT], "half a character .* in message 0 of messages"),
         ([{**USER, "x": ["\ud83d"]}, ASSISTANT], "half a character .* in message 0 of messages"),
         ([{**USER, "x": float("nan")}, ASSISTANT], "not a number"),
@@ -242,6 +307,15 @@ def test_the_tools_that_a_conversation_offers_are_kept(tools: Any) -> None:
     row = row_of({"messages": [USER, ASSISTANT], "tools": tools})
     assert json.loads(row["tools"]) == [TOOL]
     assert offered_tools(row) == (TOOL,)
+
+
+def test_what_is_null_in_calls_and_schemas_is_null_for_the_template() -> None:
+    """Where the file says so; a table's own nulls are gone when it has been read."""
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "enum": [None, 1]}}}
+    text = json.dumps({"messages": [USER, calls(arguments='{"x": null, "y": [null]}')], "tools": [schema]})
+    row = next(iter(datasets.Dataset.from_list([row_of(parse_json(text))], features=FEATURES)))
+    assert offered_tools(row) == (schema,)
+    assert conversation(row)[-1]["tool_calls"][0]["function"]["arguments"] == {"x": None, "y": [None]}
 
 
 @pytest.mark.parametrize("tools", [None, "", []])

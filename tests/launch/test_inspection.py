@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ from helpers.ranks import free_port
 from transformers import PreTrainedTokenizerBase
 
 from launch import inspection
+from launch.arguments import DataArguments
 from launch.rows import Rows
 from launch.template import IGNORED_LABEL, Template
 from launch.tokens import tokenize
@@ -103,6 +105,11 @@ def test_the_first_rows_are_shown() -> None:
 def test_a_terminal_without_the_characters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert "trained | \\xfc \\U0001f600<|im_end|>" in inspection.show(CHATML, encoded({**ROW, "output": "ü 😀"}), 1)
+
+
+def test_the_help_of_inspect_says_that_the_model_is_not_looked_at() -> None:
+    told = {field.name: field.metadata.get("help", "") for field in fields(DataArguments)}["inspect"]
+    assert "The model is not looked at: whether it has all of the tokens is checked when training begins." in told
 
 
 @pytest.mark.dist

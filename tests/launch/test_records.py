@@ -37,12 +37,39 @@ def lines(rows: list[Any]) -> str:
         json.dumps(ROWS),
         json.dumps(ROWS, indent=2),
         json.dumps({"version": "1", "data": ROWS}, indent=1),
-        json.dumps({"version": "1", "data": ROWS}),
-        json.dumps({"instruction": ["q0", "q1", "q2"], "output": ["a0", "a1", "a2"]}),
+        json.dumps({"instruction": ["q0", "q1", "q2"], "output": ["a0", "a1", "a2"]}, indent=1),
     ],
 )
 def test_rows_may_be_lines_a_list_wrapped_or_columns(tmp_path: Path, name: str, text: str) -> None:
     assert values(tmp_path, name, text) == ROWS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"version": "1", "data": ROWS}),
+        json.dumps({"instruction": ["q0", "q1", "q2"], "output": ["a0", "a1", "a2"]}),
+    ],
+)
+def test_the_only_line_of_a_json_file_may_hold_all_rows(tmp_path: Path, text: str) -> None:
+    assert values(tmp_path, "a.json", text) == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        ROWS[0],
+        {"text": ["a"]},
+        {"messages": []},
+        {"messages": {"role": "user"}},
+        {"conversation": [{"from": "human", "value": "q"}]},
+        {"data": [{"text": "t"}]},
+    ],
+)
+def test_the_only_line_of_a_json_lines_file_is_a_row(tmp_path: Path, name: str, row: dict[str, Any]) -> None:
+    """As it would be with a second line behind it."""
+    assert records(tmp_path, name, "\n" + json.dumps(row)) == [Record(row, 2)]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -81,6 +108,7 @@ def test_a_number_is_the_text_that_the_file_holds(tmp_path: Path, number: str) -
         ("a.jsonl", lines(ROWS) + '{"instruction": "q", "outp\n' + lines(ROWS), "line 4: Unterminated string"),
         ("a.jsonl", '{"instruction": "q", "outp\n' + lines(ROWS), "line 1: Unterminated string"),
         ("a.jsonl", '{"instruction": ', "line 1: it ends in the middle"),
+        ("a.ndjson", '{"a": 1},\n' + lines(ROWS), "line 1: a comma that nothing follows; remove it"),
         ("a.jsonl", lines(ROWS[:1]) + '{"a": 1},\n', "line 2: a comma that nothing follows; remove it"),
         ("a.jsonl", '{"a": 1},\n' + lines(ROWS), "line 1: a comma that nothing follows; remove it"),
         ("a.jsonl", '{"a": 1,}\n' + lines(ROWS), "line 1: a comma that nothing follows; remove it"),

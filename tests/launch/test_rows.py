@@ -1,11 +1,13 @@
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pytest
 
+from launch import files, formats, messages, records, rows, template, values
 from launch.rows import BUILTIN, load_measured, load_splits, load_test, not_read, summary
 
 ROW = {"instruction": "What is 2 and 3?", "output": "2 + 3 = 5. The answer is 5.", "answer": "5"}
@@ -104,6 +106,60 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     for count in (1, 2):
         write(path, numbered(count))
         assert len(load_splits(str(path))["train"]) == count
+
+
+@pytest.mark.parametrize("module", [rows, files, records, formats, values, messages, template])
+def test_rows_are_read_anew_when_the_program_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    path = str(write(tmp_path / "rows.jsonl", numbered(1)))
+    before = [load_splits(path)["train"].rows._fingerprint for _ in range(2)]
+    changed = tmp_path / "changed.py"
+    changed.write_bytes(Path(str(module.__file__)).read_bytes() + b"# changed")
+    monkeypatch.setattr(module, "__file__", str(changed))
+    assert len({*before, load_splits(path)["train"].rows._fingerprint}) == 2
+
+
+def test_a_part_that_is_no_text_is_named_with_its_file_and_row(tmp_path: Path) -> None:
+    image = [{"type": "text", "text": "q"}, {"type": "image", "url": "x"}]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
+        for text in ("q", image)
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    expected = (
+        rf"^{path}: row 1 \(line 2\) has message 0 of messages, which has a part 1 of type 'image'; only parts of"
+    )
+    with pytest.raises(ValueError, match=expected):
+        load_splits(str(path))
+
+
+# ---- places ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ending", "line"), [(".jsonl", " (line 96)"), (".csv", " (line 97)"), (".parquet", "")])
+def test_a_held_out_row_is_named_as_the_file_counts_it(tmp_path: Path, ending: str, line: str) -> None:
+    path = write(tmp_path / f"rows{ending}", numbered(100))
+    for source in (str(path), f"{tmp_path}/./rows{ending}"):  # read, and taken from the cache
+        splits = load_splits(source)
+        assert splits["test"].where(5) == f"{Path(source)}: row 95{line}"
+        assert splits["test"].take(6).where(5) == splits["test"].where(5)
+        assert splits["test"].source == f"{Path(source)} (rows from 90)"
+        assert splits["train"].where(3).startswith(f"{Path(source)}: row 3")
+
+
+def test_a_row_of_several_files_is_counted_in_its_own(tmp_path: Path) -> None:
+    for index in range(3):
+        write(tmp_path / f"train-{index}-of-3.jsonl", numbered(10 + index))
+    splits = load_splits(str(tmp_path))
+    assert splits["train"].where(10) == f"{tmp_path}/train-1-of-3.jsonl: row 0 (line 1)"
+    assert splits["test"].where(2) == f"{tmp_path}/train-2-of-3.jsonl: row 11 (line 12)"
+
+
+def test_a_row_that_no_file_holds_is_named_by_its_source(tmp_path: Path) -> None:
+    assert load_splits(BUILTIN)["test"].where(7) == "builtin:arithmetic/test: row 7"
+    datasets.Dataset.from_list(numbered(30)).save_to_disk(tmp_path / "saved")
+    assert load_splits(str(tmp_path / "saved"))["test"].where(1) == f"{tmp_path}/saved/train: row 28"
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------

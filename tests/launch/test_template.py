@@ -7,6 +7,7 @@ import pytest
 from helpers import tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from launch.formats import row_of
 from launch.model import cache_dir, load_tokenizer
 from launch.template import IGNORED_LABEL, Row, Template, conversation, text_of
 
@@ -315,15 +316,15 @@ def test_content_that_is_not_text_is_refused(content: Any, told: str) -> None:
 
 def test_other_keys_of_a_message_reach_the_template_but_for_nothing() -> None:
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "zip": None}}}
+    call_of_a_table = {**call, "id": None, "function": {**call["function"], "strict": None}}
     row = {
         "messages": [
             {"role": "user", "content": "w?", "tool_calls": None, "name": None},
-            {"role": "assistant", "content": None, "tool_calls": [call], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [call_of_a_table], "name": None},
             {"role": "tool", "content": "21", "tool_calls": None, "name": "weather"},
             {"role": "assistant", "content": "It is 21.", "tool_calls": None, "name": None},
         ]
     }
-    call["function"]["arguments"] = {"city": "Paris"}
     assert conversation(row) == [
         {"role": "user", "content": "w?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -331,11 +332,64 @@ def test_other_keys_of_a_message_reach_the_template_but_for_nothing() -> None:
         {"role": "assistant", "content": "It is 21."},
     ]
     trained = "".join(pieces(tokenizers.byte_level(tokenizers.TOOLS), row)[1])
-    assert trained == "weather()<|im_end|>ItĠisĠ21.<|im_end|>"
+    assert trained == 'weather({"city":Ġ"Paris",Ġ"zip":Ġnull})<|im_end|>ItĠisĠ21.<|im_end|>'
     with pytest.raises(ValueError, match="message 1 calls the tool 'weather', which the chat template leaves out"):
         Template.choose(tokenizers.byte_level(tokenizers.CHATML)).encode(row)
     with pytest.raises(ValueError, match="which the plain template leaves out"):
         Template.choose(tokenizers.byte_level(None)).encode(row)
+
+
+def calling(arguments: Any, question: str = "w?", content: Any = None) -> Row:
+    """A conversation that ends with a call, as it is read from a file."""
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    answer = {"role": "assistant", "content": content, "tool_calls": [call]}
+    return row_of({"messages": [{"role": "user", "content": question}, answer]})
+
+
+def trained_call(chat_template: str, row: Row) -> str:
+    tokenizer = tokenizers.byte_level(chat_template)
+    _, labels = Template.choose(tokenizer).encode(row)
+    return str(tokenizer.decode([label for label in labels if label != IGNORED_LABEL]))
+
+
+PARIS = {"city": "Paris", "days": [1, 2.5], "é": True}
+PARIS_TEXT = '{"city": "Paris", "days": [1, 2.5], "é": true}'
+
+
+@pytest.mark.parametrize("arguments", [PARIS, json.dumps(PARIS), json.dumps(PARIS, indent=1)])
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",  # as if it were text
+        "{{ '' + c.function.arguments }}",
+    ],
+)
+@pytest.mark.parametrize("question", ["w?", str(PARIS), PARIS_TEXT])
+def test_arguments_of_a_call_are_trained_as_json_written_once(written: str, arguments: Any, question: str) -> None:
+    """Whether the file has an object or JSON text, and whichever of them the template expects."""
+    chat_template = tokenizers.TOOLS.replace("{{ c.function.arguments | tojson }}", written)
+    assert trained_call(chat_template, calling(arguments, question)) == f"weather({PARIS_TEXT})<|im_end|>"
+    assert trained_call(chat_template, calling({}, question)) == "weather({})<|im_end|>"
+
+
+def test_a_conversation_may_end_with_a_call_alone() -> None:
+    row = calling({"city": "Paris"})
+    assert trained_call(tokenizers.TOOLS, row) == 'weather({"city": "Paris"})<|im_end|>'
+    with_words = calling({"city": "Paris"}, content="Let me see. ")
+    assert trained_call(tokenizers.TOOLS, with_words) == 'Let me see. weather({"city": "Paris"})<|im_end|>'
+    tokenizer = tokenizers.byte_level(tokenizers.TOOLS)
+    prompt = Template.choose(tokenizer).prompt_ids(row)
+    assert prompt == Template.choose(tokenizer).encode(row)[0][: len(prompt)]
+    assert tokenizer.decode(prompt).endswith("w?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain"])
+@pytest.mark.parametrize("question", ["w?", "Ask weather"])
+def test_a_call_that_is_left_out_is_refused_though_its_tool_is_named_elsewhere(kind: str, question: str) -> None:
+    with pytest.raises(ValueError, match=f"message 1 calls the tool 'weather', which the {kind} template leaves out"):
+        Template.choose(tokenizers.byte_level(tokenizers.CHATML), kind).encode(calling({}, question))
 
 
 def test_tools_that_a_row_offers_reach_the_template() -> None:

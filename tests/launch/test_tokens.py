@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_every_rank_is_told_of_the_row_that_the_template_refuses(two_ranks: Any,
     messages = two_ranks.run(refused, file=str(file))
     assert messages[0] == messages[1]
     assert messages[0].startswith(
-        f"{file}: row 1: the chat template refuses the conversation: Conversation roles must"
+        f"{file}: row 1 (line 2): the chat template refuses the conversation: Conversation roles must"
     )
 
 
@@ -230,6 +231,30 @@ def test_a_part_that_is_not_text_is_named() -> None:
     image["messages"][1]["content"] = text["messages"][1]["content"]
     with pytest.raises(ValueError, match=r"memory: row 1: message 0 has a part 0 of type 'image'"):
         tokenize(in_memory(text, image), Template.choose(LLAMA3), 512)
+
+
+def test_a_row_is_named_as_it_is_counted_in_its_file(tmp_path: Path) -> None:
+    """Also where it is held out, or stands in one file of several."""
+    template = Template.choose(tokenizers.byte_level(tokenizers.GEMMA, bos="<bos>", eos="<eos>"))
+    good, bad, long = turns("u", "a"), turns("u", "a", system="s"), turns("u", "a" * 99)
+    held = tmp_path / "held.jsonl"
+    held.write_text("\n" + "".join(json.dumps(row) + "\n" for row in [good] * 95 + [bad] + [good] * 4))
+    test = load_splits(str(held))["test"]
+    for rows in (test, test.take(8)):
+        with pytest.raises(ValueError, match=rf"^{held}: row 95 \(line 97\): the chat template refuses"):
+            tokenize(rows, template, 512)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for index, row in enumerate((good, bad, long)):
+        (parts / f"train-{index}-of-3.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    train = load_splits(str(parts))["train"]
+    with pytest.raises(
+        ValueError, match=rf"^{parts}/train-1-of-3\.jsonl: row 1 \(line 2\): the chat template refuses"
+    ):
+        tokenize(train, template, 512)
+    only_long = replace(train, rows=train.rows.select([0, 5]))
+    with pytest.raises(ValueError, match=rf"1 of 2 .*\(first: {parts}/train-2-of-3\.jsonl: row 1 \(line 2\), \d+ tok"):
+        tokenize(only_long, template, 64)
 
 
 def test_turns_that_are_not_trained_are_counted(caplog: pytest.LogCaptureFixture) -> None:
