@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
@@ -120,12 +121,19 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def refresh_fp32_params(self) -> None:
         """As in the other stages. Weights that were assigned are refused: a rank has its part of them nowhere."""
         with self._together():
-            if self._find_assigned():
+            if any(self._differs(param) for param in self._find_assigned()):
                 raise ValueError(
                     "weights were replaced by `param.data = ...`, which ZeRO-3 cannot take over: change them in place, within "
                     "`with deepspeed.zero.GatheredParameters(params, modifier_rank=0)`"
                 )
         super().refresh_fp32_params()
+
+    def _differs(self, param: Any) -> bool:
+        """Whether a gathered parameter holds other values than this rank's part of it."""
+        part = param.ds_tensor.numel()
+        start = part * dist.get_rank(group=self.dp_process_group)
+        mine = param.data.flatten()[start : start + part]
+        return not torch.equal(mine, param.ds_tensor[: mine.numel()].to(mine))
 
     @staticmethod
     def _gather(params: Sequence[Any]) -> None:

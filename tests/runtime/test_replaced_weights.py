@@ -93,6 +93,8 @@ def test_assigned_weights_last_until_the_next_step(two_ranks: Any, name: str) ->
 def refused_on_zero3() -> str:
     with engine_of(ds_config(stage=3, grass=UNIFORM)) as engine:
         train(engine, 1)
+        there_and_back(engine.module)
+        engine.optimizer.refresh_fp32_params()  # the same values elsewhere
         for param in engine.module.parameters():
             param.data = 0.5 * param.data
         try:
