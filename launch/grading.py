@@ -93,11 +93,17 @@ def final_part(text: str) -> str:
 
 def _marked_part(text: str) -> tuple[str, bool]:
     """The final part of a text, and whether something marks it."""
-    marks = list(_MARK.finditer(text)) or list(_WEAK_MARK.finditer(text))
-    if not marks:
+    mark = last_mark(text)
+    if mark is None:
         return text, False
-    rest = text[marks[-1].end() :]
-    return (_braced(rest) if marks[-1].group().endswith("{") else rest), True
+    rest = text[mark.end() :]
+    return (_braced(rest) if mark.group().endswith("{") else rest), True
+
+
+def last_mark(text: str) -> re.Match[str] | None:
+    """What marks the final answer of a text, see [Note: Final answer]; None if nothing does."""
+    marks = list(_MARK.finditer(text)) or list(_WEAK_MARK.finditer(text))
+    return marks[-1] if marks else None
 
 
 def _braced(text: str) -> str:
