@@ -17,6 +17,7 @@ Where a sentence ends is not always clear ("Robert E. Lee"): every part of the l
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from fractions import Fraction
@@ -74,6 +75,7 @@ _BECAUSE = re.compile(r"[\s,]+because\b", re.IGNORECASE)
 _DISPLAY = "$ \t\r\n"  # a formula may begin on a line of its own
 _ANOTHER = re.compile(r"(?:or|and|/)(?:\W|$)")
 _LONGEST_WORDS = 6  # more of them are a sentence, not an answer
+_MOST_PIECES = 50  # of a line that are looked at: a model may repeat itself without an end
 
 
 class Detected(NamedTuple):
@@ -174,7 +176,8 @@ def _said(text: str) -> set[str]:
     statements = [_statement(part), _statement(part, whole=True)]
     line = _without_decoration(part).split("\n", 1)[0]
     longer = (end.start() for end in _SENTENCE_END.finditer(line) if end.start() > len(statements[0]))
-    said = {_words(piece) for piece in (*statements, line, *(line[:end] for end in longer))}
+    pieces = [line[:end] for end in itertools.islice(longer, _MOST_PIECES)]
+    said = {_words(piece) for piece in (*statements, line, *pieces)}
     forms = [statement.lstrip("*_` ") for statement in statements]
     for form in (*forms, *(_OPTION.sub("", form) for form in forms)):
         explanation = _EXPLAINS.search(form)

@@ -1,3 +1,4 @@
+import time
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -160,6 +161,13 @@ def test_a_name_with_full_stops_is_one_answer(said: str, name: str, other: str) 
     assert is_correct(said.format(name), name)
     assert not is_correct(said.format(other), name)
     assert not is_correct(said.format(name.split()[0]), name) or " " not in name
+
+
+@pytest.mark.parametrize("text", ["a. ", "A. ", "x: "])
+def test_a_text_without_an_end_is_graded_in_no_time(text: str) -> None:
+    start = time.process_time()
+    assert not is_correct(text * 40_000, "B")
+    assert time.process_time() - start < 2  # looking at every piece takes far longer
 
 
 def test_an_ideographic_full_stop_ends_an_answer() -> None:
