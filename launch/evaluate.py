@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,15 +24,24 @@ if __package__ in (None, ""):
 import launch.interrupt  # noqa: F401, I001  # before what takes seconds to import
 import torch
 from deepspeed.accelerator import get_accelerator
-from transformers import HfArgumentParser, PreTrainedModel, StoppingCriteria
+from transformers import HfArgumentParser, PreTrainedModel
 
 from launch import distributed, dtype
 from launch.files import UTF8
-from launch.grading import check_task, detect_task, is_correct, options, reference_answer, right_option
-from launch.model import DEFAULT_MODEL, check_tokens, is_partitioned, largest_token, largest_token_read, load
+from launch.generation import generate, longest_answer
+from launch.choices import candidate_texts
+from launch.grading import check_task, detect_task, is_correct, reference_answer
+from launch.model import (
+    DEFAULT_MODEL,
+    check_tokens,
+    is_partitioned,
+    largest_token,
+    largest_token_read,
+    load,
+)
 from launch.progress import Progress
 from launch.rows import Rows, load_measured, not_read
-from launch.template import IGNORED_LABEL, Row, Template, conversation
+from launch.template import IGNORED_LABEL, Template
 from launch.tokens import Collator, tokenize
 
 TASKS = ("exact", "choice", "loss")
@@ -54,17 +62,6 @@ def choose_task(wanted: str, rows: Rows) -> str:
     if why and distributed.rank() == 0:
         print(f"measuring the loss only: {why}", flush=True)
     return task
-
-
-def longest_answer(template: Template, rows: Rows) -> int:
-    """A limit for generated tokens that leaves a right answer room: a quarter more than the longest of the rows' own, end token included.
-
-    256 if a row has no worked answer: how long one may be is then unknown.
-    """
-    if any(row.get("output") is None and row.get("messages") is None for row in rows.rows):
-        return 256
-    answers = (template.answer_ids(conversation(row)[-1]["content"]) for row in rows.rows)
-    return math.ceil(1.25 * max(len(ids) for ids in answers))
 
 
 @torch.no_grad()
@@ -92,50 +89,10 @@ def exact_match(
     correct = 0
     with _evaluation_mode(model), Progress("exact match", len(mine)) as progress:
         for batch, counts in _batches(model, mine, batch_size):
-            texts = _generate(model, template, [prompts[index] for index in batch], limit, progress)
+            texts = generate(model, template, [prompts[index] for index in batch], limit, progress)
             if counts:
                 correct += sum(is_correct(text, str(references[i])) for i, text in zip(batch, texts, strict=True))
     return distributed.sum_over_ranks([correct])[0] / len(rows)
-
-
-def _generate(
-    model: PreTrainedModel, template: Template, prompts: list[list[int]], max_new_tokens: int, progress: Progress
-) -> list[str]:
-    """The greedy continuations of some prompts, padded on the left to one length."""
-    tokenizer = template.tokenizer
-    longest = max(len(prompt) for prompt in prompts)
-    ids = [[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    configured = model.generation_config.eos_token_id
-    ends = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
-    known_ends, before = sorted(end for end in ends if end is not None), progress.finished
-    output = model.generate(
-        input_ids=torch.tensor(ids, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=known_ends or None,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=[_RowsDone(progress, longest, known_ends)],
-    )
-    progress.reach(before + len(prompts))
-    return list(tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))
-
-
-class _RowsDone(StoppingCriteria):
-    """Shows rows that have ended while others of their batch go on. It stops none: `generate` does, when all have ended."""
-
-    def __init__(self, progress: Progress, prompt_length: int, ends: list[int]) -> None:
-        self._progress, self._start, self._ends = progress, prompt_length, ends
-        self._before = progress.finished
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """`input_ids`: prompts and what follows, int64 (rows, length)."""
-        new = input_ids[:, self._start :]
-        ended = torch.isin(new, torch.tensor(self._ends, device=new.device)).any(dim=1)
-        self._progress.reach(self._before + int(ended.sum()), f"token {new.shape[1]}")
-        return torch.zeros(len(new), dtype=torch.bool, device=new.device)
 
 
 @torch.no_grad()
@@ -151,36 +108,23 @@ def choice_accuracy(
         ValueError: a row without options, or whose answer is not among them.
     """
     check_task("choice", rows)
-    candidates = [_candidate_texts(row) for row in rows.rows]
+    candidates = [candidate_texts(row) for row in rows.rows]
     mine = _my_share(range(len(rows)), lambda index: len(str(rows.rows[index])))
     pairs = [(index, option) for index in mine for option in range(len(candidates[index][0]))]
     scores: dict[tuple[int, int], float] = {}
-    prompts = {index: template.prompt_ids(rows.rows[index]) for index in mine}
     with _evaluation_mode(model), Progress("multiple choice", len(pairs), "option") as progress:
         for batch, _ in _batches(model, pairs, batch_size):
-            answers = [template.answer_ids(candidates[index][0][option]) for index, option in batch]
-            examples = [
-                {"input_ids": prompts[i] + answer, "labels": [IGNORED_LABEL] * len(prompts[i]) + answer}
-                for (i, _), answer in zip(batch, answers, strict=True)
-            ]
+            texts = [template.continuation(rows.rows[i], candidates[i][0][option]) for i, option in batch]
+            examples = [{"input_ids": p + a, "labels": [IGNORED_LABEL] * len(p) + a} for p, a in texts]
             losses, tokens = _token_losses(model, template, examples)
             for pair, loss, count in zip(batch, losses, tokens, strict=True):
                 scores[pair] = -loss / count if length_normalized else -loss
             progress.reach(progress.finished + len(batch))
     correct = 0
     for index in mine:
-        texts, right = candidates[index]
-        correct += max(range(len(texts)), key=lambda option, i=index: scores[i, option]) == right
+        names, right = candidates[index]
+        correct += max(range(len(names)), key=lambda option, i=index: scores[i, option]) == right
     return distributed.sum_over_ranks([correct])[0] / len(rows)
-
-
-def _candidate_texts(row: Row) -> tuple[list[str], int]:
-    """The answer text of every option, and which one is right. The wording is that of the row's own answer."""
-    names, right = options(row), right_option(row)
-    assert right is not None, "see check_task"
-    output = str(row.get("output") or "").rstrip(". ")
-    opening = output[: -len(names[right])] if output.endswith(names[right]) else ""
-    return [opening + name for name in names], right
 
 
 @torch.no_grad()
@@ -188,7 +132,7 @@ def mean_loss(model: PreTrainedModel, template: Template, examples: Sequence[Any
     """Mean cross-entropy per answer token, over all ranks, in nats.
 
     Args:
-        examples: rows of `input_ids` and `labels` (see `data.tokenize`).
+        examples: rows of `input_ids` and `labels` (see `launch.tokens.tokenize`).
     """
     mine = _my_share(list(examples), lambda example: len(example["input_ids"]))
     total, count = 0.0, 0
@@ -287,7 +231,12 @@ class Arguments:
         default=None,
         metadata={"help": "Longest generated answer (task exact); a quarter more than the rows' longest if left out."},
     )
-    max_length: int = field(default=1024, metadata={"help": "Longest row in tokens (task loss)."})
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Longest row in tokens (task loss): longer ones are cut, or left out if the answer does not fit."
+        },
+    )
     length_normalized: bool = field(default=False, metadata={"help": "Task choice: likelihood per token."})
     template: str = field(default="auto", metadata={"help": "chat, plain, or auto (chat if the tokenizer has one)."})
     dtype: str = field(
@@ -296,7 +245,7 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> dict[str, Any]:
-    """Load, measure and return {"task", "value", "rows", "model", "data", "precision"}."""
+    """Load, measure and return {"task", "value", "rows", "model", "data", "precision"}; "rows" counts those that were measured."""
     if arguments.task not in (*TASKS, "auto"):
         raise ValueError(f"unknown task {arguments.task!r}: choose one of {', '.join(TASKS)}, auto")
     precision = dtype.choose(arguments.dtype)
@@ -307,7 +256,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if distributed.rank() == 0:
         print(f"data: measuring on {found.share(arguments.samples, '--samples')}{not_read(found)}", flush=True)
     rows = found.take(arguments.samples)
-    task = choose_task(arguments.task, rows)
+    task = distributed.on_every_rank(lambda: choose_task(arguments.task, rows))
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
     template = Template.choose(tokenizer, arguments.template)
     examples = (
@@ -315,7 +264,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
         if task == "loss"
         else None
     )
-    largest = largest_token_read(template, rows, task) if examples is None else largest_token(examples)
+    largest = distributed.on_every_rank(
+        lambda: largest_token_read(template, rows, task) if examples is None else largest_token(examples)
+    )
     check_tokens(model, arguments.model, tokenizer, max(largest, tokenizer.pad_token_id))
     model.to(get_accelerator().current_device_name())
     if task == "exact":
@@ -328,7 +279,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
         )
     else:
         value = mean_loss(model, template, list(examples or ()), batch_size=arguments.batch_size)
-    result = {"task": task, "value": value, "rows": len(rows), "model": arguments.model, "data": arguments.data}
+    measured = len(rows) if examples is None else len(examples)
+    result = {"task": task, "value": value, "rows": measured, "model": arguments.model, "data": arguments.data}
     return result | {"precision": precision.as_dict()}
 
 

@@ -5,22 +5,36 @@ follows its last "answer:". It ends with its sentence or line. A text without an
 sentence as words.
 
 [Note: Numbers] An integer is equal to the same value only, at any size; 30 and 30.0 are one value. Other numbers may differ by rounding, see
-`_same_number`. Thousands separators, currency signs and a percent sign do not count: $1,234.50 is 1234.5, and 60% is 60, not 0.6. Of
-"10 - 4 = 6" the 6 counts. A sum that is not worked out ("10 - 4"), two numbers to choose from ("5 or 6") and a decimal comma have no value.
+`same_number`. Thousands separators, currency signs and a percent sign do not count: $1,234.50 is 1234.5, and 60% is 60, not 0.6. Of
+"10 - 4 = 6" the 6 counts. A sum that is not worked out ("10 - 4"), two numbers ("5 or 6", "3:30"), a root ("2\\sqrt{3}") and a decimal comma have
+no value. As a reference an output's number is taken only if it is all that the output states; "U.S. Army", "x=2, y=3" and "5x" are words.
 
 [Note: Words] A reference that is not a number ("New York", "B", "5 apples") is compared as text, without regard to case, white space, and
 punctuation or markup around it. The whole answer must be the reference: "New" is not "New York", and "A or B" is not "A". Three things may
 come with it: an explanation ("B because ..."), a bracket after it ("B (iron)"), and the text of a lettered option ("(B) iron", which is both B and iron).
+Where a sentence ends is not always clear ("Robert E. Lee"): every part of the line that may be the whole answer is compared.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
-from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
+from launch.numerals import (
+    AROUND,
+    GOES_ON,
+    LATEX,
+    MINUS,
+    TOKEN,
+    as_number,
+    plain_numbers,
+    same_number,
+    value_of,
+    written,
+)
 from launch.rows import Rows
 from launch.template import Row, conversation
 
@@ -28,32 +42,28 @@ _MARK = re.compile(
     r"\banswer\s+is\b(?:\s*:)?|^####(?!#)(?=[^\n]*\S[^\n]*\s*\Z)|\\boxed\s*\{", re.IGNORECASE | re.MULTILINE
 )
 _WEAK_MARK = re.compile(r"\banswer\s*:", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"(?<!\b(?:St|Dr|Mr|Ms|Mt|Ft|Jr|Sr|vs))[.!?;:](?=[\s*_\"')\]]|$)|\n")
+_SENTENCE_END = re.compile(r"(?<!\b(?:St|Dr|Mr|Ms|Mt|Ft|Jr|Sr|vs))[.!?;:](?=[\s*_\"')\]]|$)|[\n\u3002]")
+_STARTS = r"(?:It|Its|This|That|These|The|He|She|They|We|You|So|In|As|If|A|An|I)\b"  # a sentence, not a name
+# Ends of a sentence that are inside an answer: J. K. Rowling, U.S. Army, No. 5, Yahoo! Inc. and Google, Star Wars: A New Hope, as follows: 5.
+_INSIDE = re.compile(
+    rf"(?:^|(?<=[\s.]))[A-Z]\.(?=\s+(?!{_STARTS})[A-Z])"
+    r"|\bNo\.(?=\s?\d[\d,]*\W*(?:$|because\b))"
+    r"|[.!?](?=\s+(?:Inc|Co|Corp|Ltd)\b)|\b(?:Inc|Co|Corp|Ltd)\.(?=\s+[a-z&])"
+    r"|(?<=\w\w):(?=[ \t]+[A-Z])|(?<=[A-Za-z]):(?=[ \t]*[^\w\s]{0,3}\d)"
+)
 _OPTIONS = re.compile(r"Answer format:\s*(\S+(?:/\S+)+)")
 
-_DIGITS = r"\d{1,3}(?P<by>[,_'\u2019\u00a0\u202f\u2009])\d{2,3}(?:(?P=by)\d{2,3})*(?<=\d{3})(?!\d)|\d+"
-_TOKEN = re.compile(
-    r"(?P<sign>(?<![A-Za-z_\d)\]%])[-+])?(?<![A-Za-z_\d])"
-    r"(?:(?P<whole>\d+) )??(?P<top>\d+)/(?P<bottom>\d+)(?![\d/])"
-    r"|(?P<sign2>(?<![A-Za-z_\d)\]%])[-+])?(?<![A-Za-z_\d])"
-    rf"(?:(?P<digits>{_DIGITS})(?P<rest>(?:\.\d+)?)|(?<!\.)(?P<bare>\.\d+))(?P<power>(?:[eE][-+]?\d{{1,4}}(?![A-Za-z_\d]))?)"
+# What says that a number is not all that is stated: anywhere behind it, anywhere before it, and next to it.
+_MORE_BEHIND = re.compile(
+    r"\\[A-Za-z]|[\^_<>|\u2264\u2265]|[-+*/\u00d7\u00f7]\s*\(?[A-Za-z]\b|^\s*[ap]\.?m\b"
+    r"|^(?!(?:st|nd|rd|th|cm|mm|km|kg|mg|ml|lbs?|ft|hrs?|mins?)\b)[A-Za-z\u03b1-\u03c9]"
 )
-# What makes a number a part of something that has no value yet.
-_GOES_ON = re.compile(r"\s*(?:[-+*/^\u00d7\u00f7]|or\b)\s*\(?[-+]?\.?\d|,\d|e[-+]?\d", re.IGNORECASE)
+_MORE_BEFORE = re.compile(r"\\[A-Za-z]|[\^<>|\u2264\u2265]|[\w)\]}]\s*[-+*/\u00d7\u00f7]\s*\(?$")
+_STUCK = re.compile(r"[:^_/\\.]$"), re.compile(r"[:^_/\\]|\.\d")
+# Degrees, and the power of a unit.
+_NO_MATTER = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\u00b0|(?:(?<=[A-Za-z]{2})|(?<=\sm))\^\{?[23]\}?")
+_ASIDE = re.compile(r"\b(?:out\s+)?of\b")
 
-_MINUS = str.maketrans(dict.fromkeys("\u2212\ufe63\uff0d\u2013", "-"))
-_LATEX = [
-    (re.compile(r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}"), r" \1/\2"),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"\\[()\[\]]|\\[,!; ]"), " "),
-    (re.compile(r"\\times"), "\u00d7"),
-]
-_CURRENCY = re.compile(r"([-+]?)[$\u20ac\u00a3\u00a5]\s?(?=[-+]?\.?\d)")
-_TIMES_TEN = re.compile(r"(?<=\d)\s*[\u00d7*]\s*10\s*(?:\^|\*\*)\s*\{?([-+]?\d{1,4})\}?")
-
-_AROUND = " \t\r\n.,:;!?'\"()[]{}<>*_`~$\u2018\u2019\u201c\u201d"
 _LABEL = re.compile(r"\(?\s*([A-Za-z]|\d{1,2})\s*(?:\)|\.(?=\s))\s*(?=\S)")
 _EXPLAINS = re.compile(
     r"\s*[,\u2014-]?\s+(?:because|since|as|which|so|for|given|due)\b|\s*,\s*(?:not|it|this|that|the|there|but|i|we|he|she|they)\b"
@@ -61,8 +71,11 @@ _EXPLAINS = re.compile(
     re.IGNORECASE,
 )
 _OPTION = re.compile(r"^(?:option|choice)\s+", re.IGNORECASE)
+_BECAUSE = re.compile(r"[\s,]+because\b", re.IGNORECASE)
+_DISPLAY = "$ \t\r\n"  # a formula may begin on a line of its own
 _ANOTHER = re.compile(r"(?:or|and|/)(?:\W|$)")
 _LONGEST_WORDS = 6  # more of them are a sentence, not an answer
+_MOST_PIECES = 50  # of a line that are looked at: a model may repeat itself without an end
 
 
 class Detected(NamedTuple):
@@ -82,11 +95,17 @@ def final_part(text: str) -> str:
 
 def _marked_part(text: str) -> tuple[str, bool]:
     """The final part of a text, and whether something marks it."""
-    marks = list(_MARK.finditer(text)) or list(_WEAK_MARK.finditer(text))
-    if not marks:
+    mark = last_mark(text)
+    if mark is None:
         return text, False
-    rest = text[marks[-1].end() :]
-    return (_braced(rest) if marks[-1].group().endswith("{") else rest), True
+    rest = text[mark.end() :]
+    return (_braced(rest) if mark.group().endswith("{") else rest), True
+
+
+def last_mark(text: str) -> re.Match[str] | None:
+    """What marks the final answer of a text, see [Note: Final answer]; None if nothing does."""
+    marks = list(_MARK.finditer(text)) or list(_WEAK_MARK.finditer(text))
+    return marks[-1] if marks else None
 
 
 def _braced(text: str) -> str:
@@ -99,89 +118,68 @@ def _braced(text: str) -> str:
     return text
 
 
-def _statement(part: str) -> str:
-    """The first sentence of a text that says something."""
-    part = part.lstrip(_AROUND.replace("(", "").replace("[", "").replace(".", "").replace("$", ""))
-    end = next((found for found in _SENTENCE_END.finditer(part) if found.start()), None)
-    if end is not None and _LABEL.match(part[: end.end() + 1] + "x") and end.group() == ".":
+def _without_decoration(part: str) -> str:
+    """A text from where it begins to say something."""
+    return part.lstrip(AROUND.replace("(", "").replace("[", "").replace(".", "").replace("$", ""))
+
+
+def _statement(part: str, whole: bool = False) -> str:
+    """The first sentence of a text that says something.
+
+    Args:
+        whole: look behind what only looks like the end of one, see `_INSIDE`.
+    """
+    part = _without_decoration(part)
+    inside = {found.end() for found in _INSIDE.finditer(part)} if whole else set()
+    end = next((end for end in _SENTENCE_END.finditer(part) if end.start() and end.end() not in inside), None)
+    labels = end is not None and end.group() == "." and _LABEL.match(part[: end.end() + 1] + "x")
+    if end is not None and labels and not re.match(rf"\s*{_STARTS}", part[end.end() :]):
         end = next((found for found in _SENTENCE_END.finditer(part, end.end())), None)  # "B. iron" is one statement
     return part if end is None else part[: end.start()]
 
 
-def _plain_numbers(text: str) -> str:
-    """The text with every number written in ASCII, without currency signs and without markup."""
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
-    text = _TIMES_TEN.sub(r"e\1", text.translate(_MINUS).replace("**", " ").replace("`", " "))
-    return _CURRENCY.sub(r" \1", text)
-
-
-def _value(token: re.Match[str]) -> Fraction | None:
-    """The value of a number that stands in a text; None where a zero divides."""
-    sign = -1 if "-" in (token["sign"], token["sign2"]) else 1
-    if token["top"] is not None:
-        whole, top, bottom = (
-            Fraction(Decimal(part)) for part in (token["whole"] or "0", token["top"], token["bottom"])
-        )
-        return sign * (whole + top / bottom) if bottom else None
-    digits = re.sub(r"\D", "", token["digits"] or "") + (token["rest"] or token["bare"] or "")
-    return sign * Fraction(Decimal(digits + token["power"]))
-
-
 def _first_value(piece: str) -> Fraction | None:
     """The first number of a piece of text; None if it is a part of something else, or denied."""
-    token = _TOKEN.search(piece)
-    if token is None or re.match(r"\s*not\b", piece, re.IGNORECASE) or _GOES_ON.match(piece, token.end()):
+    token = TOKEN.search(piece)
+    if token is None or re.match(r"\s*not\b", piece, re.IGNORECASE) or GOES_ON.match(piece, token.end()):
         return None
-    return _value(token)
+    return value_of(token)
 
 
 def extract_number(text: str) -> Fraction | None:
     """The number that a text ends in: exact, and None without any. See [Note: Final answer] and [Note: Numbers]."""
     part, marked = _marked_part(text)
     if not marked:
-        part = _plain_numbers(part)
-        found = [token for token in _TOKEN.finditer(part) if not _GOES_ON.match(part, token.end())]
-        return _value(found[-1]) if found else None
-    statement = _plain_numbers(_statement(part))
-    if _TOKEN.search(statement) is None:
-        return _first_value(_plain_numbers(part))
+        part = plain_numbers(part)
+        found = [token for token in TOKEN.finditer(part) if not GOES_ON.match(part, token.end())]
+        return value_of(found[-1]) if found else None
+    statement = plain_numbers(_statement(part))
+    if TOKEN.search(statement) is None:
+        return _first_value(plain_numbers(part))
     values = (_first_value(piece) for piece in reversed(re.split(r"[=\u2248]", statement)))
     return next((value for value in values if value is not None), None)
 
 
-def _as_number(text: str) -> Fraction | None:
-    """The value of a text that is a number and nothing else."""
-    plain = _plain_numbers(text).strip(_AROUND.replace(".", "") + "%")
-    token = _TOKEN.fullmatch(plain.rstrip(".%"))
-    return None if token is None else _value(token)
-
-
-def _same_number(found: Fraction, expected: Fraction) -> bool:
-    """Whether two numbers are one value; if neither is an integer, also if they differ by a millionth, or by 0.001 and by a thousandth."""
-    if found == expected:
-        return True
-    if found.denominator == 1 or expected.denominator == 1:
-        return False
-    size, difference = max(abs(found), abs(expected)), abs(found - expected)
-    return difference <= max(size / 10**6, min(size, Fraction(1)) / 1000)
-
-
 def _words(text: str) -> str:
     """The text as it is compared: see [Note: Words]."""
-    for pattern, replacement in _LATEX:
+    for pattern, replacement in LATEX:
         text = pattern.sub(replacement, text)
     plain = " ".join(
-        unicodedata.normalize("NFKC", text).translate(_MINUS).casefold().replace("**", "").replace("`", "").split()
+        unicodedata.normalize("NFKC", text).translate(MINUS).casefold().replace("**", "").replace("`", "").split()
     )
-    return plain.strip(_AROUND) or plain
+    return plain.strip(AROUND) or plain
 
 
 def _said(text: str) -> set[str]:
     """The answers that a text gives in words: the whole, without its explanation, and both halves of a lettered option."""
-    whole = _statement(final_part(text)).lstrip("*_` ")
-    said = {_words(whole)}
-    for form in (whole, _OPTION.sub("", whole)):
+    part = final_part(text)
+    statements = [_statement(part), _statement(part, whole=True)]
+    line = _without_decoration(part).split("\n", 1)[0]
+    longer = (end.start() for end in _SENTENCE_END.finditer(line) if end.start() > len(statements[0]))
+    pieces = [line[:end] for end in itertools.islice(longer, _MOST_PIECES)]
+    said = {_words(piece) for piece in (*statements, line, *pieces)}
+    forms = [statement.lstrip("*_` ") for statement in statements]
+    for form in (*forms, *(_OPTION.sub("", form) for form in forms)):
         explanation = _EXPLAINS.search(form)
         said.add(_words(form if explanation is None else form[: explanation.start()]))
         label = _LABEL.match(form)
@@ -193,11 +191,11 @@ def _said(text: str) -> set[str]:
 
 def is_correct(generated: str, reference: str) -> bool:
     """Whether a text gives the reference: numbers by value, other answers as text."""
-    expected = _as_number(reference)
+    expected = as_number(reference)
     if expected is None:
         return _words(reference) in _said(generated)
     found = extract_number(generated)
-    return found is not None and _same_number(found, expected)
+    return found is not None and same_number(found, expected)
 
 
 # ---- what a row expects ---------------------------------------------------------------------------------------------
@@ -219,19 +217,35 @@ def reference_answer(row: Row) -> str | None:
 def _ending(text: str) -> str | None:
     """The final answer of a text, as a reference that grades this text as right; None if it is no more than prose."""
     number = extract_number(text)
-    if number is not None:
-        return _written(number)
-    statement = _statement(final_part(text)).strip()
-    return statement if 0 < len(statement.split()) <= _LONGEST_WORDS else None
+    part, marked = _marked_part(text)
+    long = not marked and len(text.split()) > _LONGEST_WORDS
+    if number is not None and (_stands_alone(text) if long else _is_all_that_is_stated(part)):
+        return written(number)
+    statement = _BECAUSE.split(_statement(part.lstrip(_DISPLAY), whole=True))[0].strip()
+    if long or not 0 < len(statement.split()) <= _LONGEST_WORDS:
+        return None
+    return statement if is_correct(text, statement) else None
 
 
-def _written(number: Fraction) -> str:
-    """All digits of a number; a fraction that no decimal number equals stays one."""
-    places = next((places for places in range(0, 400) if 10**places % number.denominator == 0), None)
-    if places is None:
-        return f"{Decimal(number.numerator)}/{Decimal(number.denominator)}"
-    scaled = Decimal(int(number * 10**places))
-    return f"{Decimal((scaled.as_tuple().sign, scaled.as_tuple().digits, -places)):f}"
+def _is_all_that_is_stated(part: str) -> bool:
+    """Whether a final part states one number, perhaps with its unit, and not one that is only a piece of the answer."""
+    pieces = re.split(r"[=\u2248]", _NO_MATTER.sub("", plain_numbers(_statement(part.lstrip(_DISPLAY), whole=True))))
+    token = TOKEN.search(pieces[-1])
+    if token is None or any(re.search(r",\s|\b(?:and|or)\b", piece) for piece in pieces[1:-1]):
+        return False
+    before, behind = pieces[-1][: token.start()], pieces[-1][token.end() :]
+    asides = [found.start() for found in (_EXPLAINS.search(behind), _ASIDE.search(behind)) if found is not None]
+    if _MORE_BEFORE.search(before) or _MORE_BEHIND.search(behind):
+        return False
+    return TOKEN.search(behind[: min(asides, default=len(behind))]) is None
+
+
+def _stands_alone(text: str) -> bool:
+    """Whether the last number of a text is not a piece of a time, a version or a formula."""
+    plain = _NO_MATTER.sub("", plain_numbers(text))
+    token = [token for token in TOKEN.finditer(plain) if not GOES_ON.match(plain, token.end())][-1]
+    before, behind = _STUCK
+    return not before.search(plain[: token.start()]) and not behind.match(plain, token.end())
 
 
 def _is_text(row: Row) -> bool:
@@ -257,13 +271,19 @@ def options(row: Row) -> list[str]:
 
 
 def right_option(row: Row) -> int | None:
-    """The index of the option that the row's answer names, decorated or not; None without options, or if it names none or several."""
+    """The index of the option that the row's answer names, decorated or not; None without options, or if it names none or several.
+
+    "(B) gold" names the option "B", or else the option "gold".
+    """
     names, answer = options(row), reference_answer(row)
     if len(names) < 2 or answer is None or _is_text(row):
         return None
     if answer in names:
         return names.index(answer)
     alike = [index for index, name in enumerate(names) if _words(name) == _words(answer)]
+    if not alike:
+        said = _said(answer)
+        alike = [index for index, name in enumerate(names) if _words(name) in said]
     return alike[0] if len(alike) == 1 else None
 
 

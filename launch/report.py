@@ -141,11 +141,17 @@ def _accuracy(report: Mapping[str, Any]) -> list[str]:
     for key, value in after.items():
         if key == "loss":
             start = f"{before[key]:.3f} before, " if key in before else ""
-            lines.append(_line("eval loss", f"{start}{value:.3f} after"))
+            lines.append(_line("eval loss", f"{start}{value:.3f} after{_left_out(report)}"))
         else:
             start = f"{before[key]:.1%} before, " if key in before else ""
             lines.append(_line(names[key], f"{start}{value:.1%} after ({report['eval_rows']} test rows)"))
     return lines
+
+
+def _left_out(report: Mapping[str, Any]) -> str:
+    """What the loss does not measure: rows whose answer is longer than --max_length."""
+    measured, rows = report["loss_rows"], report["eval_rows"]
+    return "" if measured == rows else f" ({measured} of {rows} test rows, the others are too long)"
 
 
 def _memory(memory: Mapping[str, Mapping[str, int]]) -> list[str]:

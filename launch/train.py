@@ -305,6 +305,7 @@ def _report(
         "train_rows": len(task.train),
         "tokens": task.token_count.as_dict(),
         "eval_rows": 0 if task.test is None else len(task.test),
+        "loss_rows": 0 if task.test_tokens is None else len(task.test_tokens),
         "method": f"{config.sampler if config else 'stock'}, ZeRO-{stage}",
         "deepspeed": training.deepspeed,
         "ranks": distributed.world_size(),

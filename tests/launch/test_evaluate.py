@@ -1,3 +1,8 @@
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -8,13 +13,17 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import distributed, evaluate
 from launch.arithmetic import generate
+from launch.choices import candidate_texts
+from launch.distributed import AgreedError
 from launch.evaluate import (
-    _generate,
+    Arguments,
     choice_accuracy,
     choose_task,
     exact_match,
     mean_loss,
 )
+from launch.generation import generate as generate_answers
+from launch.generation import longest_answer
 from launch.grading import _said, extract_number
 from launch.model import largest_token_read
 from launch.progress import Progress
@@ -49,9 +58,9 @@ def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         expected.append(tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True))
     progress, prompts = Progress("test", 6), [template.prompt_ids(row) for row in rows]
-    assert _generate(model, template, prompts[:4], 12, progress) == expected[:4]
+    assert generate_answers(model, template, prompts[:4], 12, progress) == expected[:4]
     assert progress.finished == 4
-    assert _generate(model, template, prompts[4:], 12, progress) == expected[4:]
+    assert generate_answers(model, template, prompts[4:], 12, progress) == expected[4:]
     assert progress.finished == 6
     # Each row's own continuation as its answer: all right. With one answer changed: all but one.
     answered = [{**row, "answer": final_answer(text)} for row, text in zip(rows, expected, strict=True)]
@@ -85,8 +94,9 @@ def test_choice_accuracy_equals_unbatched_likelihoods(
     ]
     best = []
     for row in rows:
-        answers = [template.answer_ids(f"It is {name}") for name in names]
-        scores = [log_likelihood(model, template.prompt_ids(row), answer) for answer in answers]
+        pairs = [template.continuation(row, f"It is {name}") for name in names]
+        answers = [answer for _, answer in pairs]
+        scores = [log_likelihood(model, prompt, answer) for prompt, answer in pairs]
         if length_normalized:
             scores = [score / len(answer) for score, answer in zip(scores, answers, strict=True)]
         best.append(names[scores.index(max(scores))])
@@ -98,6 +108,72 @@ def test_choice_accuracy_equals_unbatched_likelihoods(
         {**row, "answer": other[name], "output": f"It is {other[name]}"} for row, name in zip(rows, best, strict=True)
     ]
     assert choice_accuracy(model, template, in_memory(wrong), **arguments) == 0.0
+
+
+LETTERS = {"instruction": "Which?", "choices": ["A", "B"], "answer": "B"}
+METALS = {"instruction": "Which?", "choices": ["iron", "gold"], "answer": "gold"}
+ASKED = {"role": "user", "content": "Which?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({**LETTERS, "output": "B"}, ["A", "B"]),
+        ({**LETTERS, "output": "The answer is (B)."}, ["The answer is (A", "The answer is (B"]),
+        ({**LETTERS, "output": "**B**"}, ["**A", "**B"]),
+        ({**LETTERS, "output": "B!"}, ["A", "B"]),
+        ({**LETTERS, "output": "b."}, ["A", "B"]),
+        ({**LETTERS, "output": "Answer: B\n"}, ["Answer: A", "Answer: B"]),
+        ({**LETTERS, "output": "B because iron"}, ["A", "B"]),
+        ({**LETTERS, "output": "It is a metal: B"}, ["It is a metal: A", "It is a metal: B"]),
+        ({**LETTERS, "output": "It is no option."}, ["A", "B"]),
+        ({**LETTERS, "output": None}, ["A", "B"]),
+        (
+            {**LETTERS, "output": "Iron rusts. The answer is B, not A."},
+            [f"Iron rusts. The answer is {x}" for x in "AB"],
+        ),
+        ({**LETTERS, "output": "B is iron. The answer is B."}, ["The answer is A", "The answer is B"]),
+        ({**LETTERS, "output": "A is air, so it is B."}, ["A", "B"]),
+        ({**METALS, "output": "It is gold."}, ["It is iron", "It is gold"]),
+        ({**METALS, "output": "The answer is (B) gold."}, ["The answer is (A) iron", "The answer is (B) gold"]),
+        ({**METALS, "output": "The answer is (X) gold."}, ["The answer is iron", "The answer is gold"]),
+        ({**METALS, "output": "b. gold", "answer": "(B) gold."}, ["a. iron", "b. gold"]),
+        (
+            {**LETTERS, "messages": [ASKED, {"role": "assistant", "content": "The answer is (B)."}]},
+            ["The answer is (A", "The answer is (B"],
+        ),
+        (ARC, ["the correct answer is answer1", "the correct answer is answer2"]),
+    ],
+)
+def test_options_are_measured_in_the_words_of_the_rows_own_answer(row: dict[str, Any], texts: list[str]) -> None:
+    assert candidate_texts(row) == (texts, 1)
+
+
+@pytest.mark.parametrize("kind", ["chat", "plain"])
+@pytest.mark.parametrize("output", ["The answer is B because", "**B because", "B because", "Answer: B\n"])
+def test_the_right_option_is_read_as_in_training(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    output: str,
+) -> None:
+    template = Template.choose(tokenizer, kind)
+    messages = [{"role": "system", "content": "Choose."}, ASKED, {"role": "assistant", "content": output}]
+    row = {"messages": messages, "choices": ["A", "B"], "answer": "B"}
+    read: list[Any] = []
+
+    def losses(model: Any, template: Template, examples: list[Any]) -> tuple[list[float], list[int]]:
+        read.extend(examples)
+        return [0.0] * len(examples), [1] * len(examples)
+
+    monkeypatch.setattr(evaluate, "_token_losses", losses)
+    choice_accuracy(model, template, in_memory([row]))
+    ids, labels = template.encode(row)
+    assert len(read) == 2
+    assert read[1]["input_ids"] == ids[: len(read[1]["input_ids"])]
+    assert read[1]["labels"] == labels[: len(read[1]["labels"])]
+    assert tokenizer.decode(read[1]["input_ids"]).endswith(output[: output.index("B") + 1])
 
 
 def test_choice_needs_its_answer_among_the_options(
@@ -200,3 +276,72 @@ def test_prompts_count_among_the_tokens_that_are_read(tokenizer: PreTrainedToken
     expected = max(token for row in rows.rows for token in template.prompt_ids(row))
     assert largest_token_read(template, rows, "exact") == largest_token_read(template, rows, "choice") == expected
     assert largest_token_read(template, rows, "loss") == 0
+
+
+def test_the_limit_for_generated_tokens_leaves_room_for_all_that_is_trained(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    reasoning = copy.deepcopy(tokenizer)
+    reasoning.chat_template = str(tokenizer.chat_template).replace(
+        "message['content']", "message.get('reasoning_content', '') + message['content']"
+    )
+    template = Template.choose(reasoning)
+    short = {"role": "assistant", "content": "The answer is 3."}
+    long = {**short, "reasoning_content": "Two and one are three. " * 10}
+    asked = {"role": "user", "content": "2 + 1?"}
+    for answer in (short, long):
+        row = {"messages": [asked, {"role": "assistant", "content": "What? " * 99}, asked, answer]}
+        trained = [label != IGNORED_LABEL for label in template.encode(row)[1]]
+        count = trained[::-1].index(False)
+        written = tokenizer(answer.get("reasoning_content", "") + "The answer is 3.<|end|>")["input_ids"]
+        assert count == len(written)
+        assert longest_answer(template, in_memory([row])) == math.ceil(1.25 * count)
+    assert longest_answer(template, in_memory([{"instruction": "q", "output": None, "answer": "3"}])) == 256
+
+
+BAD = {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "The answer is 3."}]}
+
+
+def refusing(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer with a template that knows no tools."""
+    refuses = copy.deepcopy(tokenizer)
+    refuses.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}{% endfor %}"
+        + str(tokenizer.chat_template)
+    )
+    return refuses
+
+
+def test_a_row_that_the_template_refuses_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = Template.choose(refusing(tokenizer))
+    good = {"messages": [{"role": "user", "content": "q"}, BAD["messages"][1]]}
+    for measured in (longest_answer, lambda template, rows: largest_token_read(template, rows, "exact")):
+        with pytest.raises(
+            ValueError, match=r"^memory: row 1: the chat template refuses the conversation: no tools here"
+        ):
+            measured(template, in_memory([good, BAD]))
+
+
+def run_on(rows: list[dict[str, Any]], model_folder: Path, tmp_path: Path, **arguments: Any) -> dict[str, Any]:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return evaluate.run(Arguments(model=str(model_folder), data=str(file), **arguments))
+
+
+def test_what_can_fail_before_the_measurement_fails_on_every_rank(
+    model_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an error that all ranks know of: another would leave the other ranks waiting, without the place."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    refusing(tokenizer).save_pretrained(folder)
+    with pytest.raises(AgreedError, match=r"rows.jsonl: row 0: the chat template refuses .*no tools here"):
+        run_on([BAD], folder, tmp_path, task="exact")
+    with pytest.raises(AgreedError, match=r"rows.jsonl: row 1 has no options"):
+        run_on([ARC, {"instruction": "a", "output": "3"}], model_folder, tmp_path, task="choice")
+
+
+def test_rows_that_are_not_measured_are_not_counted(model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"instruction": "q", "output": output} for output in ("a", "b", "c", "words " * 100)]
+    arguments = {"task": "loss", "dtype": "fp32"}
+    assert run_on(rows, model_folder, tmp_path, max_length=64, **arguments)["rows"] == 3
+    assert run_on(rows, model_folder, tmp_path, **arguments)["rows"] == 4

@@ -1,10 +1,11 @@
+import time
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch.arithmetic import generate
@@ -54,6 +55,11 @@ def in_memory(rows: list[dict[str, Any]]) -> Rows:
         ("The answer is 5 or 6", None),
         ("The answer is 3,5", None),
         ("The answer is not 5", None),
+        ("The answer is 5 and 6", None),
+        ("The answer is 3:30", None),
+        ("The answer is 1.2.3", None),
+        (r"\boxed{2\sqrt{3}}", None),
+        (r"\boxed{2^{10}}", None),
         ("The answer is 1e999999999", None),
         ("The answer is 1/0", None),
         ("The answer is unknown", None),
@@ -133,6 +139,42 @@ def test_words_are_compared_whole(text: str, reference: str, right: bool) -> Non
     assert is_correct(text, reference) is right
 
 
+NAMES = [
+    ("J. K. Rowling", "J. K. Tolkien"),
+    ("Robert E. Lee", "Robert E. Grant"),
+    ("George W. Bush", "George W. Bish"),
+    ("U.S. Army", "U.S. Navy"),
+    ("Yahoo! Inc.", "Yahoo! Mail"),
+    ("No. 5", "No. 6"),
+    ("Star Wars: A New Hope", "Star Wars"),
+    ("Apple Inc. and Google", "Apple Inc."),
+    ("Dr. No", "Dr. Yes"),
+    ("\u6771\u4eac", "\u4eac\u90fd"),
+]
+
+
+@pytest.mark.parametrize(
+    "said", ["{}", "{}.", "The answer is {}.", "The answer is {} because it is so.", "Answer: {}"]
+)
+@pytest.mark.parametrize(("name", "other"), NAMES)
+def test_a_name_with_full_stops_is_one_answer(said: str, name: str, other: str) -> None:
+    assert is_correct(said.format(name), name)
+    assert not is_correct(said.format(other), name)
+    assert not is_correct(said.format(name.split()[0]), name) or " " not in name
+
+
+@pytest.mark.parametrize("text", ["a. ", "A. ", "x: "])
+def test_a_text_without_an_end_is_graded_in_no_time(text: str) -> None:
+    start = time.process_time()
+    assert not is_correct(text * 40_000, "B")
+    assert time.process_time() - start < 2  # looking at every piece takes far longer
+
+
+def test_an_ideographic_full_stop_ends_an_answer() -> None:
+    assert is_correct("\u6771\u4eac\u3002", "\u6771\u4eac")
+    assert is_correct("The answer is \u6771\u4eac\u3002\u5927\u304d\u3044\u3002", "\u6771\u4eac")
+
+
 @pytest.mark.parametrize(
     "said", ["The answer is {}", "The answer is: {}.", "{}", "{}.", "Answer: {}", "So it is.\n#### {}"]
 )
@@ -206,8 +248,50 @@ def test_a_reference_from_a_rows_own_output_grades_it_as_right(number: str, phra
         assert not is_correct(output, str(int(value_of(number)) + 1))
 
 
+PIECES = [
+    *NAMES,
+    ("3:30", "3:45"),
+    ("3 p.m.", "3 a.m."),
+    ("(3, 4)", "(3, 5)"),
+    ("12 and 15", "12 and 16"),
+    ("5 apples and 3 pears", "5 apples and 2 pears"),
+    ("1.2.3", "1.2.4"),
+    ("x=2, y=3", "x=1, y=3"),
+    ("5x", "5y"),
+    ("10 - x", "10 - y"),
+    (r"x \le 5", "x = 5"),
+    (r"2\sqrt{3}", r"2\sqrt{5}"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{5}}{2}"),
+    (r"3\pi", "3"),
+    ("2^{10}", "2^{11}"),
+]
+
+
+@pytest.mark.parametrize(
+    "phrase", ["The answer is {}.", "The answer is: {}", r"So it is $\boxed{{{}}}$.", "It is.\n#### {}"]
+)
+@pytest.mark.parametrize(("answer", "other"), PIECES)
+def test_a_reference_is_no_piece_of_what_an_output_states(phrase: str, answer: str, other: str) -> None:
+    reference = reference_answer({"instruction": "q", "output": phrase.format(answer)})
+    assert reference is not None
+    assert is_correct(phrase.format(answer), reference)
+    assert not is_correct(phrase.format(other), reference)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(PIECES), PHRASES.filter(lambda phrase: "apples" not in phrase and "10 -" not in phrase))
+def test_no_reference_grades_another_output_as_right(pair: tuple[str, str], phrase: str) -> None:
+    answer, other = pair
+    reference = reference_answer({"instruction": "q", "output": phrase.format(answer)})
+    assert reference is None or is_correct(phrase.format(answer), reference)
+    assert reference is None or not is_correct(phrase.format(other), reference)
+
+
 @settings(max_examples=500, deadline=None)
 @given(st.text(max_size=30), PHRASES)
+@example("\x0c", "The answer is **{}**.")
+@example("\xa0", "The answer is **{}**.")
+@example("\x85", "The answer is **{}**.")
 def test_whatever_a_row_says_its_own_reference_grades_it_as_right(answer: str, phrase: str) -> None:
     output = phrase.format(answer)
     reference = reference_answer({"instruction": "q", "output": output})
@@ -223,6 +307,19 @@ def test_whatever_a_row_says_its_own_reference_grades_it_as_right(answer: str, p
         ({"output": "The answer is New York."}, "New York"),
         ({"output": "The answer is that people like what they know and have."}, None),
         ({"output": "Prose."}, None),
+        ({"output": "The answer is **\x0c**."}, None),
+        ({"output": "The answer is no. There are 5 planets."}, "no"),
+        ({"output": "The answer is as follows: 5"}, "5"),
+        ({"output": "The answer is:\n$$\n5\n$$"}, "5"),
+        ({"output": "The answer is x = 5."}, "5"),
+        ({"output": "The answer is 5 cm."}, "5"),
+        ({"output": r"\boxed{90^\circ}"}, "90"),
+        ({"output": r"\boxed{5\text{ cm}^2}"}, "5"),
+        ({"output": "The answer is B because iron rusts."}, "B"),
+        ({"output": "The answer is B. It is wet."}, "B"),
+        ({"output": "The answer is vitamin C. It is good."}, "vitamin C"),
+        ({"output": "We looked for it and found it at last at 3:30"}, None),
+        ({"output": "She took 3 of the 9 apples and then ate 7"}, "7"),
         ({"output": "7", "answer": 10**15 + 1}, "1000000000000001"),
         ({"output": "7", "answer": 0}, "0"),
         ({"output": "7", "answer": ""}, "7"),
@@ -256,6 +353,11 @@ def test_options() -> None:
     assert right_option({**ARC, "choices": ["A", "B"], "answer": "(B)"}) == 1
     assert right_option({**ARC, "choices": ["b", "B"], "answer": "**B**"}) is None
     assert right_option({**ARC, "answer": "answer9"}) is None
+    assert right_option({**ARC, "choices": ["A", "B"], "answer": "(B) gold."}) == 1
+    assert right_option({**ARC, "choices": ["iron", "gold"], "answer": "(B) gold."}) == 1
+    assert right_option({**ARC, "choices": ["iron", "gold"], "answer": "(B) silver."}) is None
+    assert right_option({**ARC, "choices": ["A", "B"], "answer": "A or B"}) is None
+    assert right_option({**ARC, "choices": ["B", "gold"], "answer": "(B) gold."}) is None
 
 
 def test_auto_takes_the_task_that_all_rows_allow() -> None:
