@@ -300,7 +300,7 @@ def detect_task(rows: Rows) -> Detected:
     answered = len(rows) - len(without)
     why = (
         f'{answered} of {len(rows)} rows have an `answer`, or an output that says "The answer is ..." (the first without: '
-        f"{rows.source}: row {without[0]})"
+        f"{rows.where(without[0])})"
     )
     return Detected("loss", why)
 
@@ -312,7 +312,7 @@ def check_task(task: str, rows: Rows) -> None:
         ValueError: naming the source and the row.
     """
     for index, row in enumerate(rows.rows):
-        where = f"{rows.source}: row {index}"
+        where = rows.where(index)
         if task in ("exact", "choice") and _is_text(row):
             raise ValueError(
                 f"{where} is plain `text`, without a prompt to answer: task {task} cannot measure it; use loss"

@@ -238,7 +238,7 @@ def of_each_row(rows: Rows, action: Callable[[Row], T]) -> Iterator[T]:
         try:
             yield action(row)
         except ValueError as error:
-            raise ValueError(f"{rows.source}: row {index}: {error}") from error
+            raise ValueError(f"{rows.where(index)}: {error}") from error
 
 
 def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase, largest: int) -> None:
