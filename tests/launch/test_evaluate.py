@@ -334,7 +334,7 @@ def test_what_can_fail_before_the_measurement_fails_on_every_rank(
     """With an error that all ranks know of: another would leave the other ranks waiting, without the place."""
     folder = shutil.copytree(model_folder, tmp_path / "model")
     refusing(tokenizer).save_pretrained(folder)
-    with pytest.raises(AgreedError, match=r"rows.jsonl: row 0: the chat template refuses .*no tools here"):
+    with pytest.raises(AgreedError, match=r"rows.jsonl: row 0 \(line 1\): the chat template refuses .*no tools here"):
         run_on([BAD], folder, tmp_path, task="exact")
     with pytest.raises(AgreedError, match=r"rows.jsonl: row 1 has no options"):
         run_on([ARC, {"instruction": "a", "output": "3"}], model_folder, tmp_path, task="choice")
