@@ -336,7 +336,7 @@ def test_what_can_fail_before_the_measurement_fails_on_every_rank(
     refusing(tokenizer).save_pretrained(folder)
     with pytest.raises(AgreedError, match=r"rows.jsonl: row 0 \(line 1\): the chat template refuses .*no tools here"):
         run_on([BAD], folder, tmp_path, task="exact")
-    with pytest.raises(AgreedError, match=r"rows.jsonl: row 1 has no options"):
+    with pytest.raises(AgreedError, match=r"rows.jsonl: row 1 \(line 2\) has no options"):
         run_on([ARC, {"instruction": "a", "output": "3"}], model_folder, tmp_path, task="choice")
 
 
