@@ -10,7 +10,6 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
-from deepspeed.utils import logger
 
 from grass_ds import placement, precision
 from grass_ds.config import GrassConfig, parse_grass_block
@@ -66,14 +65,7 @@ class enable:
 
 
 def _initialize_if_asked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    arguments = _SIGNATURE.bind(*args, **kwargs).arguments
-    wanted = _wanted_block(arguments) is not None
-    if wanted and _is_reference(arguments):
-        logger.warning(
-            "grass_ds: a call with ZeRO stage 0 and neither optimizer nor model_parameters is taken for that of a reference model, "
-            "whose engine is stock DeepSpeed; to train layers with the config, set a ZeRO stage of 1, 2 or 3"
-        )
-        wanted = False
+    wanted = _wanted_block(_SIGNATURE.bind(*args, **kwargs).arguments) is not None
     return initialize(*args, **kwargs) if wanted else _STOCK_INITIALIZE(*args, **kwargs)
 
 
@@ -110,12 +102,6 @@ def _wanted_block(arguments: Mapping[str, Any]) -> GrassConfig | None:
     section = config.get("optimizer")
     named = isinstance(section, Mapping) and section.get("type") is not None
     return parse_grass_block(config) if named or arguments.get("optimizer") is not None else None
-
-
-def _is_reference(arguments: Mapping[str, Any]) -> bool:
-    """Whether a front-end prepares a model that does not train, with an optimizer left in its copy of the config (TRL, some releases)."""
-    stage = ((_ds_config(arguments) or {}).get("zero_optimization") or {}).get("stage", 0)
-    return stage == 0 and arguments.get("optimizer") is None and arguments.get("model_parameters") is None
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

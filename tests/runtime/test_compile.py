@@ -1,14 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """``engine.compile()``: the same arithmetic, and no compilation at a draw once every kind of block has been seen."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.ranks import RankPool
 from helpers.tiered import tiered
 
 pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def compiling_ranks() -> Iterator[RankPool]:
+    """Ranks of their own: torch's compiler leaves hooks in a process, which other tests would find."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
 STEPS = 10
 # A block is active or not, and its input requires a gradient or not.
 KINDS_OF_BLOCK = 4
@@ -47,10 +59,10 @@ def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", tiered([1, 2], 2))
-def test_blocks_share_their_graphs_whatever_is_drawn(two_ranks: Any, stage: int) -> None:
+def test_blocks_share_their_graphs_whatever_is_drawn(compiling_ranks: RankPool, stage: int) -> None:
     config = ds_config(stage=stage, grass=grass_block(sampler="cyclic", sample_period=1))
-    plain = two_ranks.run(compiled, config=config, how="no")
-    for found, expected in zip(two_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
+    plain = compiling_ranks.run(compiled, config=config, how="no")
+    for found, expected in zip(compiling_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
         assert found["compiled"] and not expected["compiled"]
         assert found["sets"] == 4
         assert 1 < len(found["graphs"]) <= KINDS_OF_BLOCK
@@ -58,19 +70,19 @@ def test_blocks_share_their_graphs_whatever_is_drawn(two_ranks: Any, stage: int)
 
 
 @pytest.mark.all
-def test_a_model_in_one_piece_is_compiled_anew_for_every_set(two_ranks: Any) -> None:
+def test_a_model_in_one_piece_is_compiled_anew_for_every_set(compiling_ranks: RankPool) -> None:
     """Why the engine does otherwise."""
     config = ds_config(grass=grass_block(sampler="cyclic", sample_period=1))
-    for found in two_ranks.run(compiled, config=config, how="whole"):
+    for found in compiling_ranks.run(compiled, config=config, how="whole"):
         assert len(found["graphs"]) >= found["sets"] == 4
 
 
 @pytest.mark.all
-def test_compiled_blocks_compute_the_same_on_zero3(two_ranks: Any) -> None:
+def test_compiled_blocks_compute_the_same_on_zero3(compiling_ranks: RankPool) -> None:
     """There the hooks that gather weights break the graphs."""
     config = ds_config(stage=3, grass=grass_block(sampler="cyclic", sample_period=1), zero_optimization=RELEASED)
-    plain = two_ranks.run(compiled, config=config, how="no")
-    for found, expected in zip(two_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
+    plain = compiling_ranks.run(compiled, config=config, how="no")
+    for found, expected in zip(compiling_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
         assert all(torch.equal(found["weights"][name], weight) for name, weight in expected["weights"].items())
 
 
@@ -83,6 +95,6 @@ def refused() -> str:
         return ""
 
 
-def test_compiled_autograd_is_refused(two_ranks: Any) -> None:
-    for message in two_ranks.run(refused):
+def test_compiled_autograd_is_refused(compiling_ranks: RankPool) -> None:
+    for message in compiling_ranks.run(refused):
         assert "compiled_autograd_enabled" in message
