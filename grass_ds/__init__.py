@@ -7,6 +7,7 @@ torch or DeepSpeed does not load.
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,7 +58,20 @@ __all__ = [
 ]
 
 
+def _module(name: str) -> ModuleType:
+    """Import it. Where that fails, a package outside of its tested range may be why, so the message names those."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        from grass_ds.versions import RANGES, untested
+
+        sentence = untested(RANGES)
+        if not sentence or sentence in str(error):
+            raise
+        raise ImportError(f"{error}. {sentence}", name=error.name, path=error.path) from error
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(import_module(f"grass_ds.{_MODULES[name]}"), name)
+        return getattr(_module(f"grass_ds.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from grass_ds.runtime.seams import DeepSpeedConfigModel
 
 BLOCK = "grass"
 SCORED_SAMPLERS = ("grass", "static")

@@ -2,20 +2,25 @@
 """Ways into DeepSpeed: :func:`initialize` for own loops, :func:`enable` for accelerate, HF Trainer and TRL."""
 
 import inspect
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.utils import logger
 
 from grass_ds import placement, precision
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.layers import discover_layers
+from grass_ds.runtime import seams
 from grass_ds.runtime.engine import GrassEngine
 from grass_ds.support import check_ds_config, check_model, check_optimizer
+from grass_ds.versions import RANGES, untested
 
 _STOCK_INITIALIZE = deepspeed.initialize
 _SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
@@ -36,6 +41,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     _check(bound)
     if not dist.is_initialized():
         placement.find().export()
+    _warn_of_untested_versions()
     with _engine_class():
         made = _STOCK_INITIALIZE(*args, **kwargs)
     _warn_of_emulation(made[0])
@@ -79,6 +85,15 @@ def _engine_class() -> Iterator[None]:
         deepspeed.DeepSpeedEngine = stock
 
 
+@cache
+def _warn_of_untested_versions() -> None:
+    """One line on rank 0, of what this process has loaded."""
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    loaded = [name for name in RANGES if name == "python" or name in sys.modules]
+    if rank == 0 and (sentence := untested(loaded)):
+        logger.warning(sentence)
+
+
 def _warn_of_emulation(engine: Any) -> None:
     """A dtype that the device emulates makes every step many times slower: rank 0 says so, before the first."""
     if getattr(engine, "grass", None) is not None and engine.global_rank == 0:
@@ -90,7 +105,7 @@ def _warn_of_emulation(engine: Any) -> None:
 def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     config = arguments.get("config") or arguments.get("config_params")
     config = config or getattr(arguments.get("args"), "deepspeed_config", None)
-    return config if config is None or isinstance(config, Mapping) else load_ds_config(config)
+    return config if config is None or isinstance(config, Mapping) else seams.load_ds_config(config)
 
 
 def _wanted_block(arguments: Mapping[str, Any]) -> GrassConfig | None:

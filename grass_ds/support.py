@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from deepspeed.pipe import PipelineModule
 from torch import nn
 
 from grass_ds.config import GrassConfigError, parse_grass_block
+from grass_ds.runtime import seams
 from grass_ds.runtime.offload.blockio import AioSettings
+from grass_ds.versions import installed
 
 SUPPORTED_STAGES = (1, 2, 3)
 
@@ -110,6 +111,11 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         problems.append(
             f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them"
         )
+    if stage == 3 and not seams.waits_for_all_gathers():
+        problems.append(
+            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: before 0.19.8 it reads gathered weights "
+            "before they have arrived, in save_16bit_model() among others; pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
+        )
     for path, allowed, why in _REFUSED:
         value = _lookup(config, path)
         if value not in allowed:
@@ -154,7 +160,7 @@ def check_model(model: nn.Module) -> None:
         raise GrassConfigError(
             "the model is wrapped by PEFT: grass trains full weights; pass the base model, or remove the block"
         )
-    if isinstance(model, PipelineModule):
+    if isinstance(model, seams.PipelineModule):
         raise GrassConfigError("pipeline parallelism has an engine of its own: grass needs the plain model")
     experts = sum(1 for p in model.parameters() if getattr(p, "allreduce", True) is False)
     if experts or any(type(m).__module__.startswith("deepspeed.moe") for m in model.modules()):

@@ -27,7 +27,6 @@ import datasets
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfigError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -41,6 +40,7 @@ import grass_ds
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.policy.controller import Controller
 from grass_ds.policy.layers import ModelLayers, discover_layers
+from grass_ds.runtime.seams import DeepSpeedConfigError
 from grass_ds.support import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, inspection, report, tracking

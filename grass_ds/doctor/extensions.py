@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch.utils import cpp_extension
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
@@ -106,7 +105,7 @@ def _async_io_obstacle(can_compile: bool) -> str | None:
         return "no compiler or no ninja"
     if get_accelerator().device_name() == "cuda" and cpp_extension.CUDA_HOME is None and torch.version.cuda:
         return "no CUDA toolkit (set CUDA_HOME, module load cuda)"
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
         return "libaio or its header is missing (apt-get install libaio-dev)"
     return None
 

@@ -1,64 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed packages against the ranges that grass_ds was tested with, and whether they load."""
+"""The installed packages against the ranges that grass_ds is tested with, and whether they load."""
 
 import importlib
 import netrc
 import os
-import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
+from grass_ds.versions import RANGES, installed, is_tested, remedy
 
 # What a training script may use without needing it, by the name of the extra.
-EXTRAS = ("wandb", "mpi", "tensorboard", "peft")
-CORE = ("torch", "deepspeed", "transformers", "accelerate", "datasets")
+EXTRAS = {"launch": "datasets", "wandb": "wandb", "mpi": "mpi4py", "tensorboard": "tensorboard", "peft": "peft"}
+CORE = ("python", "torch", "deepspeed", "transformers", "accelerate", "datasets")
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and the packages named in the metadata of grass_ds."""
-    try:
-        own = distribution("grass_ds")
-    except PackageNotFoundError:
-        found = ", ".join(f"{name} {number}" for name, number in installed_versions().items())
-        yield Finding(
-            "versions", WARN, f"grass_ds is not installed, which knows the tested ones; {found}", "pip install -e ."
-        )
-        return
-    yield from judge_versions(own.metadata["Requires-Python"] or "", own.requires or [])
+    """Python and the packages that grass_ds needs, against the ranges that it is tested with."""
+    for name in RANGES:
+        if name not in EXTRAS.values():
+            yield judge_version(name, installed(name))
+    for extra, name in EXTRAS.items():
+        found = installed(name)
+        if found is None:
+            yield Finding(name, OK, f"not installed (optional: pip install 'grass_ds[{extra}]')")
+        elif name in RANGES:
+            yield judge_version(name, found)
+        else:
+            yield Finding(name, OK, found)
 
 
-def judge_versions(python: str, requirements: list[str]) -> Iterator[Finding]:
-    """One finding per package of ``requirements`` (as in a package's metadata) and one for Python (range ``python``)."""
-    yield _judge("python", platform.python_version(), python, required=True)
-    for requirement in map(Requirement, requirements):
-        extra = next((name for name in EXTRAS if _wanted(requirement, name)), None)
-        required = _wanted(requirement, "")
-        if required or extra:
-            ranges = str(requirement.specifier)
-            found = installed(requirement.name)
-            if found is not None or required:
-                yield _judge(requirement.name, found, ranges, required)
-            else:
-                yield Finding(requirement.name, OK, f"not installed (optional: pip install 'grass_ds[{extra}]')")
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, None if there is none."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def judge_version(name: str, found: str | None) -> Finding:
+    """What to say of version ``found`` (None: not installed) of a package that has a range."""
+    if found is None:
+        return Finding(name, FAIL, "not installed", remedy(name))
+    if is_tested(name, found):
+        return Finding(name, OK, f"{found} ({RANGES[name]})")
+    return Finding(name, WARN, f"{found} is outside of the tested range {RANGES[name]}", remedy(name))
 
 
 def installed_versions() -> dict[str, str]:
     """What must be the same on all ranks."""
-    return {"python": platform.python_version()} | {name: installed(name) or "missing" for name in CORE}
+    return {name: installed(name) or "missing" for name in CORE}
 
 
 def check_import() -> Iterator[Finding]:
@@ -83,23 +67,6 @@ def check_wandb() -> Iterator[Finding]:
         yield Finding(
             "wandb login", OK, "nobody is logged in", "for --report_to wandb: wandb login, or WANDB_MODE=offline"
         )
-
-
-def _wanted(requirement: Requirement, extra: str) -> bool:
-    return (
-        requirement.marker is None
-        if not extra
-        else bool(requirement.marker and requirement.marker.evaluate({"extra": extra}))
-    )
-
-
-def _judge(name: str, found: str | None, ranges: str, required: bool) -> Finding:
-    remedy = f"pip install '{name}{ranges}'" if name != "python" else f"use a Python {ranges}"
-    if found is None:
-        return Finding(name, FAIL, "not installed", remedy)
-    if SpecifierSet(ranges).contains(found, prereleases=True):
-        return Finding(name, OK, f"{found} ({ranges})")
-    return Finding(name, FAIL if required else WARN, f"{found} is outside of the tested range {ranges}", remedy)
 
 
 def _in_netrc(host: str) -> bool:

@@ -140,6 +140,7 @@ class GrassEngine(CheckpointingEngine):
             clip_grad=self.gradient_clipping(),
             reset_on_switch=config.state_on_switch == "reset",
             accumulation_steps=self.gradient_accumulation_steps,
+            at_boundary=self.is_gradient_accumulation_boundary,
             optional_kinds=_optional_kinds(config),
             loss_scale=self.loss_scale(),
             dynamic_loss_scale=self.dynamic_loss_scale(),

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every private name of DeepSpeed that grass_ds relies on, checked at import.
+"""Every private name of DeepSpeed that grass_ds relies on, checked at import; and what differs between its releases.
 
 DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented names are used. They are listed here and
 nowhere else; ``tests/runtime/test_seams.py`` checks what they do. When a release changes one, importing ``grass_ds`` says which.
+
+Modules of grass_ds import from ``deepspeed`` itself only what its documentation shows: ``initialize``, ``comm``,
+``get_accelerator``, ``logger`` and ``log_dist``.
 """
 
 import copy
 import importlib
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from packaging.version import Version
 
-TESTED = ("0.19.8", "0.20")
+from grass_ds.versions import RANGES
 
-# What GrassEngine overrides.
+# What GrassEngine overrides or calls, with arguments.
 ENGINE_METHODS = (
     "_configure_checkpointing",  # sets checkpoint_engine
     "_copy_recovery_script",
@@ -28,18 +34,42 @@ ENGINE_METHODS = (
     "_save_zero_checkpoint",
     "_take_model_step",
     "_zero3_consolidated_16bit_state_dict",
+    "load_module_state_dict",
     "module_state_dict",
 )
-# What GrassEngine reads.
+# What grass_ds reads of an engine: methods without arguments, and properties.
 ENGINE_READS = (
+    "aio_config",
+    "bfloat16_enabled",
     "communication_data_type",
     "dynamic_loss_scale",
     "dynamic_loss_scale_args",
+    "fp16_enabled",
     "get_data_types",
     "gradient_clipping",
+    "is_compiled",
+    "load_universal_checkpoint",
     "loss_scale",
     "zero_optimization_stage",
     "zero_overlap_comm",
+)
+# What DeepSpeedEngine sets on itself, and grass_ds reads or sets.
+ENGINE_ATTRIBUTES = (
+    "_compile_kwargs",
+    "_config",
+    "_is_compiled",
+    "checkpoint_engine",
+    "config",
+    "device",
+    "global_rank",
+    "global_steps",
+    "gradient_average",
+    "module_forward_post_hook",
+    "module_forward_pre_hook",
+    "optimizer",
+    "param_names",
+    "seq_data_parallel_group",
+    "seq_dp_world_size",
 )
 # What the gradient hook of a ZeRO optimizer must call, in this order.
 HOOK_STATE = (
@@ -59,7 +89,6 @@ OFFLOAD_METHODS = (
     "empty_partition_cache",
     "get_param_coordinator",
     "partition_all_parameters",
-    "release_backward_leftovers",
 )
 OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
 # ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
@@ -80,6 +109,7 @@ PARTITIONED_PARAMETER = (
     "ds_shape",
     "ds_status",
     "ds_tensor",
+    "is_external_param",
     "partition",
 )
 # module -> names
@@ -103,9 +133,14 @@ MODULE_NAMES = {
         "UNIVERSAL_CHECKPOINT_VERSION_VALUE",
         "ZERO_STAGE",
     ),
+    "deepspeed.pipe": ("PipelineModule",),
     "deepspeed.runtime.checkpoint_engine": ("TorchCheckpointEngine",),
+    "deepspeed.runtime.config": ("DeepSpeedConfigError",),
+    "deepspeed.runtime.config_utils": ("DeepSpeedConfigModel",),
     "deepspeed.runtime.engine": ("BFLOAT16", "ZERO_OPTIMIZATION"),
     "deepspeed.runtime.fp16.loss_scaler": ("CreateLossScaler",),
+    "deepspeed.runtime.swap_tensor.aio_config": ("AIO_DEFAULT_DICT",),
+    "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
     "deepspeed.runtime.utils": ("count_used_parameters_in_backward",),
     "deepspeed.runtime.zero.parameter_offload": ("DeepSpeedZeRoOffload",),
     "deepspeed.runtime.zero.partition_parameters": ("Init", "ZeroParamStatus"),
@@ -113,6 +148,7 @@ MODULE_NAMES = {
     "deepspeed.utils.groups": ("_get_sequence_parallel_world_size",),
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
     "deepspeed.utils.torch": ("register_grad_hook",),
+    "deepspeed.utils.zero_to_fp32": ("get_fp32_state_dict_from_zero_checkpoint",),
 }
 
 
@@ -130,11 +166,23 @@ def missing_names() -> list[str]:
     missing = [
         f"DeepSpeedEngine.{name}" for name in (*ENGINE_METHODS, *ENGINE_READS) if not hasattr(DeepSpeedEngine, name)
     ]
+    assigned = assigned_by(DeepSpeedEngine)
+    missing += [f"DeepSpeedEngine.{name}" for name in ENGINE_ATTRIBUTES if name not in assigned]
     missing += [f"ZeROOptimizer.{name}" for name in HOOK_STATE if not hasattr(ZeROOptimizer, name)]
     for module, names in MODULE_NAMES.items():
-        found = importlib.import_module(module)
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            missing.append(module)
+            continue
         missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
     return missing or _missing_in_zero3()
+
+
+def assigned_by(cls: type) -> set[str]:
+    """Attributes that the methods of ``cls`` name, those that they set on ``self`` among them."""
+    functions = (inspect.unwrap(value) for value in vars(cls).values() if inspect.isfunction(value))
+    return {name for function in functions for name in function.__code__.co_names}
 
 
 def _missing_in_zero3() -> list[str]:
@@ -159,31 +207,97 @@ def _missing_in_zero3() -> list[str]:
 
 
 def check() -> None:
-    """Raise ImportError when the installed DeepSpeed is not one that grass_ds was built against."""
-    missing = missing_names()
-    if missing:
+    """Raise ImportError when the installed DeepSpeed lacks a name that grass_ds relies on."""
+    if missing := missing_names():
+        wanted = f"deepspeed{RANGES['deepspeed']}"
         raise ImportError(
-            f"grass_ds relies on names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. "
-            f"Install deepspeed>={TESTED[0]},<{TESTED[1]}."
+            f"deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. grass_ds relies on it; {wanted} has it: "
+            f"pip install '{wanted}'"
         )
-    version = Version(Version(deepspeed.__version__).base_version)
-    if not Version(TESTED[0]) <= version < Version(TESTED[1]):
-        raise ImportError(f"grass_ds needs deepspeed>={TESTED[0]},<{TESTED[1]}; {deepspeed.__version__} is installed.")
 
 
 check()
 
 from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
+from deepspeed.pipe import PipelineModule  # noqa: E402
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
 from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT  # noqa: E402
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
+from deepspeed.utils import zero_to_fp32  # noqa: E402
 from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.torch import register_grad_hook  # noqa: E402
+
+# ---- what older releases lack -------------------------------------------------------------------------------------------
+
+
+try:
+    from deepspeed.utils.pin_memory import get_native_pinned_memory
+except ModuleNotFoundError:  # before 0.19.6
+    get_native_pinned_memory = None
+
+
+def register_host_memory(address: int, nbytes: int) -> bool:
+    """Page-lock ``nbytes`` bytes at ``address`` for copies to and from the device.
+
+    The accelerator has the method since DeepSpeed 0.19.6; before, this is what it does on CUDA, and nothing elsewhere.
+
+    Returns:
+        Whether it is page-locked.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    accelerator = get_accelerator()
+    if hasattr(accelerator, "register_host_memory"):
+        return bool(accelerator.register_host_memory(address, nbytes))
+    if accelerator.device_name() != "cuda":
+        return False
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)))
+    return True
+
+
+def unregister_host_memory(address: int) -> None:
+    """Undo :func:`register_host_memory`, where that returned true."""
+    accelerator = get_accelerator()
+    if hasattr(accelerator, "unregister_host_memory"):
+        accelerator.unregister_host_memory(address)
+    else:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+
+
+def waits_for_all_gathers() -> bool:
+    """Whether ``GatheredParameters`` hands out weights that have arrived.
+
+    Before 0.19.8 it waits for the last of its gathers alone. On a device stream the others are done by then; over gloo they need not be,
+    and what is read (``save_16bit_model()`` reads so) may be garbage.
+    """
+    return get_accelerator().device_name() != "cpu" or Version(deepspeed.__version__) >= Version("0.19.8")
+
+
+def release_backward_leftovers(offload: DeepSpeedZeRoOffload) -> None:
+    """Release the weights of modules through which backward ran without an end, like those of the lowest active layer.
+
+    DeepSpeed has the method since 0.19.3. Before, those weights are what is gathered and not persistent once backward is over.
+    """
+    if hasattr(offload, "release_backward_leftovers"):
+        offload.release_backward_leftovers()
+        return
+    for param in offload.module.parameters():
+        param.ds_active_sub_modules.clear()
+        if param.ds_status is ZeroParamStatus.AVAILABLE and not param.ds_persist and not param.is_external_param:
+            param.partition()
+
+
+# ---- tricks -------------------------------------------------------------------------------------------------------------
 
 
 def forget_releases() -> None:
@@ -218,11 +332,20 @@ def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
             module.__dict__.pop(name, None)
 
 
+def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
+    """Tell ``engine`` that its model is compiled, as its own ``compile()`` does: ``is_compiled`` answers by it."""
+    engine._is_compiled, engine._compile_mode, engine._compile_kwargs = True, "model", dict(compile_kwargs)
+
+
 __all__ = [
+    "AIO_DEFAULT_DICT",
     "BFLOAT16",
     "ZERO_OPTIMIZATION",
+    "DeepSpeedConfigError",
+    "DeepSpeedConfigModel",
     "DeepSpeedEngine",
     "DeepSpeedZeRoOffload",
+    "PipelineModule",
     "TorchCheckpointEngine",
     "ZeROOptimizer",
     "ZeroParamStatus",
@@ -231,13 +354,16 @@ __all__ = [
     "create_loss_scaler",
     "forget_releases",
     "fragment_address",
+    "get_native_pinned_memory",
+    "load_ds_config",
+    "mark_compiled",
     "register_grad_hook",
+    "register_host_memory",
+    "release_backward_leftovers",
     "remove_zero3_hooks",
     "sequence_parallel_size",
+    "unregister_host_memory",
     "untraced",
+    "waits_for_all_gathers",
+    "zero_to_fp32",
 ]
-
-
-def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
-    """Tell ``engine`` that its model is compiled, as its own ``compile()`` does: ``is_compiled`` answers by it."""
-    engine._is_compiled, engine._compile_mode, engine._compile_kwargs = True, "model", dict(compile_kwargs)

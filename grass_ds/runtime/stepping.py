@@ -20,6 +20,7 @@ class StepSettings:
         clip_grad: largest global gradient norm, 0 for no clipping.
         reset_on_switch: ``state_on_switch: reset``.
         accumulation_steps: gives the engine's ``gradient_accumulation_steps``, by which it divides every loss.
+        at_boundary: whether this micro-batch is the last of its window, the engine's ``is_gradient_accumulation_boundary``.
         optional_kinds: of units that may go without a gradient: those that train by default, not because the user said so. None:
             all (``missing_gradients: zero``).
         loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
@@ -29,6 +30,7 @@ class StepSettings:
     clip_grad: float
     reset_on_switch: bool
     accumulation_steps: Callable[[], int] = lambda: 1
+    at_boundary: Callable[[], bool] = lambda: True
     optional_kinds: Collection[str] | None = ()
     loss_scale: float = 1.0
     dynamic_loss_scale: bool = False

@@ -25,7 +25,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
     gathered_calls = gathered_bytes = 0
 
     def _reduces_now(self) -> bool:
-        return self.settings.stage == 2 or self.controller.measuring or self.is_gradient_accumulation_boundary()
+        return self.settings.stage == 2 or self.controller.measuring or self.settings.at_boundary()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1's hook of the engine at the boundary: after backward, or in ``step()`` when the caller owns the boundary."""

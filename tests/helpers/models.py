@@ -94,9 +94,15 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters by name."""
-    with gathered(module):
-        return {name: param.detach().clone() for name, param in module.named_parameters()}
+    """Copies of all parameters by name. Gathered one at a time: see ``seams.waits_for_all_gathers``."""
+    return {name: _copy(param) for name, param in module.named_parameters()}
+
+
+def _copy(param: nn.Parameter) -> torch.Tensor:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([param]) if hasattr(param, "ds_id") else nullcontext():
+        return param.detach().clone()
 
 
 def unit_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 from deepspeed import comm as dist
 from deepspeed.utils import logger
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from grass_ds.runtime import seams
 from grass_ds.runtime.checkpoint import reading
@@ -96,7 +94,9 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
 
     def _copy_recovery_script(self, save_path: Any) -> None:
         """As DeepSpeed's, which writes them anew in place: on a full disk that would spoil those that are there."""
-        pairs = [(Path(deepspeed.utils.__file__).with_name(name), Path(save_path, name)) for name in _RECOVERY_SCRIPTS]
+        pairs = [
+            (Path(seams.zero_to_fp32.__file__).with_name(name), Path(save_path, name)) for name in _RECOVERY_SCRIPTS
+        ]
         if not all(there.is_file() and there.read_bytes() == source.read_bytes() for source, there in pairs):
             super()._copy_recovery_script(save_path)
 
@@ -193,7 +193,7 @@ class CheckpointingEngine(seams.DeepSpeedEngine):
 
     def _load_weights(self, load_dir: Any, tag: Any) -> None:
         """The weights of ZeRO-3, which DeepSpeed loads with the optimizer states only."""
-        weights = get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
+        weights = seams.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
         self.optimizer.checkpoint_event_prologue()
         self.load_module_state_dict({"module": weights}, fetch_z3_params=True)
         self.optimizer.checkpoint_event_epilogue()

@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 from grass_ds.config import GrassConfigError
+from grass_ds.runtime import seams
 from grass_ds.runtime.offload.files import ALIGNMENT, OffloadError, StateFile
 
 # Requests of PosixIO under way at a time. One keeps a disk busy for about three quarters of the time, two are enough here; four for
@@ -107,7 +107,9 @@ class AioSettings:
         Raises:
             GrassConfigError: a value that AIO would not survive.
         """
-        values = {key: AIO_DEFAULT_DICT[key] if block.get(key) is None else block[key] for key in AIO_DEFAULT_DICT}
+        values = {
+            key: value if block.get(key) is None else block[key] for key, value in seams.AIO_DEFAULT_DICT.items()
+        }
         for key, least in (("block_size", ALIGNMENT), ("queue_depth", 1), ("intra_op_parallelism", 1)):
             value = values[key]
             if type(value) is not int or not least <= value < 2**31 or value % least:
@@ -273,8 +275,12 @@ def _load_aio(settings: AioSettings, direct: bool, locked: bool) -> Any:
         raise _Unavailable("the filesystem of grass.offload.nvme_path has no direct I/O; choose a local disk")
     if not os.path.exists("/proc/self/fd"):
         raise _Unavailable("/proc is not mounted; mount it")
+    if seams.get_native_pinned_memory is None:
+        raise _Unavailable(
+            "the installed deepspeed has no page-locked memory that all AIO handles know; pip install 'deepspeed>=0.19.6'"
+        )
     try:
-        op = AsyncIOBuilder().load(verbose=False)
+        op = get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
     except Exception as error:  # whatever a missing compiler, header or library turns into
         raise _Unavailable(
             f"DeepSpeed's async_io cannot be built or loaded ({error}); install libaio-dev, a C++ compiler and ninja"

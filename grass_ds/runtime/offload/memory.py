@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
-from deepspeed.utils.pin_memory import get_native_pinned_memory
 
+from grass_ds.runtime import seams
 from grass_ds.runtime.offload.files import ALIGNMENT
 
 _LOCK_ON_FAULT = 1  # MLOCK_ONFAULT: counts against the limit, takes no memory
@@ -88,7 +88,7 @@ class StagingMemory:
 
 def _register(memory: torch.Tensor) -> bool:
     try:
-        return bool(get_accelerator().register_host_memory(memory.data_ptr(), memory.nbytes))
+        return seams.register_host_memory(memory.data_ptr(), memory.nbytes)
     except RuntimeError as error:
         with contextlib.suppress(RuntimeError):  # the runtime reports the same failure once more, at the next kernel
             torch.zeros(1, device=get_accelerator().current_device_name())
@@ -97,7 +97,7 @@ def _register(memory: torch.Tensor) -> bool:
 
 
 def _unregister(address: int) -> None:
-    get_accelerator().unregister_host_memory(address)
+    seams.unregister_host_memory(address)
 
 
 def _locked(nbytes: int) -> torch.Tensor:
@@ -106,7 +106,8 @@ def _locked(nbytes: int) -> torch.Tensor:
     The rest of a page behind a chunk's end goes to the file as it is. It must not be what was in the heap: that may be the pattern by which
     AioIO tells that a read delivered nothing.
     """
-    return get_native_pinned_memory().pin_empty(torch.empty(0, dtype=torch.uint8), (nbytes,)).zero_()
+    assert seams.get_native_pinned_memory is not None  # see _may_lock
+    return seams.get_native_pinned_memory().pin_empty(torch.empty(0, dtype=torch.uint8), (nbytes,)).zero_()
 
 
 def _pageable(nbytes: int) -> torch.Tensor:
@@ -118,8 +119,10 @@ def _may_lock(count: int, nbytes: int) -> bool:
 
     It is tried, since the limit depends on privileges and on what is locked already, and DeepSpeed aborts the process beyond it.
     """
+    if seams.get_native_pinned_memory is None:
+        return False
     try:
-        get_native_pinned_memory()
+        seams.get_native_pinned_memory()
         lock = ctypes.CDLL(None, use_errno=True).mlock2
     except (RuntimeError, AttributeError) as error:
         logger.info(f"Staging memory is not page-locked: {error}")

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 from helpers.disks import aio_or_skip
 
+from grass_ds.runtime import seams
 from grass_ds.runtime.offload import memory
 from grass_ds.runtime.offload.memory import HostMemory, StagingMemory
 
@@ -38,7 +39,10 @@ class Registry:
 @pytest.fixture
 def registry() -> Iterator[Registry]:
     books = Registry()
-    with mock.patch.object(memory, "get_accelerator", return_value=books):
+    with (
+        mock.patch.object(memory, "get_accelerator", return_value=books),
+        mock.patch.object(seams, "get_accelerator", return_value=books),
+    ):
         yield books
 
 

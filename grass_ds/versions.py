@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranges of versions that grass_ds is tested with, at both edges of each (``tests/edges``, ``docs/compatibility.md``).
+
+Nothing is refused by its number alone: an untested version is a warning at start.
+"""
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.specifiers import SpecifierSet
+
+RANGES = {
+    "python": ">=3.10,<3.14",
+    "torch": ">=2.6,<2.16",
+    "deepspeed": ">=0.18.7,<0.20",
+    "transformers": ">=4.51,<6",
+    "accelerate": ">=1.10,<2",
+    "datasets": ">=4.0,<6",
+    "numpy": ">=2.0,<3",
+}
+"""Package, or Python itself -> its range, as in the requirements of the package grass_ds."""
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, or of Python; None if there is none."""
+    if name == "python":
+        return platform.python_version()
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def is_tested(name: str, found: str) -> bool:
+    """Whether the version ``found`` of package ``name`` is in its range. Local builds and nightlies count as their release."""
+    return SpecifierSet(RANGES[name]).contains(found, prereleases=True)
+
+
+def remedy(name: str) -> str:
+    """How to get a tested version of package ``name``."""
+    return f"use a Python {RANGES[name]}" if name == "python" else f"pip install '{name}{RANGES[name]}'"
+
+
+def untested(names: Iterable[str]) -> str:
+    """One sentence about those of ``names`` that are installed outside of their range; empty if there are none."""
+    found = {name: number for name in names if (number := installed(name)) is not None}
+    outside = [
+        f"{name} {number} (tested: {RANGES[name]}; {remedy(name)})"
+        for name, number in found.items()
+        if not is_tested(name, number)
+    ]
+    return f"grass_ds is not tested with {', '.join(outside)}" if outside else ""
