@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 RANGES = {
     "python": ">=3.10,<3.14",
     "torch": ">=2.6,<2.16",
-    "deepspeed": ">=0.18.7,<0.20",
+    "deepspeed": ">=0.19.3,<0.20",
     "transformers": ">=4.51,<6",
     "accelerate": ">=1.10,<2",
     "datasets": ">=4.0,<6",

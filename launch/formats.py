@@ -33,9 +33,10 @@ FEATURES = datasets.Features(
     {
         **dict.fromkeys(TEXTS, datasets.Value("string")),
         "choices": datasets.List(datasets.Value("string")),
-        # Messages of one file differ in their keys, and the arguments of tool calls in everything.
-        "messages": datasets.List(datasets.Json()),
-        "tools": datasets.Value("string"),  # a JSON list
+        # JSON lists. Messages of one file differ in their keys, and the arguments of tool calls in everything; as text they stay as
+        # they are in every version of datasets.
+        "messages": datasets.Value("string"),
+        "tools": datasets.Value("string"),
     }
 )
 USED = (*FEATURES, "conversations", "system", "history", "prompt", "completion", "label")
@@ -73,6 +74,12 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     if row["messages"] is not None:
         row["tools"] = _tools(record.get("tools"))
     return row
+
+
+def columns_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as a table with :data:`FEATURES` holds it."""
+    said = row["messages"]
+    return {**row, "messages": None if said is None else json.dumps(said, ensure_ascii=False)}
 
 
 def _main_part(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def _text_of_part(part: Any, index: int) -> str:
 
 
 def conversation(row: Row) -> list[Message]:
-    """The messages of a row that has `messages` or `instruction` and `output`, their content as text.
+    """The messages of a row that has `messages` (a list, or JSON text of one) or `instruction` and `output`, their content as text.
 
     Other keys of a message stay as they are, but for what is None: a table fills in None where a row has no such key.
     In the arguments of a call None is a value: those that a table has filled in are gone when `launch.records` has read it.
@@ -51,7 +51,8 @@ def conversation(row: Row) -> list[Message]:
         question = row["instruction"] if not row.get("input") else f"{row['instruction']}\n\n{row['input']}"
         return [{"role": "user", "content": question}, {"role": "assistant", "content": row.get("output") or ""}]
     messages: list[Message] = []
-    for index, message in enumerate(row["messages"]):
+    said = row["messages"]
+    for index, message in enumerate(json.loads(said) if isinstance(said, str) else said):
         try:
             content = text_of(message.get("content"))
         except ValueError as error:

@@ -5,7 +5,7 @@ A source is the built-in task ("builtin:arithmetic"), a file, a folder with trai
 records. A row has one of three forms:
 
 - `instruction` (optionally `input`), `output`, and for evaluation by exact match or choice `answer` (and `choices`);
-- `messages`: a list of {"role": ..., "content": ...}, the last one from the assistant;
+- `messages`: a JSON list of {"role": ..., "content": ...}, the last one from the assistant;
 - `text`: plain text, trained on as a whole.
 
 Rows are counted from 0 in messages, in each file anew, and lines from 1.
@@ -234,20 +234,32 @@ def _checked(source: str, names: tuple[str, ...], parts: Callable[[], Iterator[I
             for index, record in enumerate(several):
                 found = _row(record, _where(name, index, record.line))
                 # By its number, since other spellings of a file's name share the table.
-                yield {**found, "place": {"file": part, "row": index, "line": record.line}}
+                yield {**formats.columns_of(found), "place": {"file": part, "row": index, "line": record.line}}
         if found is None:
             raise ValueError(f"{source}: the file holds no rows")
 
     try:
         table = datasets.Dataset.from_generator(
-            rows,
+            _Generator(rows, Hasher.hash([*_program(), *key])),
             features=_FEATURES,
-            fingerprint=Hasher.hash([*_program(), *key]),
             split=datasets.NamedSplit("rows"),
         )
     except Exception as error:  # datasets wraps what its generator raises
         raise ValueError(_message(source, error)) from error
     return Rows(source, table, parts=names)
+
+
+class _Generator:
+    """Yields what `rows` yields; `datasets` names the table by what this pickles to, which is `key` alone."""
+
+    def __init__(self, rows: Callable[[], Iterator[dict[str, Any]]], key: str):
+        self._rows, self._key = rows, key
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        return self._rows()
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (self._key,)
 
 
 def _row(record: Record, where: str) -> dict[str, Any]:

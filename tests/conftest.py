@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import deepspeed  # noqa: E402, F401  # before transformers: 0.19.3 to 0.19.7 and transformers 4.51 import each other in a circle
 from helpers.ranks import RankPool  # noqa: E402
 
 LEFT = pytest.StashKey[int]()

@@ -179,8 +179,8 @@ class GrassEngine(CheckpointingEngine):
         )
         return f"gradients are clipped at norm {clip:g}{default}"
 
-    def _take_model_step(self, lr_kwargs: Any) -> None:
-        super()._take_model_step(lr_kwargs)
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        super()._take_model_step(*args, **kwargs)
         if self.grass is not None:
             self.optimizer.advance()
             self.optimizer.prepare_switch()

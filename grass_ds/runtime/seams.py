@@ -89,6 +89,7 @@ OFFLOAD_METHODS = (
     "empty_partition_cache",
     "get_param_coordinator",
     "partition_all_parameters",
+    "release_backward_leftovers",  # since 0.19.3; older releases resume to other weights or hang, see docs/compatibility.md
 )
 OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
 # ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
@@ -109,7 +110,6 @@ PARTITIONED_PARAMETER = (
     "ds_shape",
     "ds_status",
     "ds_tensor",
-    "is_external_param",
     "partition",
 )
 # module -> names
@@ -283,20 +283,6 @@ def waits_for_all_gathers() -> bool:
     return get_accelerator().device_name() != "cpu" or Version(deepspeed.__version__) >= Version("0.19.8")
 
 
-def release_backward_leftovers(offload: DeepSpeedZeRoOffload) -> None:
-    """Release the weights of modules through which backward ran without an end, like those of the lowest active layer.
-
-    DeepSpeed has the method since 0.19.3. Before, those weights are what is gathered and not persistent once backward is over.
-    """
-    if hasattr(offload, "release_backward_leftovers"):
-        offload.release_backward_leftovers()
-        return
-    for param in offload.module.parameters():
-        param.ds_active_sub_modules.clear()
-        if param.ds_status is ZeroParamStatus.AVAILABLE and not param.ds_persist and not param.is_external_param:
-            param.partition()
-
-
 # ---- tricks -------------------------------------------------------------------------------------------------------------
 
 
@@ -359,7 +345,6 @@ __all__ = [
     "mark_compiled",
     "register_grad_hook",
     "register_host_memory",
-    "release_backward_leftovers",
     "remove_zero3_hooks",
     "sequence_parallel_size",
     "unregister_host_memory",

@@ -73,7 +73,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def backward_epilogue(self, **kwargs: Any) -> None:
         """End of one micro-step: also of modules that backward ran through without an end, like the lowest active layer."""
         super().backward_epilogue(**kwargs)
-        seams.release_backward_leftovers(self.parameter_offload)
+        self.parameter_offload.release_backward_leftovers()
         self._remember()
         complete = self.coordinators[self._traced_floor].is_complete_trace()
         if self._traced_floor in self._recorded and not complete:

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 
-from launch.formats import FEATURES, row_of
+from launch.formats import FEATURES, columns_of, row_of
 from launch.messages import conversation, offered_tools
 from launch.records import parse_json
 
@@ -137,11 +137,10 @@ def test_a_table_keeps_messages_whose_keys_differ() -> None:
         row_of({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, ASSISTANT]}),
         row_of({"text": "t"}),
     ]
-    table = datasets.Dataset.from_list(rows, features=FEATURES)
-    assert list(table) == rows
-    assert list(table.map(lambda row: {"said": json.dumps(row["messages"])})["said"]) == [
-        json.dumps(row["messages"]) for row in rows
-    ]
+    table = datasets.Dataset.from_list([columns_of(row) for row in rows], features=FEATURES)
+    assert [conversation(row) for row in table if row["messages"]] == [conversation(row) for row in rows[:3]]
+    assert [{**row, "messages": None} for row in table] == [{**row, "messages": None} for row in rows]
+    assert json.loads(table[1]["messages"]) == rows[1]["messages"]
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------
@@ -313,7 +312,7 @@ def test_what_is_null_in_calls_and_schemas_is_null_for_the_template() -> None:
     """Where the file says so; a table's own nulls are gone when it has been read."""
     schema = {"type": "function", "function": {"name": "f", "parameters": {"default": None, "enum": [None, 1]}}}
     text = json.dumps({"messages": [USER, calls(arguments='{"x": null, "y": [null]}')], "tools": [schema]})
-    row = next(iter(datasets.Dataset.from_list([row_of(parse_json(text))], features=FEATURES)))
+    row = next(iter(datasets.Dataset.from_list([columns_of(row_of(parse_json(text)))], features=FEATURES)))
     assert offered_tools(row) == (schema,)
     assert conversation(row)[-1]["tool_calls"][0]["function"]["arguments"] == {"x": None, "y": [None]}
 

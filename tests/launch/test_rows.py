@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from launch import files, formats, messages, records, rows, template, values
+from launch.messages import conversation
 from launch.rows import BUILTIN, load_measured, load_splits, load_test, not_read, summary
 
 ROW = {"instruction": "What is 2 and 3?", "output": "2 + 3 = 5. The answer is 5.", "answer": "5"}
@@ -321,7 +322,7 @@ def test_rows_of_the_hub_take_the_same_way(monkeypatch: pytest.MonkeyPatch) -> N
     turns = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": f"a{index}"}] for index in range(20)]
     found = datasets.DatasetDict(train=datasets.Dataset.from_dict({"conversations": turns}))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: found)
-    assert load_splits("someone/shared")["train"].rows[3]["messages"][1] == {"role": "assistant", "content": "a3"}
+    assert conversation(load_splits("someone/shared")["train"].rows[3])[1] == {"role": "assistant", "content": "a3"}
     with pytest.raises(ValueError, match=r"training rows only \(someone/shared/train\)"):
         load_test("someone/shared")
     assert len(load_measured("someone/shared", "held_out")) == 2

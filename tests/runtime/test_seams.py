@@ -180,7 +180,7 @@ def test_methods_that_are_overridden_take_what_we_pass_on() -> None:
     engine = seams.DeepSpeedEngine
     assert parameters(engine._configure_zero_optimizer) == ["self", "optimizer"]
     assert parameters(engine._do_optimizer_sanity_check) == ["self", "basic_optimizer"]
-    assert parameters(engine._take_model_step) == ["self", "lr_kwargs"]
+    assert parameters(engine._take_model_step)[:2] == ["self", "lr_kwargs"]
     assert "exclude_frozen_parameters" in parameters(engine.module_state_dict)
     assert "exclude_frozen_parameters" in parameters(engine._zero3_consolidated_16bit_state_dict)
 

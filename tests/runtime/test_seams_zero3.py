@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every private name of DeepSpeed's ZeRO-3 in ``runtime/seams.py`` does for us, on stock DeepSpeed alone."""
 
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +63,6 @@ def cut_up_and_put_together() -> None:
             assert param.ds_persist == (size <= THRESHOLD)
             assert (param.ds_status, param.numel(), param.ds_tensor.numel()) == (ELSEWHERE, 0, part)
             assert torch.equal(param.ds_tensor[: mine.numel()], mine)
-            assert not param.is_external_param
             param.ds_tensor.data = 2 * param.ds_tensor  # moved elsewhere: gathers read it there
         first, *others = params.values()
         first.all_gather_coalesced(list(params.values())).wait()
@@ -128,22 +126,22 @@ def run_through() -> None:
         assert not coordinator.is_complete_trace()
         lowest = "model.layers.2.input_layernorm.weight"  # its input needs no gradient: nothing told that backward is through
         assert gathered_names(model) == [lowest]
-        seams.release_backward_leftovers(hooks)
+        hooks.release_backward_leftovers()
         assert gathered_names(model) == []
         forward(model).backward()
-        seams.release_backward_leftovers(hooks)
+        hooks.release_backward_leftovers()
         assert coordinator.is_complete_trace()  # recorded, and from now on weights come ahead
         forward(model).backward()
         assert ahead == [False, True, True]
-        seams.release_backward_leftovers(hooks)
+        hooks.release_backward_leftovers()
         hooks.param_coordinator = other = seams.untraced(coordinator)
         assert other.is_invalid_trace() and coordinator.is_complete_trace()
         for _ in range(2):
             forward(model).backward()
-            seams.release_backward_leftovers(hooks)
+            hooks.release_backward_leftovers()
         hooks.param_coordinator = coordinator
         forward(model).backward()
-        seams.release_backward_leftovers(hooks)
+        hooks.release_backward_leftovers()
         assert other.is_complete_trace() and coordinator.is_complete_trace()
         assert ahead == [False, True, True, False, True, True]
         coordinator._invalidate_trace()
@@ -153,28 +151,6 @@ def run_through() -> None:
         forward(model).backward()  # starts over
         assert not coordinator.is_invalid_trace()
         hooks.partition_all_parameters()
-
-
-def release_by_the_stand_in() -> None:
-    """An object that has only what the stand-in reads is a DeepSpeed before 0.19.3."""
-    with hooks_on_weights(stage3_max_reuse_distance=0) as (engine, whole):
-        model, hooks = engine.module, engine.optimizer
-        for name, param in model.named_parameters():
-            param.requires_grad_(".layers.2." in name)
-        small = {name for name, param in whole.items() if param.numel() <= THRESHOLD}
-        for _ in range(3):  # recorded, complete, ahead of use
-            forward(model).backward()
-            persistent = small & set(gathered_names(model))
-            seams.release_backward_leftovers(types.SimpleNamespace(module=model))
-            assert set(gathered_names(model)) == persistent != set()
-            assert not any(param.ds_active_sub_modules for param in model.parameters())
-            seams.release_backward_leftovers(hooks)
-            assert set(gathered_names(model)) == persistent
-
-
-@pytest.mark.dist
-def test_releases_before_0_19_3_have_a_stand_in(two_ranks: Any) -> None:
-    two_ranks.run(release_by_the_stand_in)
 
 
 @pytest.mark.dist
