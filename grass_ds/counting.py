@@ -16,7 +16,7 @@ class TokenCounter:
     """
 
     def __init__(self, model: torch.nn.Module | None, state: Any, args: Any) -> None:
-        self._tracked = str(args.include_num_input_tokens_seen) != "no"
+        self._tracked = args.include_num_input_tokens_seen not in (False, "no")  # a bool before transformers 4.57
         self._seen = state.num_input_tokens_seen if self._tracked else 0
         self._ranks = args.world_size
         self._counted = 0

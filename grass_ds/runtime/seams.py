@@ -153,7 +153,7 @@ MODULE_NAMES = {
 
 
 def silence_renamed_collectives() -> None:
-    """Keep torch from warning every user that DeepSpeed calls two collectives by names that torch 2.13 has renamed.
+    """Keep torch from warning every user of two collectives that DeepSpeed calls: torch 2.13 and 2.14 call their names deprecated.
 
     DeepSpeed 0.19.8 knows no other names, and users cannot choose one.
     """

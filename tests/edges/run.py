@@ -53,7 +53,8 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "data": ("tests.launch",),
 }
 TESTS = (
-    "tests/edges",
+    "tests/edges/test_cycle.py",
+    "tests/edges/test_trainer_cycle.py",
     "tests/runtime/test_seams.py",
     "tests/runtime/test_seams_zero3.py",
     "tests/test_architecture.py",

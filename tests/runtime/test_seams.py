@@ -58,7 +58,7 @@ def warnings_of_collectives() -> dict[str, list[str]]:
 def test_renamed_collectives_are_not_the_users_business(two_ranks: Any) -> None:
     """Where torch no longer warns, or DeepSpeed knows the new names, nothing is left to silence."""
     for said in two_ranks.run(warnings_of_collectives):
-        assert len(said["bare"]) == (2 if hasattr(torch.distributed, "reduce_scatter_single") else 0)
+        assert len(said["bare"]) == 2 * hasattr(torch.distributed.reduce_scatter_tensor, "__deprecated__")
         assert said["ours"] == []
 
 
