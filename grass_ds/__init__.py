@@ -65,8 +65,8 @@ def _module(name: str) -> ModuleType:
     except ImportError as error:
         from grass_ds.versions import RANGES, untested
 
-        sentence = untested(RANGES)
-        if not sentence or sentence in str(error):
+        sentence = untested(name for name in RANGES if f"pip install '{name}" not in str(error))
+        if not sentence:
             raise
         raise ImportError(f"{error}. {sentence}", name=error.name, path=error.path) from error
 

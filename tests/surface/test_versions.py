@@ -104,6 +104,15 @@ def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pyt
         grass_ds.GrassCallback  # noqa: B018
 
 
+def test_a_message_that_names_the_command_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", {"deepspeed": "0.19.2"}.get)
+    said = "deepspeed 0.19.2 does not have: x: pip install 'deepspeed>=0.19.3'"
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=ImportError(said)))
+    with pytest.raises(ImportError) as caught:
+        grass_ds.initialize  # noqa: B018
+    assert str(caught.value) == said
+
+
 def test_a_name_that_deepspeed_lacks_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams.deepspeed, "__version__", "0.18.6")
     monkeypatch.delattr(seams.ZeROOptimizer, "should_refresh_expected_hook_count")
