@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)  # while the imports take seconds; 
 import psutil  # noqa: E402
 from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.run import main  # noqa: E402
+from torch.distributed.run import get_args_parser, main  # noqa: E402
 
 HANDED_ON = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -38,8 +38,11 @@ def run() -> int:
         logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
     for number in HANDED_ON:
         signal.signal(number, hand_on)
+    # Before torch 2.9 it takes SIGTERM for itself, and the ranks have 30 seconds after it. SIGUSR1 is handed on in any case.
+    choice = "--signals-to-handle"
+    known = choice in get_args_parser().format_help()
     try:
-        main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+        main([*([f"{choice}=SIGINT,SIGHUP,SIGQUIT"] if known else []), *sys.argv[1:]])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:

@@ -11,10 +11,12 @@ packages in ``PYTHONPATH``. Where a layer is missing and the package index canno
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,13 @@ ROWS = Path(__file__).with_name("rows.jsonl")
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- table: python tests/edges/run.py --record -->", "<!-- end of table -->"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
-SECONDS = 600  # of one edge, the compilation of DeepSpeed's op for another DeepSpeed included
+SECONDS = 600  # at most for the compilation of DeepSpeed's op, and for the tests of an edge
+BUILD = """
+import contextlib, sys
+from deepspeed.accelerator import get_accelerator
+with contextlib.redirect_stdout(sys.stderr):
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+"""
 
 # What the oldest and the newest Transformers need beside them.
 LOWEST_TRANSFORMERS = ("transformers==4.51.3", "huggingface_hub==0.36.0", "tokenizers==0.21.4")
@@ -133,23 +141,40 @@ def run(name: str, layers: Sequence[Path | None]) -> dict[str, Any]:
     print(f"== {name}: " + ", ".join(f"{package} {version}" for package, version in versions.items()), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        build = "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load(verbose=False)"
-        command = f'{sys.executable} -c "{build}" >/dev/null && exec {sys.executable} -m pytest -p tiers -q --all --junitxml {report} '
-        try:
-            subprocess.run(
-                ["bash", "-c", command + " ".join(TESTS)], cwd=ROOT, env=environment, timeout=SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            print(f"{name}: not done after {SECONDS} s")
+        tests = ("-m", "pytest", "-p", "tiers", "-q", "--all", "--junitxml", str(report), *TESTS)
+        if finished(("-c", BUILD), environment):
+            finished(tests, environment)
         checks = outcomes(report)
-    print(
-        f"{name}: {time.monotonic() - began:.0f} s; "
-        + ", ".join(f"{check} {state}" for check, state in checks.items())
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {"edge": name, "versions": versions, "checks": checks, "date": time.strftime("%Y-%m-%d"), "commit": commit}
+    states = ", ".join(f"{check} {state}" for check, state in checks.items())
+    print(f"{name}: {time.monotonic() - began:.0f} s; {states}", flush=True)
+    return {
+        "edge": name,
+        "versions": versions,
+        "checks": checks,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+    }
+
+
+def finished(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Run Python with ``arguments`` to its end, whatever its exit code; after :data:`SECONDS` it is killed with all its ranks."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=dict(environment), start_new_session=True)
+    try:
+        process.wait(SECONDS)
+        return True
+    except subprocess.TimeoutExpired:
+        print(f"not done after {SECONDS} s: python {' '.join(arguments)}", flush=True)
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def commit() -> str:
+    """The commit of this checkout, marked if there are changes on top of it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def surroundings(name: str, layers: Sequence[Path]) -> dict[str, str]:

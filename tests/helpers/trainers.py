@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def clean_process() -> Iterator[None]:
         os.environ.update(environment)
 
 
+def _ordered(trainer: type) -> type:
+    """A Trainer of an older Transformers that reads its rows in their order."""
+
+    class Ordered(trainer):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return Ordered
+
+
 @contextmanager
 def hf_trainer(
     config: dict[str, Any], folder: Path | str, model: nn.Module, enabled: bool = True, **arguments: Any
@@ -69,12 +80,14 @@ def hf_trainer(
         "seed": 11,
         **arguments,
     }
-    trainer = None
+    trainer, kind, order = None, Trainer, "train_sampling_strategy"
+    if order not in {field.name for field in fields(TrainingArguments)}:  # an older Transformers
+        kind = _ordered(Trainer) if settings.pop(order, "random") == "sequential" else Trainer
     with clean_process():
         try:
             with grass_ds.enable() if enabled else nullcontext():
                 args = TrainingArguments(deepspeed=config, **settings)
-                trainer = Trainer(model=model, args=args, train_dataset=Rows(), **for_trainer)
+                trainer = kind(model=model, args=args, train_dataset=Rows(), **for_trainer)
                 yield trainer
         finally:
             engine = getattr(trainer, "deepspeed", None)

@@ -138,3 +138,18 @@ def test_zero3_on_cpu_ranks_needs_a_deepspeed_that_waits_for_its_gathers(monkeyp
         support.check_ds_config(config_of(3))
     for part in ("zero_optimization.stage = 3", "deepspeed 0.19.3", "pip install 'deepspeed>=0.19.8,<0.20'"):
         assert part in str(caught.value)
+
+
+# What front-ends and a GPU image hold in November 2026.
+ENVIRONMENTS = {
+    "axolotl": {"torch": "2.12.1", "transformers": "5.14.1", "accelerate": "1.13.0", "datasets": "4.8.5"},
+    "LLaMA-Factory": {"transformers": "5.6.2", "datasets": "4.0.0"},
+    "ms-swift": {"transformers": "5.19.0", "datasets": "4.8.4"},
+    "Unsloth": {"transformers": "5.17.0", "datasets": "4.8.5"},
+    "GPU image": {"torch": "2.11.0+cu130", "transformers": "5.17.0", "accelerate": "1.15.0", "python": "3.12.3"},
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_ranges_admit_what_users_have(name: str) -> None:
+    assert [p for p, found in ENVIRONMENTS[name].items() if not versions.is_tested(p, found)] == []
