@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Pretrai
 
 import launch.model
 from grass_ds.precision import DTYPES
-from launch.dtype import dtype_argument
 
 # Shapes of published models: what their config.json says.
 SHAPES: dict[str, PretrainedConfig] = {
@@ -65,7 +64,7 @@ def load(name: str, dtype: str) -> tuple[nn.Module, Any]:
     config = copy.deepcopy(SHAPES[name]) if name in SHAPES else _llama(random_shape(name))
     config.use_cache = False
     with torch.device(get_accelerator().current_device_name()):
-        return AutoModelForCausalLM.from_config(config, **dtype_argument(DTYPES[dtype])), None
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]), None
 
 
 def random_shape(name: str) -> dict[str, int]:

@@ -62,13 +62,13 @@ def _module(name: str) -> ModuleType:
     """Import it. Where that fails, a package outside of its tested range may be why, so the message names those."""
     try:
         return import_module(name)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # transformers 4 makes a RuntimeError of every failed import
         from grass_ds.versions import RANGES, untested
 
-        sentence = untested(name for name in RANGES if f"pip install '{name}" not in str(error))
+        sentence = untested(package for package in RANGES if f"pip install '{package}" not in str(error))
         if not sentence:
             raise
-        raise ImportError(f"{error}. {sentence}", name=error.name, path=error.path) from error
+        raise ImportError(f"{error}. It may be why: {sentence}") from error
 
 
 def __getattr__(name: str) -> Any:

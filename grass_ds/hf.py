@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed  # noqa: F401  # before transformers: some of their releases import each other in a circle
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs

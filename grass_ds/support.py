@@ -113,8 +113,8 @@ def check_ds_config(config: Mapping[str, Any]) -> None:
         )
     if stage == 3 and not seams.waits_for_all_gathers():
         problems.append(
-            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: before 0.19.8 it reads gathered weights "
-            "before they have arrived, in save_16bit_model() among others; pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
+            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: it reads gathered weights before they have "
+            "arrived, in save_16bit_model() among others; pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
         )
     for path, allowed, why in _REFUSED:
         value = _lookup(config, path)

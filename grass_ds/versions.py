@@ -4,11 +4,12 @@
 Nothing is refused by its number alone: an untested version is a warning at start.
 """
 
-import platform
+import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 RANGES = {
     "python": ">=3.10,<3.14",
@@ -25,7 +26,7 @@ RANGES = {
 def installed(name: str) -> str | None:
     """The version of a package, or of Python; None if there is none."""
     if name == "python":
-        return platform.python_version()
+        return ".".join(map(str, sys.version_info[:3]))
     try:
         return version(name)
     except PackageNotFoundError:
@@ -33,8 +34,11 @@ def installed(name: str) -> str | None:
 
 
 def is_tested(name: str, found: str) -> bool:
-    """Whether the version ``found`` of package ``name`` is in its range. Local builds and nightlies count as their release."""
-    return SpecifierSet(RANGES[name]).contains(found, prereleases=True)
+    """Whether the version ``found`` of package ``name`` is in its range. Local builds and nightlies count as the release that they lead to."""
+    try:
+        return SpecifierSet(RANGES[name]).contains(Version(found).base_version)
+    except InvalidVersion:
+        return False
 
 
 def remedy(name: str) -> str:

@@ -9,20 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from packaging.version import Version
-
 from grass_ds import precision
 from launch import distributed
 
 AUTO = "auto"
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
-
-def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The keyword by which `from_pretrained` and `from_config` take the type of the weights: `torch_dtype` before transformers 4.56."""
-    return {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": dtype}
 
 
 @dataclass(frozen=True)

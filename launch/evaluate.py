@@ -21,7 +21,8 @@ if __package__ in (None, ""):
     # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import launch.interrupt  # noqa: F401, I001  # before what takes seconds to import
+import launch.interrupt  # noqa: I001  # before what takes seconds to import
+import launch.packages  # noqa: F401  # before a name that is not there
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser, PreTrainedModel

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from grass_ds.precision import DTYPES
 from launch import distributed
-from launch.dtype import dtype_argument
 from launch.rows import Rows
 from launch.template import Row, Template
 
@@ -106,7 +105,7 @@ def load_model(name: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> Pre
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    model = AutoModelForCausalLM.from_pretrained(resolve(name), **dtype_argument(DTYPES[dtype]))
+    model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=DTYPES[dtype])
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     make_savable(model.generation_config, name)
     return model
@@ -139,8 +138,7 @@ def make_savable(config: Any, name: str) -> None:
             values = ", ".join(f"{key}: {value}" for key, value in idle.items())
             logger.warning("%s sets %s without do_sample: true; %s", where, values, what)
     try:
-        with tempfile.TemporaryDirectory() as folder:  # what every version of transformers checks then
-            config.save_pretrained(folder)
+        config.validate(strict=True)
     except ValueError as error:
         raise ValueError(f"{where} could not be saved with the trained model, correct it first: {error}") from error
 
@@ -311,7 +309,7 @@ def _convert(package: Path, target: Path) -> None:
             if key not in ("quantization_config", "_name_or_path")
         }
     )
-    plain = AutoModelForCausalLM.from_config(config, **dtype_argument(torch.bfloat16))
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
     staging = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
     try:

@@ -204,7 +204,9 @@ PUBLIC_OF_ENGINES = {
 
 
 def listed_in_seams() -> set[str]:
-    return {node.value for node in ast.walk(tree(SEAMS)) if isinstance(node, ast.Constant)}
+    """The names in its lists, which ``seams.missing_names`` looks for."""
+    lists = [value for name, value in vars(seams).items() if name.isupper() and isinstance(value, tuple)]
+    return {name for names in (*lists, *seams.MODULE_NAMES.values()) for name in names}
 
 
 def from_deepspeed(nodes: ast.AST) -> set[str]:
@@ -215,7 +217,9 @@ def from_deepspeed(nodes: ast.AST) -> set[str]:
         if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "deepspeed"
         for alias in node.names
     }
-    imported = {a.name for node in ast.walk(nodes) if isinstance(node, ast.Import) for a in node.names}
+    plain = [a for node in ast.walk(nodes) if isinstance(node, ast.Import) for a in node.names]
+    # Under another name the reads below would not be seen.
+    imported = {f"{a.name} as {a.asname}" if a.asname and "." not in a.name else a.name for a in plain}
     read = {ast.unparse(node) for node in ast.walk(nodes) if isinstance(node, ast.Attribute)}
     return found | {name for name in imported | read if re.match(r"deepspeed\b", name)}
 

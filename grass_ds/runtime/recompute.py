@@ -23,6 +23,14 @@ def _checkpointing_modes(model: nn.Module) -> set[bool]:
     return modes
 
 
+def inputs_require_gradients(model: Any) -> bool:
+    """Whether ``enable_input_require_grads`` is in force: transformers 5 keeps a list of its hooks, transformers 4 the last one."""
+    last = getattr(model, "_require_grads_hook", None)
+    if last is not None:
+        return last.id in model.get_input_embeddings()._forward_hooks
+    return bool(getattr(model, "_require_grads_hooks", None))
+
+
 def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     """Make the model's embedding output require a gradient exactly when activation checkpointing needs it.
 
@@ -33,8 +41,8 @@ def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     """
     modes = _checkpointing_modes(model)
     if embeddings_train or not modes or not hasattr(model, "enable_input_require_grads"):
-        return embeddings_train or bool(getattr(model, "_require_grads_hooks", None))
-    hooked = bool(getattr(model, "_require_grads_hooks", None))
+        return embeddings_train or inputs_require_gradients(model)
+    hooked = inputs_require_gradients(model)
     if True in modes and not hooked:
         model.enable_input_require_grads()
     elif True not in modes and hooked:

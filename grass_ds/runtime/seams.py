@@ -9,6 +9,7 @@ Modules of grass_ds import from ``deepspeed`` itself only what its documentation
 """
 
 import copy
+import dis
 import importlib
 import inspect
 import warnings
@@ -20,7 +21,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from packaging.version import Version
 
 from grass_ds.versions import RANGES
 
@@ -89,7 +89,7 @@ OFFLOAD_METHODS = (
     "empty_partition_cache",
     "get_param_coordinator",
     "partition_all_parameters",
-    "release_backward_leftovers",  # since 0.19.3; older releases resume to other weights or hang, see docs/compatibility.md
+    "release_backward_leftovers",  # since 0.19.3; for older releases see docs/compatibility.md
 )
 OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
 # ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
@@ -101,6 +101,8 @@ COORDINATOR = (
     "is_complete_trace",
     "is_invalid_trace",
 )
+# ZeRO-3: how several weights are gathered at once, see waits_for_all_gathers().
+GATHERING = ("_allgather_params_coalesced",)
 # ZeRO-3: what DeepSpeed puts on a parameter that it partitions.
 PARTITIONED_PARAMETER = (
     "all_gather_coalesced",
@@ -172,7 +174,9 @@ def missing_names() -> list[str]:
     for module, names in MODULE_NAMES.items():
         try:
             found = importlib.import_module(module)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("deepspeed"):
+                raise  # a package that DeepSpeed needs is not there
             missing.append(module)
             continue
         missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
@@ -180,9 +184,11 @@ def missing_names() -> list[str]:
 
 
 def assigned_by(cls: type) -> set[str]:
-    """Attributes that the methods of ``cls`` name, those that they set on ``self`` among them."""
-    functions = (inspect.unwrap(value) for value in vars(cls).values() if inspect.isfunction(value))
-    return {name for function in functions for name in function.__code__.co_names}
+    """Attributes that the methods of ``cls`` and of its bases set, on ``self`` or on anything else."""
+    values = [value for base in cls.__mro__ for value in vars(base).values()]
+    functions = [inspect.unwrap(value) for value in values if inspect.isfunction(value)]
+    code = [instruction for function in functions for instruction in dis.get_instructions(function)]
+    return {str(instruction.argval) for instruction in code if instruction.opname == "STORE_ATTR"}
 
 
 def _missing_in_zero3() -> list[str]:
@@ -202,6 +208,7 @@ def _missing_in_zero3() -> list[str]:
     missing += [
         f"PartitionedParameterCoordinator.{n}" for n in COORDINATOR if not hasattr(PartitionedParameterCoordinator, n)
     ]
+    missing += [f"Init.{name}" for name in GATHERING if not hasattr(parameters.Init, name)]
     given = parameters.Init._convert_to_deepspeed_param.__code__.co_names
     return missing + [f"Parameter.{name} (ZeRO-3)" for name in PARTITIONED_PARAMETER if name not in given]
 
@@ -211,7 +218,7 @@ def check() -> None:
     if missing := missing_names():
         wanted = f"deepspeed{RANGES['deepspeed']}"
         raise ImportError(
-            f"deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. grass_ds relies on it; {wanted} has it: "
+            f"grass_ds needs names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. They are in {wanted}: "
             f"pip install '{wanted}'"
         )
 
@@ -229,7 +236,7 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT  # noqa: E
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import zero_to_fp32  # noqa: E402
 from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
@@ -241,8 +248,10 @@ from deepspeed.utils.torch import register_grad_hook  # noqa: E402
 
 try:
     from deepspeed.utils.pin_memory import get_native_pinned_memory
-except ModuleNotFoundError:  # before 0.19.6
-    get_native_pinned_memory = None
+except ModuleNotFoundError as error:
+    if error.name != "deepspeed.utils.pin_memory":
+        raise
+    get_native_pinned_memory = None  # before 0.19.6
 
 
 def register_host_memory(address: int, nbytes: int) -> bool:
@@ -278,9 +287,11 @@ def waits_for_all_gathers() -> bool:
     """Whether ``GatheredParameters`` hands out weights that have arrived.
 
     Before 0.19.8 it waits for the last of its gathers alone. On a device stream the others are done by then; over gloo they need not be,
-    and what is read (``save_16bit_model()`` reads so) may be garbage.
+    and what is read (``save_16bit_model()`` reads so) may be garbage. The code is asked, since releases can be patched.
     """
-    return get_accelerator().device_name() != "cpu" or Version(deepspeed.__version__) >= Version("0.19.8")
+    if get_accelerator().device_name() != "cpu":
+        return True
+    return "launch_handles[-1].wait()" not in inspect.getsource(Init._allgather_params_coalesced)
 
 
 # ---- tricks -------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from helpers.models import batch, ds_config, engine_of, tiny_llama, train
+from packaging.version import Version
 from torch import nn
 
 from grass_ds.runtime import seams
@@ -161,16 +162,32 @@ def test_host_memory_stays_pageable_where_nothing_registers_it() -> None:
         assert seams.register_host_memory(4096, 8192) is False
 
 
+def waits_for_the_last() -> None:
+    launch_handles: list[Any] = []
+    launch_handles[-1].wait()
+
+
+def waits_for_each() -> None:
+    for handle in ():
+        handle.wait()
+
+
 @pytest.mark.parametrize(
-    ("device", "version", "safe"),
-    [("cpu", "0.19.7", False), ("cpu", "0.19.8", True), ("cpu", "0.20.0", True), ("cuda", "0.19.3", True)],
+    ("device", "gathers", "safe"),
+    [("cpu", waits_for_the_last, False), ("cpu", waits_for_each, True), ("cuda", waits_for_the_last, True)],
 )
-def test_which_releases_wait_for_all_gathers(device: str, version: str, safe: bool) -> None:
+def test_which_gathers_are_waited_for(device: str, gathers: Callable[[], None], safe: bool) -> None:
     with (
         mock.patch.object(seams, "get_accelerator", return_value=Accelerator(device)),
-        mock.patch.object(deepspeed, "__version__", version),
+        mock.patch.object(Init, "_allgather_params_coalesced", gathers),
     ):
         assert seams.waits_for_all_gathers() is safe
+
+
+def test_the_releases_that_wait_for_all_gathers_are_known() -> None:
+    """The remedy names the first of them."""
+    with mock.patch.object(seams, "get_accelerator", return_value=Accelerator("cpu")):
+        assert seams.waits_for_all_gathers() == (Version(deepspeed.__version__) >= Version("0.19.8"))
 
 
 # ---- names that need no ranks -------------------------------------------------------------------------------------------
@@ -407,6 +424,9 @@ def test_an_engine_says_that_it_is_compiled_as_deepspeeds_own_compile_makes_it()
         "self._compile_kwargs = compile_kwargs",
     ):
         assert line in source
+    assert ("self._compile_mode = compile_mode" in source) == (
+        "_compile_mode" in seams.assigned_by(deepspeed.DeepSpeedEngine)
+    )
     engine = types.SimpleNamespace()
     seams.mark_compiled(engine, {"dynamic": True})
     assert deepspeed.DeepSpeedEngine.is_compiled.fget(engine) is True

@@ -25,6 +25,7 @@ from torch import nn
 import grass_ds
 from grass_ds import keeper, resume
 from grass_ds.runtime.checkpoint import folder as engine_parts
+from grass_ds.runtime.recompute import inputs_require_gradients
 
 pytestmark = pytest.mark.dist
 
@@ -517,7 +518,7 @@ def checkpointed(folder: Path, reentrant: bool | None, always: list[str]) -> dic
             "visits": trainer.deepspeed.grass.visits,
             "moved": {int(n.split(".")[2]) for n in end if ".layers." in n and not torch.equal(end[n], start[n])},
             "on": model.is_gradient_checkpointing,
-            "input gradients": bool(getattr(model, "_require_grads_hooks", None)),
+            "input gradients": inputs_require_gradients(model),
         }
 
 

@@ -21,14 +21,15 @@ import grass_ds
 from grass_ds import entry, support, versions
 from grass_ds.config import GrassConfigError
 from grass_ds.runtime import seams
+from launch import packages
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
 def declared() -> dict[str, SpecifierSet]:
-    """Package -> its range in pyproject.toml, those of extras included."""
+    """Package -> its range in pyproject.toml, those of extras included; that of the library counts where an extra has one too."""
     extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    return {(r := Requirement(line)).name: r.specifier for line in [*PROJECT["dependencies"], *extras]}
+    return {(r := Requirement(line)).name: r.specifier for line in [*extras, *PROJECT["dependencies"]]}
 
 
 def test_the_package_declares_the_tested_ranges() -> None:
@@ -39,7 +40,11 @@ def test_the_package_declares_the_tested_ranges() -> None:
 
 
 def test_datasets_comes_with_the_programs_alone() -> None:
-    assert [Requirement(line).name for line in PROJECT["optional-dependencies"]["launch"]] == ["datasets"]
+    programs = {(r := Requirement(line)).name: r.specifier for line in PROJECT["optional-dependencies"]["launch"]}
+    assert programs.keys() == {"datasets", "transformers"}
+    assert all(
+        SpecifierSet(re.search(rf"{name}([<>=.,\d]+)", packages.REMEDY)[1]) == r for name, r in programs.items()
+    )  # type: ignore[index]
     assert "datasets" not in {Requirement(line).name for line in PROJECT["dependencies"]}
 
 
@@ -50,6 +55,10 @@ def test_datasets_comes_with_the_programs_alone() -> None:
         ("torch", "2.6.0", True),
         ("torch", "2.5.1", False),
         ("torch", "2.15.0a0+git1", True),
+        ("torch", "2.6.0a0+ecf3bae.nv25.1", True),
+        ("torch", "2.16.0.dev20261101", False),
+        ("transformers", "4.51.0.dev0", True),
+        ("numpy", "of my own", False),
         ("torch", "2.16.0", False),
         ("deepspeed", "0.19.9+local", True),
         ("python", "3.9.18", False),
@@ -113,6 +122,36 @@ def test_a_message_that_names_the_command_is_left_as_it_is(monkeypatch: pytest.M
     assert str(caught.value) == said
 
 
+def test_what_transformers_makes_of_a_failed_import_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", {"transformers": "4.40.0"}.get)
+    failed = RuntimeError("Failed to import transformers.integrations")
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=failed))
+    with pytest.raises(ImportError, match="Failed to import .*" + re.escape(outside("transformers", "4.40.0"))):
+        grass_ds.GrassCallback  # noqa: B018
+
+
+def test_a_package_that_deepspeed_needs_is_not_taken_for_a_name_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = ModuleNotFoundError("No module named 'hjson'", name="hjson")
+    monkeypatch.setattr(seams.importlib, "import_module", mock.Mock(side_effect=lacking))
+    with pytest.raises(ModuleNotFoundError, match="hjson"):
+        seams.missing_names()
+
+
+def test_programs_say_at_start_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(packages, "find_spec", lambda name: None)
+        with pytest.raises(
+            ImportError, match=r"need datasets, which is not installed: pip install 'grass_ds\[launch\]'"
+        ):
+            packages.check()
+    monkeypatch.delattr("transformers.Trainer._run_epoch")
+    with pytest.raises(
+        ImportError, match=r"_run_epoch, which transformers .* does not have: pip .*transformers>=5.3,<6"
+    ):
+        packages.check()
+
+
 def test_a_name_that_deepspeed_lacks_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams.deepspeed, "__version__", "0.18.6")
     monkeypatch.delattr(seams.ZeROOptimizer, "should_refresh_expected_hook_count")
@@ -120,8 +159,8 @@ def test_a_name_that_deepspeed_lacks_is_an_error_with_the_command(monkeypatch: p
         seams.check()
     wanted = f"deepspeed{versions.RANGES['deepspeed']}"
     assert str(caught.value) == (
-        "deepspeed 0.18.6 does not have: ZeROOptimizer.should_refresh_expected_hook_count. grass_ds relies on it; "
-        f"{wanted} has it: pip install '{wanted}'"
+        "grass_ds needs names that deepspeed 0.18.6 does not have: ZeROOptimizer.should_refresh_expected_hook_count. They are in "
+        f"{wanted}: pip install '{wanted}'"
     )
 
 

@@ -277,7 +277,7 @@ def _load_aio(settings: AioSettings, direct: bool, locked: bool) -> Any:
         raise _Unavailable("/proc is not mounted; mount it")
     if seams.get_native_pinned_memory is None:
         raise _Unavailable(
-            "the installed deepspeed has no page-locked memory that all AIO handles know; pip install 'deepspeed>=0.19.6'"
+            "the installed deepspeed has no page-locked memory that all AIO handles know; pip install 'deepspeed>=0.19.6,<0.20'"
         )
     try:
         op = get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
