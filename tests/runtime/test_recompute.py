@@ -37,11 +37,13 @@ class Products(TorchDispatchMode):
 
 
 def checkpointed(mode: str) -> nn.Module:
-    """A Llama as Hugging Face sets it up, with the hook on the embeddings that it always brings along."""
+    """A Llama as transformers 5 sets it up, with a hook on the embeddings; transformers 4 leaves that to the user."""
     model = tiny_llama()
     model.train()
     if MODES[mode] is not None:
         model.gradient_checkpointing_enable({"use_reentrant": MODES[mode]})
+        if not inputs_require_gradients(model):
+            model.enable_input_require_grads()
         assert inputs_require_gradients(model)
     return model
 
