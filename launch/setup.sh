@@ -52,9 +52,12 @@ grass_usable_python() {
 }
 
 grass_find_python() {
-    local candidate
+    local candidate end
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+        # Only a Python that was asked for may be newer than the tested ones.
+        end='(3, 14)'
+        [ "$candidate" != "${PYTHON:-}" ] || end='(4,)'
+        if "$candidate" -c "import sys; sys.exit(not (3, 10) <= sys.version_info < $end)" >/dev/null 2>&1; then
             printf '%s\n' "$candidate"
             return 0
         fi

@@ -1,55 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the contract tests and a short cycle of training with other versions of the packages that grass_ds stands on.
 
-    python tests/edges/run.py              every edge of EDGES: layers of other versions over this environment
+    python tests/edges/run.py              every edge of EDGES: overlays of other versions over this environment
     python tests/edges/run.py lowest       one of them
     python tests/edges/run.py --here NAME  this environment as it is: another Python, another torch
     --record                               keep the rows, and write docs/compatibility.md anew
 
-A layer is a folder made by ``pip install --no-deps --target``, once, in ``.cache/edges``; it stands before the environment's own
-packages in ``PYTHONPATH``. Where a layer is missing and the package index cannot be reached, nothing is run and the exit code is 0.
+An overlay is a folder made by ``pip install --no-deps --target``, once, in ``.cache/edges``. It stands before the environment's own
+packages in ``PYTHONPATH``. An edge is skipped where an overlay is missing and the package index cannot be reached. A skipped edge is no failure.
 """
 
 import argparse
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "edges"
+# Not in CACHE: a workflow carries that one to other machines, and ops are compiled for the processor of this one.
+OPS = ROOT / ".cache" / "edge_ops"
 ROWS = Path(__file__).with_name("rows.jsonl")
 PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- table: python tests/edges/run.py --record -->", "<!-- end of table -->"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
+RECORDED = (*PACKAGES, "huggingface_hub", "tokenizers")  # in the rows; the table has no column for the last two
 SECONDS = 600  # at most for the compilation of DeepSpeed's op, and for the tests of an edge
+TEST_SECONDS = 150  # at most for one test, so that a test that hangs is reported before its edge is killed
+PIP_SECONDS = 900
 BUILD = """
 import contextlib, sys
 from deepspeed.accelerator import get_accelerator
 with contextlib.redirect_stdout(sys.stderr):
     get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
 """
+VERSIONS = """
+import importlib.metadata, json, sys
+found = dict.fromkeys(sys.argv[1:], "none")
+for name in found:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 
-# What the oldest and the newest Transformers need beside them.
+# The programs in launch/ use Trainer._run_epoch and a warmup_steps below 1. Both came with Transformers 5.3.
+LAUNCH_TRANSFORMERS = Version("5.3")
+
+# What each Transformers needs beside it.
 LOWEST_TRANSFORMERS = ("transformers==4.51.3", "huggingface_hub==0.36.0", "tokenizers==0.21.4")
-NEWEST_TRANSFORMERS = ("transformers==5.24.0", "huggingface_hub==2.4.0", "tokenizers==0.23.3")
+LAUNCH_LOWEST_TRANSFORMERS = ("transformers==5.3.0", "huggingface_hub==1.3.0", "tokenizers==0.22.2")
+NEWEST_BESIDE = ("huggingface_hub==2.4.0", "tokenizers==0.23.3")
 LOWEST_REST = ("accelerate==1.10.0", "datasets==4.0.0", "fsspec==2025.3.0", "dill==0.3.8", "multiprocess==0.70.16")
 NEWEST_REST = ("accelerate==1.15.0", "datasets==5.2.0")
-EDGES: dict[str, tuple[str, ...]] = {
-    "lowest": ("deepspeed==0.19.3", *LOWEST_TRANSFORMERS, *LOWEST_REST),
-    "newest": ("deepspeed==0.19.8", *NEWEST_TRANSFORMERS, *NEWEST_REST),
-    "lowest deepspeed, newest rest": ("deepspeed==0.19.3", *NEWEST_TRANSFORMERS, *NEWEST_REST),
-}
+
+
+def edges_for(python: tuple[int, int]) -> dict[str, tuple[str, ...]]:
+    """Edge -> the overlays that make it, under this version of Python."""
+    # Transformers 5.21 and later need Python 3.11.
+    newest = "transformers==5.24.0" if python >= (3, 11) else "transformers==5.20.2"
+    return {
+        "lowest": ("deepspeed==0.19.3", *LOWEST_TRANSFORMERS, *LOWEST_REST),
+        "newest": ("deepspeed==0.19.8", newest, *NEWEST_BESIDE, *NEWEST_REST),
+        "lowest for launch/": ("deepspeed==0.19.3", *LAUNCH_LOWEST_TRANSFORMERS, *LOWEST_REST),
+    }
+
+
+EDGES = edges_for(sys.version_info[:2])
 
 # Column of the table -> what a test's id contains.
 CHECKS: dict[str, tuple[str, ...]] = {
@@ -57,18 +89,24 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "ZeRO-1": ("is_stock[1]", "straight_one[1-"),
     "ZeRO-2": ("is_stock[2]", "straight_one[2-"),
     "ZeRO-3": ("is_stock[3]", "straight_one[3-"),
-    "Trainer": ("test_trainer_cycle",),
-    "data": ("tests.launch",),
+    "Trainer": ("test_trainer_cycle", "test_hf"),
+    "launch": ("tests.launch",),
 }
 TESTS = (
     "tests/edges/test_cycle.py",
     "tests/edges/test_trainer_cycle.py",
     "tests/runtime/test_seams.py",
     "tests/runtime/test_seams_zero3.py",
+    "tests/surface/test_hf.py",
     "tests/test_architecture.py",
+)
+LAUNCH_TESTS = (
     "tests/launch/test_tokens.py",
     "tests/launch/test_rows.py",
+    "tests/launch/test_model.py",
+    "tests/launch/test_dtype.py",
 )
+GOOD = ("ok", "-")  # "-": this check is not meant for these versions
 
 
 class Unreachable(RuntimeError):
@@ -76,7 +114,7 @@ class Unreachable(RuntimeError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what ``arguments`` ask for; returns the exit code: 1 if a check failed."""
+    """Run what ``arguments`` ask for; returns the exit code: 1 if a check failed or an overlay could not be installed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("edges", nargs="*", metavar="edge", help=f"of: {', '.join(EDGES)}; all if none is named")
     parser.add_argument("--here", metavar="NAME", help="run this environment as it is, under this name")
@@ -84,19 +122,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.edges if name not in EDGES]:
         parser.error(f"no edge {unknown[0]!r}; there are: {', '.join(EDGES)}")
-    wanted = {options.here: ()} if options.here else {name: EDGES[name] for name in options.edges or EDGES}
+    here = options.here is not None
+    if here and options.edges:
+        parser.error("--here runs this environment as it is: name no edges with it")
+    if here and options.here in EDGES:
+        parser.error(f"--here needs a name of its own: {options.here!r} is an edge")
+    names = [options.here] if here else list(dict.fromkeys(options.edges)) or list(EDGES)
+    with alone():
+        good = [is_good(name, () if here else EDGES[name], here, options.record) for name in names]
+    return int(not all(good))
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One run at a time: two of them would install and compile into the same folders."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another run of the edges to end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for unfinished in CACHE.glob("py*/tmp*"):  # of a run that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
+        yield
+
+
+def is_good(name: str, stack: Sequence[str], here: bool, keep: bool) -> bool:
+    """Run one edge, and keep its row at once if asked to. False if a check or an installation failed."""
     try:
-        layers = {name: [layer(requirement) for requirement in stack] for name, stack in wanted.items()}
+        overlays = [overlay(requirement) for requirement in stack]
     except Unreachable as reason:
-        print(f"edges skipped: {reason}")
-        return 0
-    rows = [run(name, folders) for name, folders in layers.items()]
-    if options.record:
-        record(rows)
-    return int(any(state != "ok" for row in rows for state in row["checks"].values()))
+        print(f"{name} skipped: {reason}", flush=True)
+        return True
+    except RuntimeError as reason:
+        print(f"{name} failed: {reason}", flush=True)
+        return False
+    row = run(name, [folder for folder in overlays if folder is not None], here)
+    if keep:
+        record([row])
+    return all(state in GOOD for state in row["checks"].values())
 
 
-def layer(requirement: str) -> Path | None:
+def overlay(requirement: str) -> Path | None:
     """The folder with one package of exactly this version; None where the environment has it.
 
     Raises:
@@ -104,67 +172,110 @@ def layer(requirement: str) -> Path | None:
         RuntimeError: pip's own words for any other failure.
     """
     name, version = requirement.split("==")
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         if importlib.metadata.version(name).split("+")[0] == version:
             return None
-    except importlib.metadata.PackageNotFoundError:
-        pass
     folder = CACHE / f"py{sys.version_info.major}{sys.version_info.minor}" / f"{name}-{version}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"fetching {requirement}", flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-        if failure := pip(
-            "install", "--no-deps", "--no-build-isolation", "--no-compile", "--target", part, requirement
-        ):
-            if pip("download", "--no-deps", "--dest", part, "pip"):
-                raise Unreachable(f"the package index cannot be reached, and {requirement} is not in {CACHE}")
-            raise RuntimeError(f"pip cannot install {requirement}:\n{failure}")
+        try:
+            failure = pip(
+                "install", "--no-deps", "--no-build-isolation", "--no-compile", "--target", part, requirement
+            )
+            # An index that lacks this release answers for pip itself. One that cannot be reached does not.
+            unreachable = bool(failure) and bool(pip("download", "--no-deps", "--dest", part, "pip"))
+        except subprocess.TimeoutExpired:
+            failure, unreachable = "no answer", True
+        if unreachable:
+            raise Unreachable(f"the package index cannot be reached, and {requirement} is not in {CACHE}")
+        if failure:
+            raise RuntimeError(f"pip cannot install {requirement}: {failure}")
+        Path(part).chmod(0o755)  # a temporary folder is its owner's alone
         Path(part).rename(folder)
         Path(part).mkdir()  # for the context to remove
     return folder
 
 
 def pip(*arguments: str) -> str:
-    """Run pip; its complaint, empty if it has none."""
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check", "--retries", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    return done.stderr or "failed" if done.returncode else ""
+    """Run pip; one line of its complaint, empty if it has none."""
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
+    command += ["--retries", "2", "--timeout", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
+    if not done.returncode:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["failed"]
+    # Hints follow the error.
+    return next((line for line in reversed(lines) if line.lower().startswith("error")), lines[-1])
 
 
-def run(name: str, layers: Sequence[Path | None]) -> dict[str, Any]:
-    """One row: the versions that were in force, and per check ``ok`` or how many of its tests failed."""
+def run(name: str, overlays: Sequence[Path], here: bool) -> dict[str, Any]:
+    """One row: the versions that were in force, and per check ``ok`` or what was wrong with it."""
     began = time.monotonic()
-    environment = surroundings(name, [folder for folder in layers if folder is not None])
+    environment = surroundings(overlays)
     versions = versions_in(environment)
+    environment["TORCH_EXTENSIONS_DIR"] = str(ops_folder(versions, overlays, here))
     print(f"== {name}: " + ", ".join(f"{package} {version}" for package, version in versions.items()), flush=True)
+    with_launch = runs_launch(versions["transformers"])
+    tests = TESTS + LAUNCH_TESTS if with_launch else TESTS
+    options = ("-p", "tiers", "-q", "--all", "-o", f"timeout={TEST_SECONDS}")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        tests = ("-m", "pytest", "-p", "tiers", "-q", "--all", "--junitxml", str(report), *TESTS)
-        if finished(("-c", BUILD), environment):
-            finished(tests, environment)
-        checks = outcomes(report)
+        code = None
+        remove_stale_locks(Path(environment["TORCH_EXTENSIONS_DIR"]))
+        if finished(("-c", BUILD), environment) is not None:
+            code = finished(("-m", "pytest", *options, "--junitxml", str(report), *tests), environment)
+        checks = outcomes(report, code)
+    if not with_launch:
+        checks["launch"] = "-"
+    seconds = round(time.monotonic() - began)
     states = ", ".join(f"{check} {state}" for check, state in checks.items())
-    print(f"{name}: {time.monotonic() - began:.0f} s; {states}", flush=True)
+    print(f"{name}: {seconds} s; {states}", flush=True)
     return {
         "edge": name,
         "versions": versions,
         "checks": checks,
+        "seconds": seconds,
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
     }
 
 
-def finished(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Run Python with ``arguments`` to its end, whatever its exit code; after :data:`SECONDS` it is killed with all its ranks."""
+def runs_launch(transformers: str) -> bool:
+    """Whether the programs in launch/ work with this version of Transformers."""
+    try:
+        return Version(transformers) >= LAUNCH_TRANSFORMERS
+    except InvalidVersion:  # "none"
+        return False
+
+
+def ops_folder(versions: Mapping[str, str], overlays: Sequence[Path], here: bool) -> Path:
+    """Where compiled ops are kept. The environment's own DeepSpeed has them already, every other one gets a folder of its own."""
+    if not here and not any(folder.name.startswith("deepspeed-") for folder in overlays):
+        return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or ROOT / ".torch_extensions")
+    python = "".join(versions["python"].split(".")[:2])
+    torch, deepspeed = (versions[name].split("+")[0] for name in ("torch", "deepspeed"))
+    return OPS / f"py{python}-torch{torch}-deepspeed{deepspeed}"
+
+
+def remove_stale_locks(ops: Path) -> None:
+    """A build that was killed leaves its lock behind, and every later start waits for it for ever."""
+    for lock in ops.glob("*/lock"):
+        # OPS is ours alone: no build is under way in it. The environment's folder is everybody's: only an old lock is stale.
+        if ops.parent == OPS or time.time() - lock.stat().st_mtime > 2 * SECONDS:
+            lock.unlink(missing_ok=True)
+
+
+def finished(arguments: Sequence[str], environment: Mapping[str, str]) -> int | None:
+    """Run Python with ``arguments``; its exit code. After :data:`SECONDS` it is killed with all its ranks, and None returned."""
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=dict(environment), start_new_session=True)
     try:
-        process.wait(SECONDS)
-        return True
+        return process.wait(SECONDS)
     except subprocess.TimeoutExpired:
         print(f"not done after {SECONDS} s: python {' '.join(arguments)}", flush=True)
-        return False
+        return None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -172,40 +283,46 @@ def finished(arguments: Sequence[str], environment: Mapping[str, str]) -> bool:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked if there are changes on top of it."""
+    """The commit of this checkout, marked if there are changes on top of it; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        found = ""
+    return found or "unknown"
 
 
-def surroundings(name: str, layers: Sequence[Path]) -> dict[str, str]:
-    """The environment of an edge's processes. Another DeepSpeed compiles its own op, in a folder of its own."""
+def surroundings(overlays: Sequence[Path]) -> dict[str, str]:
+    """The environment of an edge's processes, but for the folder of their ops."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, [*layers, ROOT, ROOT / "tests"]))
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [*overlays, ROOT, ROOT / "tests"]))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for folder in layers:
-        if folder.name.startswith("deepspeed-"):
-            environment["TORCH_EXTENSIONS_DIR"] = str(folder.parent / f"{folder.name}-ops")
     return environment
 
 
 def versions_in(environment: Mapping[str, str]) -> dict[str, str]:
-    """Package -> version, as a process with ``environment`` finds them."""
-    code = f"import importlib.metadata as m, json; print(json.dumps({{name: m.version(name) for name in {PACKAGES}}}))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=dict(environment), capture_output=True, text=True, check=True
-    )
+    """Package -> version, as a process with ``environment`` finds them; "none" for one that is missing."""
+    command = [sys.executable, "-c", VERSIONS, *RECORDED]
+    found = subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=True)
     return {"python": platform.python_version(), **json.loads(found.stdout)}
 
 
-def outcomes(report: Path) -> dict[str, str]:
-    """Check -> ``ok``, or how many of its tests failed; ``not run`` without a single test that passed."""
-    cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+def outcomes(report: Path, code: int | None) -> dict[str, str]:
+    """Check -> ``ok``, or how many of its tests failed; ``not run`` without a single test that passed.
+
+    ``code`` is pytest's exit code. With one that is neither 0 nor 1 pytest did not come to its end: nothing is ``ok`` then.
+    """
+    try:
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        cases = []
+    good = "ok" if code in (0, 1) else f"pytest ended with {code}"
     states = {}
     for check, marks in CHECKS.items():
         own = [case for case in cases if any(mark in f"{case.get('classname')}.{case.get('name')}" for mark in marks)]
         failed = [case for case in own if case.find("failure") is not None or case.find("error") is not None]
         passed = [case for case in own if case not in failed and case.find("skipped") is None]
-        states[check] = f"{len(failed)} failed" if failed else "ok" if passed else "not run"
+        states[check] = f"{len(failed)} failed" if failed else good if passed else "not run"
     return states
 
 
@@ -235,9 +352,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         versions, states = row["versions"], row["checks"]
         found = [versions[package].split("+")[0] for package in packages]
-        lines.append((row["edge"], *found, *(states[check] for check in checks), f"{row['date']}, {row['commit']}"))
+        results = [states.get(check, "not run") for check in checks]
+        lines.append((row["edge"], *found, *results, f"{row['date']}, {row['commit']}"))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 if __name__ == "__main__":
+    # The limit of tests/run.sh ends this process with SIGTERM. The exit lets finished() kill the ranks.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
