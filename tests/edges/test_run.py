@@ -115,7 +115,7 @@ def test_a_check_is_ok_only_where_its_tests_ran_and_passed(tmp_path: Path) -> No
 
 
 def test_every_test_file_belongs_to_a_check() -> None:
-    for file in run.TESTS + run.LAUNCH_TESTS:
+    for file in run.TESTS + run.CALLBACK_TESTS + run.LAUNCH_TESTS:
         assert (run.ROOT / file).exists()
         name = file.removesuffix(".py").replace("/", ".")
         owners = [check for check, marks in run.CHECKS.items() if any(mark in name for mark in marks)]
@@ -152,6 +152,7 @@ def test_a_row_tells_what_was_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "timeout=150" in commands[1]
     assert set(run.TESTS) <= set(commands[1])
     assert set(commands[1]).isdisjoint(run.LAUNCH_TESTS) != with_launch
+    assert set(commands[1]).isdisjoint(run.CALLBACK_TESTS) == with_launch
 
 
 def stub_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checks: dict[str, str]) -> list[str]:
