@@ -15,7 +15,7 @@ from benchmarks.models import largest_layer
 from benchmarks.peers import badam_engine, toggle_layers
 from benchmarks.places import OFFLOADS
 from grass_ds.config import GrassConfig
-from grass_ds.policy.controller import Controller
+from grass_ds.sampling.controller import Controller
 from launch import distributed
 
 

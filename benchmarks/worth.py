@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks import floors
 from benchmarks.places import each, header, line
 from benchmarks.staleness import gradient_rms, rank_correlation
-from grass_ds.policy.importance import probabilities
+from grass_ds.sampling.importance import probabilities
 
 Row = dict[str, Any]
 Batch = Mapping[str, torch.Tensor]

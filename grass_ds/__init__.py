@@ -11,14 +11,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grass_ds.cluster.heartbeat import RANK_LOST, Heartbeat
+    from grass_ds.cluster.placement import PlacementError
+    from grass_ds.cluster.preemption import PREEMPTED, Preemption
     from grass_ds.config import GrassConfig, GrassConfigError
     from grass_ds.entry import enable, initialize
-    from grass_ds.heartbeat import RANK_LOST, Heartbeat
-    from grass_ds.hf import GrassCallback, PreemptionCallback
-    from grass_ds.placement import PlacementError
-    from grass_ds.preemption import PREEMPTED, Preemption
-    from grass_ds.resume import last_checkpoint
-    from grass_ds.runtime.engine import GrassEngine
+    from grass_ds.trainer.callback import GrassCallback, PreemptionCallback
+    from grass_ds.trainer.checkpoints import last_checkpoint
+    from grass_ds.zero.engine import GrassEngine
 
 try:
     __version__ = version("grass_ds")
@@ -26,19 +26,19 @@ except PackageNotFoundError:  # used from a source tree
     __version__ = "0+source"
 
 _MODULES = {
-    "PREEMPTED": "preemption",
-    "RANK_LOST": "heartbeat",
-    "GrassCallback": "hf",
+    "PREEMPTED": "cluster.preemption",
+    "RANK_LOST": "cluster.heartbeat",
+    "GrassCallback": "trainer.callback",
     "GrassConfig": "config",
     "GrassConfigError": "config",
-    "GrassEngine": "runtime.engine",
-    "Heartbeat": "heartbeat",
-    "PlacementError": "placement",
-    "Preemption": "preemption",
-    "PreemptionCallback": "hf",
+    "GrassEngine": "zero.engine",
+    "Heartbeat": "cluster.heartbeat",
+    "PlacementError": "cluster.placement",
+    "Preemption": "cluster.preemption",
+    "PreemptionCallback": "trainer.callback",
     "enable": "entry",
     "initialize": "entry",
-    "last_checkpoint": "resume",
+    "last_checkpoint": "trainer.checkpoints",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from grass_ds.runtime.seams import DeepSpeedConfigModel
+from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
 
 BLOCK = "grass"
 SCORED_SAMPLERS = ("grass", "static")
@@ -177,7 +177,7 @@ class GrassConfig(_Block):
         return self.sampler in SCORED_SAMPLERS
 
     def policy_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of :class:`grass_ds.policy.controller.Controller` (all but the number of layers)."""
+        """Keyword arguments of :class:`grass_ds.sampling.controller.Controller` (all but the number of layers)."""
         names = (
             "sampler",
             "num_active_layers",

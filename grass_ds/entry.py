@@ -14,13 +14,14 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
 
-from grass_ds import placement, precision
+from grass_ds import precision
+from grass_ds.cluster import placement
 from grass_ds.config import GrassConfig, parse_grass_block
-from grass_ds.policy.layers import discover_layers
-from grass_ds.runtime import seams
-from grass_ds.runtime.engine import GrassEngine
-from grass_ds.support import check_ds_config, check_model, check_optimizer
+from grass_ds.core import deepspeed_compat
+from grass_ds.sampling.layers import discover_layers
+from grass_ds.validation import check_ds_config, check_model, check_optimizer
 from grass_ds.versions import RANGES, untested
+from grass_ds.zero.engine import GrassEngine
 
 _STOCK_INITIALIZE = deepspeed.initialize
 _SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
@@ -33,7 +34,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     optimizer, given or named in the config, it is stock, too: a reference model, or an evaluation. Where there is no process group yet, the ranks find each other under every launcher, plain ``srun python`` and ``mpirun python`` included.
 
     Raises:
-        PlacementError: launchers contradict each other, see :func:`grass_ds.placement.find`.
+        PlacementError: launchers contradict each other, see :func:`grass_ds.cluster.placement.find`.
         GrassConfigError: the block, the rest of the config or the model cannot be used; before anything is allocated or any
             process group is made, and alike on every rank.
     """
@@ -105,7 +106,7 @@ def _warn_of_emulation(engine: Any) -> None:
 def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
     config = arguments.get("config") or arguments.get("config_params")
     config = config or getattr(arguments.get("args"), "deepspeed_config", None)
-    return config if config is None or isinstance(config, Mapping) else seams.load_ds_config(config)
+    return config if config is None or isinstance(config, Mapping) else deepspeed_compat.load_ds_config(config)
 
 
 def _wanted_block(arguments: Mapping[str, Any]) -> GrassConfig | None:

@@ -18,9 +18,9 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from grass_ds import placement
+from grass_ds.cluster import placement
+from grass_ds.core import deepspeed_compat
 from grass_ds.doctor.extensions import communication_ready
-from grass_ds.runtime import seams
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def start(timeout_minutes: float = 30.0) -> None:
         PlacementError: what launchers say is contradictory or incomplete.
     """
     placement.find().export()
-    seams.silence_renamed_collectives()
+    deepspeed_compat.silence_renamed_collectives()
     if rank() != 0:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import deepspeed.comm as dist
 
-from grass_ds.resume import explain, newest_complete, problems
-from grass_ds.runtime.checkpoint.folder import listed
+from grass_ds.checkpoint.folder import listed
+from grass_ds.trainer.checkpoints import explain, newest_complete, problems
 from launch import distributed
 
 

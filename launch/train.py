@@ -39,10 +39,10 @@ from transformers.integrations import WandbCallback
 
 import grass_ds
 from grass_ds.config import GrassConfig, parse_grass_block
-from grass_ds.policy.controller import Controller
-from grass_ds.policy.layers import ModelLayers, discover_layers
-from grass_ds.runtime.seams import DeepSpeedConfigError
-from grass_ds.support import check_ds_config, check_model
+from grass_ds.sampling.controller import Controller
+from grass_ds.sampling.layers import ModelLayers, discover_layers
+from grass_ds.core.deepspeed_compat import DeepSpeedConfigError
+from grass_ds.validation import check_ds_config, check_model
 from launch import arguments as command_line
 from launch import distributed, inspection, report, tracking
 from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress

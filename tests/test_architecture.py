@@ -13,12 +13,12 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import grass_ds
-from grass_ds.runtime import seams
+from grass_ds.core import deepspeed_compat
 
 PACKAGE = Path(grass_ds.__file__).resolve().parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 MAX_LINES = 400
-SEAMS = "runtime/seams.py"
+COMPAT = "core/deepspeed_compat.py"
 
 
 @cache
@@ -45,13 +45,44 @@ def outside(name: str, *allowed: str) -> set[str]:
 
 
 THIRD_PARTY = {i.split(".")[0] for name in MODULES for i in imports(name)} - set(__import__("sys").stdlib_module_names)
-POLICY = [name for name in MODULES if name.startswith("policy/")]
-RUNTIME = [name for name in MODULES if name.startswith("runtime/")]
+
+# Every room imports from itself and from those before it.
+ROOMS = (
+    "versions",
+    "precision",
+    "cluster",
+    "sampling",
+    "core",
+    "config",
+    "offload",
+    "checkpoint",
+    "zero",
+    "validation",
+    "entry",
+    "trainer",
+    "doctor",
+    "__main__",
+    "__init__",
+)
+ROOM = {name: name.split("/")[0].removesuffix(".py") for name in MODULES}
+# Third-party packages that a room may import; all others need torch and DeepSpeed at most.
+PACKAGES = {
+    "sampling": {"torch"},
+    "config": {"pydantic"},
+    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "wandb"},
+    "core": {"torch", "deepspeed", "packaging"},
+    "cluster": {"torch", "deepspeed", "mpi4py"},
+    "doctor": {"torch", "deepspeed", "packaging", "psutil"},
+    "versions": {"packaging"},
+    "precision": {"torch", "deepspeed"},
+    "__init__": set(),
+    "__main__": {"torch"},
+}
 
 
 def test_the_rules_see_the_library() -> None:
-    assert len(POLICY) >= 6
-    assert len(RUNTIME) >= 9
+    assert set(ROOM.values()) == set(ROOMS)
+    assert all(len([n for n in MODULES if ROOM[n] == room]) > 3 for room in ("sampling", "core", "offload", "zero"))
     assert {"torch", "deepspeed", "transformers", "grass_ds"} <= THIRD_PARTY
 
 
@@ -60,34 +91,41 @@ def violations(rule: Callable[[str], object], names: Iterable[str] = MODULES) ->
     return {name: found for name in names if (found := rule(name))}
 
 
-def test_policy_is_torch_and_the_standard_library() -> None:
+def test_rooms_import_one_way() -> None:
     def found(name: str) -> set[str]:
-        collectives = {i for i in imports(name) if i.startswith("torch.distributed")}
-        return outside(name, "torch", "grass_ds.policy") | collectives
+        own = {i for i in imports(name) if i.startswith("grass_ds.")}
+        allowed = {f"grass_ds.{room}" for room in ROOMS[: ROOMS.index(ROOM[name]) + 1]}
+        return {i for i in own if ".".join(i.split(".")[:2]) not in allowed}
 
-    assert violations(found, POLICY) == {}
+    assert violations(found) == {}
 
 
-def test_runtime_does_not_know_the_surface() -> None:
+def test_no_files_import_each_other() -> None:
+    by_module = {"grass_ds." + name.removesuffix(".py").replace("/", "."): name for name in MODULES}
+    edges = {
+        name: {by_module[m] for i in imports(name) for m in (i, i.rpartition(".")[0]) if m in by_module} - {name}
+        for name in MODULES
+    }
+    while leaves := {name for name, targets in edges.items() if not targets}:
+        edges = {name: targets - leaves for name, targets in edges.items() if name not in leaves}
+    assert edges == {}
+
+
+def test_no_two_files_have_one_name() -> None:
+    names = [path.name for path in MODULES.values() if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_rooms_need_the_packages_they_are_for() -> None:
     def found(name: str) -> set[str]:
-        own = {i for i in imports(name) if i.split(".")[0] == "grass_ds"}
-        surface = {i for i in own if not re.match(r"grass_ds\.(config|policy|runtime|versions)\b", i)}
-        return surface | outside(name, "torch", "deepspeed", "packaging", "grass_ds")
+        used = {i.split(".")[0] for i in imports(name)} & THIRD_PARTY - {"grass_ds"}
+        return used - PACKAGES.get(ROOM[name], {"torch", "deepspeed"})
 
-    assert violations(found, RUNTIME) == {}
+    def collectives(name: str) -> set[str]:
+        return {i for i in imports(name) if i.startswith("torch.distributed")}
 
-
-def test_config_is_pydantic_and_deepspeeds_base() -> None:
-    assert outside("config.py", "grass_ds.runtime.seams", "pydantic") == set()
-
-
-def test_transformers_only_in_the_callback() -> None:
-    kept_out = {"transformers", "accelerate", "datasets", "peft", "wandb"}
-
-    def found(name: str) -> set[str]:
-        return {i.split(".")[0] for i in imports(name)} & kept_out
-
-    assert violations(found).keys() <= {"hf.py"}
+    assert violations(found) == {}
+    assert violations(collectives, [name for name in MODULES if ROOM[name] == "sampling"]) == {}
 
 
 def test_importing_the_library_needs_no_plotting() -> None:
@@ -101,7 +139,7 @@ def test_importing_the_library_needs_no_plotting() -> None:
 
 def test_deepspeeds_abstractions_and_logger_are_used() -> None:
     def found(name: str) -> set[str]:
-        if name in ("doctor/rendezvous.py", SEAMS):
+        if name in ("doctor/rendezvous.py", COMPAT):
             # The ranks meet in the one before there is a process group, for which DeepSpeed has nothing; the other stands in for
             # methods that the accelerators of older releases lack.
             return set()
@@ -203,10 +241,10 @@ PUBLIC_OF_ENGINES = {
 }
 
 
-def listed_in_seams() -> set[str]:
-    """The names in its lists, which ``seams.missing_names`` looks for."""
-    lists = [value for name, value in vars(seams).items() if name.isupper() and isinstance(value, tuple)]
-    return {name for names in (*lists, *seams.MODULE_NAMES.values()) for name in names}
+def listed_in_compat() -> set[str]:
+    """The names in its lists, which ``deepspeed_compat.missing_names`` looks for."""
+    lists = [value for name, value in vars(deepspeed_compat).items() if name.isupper() and isinstance(value, tuple)]
+    return {name for names in (*lists, *deepspeed_compat.MODULE_NAMES.values()) for name in names}
 
 
 def from_deepspeed(nodes: ast.AST) -> set[str]:
@@ -224,14 +262,14 @@ def from_deepspeed(nodes: ast.AST) -> set[str]:
     return found | {name for name in imported | read if re.match(r"deepspeed\b", name)}
 
 
-def test_deepspeed_is_imported_in_seams_alone() -> None:
+def test_deepspeed_is_imported_in_compat_alone() -> None:
     """Of all code that is not a test."""
-    files = {name: path for name, path in MODULES.items() if name != SEAMS}
+    files = {name: path for name, path in MODULES.items() if name != COMPAT}
     files |= {str(path): path for room in ("launch", "benchmarks") for path in (PACKAGE.parent / room).rglob("*.py")}
     allowed = PUBLIC | {f"deepspeed.{name}" for name in ("comm", "accelerator")}
     found = {name: from_deepspeed(ast.parse(path.read_text())) - allowed for name, path in files.items()}
     assert {name: names for name, names in found.items() if names} == {}
-    assert len(from_deepspeed(tree(SEAMS)) - allowed) > 20
+    assert len(from_deepspeed(tree(COMPAT)) - allowed) > 20
 
 
 def defined_in(name: str) -> set[str]:
@@ -244,13 +282,13 @@ def defined_in(name: str) -> set[str]:
     return found
 
 
-ENGINES = ("runtime/engine.py", "runtime/checkpoint/engine.py")
+ENGINES = ("zero/engine.py", "zero/checkpointing.py")
 
 
-def test_what_is_used_of_deepspeeds_engine_is_listed_in_seams() -> None:
+def test_what_is_used_of_deepspeeds_engine_is_listed_in_compat() -> None:
     """Public names, too, unless they are documented: of ``self`` in the engine's modules, of ``engine`` in all."""
-    theirs = {*dir(DeepSpeedEngine), *seams.assigned_by(DeepSpeedEngine)} - {*dir(object)}
-    known = listed_in_seams() | PUBLIC_OF_ENGINES
+    theirs = {*dir(DeepSpeedEngine), *deepspeed_compat.assigned_by(DeepSpeedEngine)} - {*dir(object)}
+    known = listed_in_compat() | PUBLIC_OF_ENGINES
     ours = {n for file in ENGINES for n in defined_in(file)} - theirs | {"grass"}
 
     def found(name: str) -> set[str]:
@@ -258,20 +296,20 @@ def test_what_is_used_of_deepspeeds_engine_is_listed_in_seams() -> None:
         nodes = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)]
         return {node.attr for node in nodes if ast.unparse(node.value) in receivers} & theirs - known - ours
 
-    assert violations(found, MODULES.keys() - {SEAMS}) == {}
+    assert violations(found, MODULES.keys() - {COMPAT}) == {}
 
 
-def test_what_is_used_of_partitioned_weights_is_listed_in_seams() -> None:
+def test_what_is_used_of_partitioned_weights_is_listed_in_compat() -> None:
     def found(name: str) -> set[str]:
         nodes = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)]
         hooks = {node.attr for node in nodes if ast.unparse(node.value).endswith(("parameter_offload", "offload"))}
         used = {node.attr for node in nodes if node.attr.startswith("ds_")} | hooks & set(
-            dir(seams.DeepSpeedZeRoOffload)
+            dir(deepspeed_compat.DeepSpeedZeRoOffload)
         )
-        return used - listed_in_seams()
+        return used - listed_in_compat()
 
-    assert violations(found, MODULES.keys() - {SEAMS}) == {}
-    assert "ds_tensor" in {node.attr for node in ast.walk(tree("runtime/zero3.py")) if isinstance(node, ast.Attribute)}
+    assert violations(found, MODULES.keys() - {COMPAT}) == {}
+    assert "ds_tensor" in {node.attr for node in ast.walk(tree("zero/stage3.py")) if isinstance(node, ast.Attribute)}
 
 
 def test_accelerators_have_what_is_asked_of_them() -> None:
@@ -284,17 +322,17 @@ def test_accelerators_have_what_is_asked_of_them() -> None:
     assert violations(found) == {}
 
 
-def test_private_names_of_deepspeed_are_listed_in_seams() -> None:
-    unlisted = deepspeeds_private_names() - listed_in_seams()
-    assert violations(lambda name: used_private_names(name) & unlisted, MODULES.keys() - {SEAMS}) == {}
+def test_private_names_of_deepspeed_are_listed_in_compat() -> None:
+    unlisted = deepspeeds_private_names() - listed_in_compat()
+    assert violations(lambda name: used_private_names(name) & unlisted, MODULES.keys() - {COMPAT}) == {}
 
 
-def test_seams_demands_no_engine_name_that_is_not_used() -> None:
+def test_compat_demands_no_engine_name_that_is_not_used() -> None:
     """A name too many would refuse a DeepSpeed that works."""
     nodes = [node for file in (*ENGINES, "entry.py") for node in ast.walk(tree(file))]
     engine = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     engine |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
-    wanted = {*seams.ENGINE_METHODS, *seams.ENGINE_READS, *seams.ENGINE_ATTRIBUTES}
-    set_in_seams = {"_compile_kwargs", "_is_compiled"}
+    wanted = {*deepspeed_compat.ENGINE_METHODS, *deepspeed_compat.ENGINE_READS, *deepspeed_compat.ENGINE_ATTRIBUTES}
+    set_in_compat = {"_compile_kwargs", "_is_compiled"}
     by_name = {node.value for node in nodes if isinstance(node, ast.Constant)}
-    assert wanted - engine - set_in_seams - by_name == set()
+    assert wanted - engine - set_in_compat - by_name == set()

@@ -13,8 +13,8 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from grass_ds.cluster.placement import leave
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
-from grass_ds.placement import leave
 
 SECONDS = 60.0
 """How long all of it may take. Time-outs of the process group come later: NCCL's end the process without a word on stdout."""

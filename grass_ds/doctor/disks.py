@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
-from grass_ds.runtime.offload.blockio import AioSettings, Piece, PosixIO
-from grass_ds.runtime.offload.files import IN_MEMORY, StateFiles, filesystem, resolve_path
-from grass_ds.runtime.offload.memory import HostMemory
+from grass_ds.offload.block_io import AioSettings, Piece, PosixIO
+from grass_ds.offload.pinned_memory import HostMemory
+from grass_ds.offload.state_files import IN_MEMORY, StateFiles, filesystem, resolve_path
 
 TEST_BYTES = 256 * 2**20
 SHARED_SECONDS = 30.0

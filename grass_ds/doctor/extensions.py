@@ -16,8 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
+from grass_ds.core import deepspeed_compat
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
-from grass_ds.runtime import seams
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """What ranks on the CPU talk through; every start loads it."""
@@ -106,7 +106,7 @@ def _async_io_obstacle(can_compile: bool) -> str | None:
         return "no compiler or no ninja"
     if get_accelerator().device_name() == "cuda" and cpp_extension.CUDA_HOME is None and torch.version.cuda:
         return "no CUDA toolkit (set CUDA_HOME, module load cuda)"
-    if seams.get_native_pinned_memory is None:
+    if deepspeed_compat.get_native_pinned_memory is None:
         return "this DeepSpeed has no page-locked memory that all AIO handles know (pip install 'deepspeed>=0.19.6,<0.20')"
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
     if builder is None or not builder.is_compatible(verbose=False):

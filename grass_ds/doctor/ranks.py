@@ -9,11 +9,11 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from grass_ds.cluster.placement import Placement
 from grass_ds.doctor.extensions import SHARED_MEMORY
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 from grass_ds.doctor.machine import device_text, properties
 from grass_ds.doctor.software import installed_versions
-from grass_ds.placement import Placement
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 NEEDED_TO_TALK = ("accelerator", "backend", "launcher", "ranks")

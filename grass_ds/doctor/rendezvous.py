@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore, is_backend_available
 
-from grass_ds.placement import Placement
+from grass_ds.cluster.placement import Placement
 
 SECONDS = 60.0
 _LAST_SECONDS = 10.0

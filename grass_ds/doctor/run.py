@@ -14,7 +14,7 @@ from grass_ds.doctor import software
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, examine, finding_lines, row_lines, worst
 
 if TYPE_CHECKING:
-    from grass_ds.placement import Placement
+    from grass_ds.cluster.placement import Placement
 
 
 class Report:
@@ -68,8 +68,8 @@ def _run_loaded(
     findings: list[Finding], config: str | None, nvme_path: str | None, shared_path: str | None, report: Report
 ) -> int:
     """The checks that need torch and DeepSpeed."""
+    from grass_ds.cluster.placement import PlacementError, find
     from grass_ds.doctor import disks, dtypes, extensions, machine, ranks
-    from grass_ds.placement import PlacementError, find
 
     findings += examine("accelerator", machine.check_accelerator)
     findings += examine("memory", machine.check_memory)

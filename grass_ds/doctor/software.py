@@ -47,7 +47,7 @@ def installed_versions() -> dict[str, str]:
 
 def check_import() -> Iterator[Finding]:
     """Whether the library loads, which checks DeepSpeed for the names that it relies on."""
-    importlib.import_module("grass_ds.runtime.engine")
+    importlib.import_module("grass_ds.zero.engine")
     yield Finding("import", OK, "torch, deepspeed and grass_ds load")
 
 

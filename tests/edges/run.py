@@ -88,7 +88,7 @@ EDGES = edges_for(sys.version_info[:2])
 
 # Column of the table -> what a test's id contains.
 CHECKS: dict[str, tuple[str, ...]] = {
-    "contract": ("test_seams", "test_architecture"),
+    "contract": ("test_deepspeed_compat", "test_architecture"),
     "ZeRO-1": ("is_stock[1]", "straight_one[1-"),
     "ZeRO-2": ("is_stock[2]", "straight_one[2-"),
     "ZeRO-3": ("is_stock[3]", "straight_one[3-"),
@@ -98,12 +98,12 @@ CHECKS: dict[str, tuple[str, ...]] = {
 TESTS = (
     "tests/edges/test_cycle.py",
     "tests/edges/test_trainer_cycle.py",
-    "tests/runtime/test_seams.py",
-    "tests/runtime/test_seams_zero3.py",
+    "tests/core/test_deepspeed_compat.py",
+    "tests/core/test_deepspeed_compat_zero3.py",
     "tests/test_architecture.py",
 )
 # The callback's own, where launch/, whose Trainer has it too, does not run.
-CALLBACK_TESTS = ("tests/surface/test_hf.py",)
+CALLBACK_TESTS = ("tests/trainer/test_callback.py",)
 LAUNCH_TESTS = (
     "tests/launch/test_tokens.py",
     "tests/launch/test_rows.py",

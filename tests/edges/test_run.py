@@ -92,7 +92,7 @@ def test_both_ends_of_python_and_torch_were_run() -> None:
 
 
 REPORT = """<testsuites><testsuite>
-<testcase classname="tests.runtime.test_seams" name="test_a"/>
+<testcase classname="tests.core.test_deepspeed_compat" name="test_a"/>
 <testcase classname="tests.edges.test_cycle" name="test_full_sampler_is_stock[1]"/>
 <testcase classname="tests.edges.test_cycle" name="test_full_sampler_is_stock[2]"><failure/></testcase>
 <testcase classname="tests.edges.test_cycle" name="test_only_x_is_the_straight_one[2-plain]"/>

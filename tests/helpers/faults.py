@@ -13,11 +13,11 @@ from typing import Any
 from unittest import mock
 from urllib.parse import quote
 
-from grass_ds.runtime.offload import assemble
-from grass_ds.runtime.offload.blockio import BlockIO, Piece
-from grass_ds.runtime.offload.chunks import ELEMENT, round_up
-from grass_ds.runtime.offload.files import OffloadError, StateFile
-from grass_ds.runtime.units import Unit
+from grass_ds.core.units import Unit
+from grass_ds.offload import build
+from grass_ds.offload.block_io import BlockIO, Piece
+from grass_ds.offload.chunks import ELEMENT, round_up
+from grass_ds.offload.state_files import OffloadError, StateFile
 
 ERRORS = {"disk": OffloadError, "thread": RuntimeError, "memory": MemoryError}
 
@@ -78,13 +78,13 @@ class FaultyIO(BlockIO):
 @contextmanager
 def faulty_io(faults: Faults) -> Iterator[Faults]:
     """Engines built inside have that disk."""
-    real = assemble.open_io
+    real = build.open_io
 
     def open_io(*args: object) -> object:
         make = real(*args)  # type: ignore[arg-type]
         return lambda: FaultyIO(make(), faults)
 
-    with mock.patch.object(assemble, "open_io", open_io):
+    with mock.patch.object(build, "open_io", open_io):
         yield faults
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from grass_ds.runtime.offload.copies import Copies, Pairs
-from grass_ds.runtime.offload.trace import Trace
+from grass_ds.offload.copies import Copies, Pairs
+from grass_ds.offload.trace import Trace
 
 POISON = float("nan")
 

@@ -94,7 +94,7 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters by name. Gathered one at a time: see ``seams.waits_for_all_gathers``."""
+    """Copies of all parameters by name. Gathered one at a time: see ``deepspeed_compat.waits_for_all_gathers``."""
     return {name: _copy(param) for name, param in module.named_parameters()}
 
 

@@ -28,14 +28,14 @@ def fp16_allowed() -> Iterator[None]:
 @contextmanager
 def early_gathers_allowed() -> Iterator[None]:
     """ZeRO-3 on CPU ranks with a DeepSpeed that is refused there, for tests that gather one weight at a time."""
-    from grass_ds.runtime import seams
+    from grass_ds.core import deepspeed_compat
 
-    had = seams.waits_for_all_gathers
-    seams.waits_for_all_gathers = lambda: True
+    had = deepspeed_compat.waits_for_all_gathers
+    deepspeed_compat.waits_for_all_gathers = lambda: True
     try:
         yield
     finally:
-        seams.waits_for_all_gathers = had
+        deepspeed_compat.waits_for_all_gathers = had
 
 
 def optimizer_state(engine: Any) -> dict[str, Any]:

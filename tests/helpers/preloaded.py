@@ -10,7 +10,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from deepspeed.accelerator import get_accelerator
 
 import grass_ds.entry
-import grass_ds.hf  # noqa: F401
+import grass_ds.trainer.callback  # noqa: F401
 
 torch.set_num_threads(1)
 get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)  # its build is locked by a file

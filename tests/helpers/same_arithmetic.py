@@ -67,7 +67,7 @@ def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squ
     """Inside, models and engines compute as above, with the norms that are ``given``. Yields the measured ones, per step."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from grass_ds.runtime import gradients, zero
+    from grass_ds.zero import gradients, optimizer
 
     measured: list[Squares] = []
 
@@ -85,11 +85,11 @@ def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squ
     def norm(self: LlamaRMSNorm, rows: torch.Tensor) -> torch.Tensor:
         return llama_norm(self, _Joint.apply(rows))
 
-    zero_squares, llama_norm = zero.global_squares, LlamaRMSNorm.forward
+    zero_squares, llama_norm = optimizer.global_squares, LlamaRMSNorm.forward
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(nn.Linear, "forward", product))
         patches.enter_context(mock.patch.object(LlamaRMSNorm, "forward", norm))
-        patches.enter_context(mock.patch.object(zero, "global_squares", squares))
+        patches.enter_context(mock.patch.object(optimizer, "global_squares", squares))
         if torch.distributed.get_world_size() > 2:
             patches.enter_context(mock.patch.object(gradients.dist, "reduce_scatter_tensor", _sum_in_order_of_ranks))
         yield measured

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from grass_ds.config import OffloadConfig
-from grass_ds.runtime.offload import assemble
-from grass_ds.runtime.offload.blockio import BlockIO, Piece
-from grass_ds.runtime.offload.copies import Copies
-from grass_ds.runtime.offload.files import StateFile
-from grass_ds.runtime.offload.template import learn_template
-from grass_ds.runtime.stepping import step_unit
-from grass_ds.runtime.store import StateStore, UnitState
-from grass_ds.runtime.units import ReplicatedUnit, Unit
+from grass_ds.core.units import ReplicatedUnit, Unit
+from grass_ds.offload import build
+from grass_ds.offload.block_io import BlockIO, Piece
+from grass_ds.offload.copies import Copies
+from grass_ds.offload.state_files import StateFile
+from grass_ds.offload.state_template import learn_template
+from grass_ds.offload.store import StateStore, UnitState
+from grass_ds.zero.stepping import step_unit
 
 LAYERS, GAMMA = 5, 2
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -218,16 +218,16 @@ def rig_of(
     config = OffloadConfig(**{"nvme_path": str(folder), **offload})
     optimizer = make([nn.Parameter(torch.zeros(1))])
     template = learn_template(optimizer, optimizer.param_groups[0], torch.device("cpu"))
-    open_io = assemble.open_io
+    open_io = build.open_io
 
     def open_wrapped_io(*arguments: Any) -> Callable[[], BlockIO]:
         factory = open_io(*arguments)
         return factory if wrap_io is None else lambda: wrap_io(factory())
 
     replaced = {"copies_for": lambda device, trace: copies(trace), "open_io": open_wrapped_io, **(parts or {})}
-    surroundings = assemble.Surroundings(GAMMA, torch.device("cpu"), 0, {})
-    with mock.patch.multiple(assemble, **replaced):
-        store = assemble.open_store(config, units, [template], surroundings)
+    surroundings = build.Surroundings(GAMMA, torch.device("cpu"), 0, {})
+    with mock.patch.multiple(build, **replaced):
+        store = build.open_store(config, units, [template], surroundings)
     try:
         yield Rig(store, units, make, rng)
     finally:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from benchmarks.engines import updates
 from grass_ds.config import GrassConfig
-from grass_ds.policy.controller import Controller
+from grass_ds.sampling.controller import Controller
 from launch.train import GrassTrainer
 
 # block, steps of either kind, those of them that train

@@ -12,7 +12,7 @@ import pytest
 from helpers.wandb_runs import read_history, records
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from grass_ds.preemption import PREEMPTED
+from grass_ds.cluster.preemption import PREEMPTED
 from launch import tracking
 
 wandb = pytest.importorskip("wandb")

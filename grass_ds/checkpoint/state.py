@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State dict of the ZeRO wrapper: DeepSpeed's own schema of the stage, one flat group per unit, plus one key of ours.
+
+DeepSpeed's tools (``zero_to_fp32.py``, ``ds_to_universal.py``) read the stock keys; ``"grass"`` holds what they do not know: which units
+have state, and the sampler. The tools want state of every unit. Those that were never stepped have zero moments in the files, of which
+each is one stored number, repeated by a stride of 0; their fp32 weights are the low-precision ones.
+"""
+
+import copy
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from grass_ds.checkpoint.selection import check_layout, layout
+from grass_ds.checkpoint.universal import WEIGHTS, UniversalCheckpoint
+from grass_ds.core.agreement import failing_together
+from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
+from grass_ds.core.deepspeed_compat import fragment_address
+from grass_ds.core.units import Unit
+from grass_ds.offload.store import StateStore, UnitState
+from grass_ds.sampling.controller import Controller
+
+GRASS = "grass"
+_REPLICATED_KEYS = (keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GROUPS)
+
+
+class ShardedOptimizer(Protocol):
+    """The part of the ZeRO wrapper that its state dict is made of; ``skips``: steps without an update in a row."""
+
+    units: list[Unit]
+    store: StateStore
+    controller: Controller
+    stage: int
+    param_groups: list[dict[str, Any]]
+    loss_scaler: Any
+    dynamic_loss_scale: bool
+    overflow: bool
+    clip_grad: float
+    skips: int
+    dp_process_group: Any
+    device: torch.device
+
+    def refresh_fp32_params(self) -> None:
+        """Take the master weights from the low-precision ones."""
+
+
+def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
+    """This rank's part of the optimizer, in host or device memory as it lies; shards without their padding."""
+    get_accelerator().synchronize()
+    optimizer.store.flush()
+    units = optimizer.units
+    states = {unit: optimizer.store[unit] for unit in units if unit in optimizer.store}
+    hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    base = {
+        "state": {
+            unit.index: _lean_state(unit, states[unit]) if unit in states else _idle_state(unit, optimizer.store)
+            for unit in units
+        },
+        "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
+    }
+    masters = [_lean(unit, states[unit].master) if unit in states else _idle_master(unit) for unit in units]
+    stage = optimizer.stage
+    return {
+        keys.ZERO_STAGE: stage,
+        keys.LOSS_SCALER: optimizer.loss_scaler,
+        "dynamic_loss_scale": optimizer.dynamic_loss_scale,
+        "overflow": optimizer.overflow,
+        **(_partitioned(base, masters, units) if stage == 3 else _replicated(base, masters, units)),
+        keys.CLIP_GRAD: optimizer.clip_grad,
+        keys.DS_VERSION: deepspeed.__version__,
+        GRASS: {
+            "controller": optimizer.controller.state_dict(),
+            "layout": layout(units),
+            "param_groups": hyper,
+            "skips": optimizer.skips,
+            "stepped": {unit.name: state.scalars for unit, state in states.items()},
+        },
+    }
+
+
+def _replicated(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
+    """What stages 1 and 2 call it."""
+    return {
+        keys.BASE_OPTIMIZER_STATE: base,
+        keys.SINGLE_PARTITION_OF_FP32_GROUPS: masters,
+        keys.GROUP_PADDINGS: [0] * len(units),  # ds_to_universal.py cuts off that many elements of every state
+        keys.PARTITION_COUNT: [unit.world for unit in units],
+        keys.PARAM_SLICE_MAPPINGS: [_slices(unit) for unit in units],
+    }
+
+
+def _partitioned(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
+    """What stage 3 calls it."""
+    return {
+        keys.OPTIMIZER_STATE_DICT: base,
+        keys.FP32_FLAT_GROUPS: masters,
+        keys.PARTITION_COUNT: units[0].world,
+    }
+
+
+def load(
+    optimizer: ShardedOptimizer,
+    state_dict_list: list[dict[str, Any]] | None,
+    load_optimizer_states: bool,
+    load_from_fp32_weights: bool = True,
+    checkpoint_folder: str | None = None,
+    **_: Any,
+) -> None:
+    """Restore what :func:`save` wrote. The active set follows at the end of the load.
+
+    Args:
+        state_dict_list: of a run with the same number of ranks; only this rank's is looked at.
+        load_optimizer_states: otherwise the weights alone.
+        load_from_fp32_weights: otherwise master weights are taken from the low-precision ones; not of a universal checkpoint.
+        checkpoint_folder: a universal checkpoint, saved by any number of ranks, to be loaded instead.
+
+    Raises:
+        ValueError: a checkpoint of plain DeepSpeed, one of other layers, naming the difference, or a damaged universal one.
+    """
+    if checkpoint_folder is not None:
+        _load_universal(optimizer, UniversalCheckpoint(Path(checkpoint_folder)), load_optimizer_states)
+        return
+    assert state_dict_list is not None
+    saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
+    ours = _ours(saved)
+    check_layout("the checkpoint", optimizer.units, ours["layout"])
+    stage = optimizer.stage
+    base, masters = (keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS) if stage == 3 else _REPLICATED_KEYS
+    if stage == 3:  # the only place where the weights are saved
+        for unit, master in zip(optimizer.units, saved[masters], strict=True):
+            _lean(unit, unit.shard).copy_(master)
+    if not load_optimizer_states:
+        optimizer.store.clear()
+        return
+    _restore_progress(optimizer, saved)
+    states = saved[base]["state"]
+    for unit, master in zip(optimizer.units, saved[masters], strict=True):
+        if unit.name in ours["stepped"]:
+            optimizer.store.put(unit, _padded_state(unit, master, states[unit.index]))
+        else:
+            optimizer.store.drop(unit)
+    if not load_from_fp32_weights:
+        optimizer.refresh_fp32_params()
+
+
+def _load_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
+    """Take this rank's part of everything. A file may be broken where one rank alone reads, so all ranks meet at the end.
+
+    The weights go into this rank's shard of the low-precision ones; the engine lets the model see them.
+    """
+    with failing_together(optimizer.dp_process_group, optimizer.device):
+        _take_universal(optimizer, checkpoint, with_states)
+
+
+def _take_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
+    units, store = optimizer.units, optimizer.store
+    saved = checkpoint.common() if with_states else {}
+    stepped: dict[str, Any] = {}
+    if with_states:
+        ours = _ours(saved)
+        check_layout(f"the checkpoint {checkpoint.folder.name}", units, ours["layout"])
+        stepped = ours["stepped"]
+    moments = {unit: store.template(unit).moments if unit.name in stepped else () for unit in units}
+    checkpoint.check(moments)
+    if with_states:
+        _restore_progress(optimizer, saved)
+    for unit in units:
+        if unit.name in stepped:
+            state = checkpoint.state(unit, moments[unit], stepped[unit.name])
+            store.put(unit, state)
+            unit.shard.copy_(state.master)
+        else:
+            store.drop(unit)
+            unit.shard.copy_(checkpoint.shard(unit, WEIGHTS))
+
+
+def _ours(saved: dict[str, Any]) -> dict[str, Any]:
+    """Our entry of a state dict.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if GRASS not in saved:
+        raise ValueError(
+            "the checkpoint was not written by grass_ds, so its optimizer state has another layout and no sampler; load the weights "
+            "alone with load_checkpoint(..., load_optimizer_states=False), or load_module_only=True if it is a universal one"
+        )
+    return saved[GRASS]
+
+
+def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
+    """Everything but weights and states: loss scale, sampler, hyper-parameters."""
+    ours = saved[GRASS]
+    optimizer.controller.load_state_dict(ours["controller"])
+    optimizer.loss_scaler = saved[keys.LOSS_SCALER]
+    optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
+    optimizer.overflow = saved["overflow"]
+    optimizer.skips = ours["skips"]
+    for group, values in zip(optimizer.param_groups, ours["param_groups"], strict=True):
+        group.update(values)
+
+
+def _lean(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()[: unit.saved_numel]
+
+
+def _lean_state(unit: Unit, state: UnitState) -> dict[str, Any]:
+    return {**state.scalars, **{k: _lean(unit, t) for k, t in state.moments.items()}}
+
+
+def _idle_master(unit: Unit) -> torch.Tensor:
+    """A copy: a view of fp32 weights would be saved with all that it is a view of, which is every rank's shard."""
+    return _lean(unit, unit.shard).to(torch.float32, copy=True)
+
+
+def _idle_state(unit: Unit, store: StateStore) -> dict[str, Any]:
+    """What a unit that was never stepped would start from."""
+    template = store.template(unit)
+    zeros = torch.zeros(()).expand(unit.saved_numel)
+    return {**copy.deepcopy(dict(template.start or {})), **dict.fromkeys(template.moments, zeros)}
+
+
+def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> UnitState:
+    moments = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == master.shape and v.dim() == 1}
+    scalars = {k: v for k, v in state.items() if k not in moments}
+    padding = unit.shard_numel - unit.saved_numel
+    return UnitState(master, moments, scalars).map(
+        lambda t: torch.nn.functional.pad(t.to(torch.float32), (0, padding))
+    )
+
+
+def _slices(unit: Unit) -> "OrderedDict[str, fragment_address]":
+    """Parameter name -> place in this rank's shard, for the parameters that have one."""
+    places = ((name, unit.overlap(slot)) for slot, name in enumerate(unit.param_names))
+    return OrderedDict((name, fragment_address(numel=n, start=start)) for name, (_, start, n) in places if n)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Universal checkpoints: what DeepSpeed's ``ds_to_universal.py`` makes of ours, to go on with another number of ranks.
+
+Every tensor is a file of its own, ``zero/<parameter>/<fp32 | exp_avg | exp_avg_sq>.pt``, whole: flat if it comes from ZeRO-3, else in its
+shape and with how to cut it for tensor parallelism. ``zero/optimizer_state.pt`` is what is left of rank 0's state dict, in ZeRO-3 all of
+it. So files are mapped rather than read, and a rank reads the part that it owns.
+"""
+
+import pickle
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
+from grass_ds.core.units import Unit, whole_numel
+from grass_ds.offload.state_template import MOMENT_KEYS
+from grass_ds.offload.store import UnitState
+
+WEIGHTS = "fp32"
+
+
+@dataclass(frozen=True)
+class UniversalCheckpoint:
+    """The folder ``<load_dir>/<tag>`` that the converter wrote."""
+
+    folder: Path
+
+    def common(self) -> dict[str, Any]:
+        """What belongs to no single parameter: rank 0's state dict of the optimizer; tensors are mapped from the file.
+
+        Raises:
+            ValueError: the file is missing or cannot be read.
+        """
+        return _read(self._common_file, weights_only=False)  # it holds a loss scaler
+
+    def check(self, moments: Mapping[Unit, Sequence[str]]) -> None:
+        """Look for every file that will be read: the weights of all units, and these ``moments`` of each.
+
+        Raises:
+            ValueError: a file is missing, or the optimizer keeps moments that the converter leaves behind.
+        """
+        left = {name for names in moments.values() for name in names} - set(MOMENT_KEYS)
+        if left:
+            raise ValueError(
+                f"universal checkpoints hold {' and '.join(MOMENT_KEYS)}, but this optimizer also keeps {', '.join(sorted(left))}, "
+                "which the converter left behind; resume with as many ranks as saved the checkpoint, or load the weights alone "
+                "with load_checkpoint(..., load_module_only=True)"
+            )
+        files = (
+            self._file(n, key) for unit, keep in moments.items() for n in unit.param_names for key in (WEIGHTS, *keep)
+        )
+        missing = [path for path in files if not path.is_file()]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(
+                f"the universal checkpoint lacks {missing[0]}{more}; convert it again, or load one of this model"
+            )
+
+    def shard(self, unit: Unit, key: str) -> torch.Tensor:
+        """This rank's shard of one tensor of all the unit's parameters: float32, [shard_numel], on the host, padded with zeros.
+
+        Raises:
+            ValueError: a file cannot be read, or holds another number of elements.
+        """
+        shard = torch.zeros(unit.shard_numel)
+        for slot, name in enumerate(unit.param_names):
+            in_param, in_shard, numel = unit.overlap(slot)
+            if numel:
+                whole = self._whole(self._file(name, key), unit.sizes[slot])
+                shard.narrow(0, in_shard, numel).copy_(whole.narrow(0, in_param, numel))
+        return shard
+
+    def state(self, unit: Unit, moments: Sequence[str], scalars: Mapping[str, Any]) -> UnitState:
+        """This rank's state of the unit."""
+        return UnitState(self.shard(unit, WEIGHTS), {key: self.shard(unit, key) for key in moments}, dict(scalars))
+
+    # ---- what no optimizer has ------------------------------------------------------------------------------------------
+
+    def restore_untrained(self, module: nn.Module, owned: Collection[str], rank: int) -> None:
+        """Load parameters that are not ``owned`` by the optimizer (the user froze them) and buffers, which DeepSpeed passes over.
+
+        They are in the model files as the ranks of then saved them. What was left out there (``exclude_frozen_parameters``) stays as
+        it is. In ZeRO-3 all parameters must be partitioned.
+
+        Args:
+            rank: of the data-parallel group.
+
+        Raises:
+            ValueError: a file cannot be read, or holds another number of elements.
+        """
+        saved = [_read(path, weights_only=False) for path in self._model_files()]
+        with torch.no_grad():
+            for name, param in module.named_parameters():
+                if name not in owned and (whole := _assembled(saved, name, whole_numel(param))) is not None:
+                    _put(param, whole, rank)
+            for name, buffer in module.named_buffers():
+                if name in saved[0]["module"]:
+                    buffer.copy_(saved[0]["module"][name])
+
+    # ---- files ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _common_file(self) -> Path:
+        return self.folder / "zero" / "optimizer_state.pt"
+
+    def _model_files(self) -> list[Path]:
+        """Of every rank in ZeRO-3, else one."""
+        found = self.folder.glob("*mp_rank_00_model_states.pt")
+        return sorted(found, key=lambda path: (len(path.name), path.name))  # rank 10 after rank 9
+
+    def _file(self, parameter: str, key: str) -> Path:
+        return self.folder / "zero" / parameter / f"{key}.pt"
+
+    @staticmethod
+    def _whole(path: Path, numel: int) -> torch.Tensor:
+        """A parameter's tensor, flat."""
+        content = _read(path)
+        tensor = content.get(keys.PARAM) if isinstance(content, dict) else content
+        if not isinstance(tensor, torch.Tensor) or tensor.numel() != numel:
+            found = f"{tensor.numel()} elements" if isinstance(tensor, torch.Tensor) else "no tensor"
+            raise ValueError(f"{path} holds {found}, the parameter has {numel}; load a checkpoint of this model")
+        return tensor.reshape(-1)
+
+
+def _assembled(saved: Sequence[dict[str, Any]], name: str, numel: int) -> torch.Tensor | None:
+    """A parameter that the user froze, flat, of what each model file has of it; None if they have nothing."""
+    parts = [(content.get(keys.FROZEN_PARAM_FRAGMENTS) or content["module"]).get(name) for content in saved]
+    if not all(isinstance(part, torch.Tensor) and part.numel() for part in parts):  # left out, or an empty stand-in
+        return None
+    whole = torch.cat([part.reshape(-1) for part in parts])
+    if whole.numel() != -(-numel // len(parts)) * len(parts):  # the parts of ZeRO-3 are padded
+        raise ValueError(f"{name}: the checkpoint holds {whole.numel()} elements, the parameter has {numel}")
+    return whole[:numel]
+
+
+def _put(param: nn.Parameter, whole: torch.Tensor, rank: int) -> None:
+    partition = getattr(param, "ds_tensor", None)
+    if partition is None:
+        param.data.copy_(whole.view(param.shape))
+    else:
+        part = whole[rank * partition.numel() :][: partition.numel()]
+        partition.data[: part.numel()].copy_(part)
+
+
+def _read(path: Path, weights_only: bool = True) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: is this a folder that ds_to_universal.py wrote?") from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); convert the checkpoint again") from error

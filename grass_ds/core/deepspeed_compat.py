@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of DeepSpeed that grass_ds relies on, checked at import; and what differs between its releases.
+
+DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented names are used. They are listed here and
+nowhere else; ``tests/core/test_deepspeed_compat.py`` checks what they do. When a release changes one, importing ``grass_ds`` says which.
+
+Modules of grass_ds import from ``deepspeed`` itself only what its documentation shows: ``initialize``, ``comm``,
+``get_accelerator``, ``logger`` and ``log_dist``.
+"""
+
+import copy
+import dis
+import importlib
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from grass_ds.versions import RANGES
+
+# What GrassEngine overrides or calls, with arguments.
+ENGINE_METHODS = (
+    "_configure_checkpointing",  # sets checkpoint_engine
+    "_copy_recovery_script",
+    "_configure_zero_optimizer",  # also called, without an optimizer, for the hooks of ZeRO-3
+    "_do_optimizer_sanity_check",
+    "_load_checkpoint",
+    "_save_zero_checkpoint",
+    "_take_model_step",
+    "_zero3_consolidated_16bit_state_dict",
+    "load_module_state_dict",
+    "module_state_dict",
+)
+# What grass_ds reads of an engine: methods without arguments, and properties.
+ENGINE_READS = (
+    "aio_config",
+    "bfloat16_enabled",
+    "communication_data_type",
+    "dynamic_loss_scale",
+    "dynamic_loss_scale_args",
+    "fp16_enabled",
+    "get_data_types",
+    "gradient_clipping",
+    "is_compiled",
+    "load_universal_checkpoint",
+    "loss_scale",
+    "zero_optimization_stage",
+    "zero_overlap_comm",
+)
+# What DeepSpeedEngine sets on itself, and grass_ds reads or sets.
+ENGINE_ATTRIBUTES = (
+    "_compile_kwargs",
+    "_config",
+    "_is_compiled",
+    "checkpoint_engine",
+    "config",
+    "device",
+    "global_rank",
+    "global_steps",
+    "gradient_average",
+    "module_forward_post_hook",
+    "module_forward_pre_hook",
+    "optimizer",
+    "param_names",
+    "seq_data_parallel_group",
+    "seq_dp_world_size",
+)
+# What the gradient hook of a ZeRO optimizer must call, in this order.
+HOOK_STATE = (
+    "should_refresh_expected_hook_count",
+    "reenter_backward_if_needed",
+    "update_hook_state_and_maybe_run_epilogue",
+    "clear_backward_seen_flag",
+    "register_grad_acc_post_hook",
+    "_max_expected_hooks_seen",
+)
+# What DeepSpeed looks up on a ZeRO optimizer or on its parameters, and ours provide.
+PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping", "_z3_optimizer")
+# ZeRO-3: what gathers and releases weights, its attributes, and the coordinator that it does it by.
+OFFLOAD_METHODS = (
+    "_register_deepspeed_module",
+    "destroy",
+    "empty_partition_cache",
+    "get_param_coordinator",
+    "partition_all_parameters",
+    "release_backward_leftovers",  # since 0.19.3; for older releases see docs/compatibility.md
+)
+OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
+# ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
+LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
+COORDINATOR = (
+    "_PartitionedParameterCoordinator__params_to_release",  # a private method behind a cache, see forget_releases()
+    "_clear_trace_structures",
+    "_invalidate_trace",
+    "is_complete_trace",
+    "is_invalid_trace",
+)
+# ZeRO-3: how several weights are gathered at once, see waits_for_all_gathers().
+GATHERING = ("_allgather_params_coalesced",)
+# ZeRO-3: what DeepSpeed puts on a parameter that it partitions.
+PARTITIONED_PARAMETER = (
+    "all_gather_coalesced",
+    "ds_active_sub_modules",
+    "ds_numel",
+    "ds_persist",
+    "ds_shape",
+    "ds_status",
+    "ds_tensor",
+    "partition",
+)
+# module -> names
+MODULE_NAMES = {
+    "deepspeed": ("DeepSpeedEngine", "initialize"),
+    "deepspeed.checkpoint.constants": (
+        "BASE_OPTIMIZER_STATE",
+        "CLIP_GRAD",
+        "DS_VERSION",
+        "FP32_FLAT_GROUPS",
+        "FROZEN_PARAM_FRAGMENTS",
+        "GROUP_PADDINGS",
+        "LOSS_SCALER",
+        "OPTIMIZER_STATE_DICT",
+        "PARAM",
+        "PARAM_SLICE_MAPPINGS",
+        "PARTITION_COUNT",
+        "SINGLE_PARTITION_OF_FP32_GROUPS",
+        "UNIVERSAL_CHECKPOINT_INFO",
+        "UNIVERSAL_CHECKPOINT_VERSION_KEY",
+        "UNIVERSAL_CHECKPOINT_VERSION_VALUE",
+        "ZERO_STAGE",
+    ),
+    "deepspeed.pipe": ("PipelineModule",),
+    "deepspeed.runtime.checkpoint_engine": ("TorchCheckpointEngine",),
+    "deepspeed.runtime.config": ("DeepSpeedConfigError",),
+    "deepspeed.runtime.config_utils": ("DeepSpeedConfigModel",),
+    "deepspeed.runtime.engine": ("BFLOAT16", "ZERO_OPTIMIZATION"),
+    "deepspeed.runtime.fp16.loss_scaler": ("CreateLossScaler",),
+    "deepspeed.runtime.swap_tensor.aio_config": ("AIO_DEFAULT_DICT",),
+    "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
+    "deepspeed.runtime.utils": ("count_used_parameters_in_backward",),
+    "deepspeed.runtime.zero.parameter_offload": ("DeepSpeedZeRoOffload",),
+    "deepspeed.runtime.zero.partition_parameters": ("Init", "ZeroParamStatus"),
+    "deepspeed.runtime.zero.partitioned_param_coordinator": ("PartitionedParameterCoordinator",),
+    "deepspeed.utils.groups": ("_get_sequence_parallel_world_size",),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+    "deepspeed.utils.torch": ("register_grad_hook",),
+    "deepspeed.utils.zero_to_fp32": ("get_fp32_state_dict_from_zero_checkpoint",),
+}
+
+
+def silence_renamed_collectives() -> None:
+    """Keep torch from warning every user of two collectives that DeepSpeed calls: torch 2.13 and 2.14 call their names deprecated.
+
+    DeepSpeed 0.19.8 knows no other names, and users cannot choose one.
+    """
+    names = "all_gather_into_tensor|reduce_scatter_tensor"
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
+
+
+def missing_names() -> list[str]:
+    """Names of the lists above that the installed DeepSpeed does not have."""
+    missing = [
+        f"DeepSpeedEngine.{name}" for name in (*ENGINE_METHODS, *ENGINE_READS) if not hasattr(DeepSpeedEngine, name)
+    ]
+    assigned = assigned_by(DeepSpeedEngine)
+    missing += [f"DeepSpeedEngine.{name}" for name in ENGINE_ATTRIBUTES if name not in assigned]
+    missing += [f"ZeROOptimizer.{name}" for name in HOOK_STATE if not hasattr(ZeROOptimizer, name)]
+    for module, names in MODULE_NAMES.items():
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("deepspeed"):
+                raise  # a package that DeepSpeed needs is not there
+            missing.append(module)
+            continue
+        missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
+    return missing or _missing_in_zero3()
+
+
+def assigned_by(cls: type) -> set[str]:
+    """Attributes that the methods of ``cls`` and of its bases set, on ``self`` or on anything else."""
+    values = [value for base in cls.__mro__ for value in vars(base).values()]
+    functions = [inspect.unwrap(value) for value in values if inspect.isfunction(value)]
+    code = [instruction for function in functions for instruction in dis.get_instructions(function)]
+    return {str(instruction.argval) for instruction in code if instruction.opname == "STORE_ATTR"}
+
+
+def _missing_in_zero3() -> list[str]:
+    """Of the names that ZeRO-3 needs, those that its classes do not have, or do not set on what they make."""
+    from deepspeed.runtime.zero import parameter_offload as offload
+    from deepspeed.runtime.zero import partition_parameters as parameters
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    hooks = offload.DeepSpeedZeRoOffload
+    if missing := [f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_METHODS if not hasattr(hooks, name)]:
+        return missing  # some of them are looked into next
+    missing = [
+        f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_ATTRIBUTES if name not in hooks.__init__.__code__.co_names
+    ]
+    set_on_modules = hooks._register_deepspeed_module.__code__.co_names
+    missing += [f"Module.{name} (ZeRO-3)" for name in LEFT_ON_MODULES if name not in set_on_modules]
+    missing += [
+        f"PartitionedParameterCoordinator.{n}" for n in COORDINATOR if not hasattr(PartitionedParameterCoordinator, n)
+    ]
+    missing += [f"Init.{name}" for name in GATHERING if not hasattr(parameters.Init, name)]
+    given = parameters.Init._convert_to_deepspeed_param.__code__.co_names
+    return missing + [f"Parameter.{name} (ZeRO-3)" for name in PARTITIONED_PARAMETER if name not in given]
+
+
+def check() -> None:
+    """Raise ImportError when the installed DeepSpeed lacks a name that grass_ds relies on."""
+    if missing := missing_names():
+        wanted = f"deepspeed{RANGES['deepspeed']}"
+        raise ImportError(
+            f"grass_ds needs names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. They are in {wanted}: "
+            f"pip install '{wanted}'"
+        )
+
+
+check()
+
+from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
+from deepspeed.pipe import PipelineModule  # noqa: E402
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT  # noqa: E402
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
+from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
+from deepspeed.utils import zero_to_fp32  # noqa: E402
+from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+from deepspeed.utils.torch import register_grad_hook  # noqa: E402
+
+# ---- what older releases lack -------------------------------------------------------------------------------------------
+
+
+try:
+    from deepspeed.utils.pin_memory import get_native_pinned_memory
+except ModuleNotFoundError as error:
+    if error.name != "deepspeed.utils.pin_memory":
+        raise
+    get_native_pinned_memory = None  # before 0.19.6
+
+
+def register_host_memory(address: int, nbytes: int) -> bool:
+    """Page-lock ``nbytes`` bytes at ``address`` for copies to and from the device.
+
+    The accelerator has the method since DeepSpeed 0.19.6; before, this is what it does on CUDA, and nothing elsewhere.
+
+    Returns:
+        Whether it is page-locked.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    accelerator = get_accelerator()
+    if hasattr(accelerator, "register_host_memory"):
+        return bool(accelerator.register_host_memory(address, nbytes))
+    if accelerator.device_name() != "cuda":
+        return False
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)))
+    return True
+
+
+def unregister_host_memory(address: int) -> None:
+    """Undo :func:`register_host_memory`, where that returned true."""
+    accelerator = get_accelerator()
+    if hasattr(accelerator, "unregister_host_memory"):
+        accelerator.unregister_host_memory(address)
+    else:
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+
+
+def waits_for_all_gathers() -> bool:
+    """Whether ``GatheredParameters`` hands out weights that have arrived.
+
+    Before 0.19.8 it waits for the last of its gathers alone. On a device stream the others are done by then; over gloo they need not be,
+    and what is read (``save_16bit_model()`` reads so) may be garbage. The code is asked, since releases can be patched.
+    """
+    if get_accelerator().device_name() != "cpu":
+        return True
+    return "launch_handles[-1].wait()" not in inspect.getsource(Init._allgather_params_coalesced)
+
+
+# ---- tricks -------------------------------------------------------------------------------------------------------------
+
+
+def forget_releases() -> None:
+    """Let ZeRO-3 decide anew which weights to release after which module.
+
+    It decides by the trace of modules, but remembers every decision for the life of the process, whatever becomes of that trace.
+    """
+    decide = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in decide.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+def untraced(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
+    """Another coordinator of the same weights, which has seen no pass yet. Weights on their way belong to both."""
+    fresh = copy.copy(coordinator)
+    if not fresh.is_invalid_trace():
+        fresh._invalidate_trace()  # which waits for what is on its way, too
+    fresh._clear_trace_structures()  # the lists of the other would grow with its own
+    return fresh
+
+
+def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
+    """Take ZeRO-3's hooks off the model.
+
+    Its own ``destroy()`` leaves two functions on every module, which the next engine on this model takes for its own: the backward
+    pass would gather by the coordinator of the engine that is gone.
+    """
+    offload.destroy()
+    for module in offload.module.modules():
+        for name in LEFT_ON_MODULES:
+            module.__dict__.pop(name, None)
+
+
+def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
+    """Tell ``engine`` that its model is compiled, as its own ``compile()`` does: ``is_compiled`` answers by it."""
+    engine._is_compiled, engine._compile_mode, engine._compile_kwargs = True, "model", dict(compile_kwargs)
+
+
+__all__ = [
+    "AIO_DEFAULT_DICT",
+    "BFLOAT16",
+    "ZERO_OPTIMIZATION",
+    "DeepSpeedConfigError",
+    "DeepSpeedConfigModel",
+    "DeepSpeedEngine",
+    "DeepSpeedZeRoOffload",
+    "PipelineModule",
+    "TorchCheckpointEngine",
+    "ZeROOptimizer",
+    "ZeroParamStatus",
+    "checkpoint_keys",
+    "count_used_parameters_in_backward",
+    "create_loss_scaler",
+    "forget_releases",
+    "fragment_address",
+    "get_native_pinned_memory",
+    "load_ds_config",
+    "mark_compiled",
+    "register_grad_hook",
+    "register_host_memory",
+    "remove_zero3_hooks",
+    "sequence_parallel_size",
+    "unregister_host_memory",
+    "untraced",
+    "waits_for_all_gathers",
+    "zero_to_fp32",
+]

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the engine that saves and loads checkpoints."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.utils import logger
+
+from grass_ds.checkpoint import selection
+from grass_ds.checkpoint.folder import Part, saving_tag
+from grass_ds.checkpoint.universal import UniversalCheckpoint
+from grass_ds.checkpoint.writer import CheckpointWriter
+from grass_ds.core import deepspeed_compat
+from grass_ds.zero.handle import GrassHandle
+
+_RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+
+
+class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
+    """DeepSpeedEngine that saves inactive layers like active ones, completely or not at all, and checks what it loads.
+
+    Attributes:
+        grass: :class:`~grass_ds.zero.handle.GrassHandle`; None without a ``"grass"`` block, and then all of it is stock.
+    """
+
+    grass: GrassHandle | None = None
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's; ``exclude_frozen_parameters`` leaves out what the user froze, never a layer that is merely inactive."""
+        if self.grass is None:
+            return super().module_state_dict(*args, **kwargs)
+        with self.optimizer.all_trainable():
+            return super().module_state_dict(*args, **kwargs)
+
+    def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As DeepSpeed's (``save_16bit_model``, Trainer's final save), in the same sense."""
+        if self.grass is None:
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+        with self.optimizer.all_trainable():
+            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+
+    def _configure_checkpointing(self) -> None:
+        super()._configure_checkpointing()
+        if self.grass is not None:
+            background = bool(self.config.get("checkpoint", {}).get("async"))
+            writer = CheckpointWriter(self._config, self.seq_data_parallel_group, self.device, background)
+            self.checkpoint_engine = self.grass.writer = writer
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        """As DeepSpeed's, with inactive layers saved like active ones; and what is killed on the way leaves no checkpoint.
+
+        It is written to ``<save_dir>/.saving.<tag>`` and becomes ``<save_dir>/<tag>`` when it is complete and on disk; ``latest``
+        follows. With ``"checkpoint": {"async": true}`` the call returns once everything is copied, and a thread does the rest.
+
+        Raises:
+            ValueError: parameters were given other weights by ``param.data = ...``, which training does not hold.
+            Exception: on every rank, what went wrong on one, here or with the asynchronous save before; checkpoints that were published
+                are as they were.
+        """
+        if self.grass is None:
+            return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
+        began = time.perf_counter()
+        folder = Path(save_dir).absolute()  # a thread may write to it later
+        tag = str(tag if tag is not None else f"global_step{self.global_steps}")
+        self.optimizer.check_weights()
+        self.optimizer.flush()
+        writer = self.checkpoint_engine
+        report = writer.begin(folder, tag, save_latest, self._part())
+        try:
+            with self.optimizer.all_trainable():
+                saved = super().save_checkpoint(
+                    str(folder),
+                    saving_tag(tag),
+                    {**self._universal_info(), **(client_state or {})},
+                    False,
+                    exclude_frozen_parameters,
+                )
+        finally:
+            writer.end()
+        report.stall_seconds = time.perf_counter() - began
+        if self.global_rank == 0:
+            logger.info(f"grass_ds: {report.sentence()}")
+        return saved
+
+    def _copy_recovery_script(self, save_path: Any) -> None:
+        """As DeepSpeed's, which writes them anew in place: on a full disk that would spoil those that are there."""
+        pairs = [
+            (Path(deepspeed_compat.zero_to_fp32.__file__).with_name(name), Path(save_path, name))
+            for name in _RECOVERY_SCRIPTS
+        ]
+        if not all(there.is_file() and there.read_bytes() == source.read_bytes() for source, there in pairs):
+            super()._copy_recovery_script(save_path)
+
+    def _save_zero_checkpoint(self, save_path: Any, tag: Any) -> None:
+        """As DeepSpeed's; collectives follow it, so what goes wrong on one rank alone is told in the writer's commit()."""
+        if self.grass is None:
+            super()._save_zero_checkpoint(save_path, tag)
+            return
+        try:
+            super()._save_zero_checkpoint(save_path, tag)
+        except Exception as error:
+            self.checkpoint_engine.note(error)
+
+    def wait_for_checkpoint(self) -> None:
+        """Block until an asynchronous save is published. Call it on every rank.
+
+        Raises:
+            Exception: on every rank, what went wrong on one: that checkpoint does not exist.
+        """
+        if self.grass is not None:
+            self.checkpoint_engine.wait()
+
+    def _universal_info(self) -> dict[str, Any]:
+        """What ``ds_to_universal.py`` asks for in stages 1 and 2: that the model knows of universal checkpoints."""
+        keys = deepspeed_compat.checkpoint_keys
+        version = {keys.UNIVERSAL_CHECKPOINT_VERSION_KEY: keys.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        return {keys.UNIVERSAL_CHECKPOINT_INFO: getattr(self.module, keys.UNIVERSAL_CHECKPOINT_INFO, version)}
+
+    def _part(self) -> Part:
+        group = self.seq_data_parallel_group
+        rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
+        layout = selection.layout(self.optimizer.units) if rank == 0 else []
+        return Part(rank, world, self.zero_optimization_stage(), self.global_steps, layout=layout)
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        """As DeepSpeed's; the sampler continues where it was saved, whatever this engine's active set is.
+
+        Without a ``tag`` a damaged checkpoint is passed over for the newest intact one in ``load_dir``, with a warning.
+
+        Raises:
+            ValueError: on every rank, before anything of this run is changed: the checkpoint is damaged, or of another model, other param
+                groups, another number of ranks or another ZeRO stage; with the difference and the remedy.
+        """
+        what = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn)
+        if self.grass is None:
+            return super().load_checkpoint(load_dir, tag, *what)
+        weights_alone = load_module_only or not load_optimizer_states
+        self.wait_for_checkpoint()
+        if self.load_universal_checkpoint():
+            selection.check_stage(load_dir, tag, self.zero_optimization_stage(), universal=True)
+        else:
+            tag = selection.choose(Path(load_dir), None if tag is None else str(tag), self.seq_data_parallel_group)
+            if tag is not None:
+                selection.check_stage(load_dir, tag, self.zero_optimization_stage())
+                selection.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
+        self.optimizer.drop_assigned()
+        with self.optimizer.all_trainable():
+            result = super().load_checkpoint(load_dir, tag, *what)
+            lacking = self.zero_optimization_stage() == 3 and not self.load_universal_checkpoint()
+            if weights_alone and lacking and result[0] is not None:
+                self._load_weights(load_dir, tag)
+            if self.load_universal_checkpoint() and result[0] is not None:
+                self._load_untrained(Path(result[0]).parent)
+        self.optimizer.flush()
+        self.optimizer.activate()
+        return result
+
+    def _load_untrained(self, folder: Path) -> None:
+        """What belongs to no unit, of a universal checkpoint: DeepSpeed loads no module then."""
+        owned = {name for unit in self.optimizer.units for name in unit.param_names}
+        stage3 = self.zero_optimization_stage() == 3
+        if stage3:
+            self.optimizer.checkpoint_event_prologue()
+        rank = dist.get_rank(group=self.seq_data_parallel_group)
+        UniversalCheckpoint(folder).restore_untrained(self.module, owned, rank)
+        if stage3:
+            self.optimizer.checkpoint_event_epilogue()
+
+    def _load_checkpoint(
+        self, load_dir: Any, tag: Any, load_module_strict: bool = True, load_optimizer_states: bool = True, **what: Any
+    ) -> Any:
+        """As DeepSpeed's. Of ZeRO-3 without optimizer states it would load the weights that ``latest`` names, whatever the tag."""
+        asked = load_optimizer_states or (self.grass is not None and self.zero_optimization_stage() == 3)
+        return super()._load_checkpoint(load_dir, tag, load_module_strict, asked, **what)
+
+    def _load_weights(self, load_dir: Any, tag: Any) -> None:
+        """The weights of ZeRO-3, which DeepSpeed loads with the optimizer states only."""
+        weights = deepspeed_compat.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
+        self.optimizer.checkpoint_event_prologue()
+        self.load_module_state_dict({"module": weights}, fetch_z3_params=True)
+        self.optimizer.checkpoint_event_epilogue()
+        self.optimizer.refresh_fp32_params()

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the active units: collected flat, reduce-scattered once per unit, measured, kept as shards or dropped.
+
+[Note: Order of the reductions] Every rank must issue the same collectives in the same order, or they mix up silently. A unit is
+complete when all its parameters have a gradient, but *when* that happens may differ between ranks (a module that one rank's batch
+does not use). So units are reduced in their fixed order, each as soon as it and all before it are complete; what backward leaves
+over is padded with zeros and reduced at the end of the micro-step. On an ordinary model backward completes units in that very order
+and nothing waits.
+
+[Note: Side stream] With ``overlap_comm`` the collective, the measurement and the accumulation run on one side stream, so that
+backward goes on meanwhile. The side stream waits for the compute stream before each reduction, the compute stream waits for the side
+stream once, at the end of the micro-step; the flat buffer is allocated on the compute stream and read on the side stream, hence
+``record_stream``.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from grass_ds.core.units import Unit
+
+
+@dataclass(frozen=True)
+class ReduceSettings:
+    """How gradients cross ranks.
+
+    Attributes:
+        group: process group of the reduction.
+        divisor: local gradients are divided by it before the sum: the group's size for a mean (over the sequence-parallel
+            size, whose ranks hold parts of one sample), 1 for a sum.
+        comm_dtype: dtype on the wire.
+        flat_dtype: dtype of the local flat buffers; wider than the wire where they accumulate over micro-steps.
+        accum_dtype: dtype of the reduced shards, which accumulate over micro-steps.
+        stream: side stream of the collectives, None to stay on the current one.
+    """
+
+    group: Any
+    divisor: float
+    comm_dtype: torch.dtype
+    flat_dtype: torch.dtype
+    accum_dtype: torch.dtype
+    stream: Any = None
+
+
+@dataclass
+class _Pending:
+    """A unit's local gradient: ``filled`` slots hold data, ``arrived`` ones got some in this micro-step."""
+
+    flat: torch.Tensor | None = None
+    filled: set[int] = field(default_factory=set)
+    arrived: set[int] = field(default_factory=set)
+    reduced: bool = False
+
+
+@dataclass
+class Traffic:
+    """Gradient collectives issued by this rank since construction: calls, and bytes of their inputs."""
+
+    calls: int = 0
+    nbytes: int = 0
+
+
+class GradientReducer:
+    """Averages the tracked units' gradients over the data-parallel ranks, one reduce-scatter per unit.
+
+    Args:
+        on_reduced: called with each unit whose gradient has gone out, in the order of the units.
+
+    Attributes:
+        shards: unit -> averaged gradient summed over micro-steps, [shard_numel], ``accum_dtype``; empty while probing.
+        squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged gradient,
+            float32 scalar.
+        micro_steps: backward passes since :meth:`clear`.
+        discarded: backward passes that :meth:`discard` has forgotten since then.
+        arrived: units that got a gradient on this rank since then.
+        warned: units of which the user was told that they got none.
+        peak_bytes: high-water mark of gradient memory held here.
+    """
+
+    def __init__(self, settings: ReduceSettings, on_reduced: Callable[[Unit], None] | None = None):
+        self.settings = settings
+        self._on_reduced = on_reduced
+        self.traffic = Traffic()
+        self.shards: dict[Unit, torch.Tensor] = {}
+        self.squares: dict[Unit, torch.Tensor] = {}
+        self.arrived: set[Unit] = set()
+        self.warned: set[Unit] = set()
+        self.micro_steps = self.discarded = 0
+        self.peak_bytes = 0
+        self._units: list[Unit] = []
+        self._pending: dict[Unit, _Pending] = {}
+        self._keep = True
+        self._next = 0
+
+    def track(self, units: Sequence[Unit], keep: bool) -> None:
+        """Follow these units (reduction order) from the next step on; ``keep`` False measures their gradients and drops them."""
+        self._units, self._keep = list(units), keep
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every gradient, and begin a new accumulation window: after a step, or instead of one."""
+        self._pending = {unit: _Pending() for unit in self._units}
+        self.shards, self.squares, self.arrived = {}, {}, set()
+        self.micro_steps = self.discarded = self._next = 0
+
+    def discard(self) -> None:
+        """Forget every gradient of this accumulation window, which goes on."""
+        discarded = self.discarded + self.micro_steps
+        self.clear()
+        self.discarded = discarded
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of gradient held now."""
+        flats = sum(p.flat.nbytes for p in self._pending.values() if p.flat is not None)
+        return flats + sum(shard.nbytes for shard in self.shards.values())
+
+    def arrive(self, unit: Unit, slot: int, param: nn.Parameter, reduce_now: bool) -> None:
+        """Move ``param.grad`` into its unit's flat buffer, then reduce what is complete if ``reduce_now``."""
+        grad, param.grad = param.grad, None
+        pending = self._pending.get(unit)
+        if pending is None or grad is None:  # a layer that is not tracked: nobody asked for its gradient
+            return
+        if pending.flat is None:
+            pending.flat = torch.empty(unit.padded_numel, dtype=self.settings.flat_dtype, device=grad.device)
+            pending.filled.clear()
+            self._note_peak()
+        # Filled already: by an earlier micro-step, or by a first firing in this backward (reentrant checkpointing).
+        unit.write(pending.flat, slot, grad, accumulate=slot in pending.filled)
+        pending.filled.add(slot)
+        pending.arrived.add(slot)
+        self.arrived.add(unit)
+        if reduce_now:
+            self._reduce_complete()
+
+    def finish_micro_step(self, reduce_now: bool) -> None:
+        """End of one backward pass."""
+        if reduce_now:
+            self.reduce_remaining()
+        for pending in self._pending.values():
+            pending.arrived.clear()
+            pending.reduced = False
+        self._next = 0
+        self.micro_steps += 1
+
+    def reduce_remaining(self) -> None:
+        """Reduce every tracked unit that has not been reduced since the last micro-step; wait for the side stream."""
+        for unit in self._units:
+            pending = self._pending[unit]
+            if pending.flat is not None or not pending.reduced:
+                self._reduce(unit)
+        if self.settings.stream is not None:
+            get_accelerator().current_stream().wait_stream(self.settings.stream)
+
+    def _reduce_complete(self) -> None:
+        while self._next < len(self._units):
+            unit = self._units[self._next]
+            if len(self._pending[unit].arrived) < len(unit.params):
+                return
+            self._reduce(unit)
+            self._next += 1
+
+    def _reduce(self, unit: Unit) -> None:
+        settings, pending = self.settings, self._pending[unit]
+        flat = self._take_flat(unit, pending)
+        flat = (flat.div_(settings.divisor) if settings.divisor != 1 else flat).to(settings.comm_dtype)
+        with self._side_stream(flat):
+            shard = torch.empty(unit.shard_numel, dtype=settings.comm_dtype, device=flat.device)
+            dist.reduce_scatter_tensor(shard, flat, group=settings.group)
+            self.traffic.calls += 1
+            self.traffic.nbytes += flat.nbytes
+            self._accept(unit, shard, flat.nbytes)
+        pending.reduced = True
+        if self._on_reduced is not None:
+            self._on_reduced(unit)
+
+    def _accept(self, unit: Unit, shard: torch.Tensor, in_flight: int) -> None:
+        """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""
+        self._note_peak(in_flight + shard.nbytes)
+        square = torch.linalg.vector_norm(shard, dtype=torch.float32).square()
+        self.squares[unit] = self.squares[unit] + square if unit in self.squares else square
+        if not self._keep:
+            return
+        if unit in self.shards:
+            self.shards[unit].add_(shard)
+            return
+        self.shards[unit] = kept = shard.to(self.settings.accum_dtype)
+        self._note_peak(in_flight + (0 if kept is shard else shard.nbytes))
+
+    def _take_flat(self, unit: Unit, pending: _Pending) -> torch.Tensor:
+        """The unit's flat gradient, with zeros where this rank has none."""
+        flat, pending.flat = pending.flat, None
+        if flat is None:
+            return torch.zeros(unit.padded_numel, dtype=self.settings.flat_dtype, device=unit.device)
+        unit.blank(flat, pending.filled)
+        return flat
+
+    @contextmanager
+    def _side_stream(self, flat: torch.Tensor) -> Iterator[None]:
+        stream = self.settings.stream
+        if stream is None:
+            yield
+            return
+        accelerator = get_accelerator()
+        stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(stream):
+            yield
+        flat.record_stream(stream)
+
+    def _note_peak(self, in_flight: int = 0) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.nbytes + in_flight)

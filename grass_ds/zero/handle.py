@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``engine.grass``: what a layer-sampled run can be asked."""
+
+from typing import Any
+
+from torch import nn
+
+from grass_ds.checkpoint.writer import CheckpointWriter, SaveReport
+from grass_ds.sampling.controller import Controller
+from grass_ds.sampling.layers import ModelLayers
+from grass_ds.zero.optimizer import GrassZeroOptimizer
+
+
+class GrassHandle:
+    """Read-only view of the sampler, of memory and of checkpoints, plus the sampler's state.
+
+    Attributes:
+        writer: of the engine's checkpoints; the engine sets it.
+    """
+
+    writer: CheckpointWriter | None = None
+
+    def __init__(self, layers: ModelLayers, controller: Controller, optimizer: GrassZeroOptimizer, module: nn.Module):
+        self._layers, self._controller, self._optimizer, self._module = layers, controller, optimizer, module
+
+    @property
+    def phase(self) -> str:
+        """``"probe"`` (measuring, no update) or ``"train"``."""
+        return self._controller.phase.value
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the decoder blocks."""
+        return self._layers.names
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that the next step measures (probe) or trains (train)."""
+        return self._controller.active_layers
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        """Importance m_l per layer; None before the first probing is over, and for samplers without scores."""
+        return self._controller.scores
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """p_l per layer of the next draw."""
+        return self._controller.probabilities
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        """Optimizer steps trained so far, per layer."""
+        return self._controller.visits
+
+    def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
+        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``, and
+        ``"nvme"`` for optimizer state in files.
+
+        Args:
+            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of optimizer
+                state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel`` with Adam) or, with
+                ``residency: period``, that of the active layers.
+        """
+        weights = self._weights()
+        store, reducer = self._optimizer.store, self._optimizer.reducer
+        state = store.peak_device_bytes if peak else store.device_bytes
+        return {
+            "weights": weights,
+            "gradients": {"device": reducer.peak_bytes if peak else reducer.nbytes, "host": 0},
+            "optimizer_state": {
+                "device": state,
+                "host": store.host_bytes,
+                **({"nvme": store.nvme_bytes} if store.nvme_bytes else {}),
+            },
+        }
+
+    def _weights(self) -> dict[str, int]:
+        """Low-precision weights and buffers; in ZeRO-3 this rank's partitions and what is gathered now."""
+        params = list(self._module.parameters())
+        partitions = [param.ds_tensor for param in params if hasattr(param, "ds_tensor")]
+        held = {"device": 0, "host": 0}
+        for tensor in (*params, *self._module.buffers(), *partitions):
+            held["device" if tensor.device.type == self._optimizer.device.type else "host"] += tensor.nbytes
+        return held
+
+    @property
+    def checkpoint(self) -> SaveReport | None:
+        """Size and time of the last checkpoint of this rank; None before the first."""
+        return None if self.writer is None else self.writer.report
+
+    def wait_for_checkpoint(self) -> None:
+        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for those who are handed the optimizer alone."""
+        if self.writer is not None:
+            self.writer.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler: phase, counters, scores, active set, generator. Plain Python and tensors."""
+        return self._controller.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved sampler; takes effect at once. Call it between steps, on every rank."""
+        self._controller.load_state_dict(state)
+        self._optimizer.activate()

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-sampled ZeRO-1/2: every rank has all low-precision weights, and one shard of everything else."""
+
+from collections.abc import Sequence
+
+from deepspeed import comm as dist
+from torch import nn
+
+from grass_ds.core.units import ReplicatedUnit, Unit
+from grass_ds.zero.fragments import ParamFragment
+from grass_ds.zero.optimizer import GrassZeroOptimizer
+
+
+class GrassZero12Optimizer(GrassZeroOptimizer):
+    """One all-gather per active unit brings the updated weights to all ranks.
+
+    Stage 1 differs from stage 2 in one thing: over an accumulation window it sums full local gradients of the active units and reduces
+    once, at the boundary, except while layer importance is measured. Importance is the root mean square over micro-batches, so that it
+    means the same in probing and training and does not depend on the accumulation length; that needs every micro-batch reduced.
+
+    Attributes:
+        gathered_calls, gathered_bytes: all-gathers of weights issued by this rank so far, and bytes of their outputs.
+    """
+
+    gathered_calls = gathered_bytes = 0
+
+    def _reduces_now(self) -> bool:
+        return self.settings.stage == 2 or self.controller.measuring or self.settings.at_boundary()
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Stage 1's hook of the engine at the boundary: after backward, or in ``step()`` when the caller owns the boundary."""
+        if not self.reducer.shards:
+            self.reducer.reduce_remaining()
+
+    @property
+    def round_robin_bit16_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
+        return [unit.params for unit in self.units]
+
+    def _publish(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            assert isinstance(unit, ReplicatedUnit)
+            if unit.world > 1:
+                dist.all_gather_into_tensor(unit.flat, unit.shard.clone(), group=self.dp_process_group)
+                self.gathered_calls += 1
+                self.gathered_bytes += unit.flat.nbytes
+
+    def drop_assigned(self) -> None:
+        for unit in self.units:
+            unit.reclaim()
+
+    def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
+        fragment.attach(param)
+
+    def _conceal(self, param: nn.Parameter) -> None:
+        ParamFragment.detach(param)

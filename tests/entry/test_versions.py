@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of versions: the same in the package and in the code, a warning outside of them, and a message where something is missing."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # a dependency of pytest
+
+import pytest
+from deepspeed.utils import logger
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import grass_ds
+from grass_ds import entry, validation, versions
+from grass_ds.config import GrassConfigError
+from grass_ds.core import deepspeed_compat
+from launch import packages
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def declared() -> dict[str, SpecifierSet]:
+    """Package -> its range in pyproject.toml, those of extras included; that of the library counts where an extra has one too."""
+    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    return {(r := Requirement(line)).name: r.specifier for line in [*extras, *PROJECT["dependencies"]]}
+
+
+def test_the_package_declares_the_tested_ranges() -> None:
+    stated = declared() | {"python": SpecifierSet(f"{PROJECT['requires-python']},<3.14")}
+    assert {name: stated[name] for name in versions.RANGES} == {
+        name: SpecifierSet(ranges) for name, ranges in versions.RANGES.items()
+    }
+
+
+def test_datasets_comes_with_the_programs_alone() -> None:
+    programs = {(r := Requirement(line)).name: r.specifier for line in PROJECT["optional-dependencies"]["launch"]}
+    assert programs.keys() == {"datasets", "transformers"}
+    assert all(
+        SpecifierSet(re.search(rf"{name}([<>=.,\d]+)", packages.REMEDY)[1]) == r for name, r in programs.items()
+    )  # type: ignore[index]
+    assert "datasets" not in {Requirement(line).name for line in PROJECT["dependencies"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "tested"),
+    [
+        ("torch", "2.13.0+cpu", True),
+        ("torch", "2.6.0", True),
+        ("torch", "2.5.1", False),
+        ("torch", "2.15.0a0+git1", True),
+        ("torch", "2.6.0a0+ecf3bae.nv25.1", True),
+        ("torch", "2.16.0.dev20261101", False),
+        ("transformers", "4.51.0.dev0", True),
+        ("numpy", "of my own", False),
+        ("torch", "2.16.0", False),
+        ("deepspeed", "0.19.9+local", True),
+        ("python", "3.9.18", False),
+    ],
+)
+def test_what_counts_as_tested(name: str, found: str, tested: bool) -> None:
+    with mock.patch.object(versions, "installed", return_value=found):
+        sentence = versions.untested([name])
+    assert versions.is_tested(name, found) is tested
+    assert (sentence == "") is tested
+    if not tested:
+        assert f"{name} {found} (tested: {versions.RANGES[name]}; " in sentence
+        assert f"pip install '{name}{versions.RANGES[name]}'" in sentence or "use a Python" in sentence
+
+
+def test_what_is_not_installed_is_not_untested() -> None:
+    with mock.patch.dict(versions.RANGES, {"no-such-package": ">=1"}):
+        assert versions.untested(["no-such-package"]) == ""
+
+
+def warnings_of_a_start(rank: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    entry._warn_of_untested_versions.cache_clear()
+    said: list[str] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(logger, "warning", said.append)
+    monkeypatch.setattr(versions, "installed", {"torch": "2.99.0", "deepspeed": "0.19.8"}.get)
+    for _ in range(2):
+        entry._warn_of_untested_versions()
+    entry._warn_of_untested_versions.cache_clear()
+    return said
+
+
+def test_rank_0_says_once_what_is_untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    [said] = warnings_of_a_start("0", monkeypatch)
+    assert said == f"grass_ds is not tested with {outside('torch', '2.99.0')}"
+
+
+def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert warnings_of_a_start("1", monkeypatch) == []
+
+
+def outside(name: str, found: str) -> str:
+    return f"{name} {found} (tested: {versions.RANGES[name]}; pip install '{name}{versions.RANGES[name]}')"
+
+
+def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The callback imports names of transformers and accelerate that old releases lack; Python's message has no version."""
+    monkeypatch.setattr(versions, "installed", {"transformers": "4.30.0"}.get)
+    monkeypatch.delitem(sys.modules, "grass_ds.trainer.callback", raising=False)
+    monkeypatch.setitem(sys.modules, "accelerate.state", None)
+    with pytest.raises(ImportError, match="accelerate.state.*" + re.escape(outside("transformers", "4.30.0"))):
+        grass_ds.GrassCallback  # noqa: B018
+
+
+def test_a_message_that_names_the_command_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", {"deepspeed": "0.19.2"}.get)
+    said = "deepspeed 0.19.2 does not have: x: pip install 'deepspeed>=0.19.3'"
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=ImportError(said)))
+    with pytest.raises(ImportError) as caught:
+        grass_ds.initialize  # noqa: B018
+    assert str(caught.value) == said
+
+
+def test_what_transformers_makes_of_a_failed_import_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", {"transformers": "4.40.0"}.get)
+    failed = RuntimeError("Failed to import transformers.integrations")
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=failed))
+    with pytest.raises(ImportError, match="Failed to import .*" + re.escape(outside("transformers", "4.40.0"))):
+        grass_ds.GrassCallback  # noqa: B018
+
+
+def test_a_package_that_deepspeed_needs_is_not_taken_for_a_name_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = ModuleNotFoundError("No module named 'hjson'", name="hjson")
+    monkeypatch.setattr(deepspeed_compat.importlib, "import_module", mock.Mock(side_effect=lacking))
+    with pytest.raises(ModuleNotFoundError, match="hjson"):
+        deepspeed_compat.missing_names()
+
+
+def test_programs_say_at_start_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(packages, "find_spec", lambda name: None)
+        with pytest.raises(
+            ImportError, match=r"need datasets, which is not installed: pip install 'grass_ds\[launch\]'"
+        ):
+            packages.check()
+    monkeypatch.delattr("transformers.Trainer._run_epoch")
+    with pytest.raises(
+        ImportError, match=r"_run_epoch, which transformers .* does not have: pip .*transformers>=5.3,<6"
+    ):
+        packages.check()
+
+
+def test_a_name_that_deepspeed_lacks_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_compat.deepspeed, "__version__", "0.18.6")
+    monkeypatch.delattr(deepspeed_compat.ZeROOptimizer, "should_refresh_expected_hook_count")
+    with pytest.raises(ImportError) as caught:
+        deepspeed_compat.check()
+    wanted = f"deepspeed{versions.RANGES['deepspeed']}"
+    assert str(caught.value) == (
+        "grass_ds needs names that deepspeed 0.18.6 does not have: ZeROOptimizer.should_refresh_expected_hook_count. They are in "
+        f"{wanted}: pip install '{wanted}'"
+    )
+
+
+def config_of(stage: int) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage}, "grass": {"sampler": "uniform"}}
+
+
+def test_zero3_on_cpu_ranks_needs_a_deepspeed_that_waits_for_its_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_compat, "waits_for_all_gathers", lambda: False)
+    monkeypatch.setattr(validation, "installed", lambda _: "0.19.3")
+    for stage in (1, 2):
+        validation.check_ds_config(config_of(stage))
+    with pytest.raises(GrassConfigError) as caught:
+        validation.check_ds_config(config_of(3))
+    for part in ("zero_optimization.stage = 3", "deepspeed 0.19.3", "pip install 'deepspeed>=0.19.8,<0.20'"):
+        assert part in str(caught.value)
+
+
+# What front-ends and a GPU image hold in November 2026.
+ENVIRONMENTS = {
+    "axolotl": {"torch": "2.12.1", "transformers": "5.14.1", "accelerate": "1.13.0", "datasets": "4.8.5"},
+    "LLaMA-Factory": {"transformers": "5.6.2", "datasets": "4.0.0"},
+    "ms-swift": {"transformers": "5.19.0", "datasets": "4.8.4"},
+    "Unsloth": {"transformers": "5.17.0", "datasets": "4.8.5"},
+    "GPU image": {"torch": "2.11.0+cu130", "transformers": "5.17.0", "accelerate": "1.15.0", "python": "3.12.3"},
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_ranges_admit_what_users_have(name: str) -> None:
+    assert [p for p, found in ENVIRONMENTS[name].items() if not versions.is_tested(p, found)] == []

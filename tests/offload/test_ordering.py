@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waits between compute, copies and disk: with all of them the store is exact, and without any one of them it is not.
+
+The device is played by ``helpers.lazy_streams``, which puts every copy off as long as it is allowed to. What is removed in a mutation
+is one kind of wait; that it then goes wrong shows that the wait is needed, and that these tests would notice its loss.
+"""
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.disks import aio_or_skip
+from helpers.lazy_streams import Event, LazyCopies
+from helpers.state_rig import Rig, SlowIO, rig_of
+
+from grass_ds.offload.block_io import BlockIO
+from grass_ds.offload.chunks import Chunk
+from grass_ds.offload.copies import Copies
+from grass_ds.offload.device_buffers import Slot, Window
+from grass_ds.offload.host import HostTier
+from grass_ds.offload.nvme import NvmeTier
+from grass_ds.offload.store import UnitState
+from grass_ds.offload.tier import Planes, Ticket
+
+pytestmark = pytest.mark.timeout(120)
+
+GRAIN = 1  # the smallest chunk there is: 1024 elements
+NVME = {"device": "nvme", "io": "posix", "chunk_numel": GRAIN}
+CASES: dict[str, dict[str, Any]] = {
+    "none": {"device": "none"},
+    "cpu-stream": {"device": "cpu", "chunk_numel": GRAIN},
+    "cpu-stream-one-buffer": {"device": "cpu", "chunk_numel": 1500, "device_buffers": 1},
+    "cpu-stream-three-buffers": {"device": "cpu", "chunk_numel": 1500, "device_buffers": 3},
+    "cpu-stream-late": {"device": "cpu", "chunk_numel": GRAIN, "prefetch": "step"},
+    "cpu-period": {"device": "cpu", "residency": "period", "chunk_numel": GRAIN},
+    "nvme-stream": NVME,
+    "nvme-stream-through-files": {**NVME, "host_buffers": 4, "checksum": True},
+    "nvme-stream-through-files-three-buffers": {**NVME, "host_buffers": 5, "device_buffers": 3},
+    "nvme-stream-one-buffer-late": {**NVME, "host_buffers": 3, "device_buffers": 1, "prefetch": "step"},
+    "nvme-period": {**NVME, "residency": "period", "host_buffers": 4, "checksum": True},
+    "nvme-stream-aio": {**NVME, "io": "aio", "host_buffers": 5, "chunk_numel": 1500, "checksum": True},
+    "nvme-period-aio": {**NVME, "io": "aio", "residency": "period", "chunk_numel": 10**6},
+}
+
+
+@contextmanager
+def hasty_threads() -> Iterator[None]:
+    """Threads take turns a hundred times more often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+class SlowCopies(Copies):
+    """Copies that dawdle between planes."""
+
+    def _now(self, pairs: Any, after: Sequence[Any], lane: str, name: str) -> Any:
+        def dawdling() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for pair in pairs:
+                yield pair
+                time.sleep(1e-4)
+
+        return super()._now(dawdling(), after, lane, name)
+
+
+# ---- with every wait --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copies",
+    [
+        pytest.param(Copies, id="synchronous", marks=pytest.mark.all),
+        pytest.param(SlowCopies, id="slow", marks=pytest.mark.all),
+        pytest.param(LazyCopies, id="lazy"),
+    ],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_random_steps_switches_and_settings_give_what_plain_tensors_give(
+    case: str, copies: type[Copies], tmp_path: Path
+) -> None:
+    if "aio" in case:
+        aio_or_skip()
+    torn: list[str] = []
+    for seed, seconds in enumerate((0.0, 0.002, 0.0)):
+        wrap = partial(SlowIO, seconds=seconds, torn=torn)
+        with hasty_threads(), rig_of(CASES[case], tmp_path, seed, copies=copies, wrap_io=wrap) as rig:
+            rig.play(periods=8)
+    assert torn == []  # nothing changed while it was written
+
+
+# ---- without one of them ----------------------------------------------------------------------------------------------------
+
+
+def caller() -> str:
+    """Name of the thread that asks."""
+    return threading.current_thread().name
+
+
+class NoJoin(LazyCopies):
+    def compute_waits(self, event: Event) -> bool:
+        return False
+
+
+class NoAfter(LazyCopies):
+    lane = ""
+
+    def copy_waits(self, lane: str, event: Event) -> bool:
+        return lane != self.lane or event.lane is None
+
+
+class LoadsNotAfterCopies(NoAfter):
+    lane = "load"
+
+
+class StoresNotAfterCopies(NoAfter):
+    lane = "store"
+
+
+class CopiesNotAfterCompute(LazyCopies):
+    def copy_waits(self, lane: str, event: Event) -> bool:
+        return event.lane is not None
+
+
+class NoSynchronize(LazyCopies):
+    thread = ""
+
+    def host_waits(self, event: Event) -> bool:
+        return caller() != self.thread
+
+
+class MainDoesNotSynchronize(NoSynchronize):
+    thread = "MainThread"
+
+
+class WriterDoesNotSynchronize(NoSynchronize):
+    thread = "grass-write"
+
+
+class ReaderDoesNotSynchronize(NoSynchronize):
+    thread = "grass-read"
+
+
+class NothingQueued(Counter[Chunk]):
+    """Stores that are queued or under way, as one function sees it that does not look."""
+
+    def __init__(self, blind: tuple[str, ...]):
+        super().__init__()
+        self._blind = blind
+
+    def __getitem__(self, chunk: Chunk) -> int:
+        return 0 if sys._getframe(1).f_code.co_name in self._blind else super().__getitem__(chunk)
+
+
+class ReaderIgnoresQueuedStores(NvmeTier):
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self._storing = NothingQueued(("_filled", "<lambda>"))
+
+
+class LoadIgnoresQueuedStores(NvmeTier):
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self._storing = NothingQueued(("_load",))
+
+
+class HostTierForgetsItsStores(HostTier):
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
+        self._last[chunk.unit].clear()
+        return super().load(chunk, target, after)
+
+
+class HostTierForgetsItsLoads(HostTier):
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
+        stored = self._last[chunk.unit].get(chunk)
+        ticket = super().load(chunk, target, after)
+        self._last[chunk.unit][chunk] = stored
+        return ticket
+
+
+class LoadsIgnorePending(Window):
+    def _load(self, chunk: Chunk, slot: Slot) -> None:
+        slot.pending = None
+        super()._load(chunk, slot)
+
+
+class TakeIgnoresPending(Window):
+    def take(self, chunk: Chunk) -> Planes:
+        if chunk in self._slots:
+            self._slots[chunk].pending = None
+        return super().take(chunk)
+
+
+class ForgetIgnoresPending(Window):
+    def forget(self, unit: Any) -> None:
+        for chunk, slot in self._slots.items():
+            if chunk.unit is unit:
+                slot.pending = None
+        super().forget(unit)
+
+
+# what is removed -> (copies, parts of the store, cases that shall notice)
+MUTATIONS: dict[str, tuple[type[LazyCopies], dict[str, Any], tuple[str, ...]]] = {
+    "compute does not wait for loads": (NoJoin, {}, ("cpu-stream",)),
+    "loads do not wait for stores": (LoadsNotAfterCopies, {}, ("cpu-stream",)),
+    "loads do not wait for stores, through host buffers": (LoadsNotAfterCopies, {}, ("nvme-stream",)),
+    "stores do not wait for loads": (StoresNotAfterCopies, {}, ("nvme-stream-through-files-three-buffers",)),
+    "copies do not wait for compute": (CopiesNotAfterCompute, {}, ("cpu-stream",)),
+    "the host tier does not wait for stores": (MainDoesNotSynchronize, {}, ("cpu-stream",)),
+    "a file is written before its buffer": (WriterDoesNotSynchronize, {}, ("nvme-stream-through-files",)),
+    "a buffer is read into before it has been copied": (ReaderDoesNotSynchronize, {}, ("nvme-stream-through-files",)),
+    "a file is read before a queued store": (LazyCopies, {"NvmeTier": ReaderIgnoresQueuedStores}, ("nvme-period",)),
+    "a buffer is used before a queued store": (LazyCopies, {"NvmeTier": LoadIgnoresQueuedStores}, ("nvme-period",)),
+    "the host tier does not know its stores": (LazyCopies, {"HostTier": HostTierForgetsItsStores}, ("cpu-period",)),
+    "a slot is loaded before it has been stored": (LazyCopies, {"Window": LoadsIgnorePending}, ("cpu-stream",)),
+    "a slot is used before it has been loaded": (LazyCopies, {"Window": TakeIgnoresPending}, ("cpu-stream",)),
+    # two of them, each of which is enough
+    "host memory changes before it has been loaded from": (
+        LazyCopies,
+        {"Window": ForgetIgnoresPending, "HostTier": HostTierForgetsItsLoads},
+        ("cpu-stream-three-buffers", "cpu-stream"),
+    ),
+}
+ATTEMPTS = 40
+
+
+def goes_wrong(case: str, seed: int, folder: Path, copies: type[Copies], parts: dict[str, Any]) -> bool:
+    wrap = partial(SlowIO, seconds=0.01 if parts else 0.0)
+    try:
+        with rig_of(CASES[case], folder, seed, copies=copies, parts=parts, wrap_io=wrap) as rig:
+            rig.play(periods=8)
+    except Exception:  # a difference, or an error: a checksum that does not fit
+        return True
+    return False
+
+
+@pytest.mark.parametrize("removed", MUTATIONS)
+def test_a_removed_wait_is_noticed(removed: str, tmp_path: Path) -> None:
+    copies, parts, cases = MUTATIONS[removed]
+    assert any(goes_wrong(case, seed, tmp_path, copies, parts) for seed in range(ATTEMPTS) for case in cases), (
+        "nothing went wrong"
+    )
+
+
+# ---- races that were there ----------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Holds transfers of one kind until it is opened: reads when they are done, writes before they begin."""
+
+    def __init__(self, verb: str):
+        self._verb = verb
+        self.reached, self.open = threading.Event(), threading.Event()
+        self.open.set()
+
+    def around(self, inner: BlockIO) -> BlockIO:
+        stock = getattr(inner, self._verb)
+
+        def held(*arguments: Any) -> None:
+            if self._verb == "read":
+                stock(*arguments)
+            self.reached.set()
+            assert self.open.wait(30)
+            if self._verb == "write":
+                stock(*arguments)
+
+        setattr(inner, self._verb, held)
+        return inner
+
+    def close_until_later(self, seconds: float = 0.2) -> None:
+        self.reached.clear()
+        self.open.clear()
+        threading.Timer(seconds, self.open.set).start()
+
+
+FEW = {**NVME, "device_buffers": 1, "host_buffers": 3, "checksum": True}
+
+
+def resting(rig: Rig) -> tuple[Any, torch.Tensor]:
+    """A unit of several chunks whose state is in its file and nowhere else."""
+    unit, other = (u for u in rig.units if u.shard_numel > 3 * 1024 and u.layer in (0, 1))
+    state = torch.arange(unit.shard_numel, dtype=torch.float32)
+    rig.store.put(unit, UnitState(state))
+    rig.store.put(other, UnitState(torch.zeros(other.shard_numel)))
+    rig.store.flush()
+    return unit, state
+
+
+def test_what_is_put_while_the_old_state_is_read_ahead_remains(tmp_path: Path) -> None:
+    gate = Gate("read")
+    with rig_of(FEW, tmp_path, 0, wrap_io=gate.around) as rig:
+        unit, state = resting(rig)
+        gate.close_until_later()
+        rig.store.plan([unit])
+        assert gate.reached.wait(10)
+        rig.store.put(unit, UnitState(state + 1))
+        assert torch.equal(rig.store[unit].master, state + 1)
+        rig.store.flush()
+        assert torch.equal(rig.store[unit].master, state + 1)
+
+
+def test_a_file_may_be_read_after_its_state_was_dropped_while_it_was_written(tmp_path: Path) -> None:
+    gate = Gate("write")
+    with rig_of(FEW, tmp_path, 0, wrap_io=gate.around) as rig:
+        unit, state = resting(rig)
+        rig.store.plan([unit])
+        gate.close_until_later()
+        rig.store.put(unit, UnitState(state + 1))
+        assert gate.reached.wait(10)
+        rig.store.drop(unit)
+        rig.store.put(unit, UnitState(state + 2))
+        rig.store.plan([unit])
+        assert torch.equal(rig.store[unit].master, state + 2)
+        rig.store.flush()
+
+
+def test_a_buffer_remembers_a_copy_that_another_thread_issued(tmp_path: Path) -> None:
+    """A chunk is looked at while it is on its way to the device: its buffer must not be used again before it has got there."""
+    looking, loading = threading.Event(), threading.Event()
+
+    class Load(LazyCopies):
+        def load(self, *arguments: Any) -> Any:
+            loading.set()
+            looking.wait(0.2)
+            return super().load(*arguments)
+
+    class Look(Copies):
+        def load(self, *arguments: Any) -> Any:
+            looking.set()
+            ticket._settled.wait(0.2)
+            return super().load(*arguments)
+
+    with rig_of(FEW, tmp_path, 0, copies=Load) as rig:
+        unit, state = resting(rig)
+        tier: Any = rig.store._tier
+        tier._host_copies = Look(rig.store.trace)
+        chunk = rig.store.chunks(unit)[0]
+        target = [torch.zeros(chunk.numel) for _ in range(3)]
+        ticket = tier.load(chunk, target, [tier._copies.mark()])
+        assert loading.wait(10)
+        tier.fetch(unit)
+        tier.fetch(next(u for u in rig.units if u is not unit and u in rig.store))
+        tier._copies.run(ticket.wait())
+        assert torch.equal(target[0], chunk.of(state))

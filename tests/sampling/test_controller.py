@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The phase machine: probing, draws, refreshes, switches, counters, exact resume, method changes."""
+
+import ast
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grass_ds.sampling
+from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Switch
+from grass_ds.sampling.samplers import SAMPLERS
+from grass_ds.sampling.schedule import Phase
+
+NAMES = sorted(SAMPLERS)
+DEFAULTS = {
+    "sampler": "grass",
+    "num_active_layers": 2,
+    "probe_steps": 3,
+    "sample_period": 4,
+    "refresh_period": 6,
+    "reprobe_period": 0,
+    "temperature": 0.5,
+    "ema_alpha": 0.3,
+    "score_normalization": "mean",
+    "cyclic_order": "random",
+    "seed": 7,
+}
+
+
+def make(num_layers=6, **kwargs):
+    return Controller(num_layers, **{**DEFAULTS, **kwargs})
+
+
+def measurement(controller):
+    """A gradient RMS per active layer that depends on layer and step only."""
+    clock = 31 * controller.step + controller.probe_step
+    return {layer: random.Random(1000 * clock + layer).random() for layer in controller.active_layers}
+
+
+def advance(controller, steps):
+    """Run ``steps`` steps; what was seen after each."""
+    seen = []
+    for _ in range(steps):
+        switch = controller.end_step(measurement(controller) if controller.measuring else None)
+        seen.append((switch, controller.phase, controller.active_layers, controller.scores, controller.visits))
+    return seen
+
+
+def saved(controller):
+    """The state after a trip through the strict ``torch.load``."""
+    buffer = io.BytesIO()
+    torch.save(controller.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["grass", "static"])
+def test_probing_measures_all_layers_and_trains_none(name):
+    controller = make(sampler=name)
+    for step in range(3):
+        assert controller.phase is Phase.PROBE and controller.phase == "probe"
+        assert controller.measuring and controller.scores is None
+        assert controller.active_layers == (0, 1, 2, 3, 4, 5)
+        assert controller.probabilities == pytest.approx((1 / 6,) * 6)
+        switch = controller.end_step({layer: (layer + 1) * (step + 1) for layer in range(6)})
+        assert (switch is not None) == (step == 2)
+    assert controller.phase is Phase.TRAIN
+    assert (controller.probe_step, controller.step, sum(controller.visits)) == (3, 0, 0)
+    assert controller.scores == (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
+    assert controller.probabilities[5] > controller.probabilities[0]
+    assert switch.active == controller.active_layers and len(switch.active) == 2
+    assert switch.activated == () and sorted(switch.deactivated + switch.active) == list(range(6))
+    assert controller.measuring == (name == "grass")
+
+
+@pytest.mark.parametrize("name", ["uniform", "cyclic"])
+def test_samplers_without_scores_train_at_once_and_never_measure(name):
+    controller = make(sampler=name, probe_steps=50)
+    assert controller.phase is Phase.TRAIN and len(controller.active_layers) == 2
+    advance(controller, 30)
+    assert (controller.step, controller.probe_step) == (30, 0)
+    assert not controller.measuring and controller.scores is None
+    assert controller.probabilities == pytest.approx((1 / 6,) * 6)
+    controller.end_step({0: math.nan})  # a measurement nobody asked for is ignored
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"sampler": "full"}, *({"sampler": name, "num_active_layers": g} for name in NAMES for g in (6, 99))]
+)
+def test_gamma_of_all_layers_is_full_training(kwargs):
+    controller = make(**kwargs)
+    for _ in range(13):
+        assert controller.phase is Phase.TRAIN and not controller.measuring and controller.scores is None
+        assert controller.active_layers == tuple(range(6))
+        assert controller.end_step(None) is None
+    assert controller.visits == (13,) * 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_switches_fall_on_sampling_periods_only_and_say_exactly_what_changed(name):
+    controller = make(sampler=name, refresh_period=3)
+    while controller.phase is Phase.PROBE:
+        advance(controller, 1)
+    expected_visits = [0] * 6
+    for step in range(1, 41):
+        before = controller.active_layers
+        for layer in before:
+            expected_visits[layer] += 1
+        ((switch, _, active, _, visits),) = advance(controller, 1)
+        assert visits == tuple(expected_visits)
+        if step % 4:
+            assert switch is None and active == before
+        elif set(active) == set(before):
+            assert switch is None
+        else:
+            gone, new = sorted(set(before) - set(active)), sorted(set(active) - set(before))
+            assert switch == Switch(active, tuple(new), tuple(gone))
+    assert controller.step == 40
+
+
+def test_refresh_moves_only_layers_active_since_the_last_one_by_the_ema_of_their_mean():
+    controller = make(sample_period=2, refresh_period=4, ema_alpha=0.25)
+    for _ in range(3):
+        controller.end_step(dict.fromkeys(range(6), 1.0))
+    measured: dict[int, list[float]] = {}
+    for step in range(1, 5):
+        rms = {layer: 10.0 * step + layer for layer in controller.active_layers}
+        for layer, value in rms.items():
+            measured.setdefault(layer, []).append(value)
+        assert controller.scores == (1.0,) * 6
+        controller.end_step(rms)
+    expected = [0.25 * sum(v) / len(v) + 0.75 if (v := measured.get(layer)) else 1.0 for layer in range(6)]
+    assert controller.scores == pytest.approx(expected, rel=1e-15)
+    assert any(m != 1.0 for m in controller.scores)
+
+
+def test_a_refresh_goes_before_the_draw_it_shares_a_step_with():
+    controller = make(num_layers=2, num_active_layers=1, probe_steps=1, sample_period=1, refresh_period=1,
+                      ema_alpha=1.0, temperature=1e-6)  # fmt: skip
+    controller.end_step({0: 1.0, 1: 2.0})
+    assert controller.active_layers == (1,)
+    assert controller.end_step({1: 0.5}) == Switch((0,), (0,), (1,))
+
+
+def test_static_keeps_the_probed_scores():
+    controller = make(sampler="static", refresh_period=1)
+    advance(controller, 3)
+    scores = controller.scores
+    advance(controller, 20)
+    assert controller.scores == scores
+
+
+# ---- probing again ----------------------------------------------------------------------------------------------------------
+
+
+def test_probing_again_measures_all_layers_anew_trains_none_and_draws():
+    controller = make(reprobe_period=5, ema_alpha=0.25)
+    advance(controller, 3)
+    (*_, (switch, phase, active, scores, visits)) = advance(controller, 5)
+    assert (phase, active, controller.probe_step) == (Phase.PROBE, tuple(range(6)), 0)
+    assert switch.active == active and switch.deactivated == ()
+    assert len(switch.activated) == 4
+    for step in range(3):
+        assert controller.measuring and controller.scores == scores  # they hold until the new ones are there
+        draws = controller.draws
+        switch = controller.end_step({layer: (6 - layer) * (step + 1) for layer in range(6)})
+        assert (controller.step, controller.probe_step, controller.visits) == (5, step + 1, visits)
+        assert (controller.draws > draws) == (switch is not None) == (step == 2)
+    # the plain means: nothing is left of the old scores, nor of what the steps since the last refresh measured
+    assert controller.scores == (12.0, 10.0, 8.0, 6.0, 4.0, 2.0)
+    assert controller.phase is Phase.TRAIN and len(controller.active_layers) == 2
+    assert sorted(switch.deactivated + switch.active) == list(range(6))
+
+
+def test_probing_again_comes_after_each_period_and_goes_before_draw_and_refresh():
+    controller = make(sample_period=2, refresh_period=2, reprobe_period=4)
+    phases = [phase for _, phase, *_ in advance(controller, 3 + 3 * (4 + 3))]
+    expected = [Phase.PROBE] * 2 + ([Phase.TRAIN] * 4 + [Phase.PROBE] * 3) * 3 + [Phase.TRAIN]
+    assert phases == expected
+    assert controller.step == 12
+    assert controller.draws == 1 + 3 * 2  # one in the middle of each period, one after each probing
+    assert controller.probe_steps_within(3 + 3 * 7) == 3 + 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("other", "left"),
+    [({"reprobe_period": 0}, 2), ({"probe_steps": 2}, 1), ({"sampler": "static"}, 0), ({"sampler": "uniform"}, 0)],
+)
+def test_a_run_saved_amid_its_second_probing_goes_on_under_other_settings(other, left):
+    """A probing under way is finished, within its new length; a sampler that does not probe again trains at once, by the old scores."""
+    run = make(reprobe_period=5)
+    advance(run, 3 + 5 + 1)
+    assert (run.phase, run.probe_step) == (Phase.PROBE, 1)
+    then = make(**{"reprobe_period": 5, **other})
+    then.load_state_dict(saved(run))
+    phases = [then.phase, *(phase for _, phase, *_ in advance(then, left))]
+    assert phases == [Phase.PROBE] * left + [Phase.TRAIN]
+    assert (then.step, then.visits) == (5, run.visits)
+    assert len(then.active_layers) == 2
+    if "sampler" in other:
+        assert then.scores == (run.scores if other["sampler"] == "static" else None)
+    else:
+        assert then.scores is not None and then.scores != run.scores
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "grass"])
+def test_only_grass_probes_again(name):
+    once, again = make(sampler=name), make(sampler=name, reprobe_period=2)
+    assert advance(once, 30) == advance(again, 30)
+    assert again.probe_step == again.probe_steps_within(30) == once.probe_steps_within(30)
+    assert again.probe_steps_within(30) == (3 if name == "static" else 0)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("done", [1, 5])
+def test_a_broken_measurement_names_the_layer_and_is_not_counted(broken, done):
+    controller = make()
+    advance(controller, done)
+    before = controller.fingerprint(), controller.visits
+    rms = measurement(controller)
+    rms[controller.active_layers[-1]] = broken
+    with pytest.raises(ValueError, match=f"layer {controller.active_layers[-1]} is {broken}"):
+        controller.end_step(rms)
+    with pytest.raises(ValueError, match="wanted for layers"):
+        controller.end_step(None)
+    assert (controller.fingerprint(), controller.visits) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, deadline=None)
+@given(
+    cut=st.integers(0, 30),
+    periods=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(0, 8)),
+    order=st.sampled_from(["random", "ascending", "descending"]),
+    seed=st.integers(0, 2**40),
+)
+def test_resume_at_any_step_goes_on_exactly(name, cut, periods, order, seed):
+    kwargs = dict(zip(("probe_steps", "sample_period", "refresh_period", "reprobe_period"), periods, strict=True))
+    kwargs |= {"sampler": name, "cyclic_order": order}
+    straight = make(seed=seed, **kwargs)
+    advance(straight, cut)
+    resumed = make(seed=seed + 1, **kwargs)
+    resumed.load_state_dict(saved(straight))
+    assert resumed.fingerprint() == straight.fingerprint()
+    assert resumed.visits == straight.visits and resumed.probabilities == straight.probabilities
+    assert advance(resumed, 20) == advance(straight, 20)
+    assert resumed.fingerprint() == straight.fingerprint()
+
+
+def test_two_controllers_with_equal_inputs_agree_and_global_seeds_do_not_matter():
+    torch.manual_seed(1)
+    one = advance(make(), 40)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    assert advance(make(), 40) == one
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert advance(make(seed=8), 40) != one
+
+
+def fingerprints_of_a_run():
+    """The fingerprint of every sampler after 25 steps."""
+    result = {}
+    for name in NAMES:
+        controller = make(sampler=name)
+        advance(controller, 25)
+        result[name] = list(controller.fingerprint())
+    return result
+
+
+def test_a_fresh_process_reaches_the_same_fingerprint():
+    program = (
+        "import json, sys; sys.path[:0] = json.loads(sys.argv[1]); from test_controller import fingerprints_of_a_run; "
+        "print(json.dumps(fingerprints_of_a_run()))"
+    )
+    path = json.dumps([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert json.loads(done.stdout) == fingerprints_of_a_run()
+
+
+def differing_fields(one, other):
+    pairs = zip(FINGERPRINT_FIELDS, one.fingerprint(), other.fingerprint(), strict=True)
+    return {field for field, a, b in pairs if a != b}
+
+
+def test_the_fingerprint_tells_what_differs():
+    def at(steps, **kwargs):
+        controller = make(**kwargs)
+        advance(controller, steps)
+        return controller
+
+    def edited(**changes):
+        controller, state = make(), saved(at(9))
+        controller.load_state_dict({**state, **changes})
+        return controller
+
+    reference = at(9)
+    assert all(isinstance(n, int) and 0 <= n < 2**62 for n in reference.fingerprint())
+    assert len(at(0).fingerprint()) == len(reference.fingerprint()) == len(FINGERPRINT_FIELDS)
+    assert differing_fields(reference, at(9)) == set()
+    assert differing_fields(at(0), at(0, seed=8)) == {"sampler"}
+    assert differing_fields(at(1), at(2)) == {"probe_step", "scores"}
+    state = saved(reference)
+    scores = state["importance"]["scores"]
+    nudged = {**state["importance"], "scores": [math.nextafter(scores[0], 9.0), *scores[1:]]}
+    assert differing_fields(reference, edited(importance=nudged)) == {"scores"}
+    other = next(i for i in range(6) if i not in state["active_layers"])
+    assert differing_fields(reference, edited(active_layers=[other])) == {"active_layers"}
+    assert differing_fields(reference, edited(step=state["step"] + 1)) == {"step"}
+    assert differing_fields(reference, edited(phase="probe")) == {"phase"}
+
+
+def test_loading_another_models_state_is_refused():
+    with pytest.raises(ValueError, match="6 layers, this model has 5"):
+        make(5).load_state_dict(make(6).state_dict())
+
+
+def test_a_changed_method_keeps_counters_and_scores_and_probes_only_if_it_must():
+    uniform = make(sampler="uniform")
+    advance(uniform, 9)
+    grass = make()
+    grass.load_state_dict(saved(uniform))
+    assert grass.phase is Phase.PROBE and grass.active_layers == tuple(range(6))
+    assert (grass.step, grass.probe_step, grass.visits) == (9, 0, uniform.visits)
+    advance(grass, 3 + 5)
+    assert (grass.step, grass.phase) == (14, Phase.TRAIN)
+
+    cyclic = make(sampler="cyclic")
+    cyclic.load_state_dict(saved(grass))
+    assert cyclic.phase is Phase.TRAIN and cyclic.scores is None and len(cyclic.active_layers) == 2
+    static = make(sampler="static")
+    static.load_state_dict(saved(cyclic))
+    assert static.phase is Phase.TRAIN and static.scores == grass.scores
+    full = make(num_active_layers=6)
+    full.load_state_dict(saved(static))
+    assert full.active_layers == tuple(range(6)) and full.end_step(None) is None and full.step == 15
+
+
+@pytest.mark.parametrize("name", ["uniform", "full"])
+def test_leaving_a_method_amid_its_probing_starts_training(name):
+    grass = make()
+    advance(grass, 2)
+    other = make(sampler=name)
+    other.load_state_dict(saved(grass))
+    assert other.phase is Phase.TRAIN
+    advance(other, 4)
+    back = make()
+    back.load_state_dict(saved(other))
+    assert (back.phase, back.probe_step) == (Phase.PROBE, 0)
+    for _ in range(3):
+        back.end_step(dict.fromkeys(range(6), 2.0))
+    assert back.scores == (2.0,) * 6  # nothing of the abandoned probing is left in the means
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sampler": "lisa"}, "sampler = 'lisa' .* 'grass', 'static', 'uniform', 'cyclic', 'full'"),
+        ({"probe_steps": 0}, r"probe_steps = 0 .* >= 1.*uniform"),
+        ({"probe_steps": 0, "sampler": "static"}, r"probe_steps = 0 .*static"),
+        ({"ema_alpha": 0.0}, r"ema_alpha = 0.0 .* \(0, 1\].*static"),
+        ({"ema_alpha": 1.1}, "ema_alpha = 1.1"),
+        ({"ema_alpha": math.nan}, "ema_alpha = nan"),
+        ({"sample_period": 0}, "sample_period = 0"),
+        ({"refresh_period": 0}, "refresh_period = 0"),
+        ({"reprobe_period": -1}, "reprobe_period = -1"),
+        ({"temperature": -1.0}, "temperature = -1.0"),
+        ({"num_active_layers": 0}, "num_active_layers = 0"),
+    ],
+)
+def test_bad_values_name_the_key_the_range_and_the_remedy(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)
+
+
+def test_zero_probe_steps_are_fine_without_scores():
+    assert make(sampler="uniform", probe_steps=0).phase is Phase.TRAIN
+    assert make(sampler="grass", probe_steps=0, num_active_layers=6).phase is Phase.TRAIN
+
+
+def test_the_policy_imports_nothing_but_torch_and_the_standard_library():
+    allowed = {*sys.stdlib_module_names, "torch"}
+    files = sorted(Path(grass_ds.sampling.__file__).parent.glob("*.py"))
+    assert len(files) == 6
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, file
+                modules = [node.module or ""]
+            for module in modules:
+                assert module.split(".")[0] in allowed or module.startswith("grass_ds.sampling."), (file.name, module)
+
+
+# ---- looking ahead ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reprobe", [0, 10])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name, reprobe):
+    """Said one step before each draw of training and at no other time; wrong at most where a refresh shares the step with the draw."""
+    controller = make(sampler=name, sample_period=2, refresh_period=6, reprobe_period=reprobe)
+    told = wrong = 0
+    for _ in range(80):
+        upcoming, phase, step = controller.upcoming(), controller.phase, controller.step
+        draws = controller.draws
+        advance(controller, 1)
+        assert (upcoming is not None) == (phase is Phase.TRAIN and controller.draws > draws)
+        if upcoming is not None:
+            told += 1
+            refreshed = name == "grass" and (step + 1) % 6 == 0
+            assert upcoming == controller.active_layers or refreshed
+            wrong += upcoming != controller.active_layers
+    probings = controller.step // reprobe if reprobe and name == "grass" else 0
+    assert told == (0 if name == "full" else controller.step // 2 - probings)
+    assert wrong < told or not told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asking_what_is_upcoming_decides_nothing(name):
+    asked, unasked = make(sampler=name, sample_period=2), make(sampler=name, sample_period=2)
+    for _ in range(40):
+        asked.upcoming()
+        asked.upcoming()
+        assert advance(asked, 1) == advance(unasked, 1)
+        assert asked.fingerprint() == unasked.fingerprint()

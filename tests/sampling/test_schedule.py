@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Period arithmetic and its validation."""
+
+import pytest
+
+from grass_ds.sampling.schedule import Schedule
+
+
+def test_boundaries_lie_after_each_period():
+    schedule = Schedule(probe_steps=3, sample_period=4, refresh_period=6, reprobe_period=5)
+    assert [n for n in range(6) if schedule.probing_done(n)] == [3, 4, 5]
+    assert [n for n in range(1, 13) if schedule.draws_after(n)] == [4, 8, 12]
+    assert [n for n in range(1, 13) if schedule.refreshes_after(n)] == [6, 12]
+    assert [n for n in range(1, 13) if schedule.reprobes_after(n)] == [5, 10]
+    assert not any(Schedule(3, 4, 6).reprobes_after(n) for n in range(100))
+
+
+@pytest.mark.parametrize("reprobe", [0, 1, 2, 5])
+def test_probe_steps_within_counts_them_one_by_one(reprobe):
+    schedule, probed, left, trained = Schedule(3, 4, 6, reprobe), 0, 3, 0
+    for steps in range(1, 40):
+        if left:
+            probed, left = probed + 1, left - 1
+        else:
+            trained += 1
+            left = 3 if schedule.reprobes_after(trained) else 0
+        assert schedule.probe_steps_within(steps) == probed
+    assert (reprobe == 0) == (probed == 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "minimum"), [("probe_steps", 0), ("sample_period", 1), ("refresh_period", 1), ("reprobe_period", 0)]
+)
+@pytest.mark.parametrize("value", ["low", 2.0, "5", None, True])
+def test_bad_periods_name_the_key_and_the_range(key, minimum, value):
+    value = minimum - 1 if value == "low" else value
+    with pytest.raises(ValueError, match=rf"grass\.{key} = {value!r} .* >= {minimum}"):
+        Schedule(**{"probe_steps": 1, "sample_period": 1, "refresh_period": 1, key: value})
+
+
+def test_the_smallest_allowed_periods():
+    schedule = Schedule(probe_steps=0, sample_period=1, refresh_period=1)
+    assert schedule.probing_done(0) and schedule.draws_after(1) and schedule.refreshes_after(1)

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GrassCallback` in a real HF Trainer on one CPU process; a fake handle stands in for the engine's."""
+
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from helpers.wandb_runs import read_history
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from grass_ds.trainer import callback as callback_module
+from grass_ds.trainer.callback import GrassCallback
+from grass_ds.trainer.metrics import History
+
+NUM_LAYERS = 3
+SEQUENCE = 8
+BATCH = 2
+
+
+class FakeHandle:
+    """Trains layer (step mod 3) after two probe steps; `switch` is what the engine does at the end of a step."""
+
+    layers = tuple(f"model.layers.{i}" for i in range(NUM_LAYERS))
+    probabilities = (0.25, 0.25, 0.5)
+    checkpoint = None
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+        self.waits = 0
+
+    @property
+    def phase(self) -> str:
+        return "probe" if self.step < 2 else "train"
+
+    @property
+    def active_layers(self) -> tuple[int, ...]:
+        return tuple(range(NUM_LAYERS)) if self.step < 2 else (self.step % NUM_LAYERS,)
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        return None if self.step < 2 else (1.0, 2.0, 3.0)
+
+    @property
+    def visits(self) -> tuple[int, ...]:
+        return (self.step,) * NUM_LAYERS
+
+    def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
+        return {"weights": {"device": 10, "host": 0}}
+
+    def wait_for_checkpoint(self) -> None:
+        self.waits += 1
+
+
+class FakeGrassOptimizer(torch.optim.SGD):
+    """Carries the handle as the engine's ZeRO optimizer does, inside accelerate's wrapper."""
+
+    grass: FakeHandle
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        self.grass.step += 1
+
+
+class Recorder(TrainerCallback):
+    """Stands where the Trainer puts wandb and TensorBoard: ahead of the user's callbacks."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+        self.events: list[str] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append("begin")
+
+
+class LastRecorder(Recorder):
+    pass
+
+
+def make_trainer(folder: Path, callbacks: list[Any], handle: FakeHandle | None = None, **arguments: Any) -> Trainer:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=NUM_LAYERS, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    if handle is None:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    else:
+        optimizer = FakeGrassOptimizer(model.parameters(), lr=0.01)
+        optimizer.grass = handle
+    tokens = torch.arange(SEQUENCE)
+    options = {
+        "max_steps": 6,
+        "logging_steps": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": BATCH,
+        **arguments,
+    }
+    args = TrainingArguments(output_dir=str(folder), **options)
+    if handle is not None:
+        args.hf_deepspeed_config = SimpleNamespace(config={"grass": {"sampler": "cyclic", "num_active_layers": 1}})
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=[{"input_ids": tokens, "labels": tokens}] * 64,
+        eval_dataset=[{"input_ids": tokens, "labels": tokens}] * 4,
+        callbacks=callbacks,
+        optimizers=(optimizer, None),
+    )
+
+
+def test_every_callback_sees_the_summary(tmp_path: Path) -> None:
+    before, after = Recorder(), LastRecorder()
+    make_trainer(tmp_path, [before, GrassCallback(), after], FakeHandle()).train()
+    assert before.events == after.events == ["begin"]
+    assert before.logs == after.logs
+    first, second, third, summary = before.logs
+    assert first["grass/phase"] == 1.0  # read after the second step: the next one trains
+    assert [log["grass/active_layers"] for log in (first, second, third)] == ["2", "1", "0"]
+    assert third["grass/bytes/device"] == 10.0
+    assert not any(key.rsplit("/", 1)[-1].isdigit() for log in before.logs for key in log), "values of single layers"
+    assert all(log["tokens_per_second"] > 0 for log in (first, second, third))
+    assert "train_runtime" in summary
+    assert not any(key.startswith("grass/") for key in summary)
+
+
+def test_evaluation_logs_stay_as_they_are(tmp_path: Path) -> None:
+    recorder = Recorder()
+    make_trainer(tmp_path, [recorder, GrassCallback()], FakeHandle(), eval_strategy="steps", eval_steps=3).train()
+    evaluations = [log for log in recorder.logs if "eval_loss" in log]
+    assert len(evaluations) == 2
+    assert not any(key.startswith("grass/") for log in evaluations for key in log)
+
+
+def test_history_holds_what_each_step_trained(tmp_path: Path) -> None:
+    callback = GrassCallback()
+    make_trainer(tmp_path, [callback], FakeHandle(), gradient_accumulation_steps=2).train()
+    rows = History.load(tmp_path / callback_module.HISTORY_FILE).rows
+    assert rows == callback.history.rows
+    assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row.phase for row in rows] == ["probe"] * 2 + ["train"] * 4
+    # Not what the engine drew at the end of the step.
+    assert [row.active_layers for row in rows] == [(0, 1, 2), (0, 1, 2), (2,), (0,), (1,), (2,)]
+    assert rows[0].scores is None
+    assert rows[-1].probabilities == (0.25, 0.25, 0.5)
+
+
+def test_plots_are_drawn_at_the_end(tmp_path: Path) -> None:
+    callback = GrassCallback()
+    make_trainer(tmp_path, [callback], FakeHandle()).train()
+    assert callback.plot_paths == [tmp_path / "plots" / "layers.png", tmp_path / "plots" / "probabilities.png"]
+    assert all(path.is_file() for path in callback.plot_paths)
+
+
+def test_a_failing_plot_does_not_lose_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(callback_module, "save_plots", fail)
+    callback = GrassCallback()
+    assert make_trainer(tmp_path, [callback], FakeHandle()).train().global_step == 6
+    assert callback.plot_paths == []
+
+
+def test_resume_continues_the_history(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, [GrassCallback()], FakeHandle(), **options).train()
+    recorder, callback = Recorder(), GrassCallback()
+    resumed = make_trainer(tmp_path, [recorder, callback], FakeHandle(step=4), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row.step for row in History.load(tmp_path / callback_module.HISTORY_FILE).rows] == [1, 2, 3, 4, 5, 6]
+    assert "grass/phase" in recorder.logs[0]
+    assert resumed.callback_handler.callbacks.count(callback) == 1
+
+
+def test_a_history_of_another_model_is_set_aside(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, [GrassCallback()], FakeHandle(), **options).train()
+    file = tmp_path / callback_module.HISTORY_FILE
+    other = file.read_text().replace("model.layers.2", "model.layers.9")
+    file.write_text(other)
+    resumed = make_trainer(tmp_path, [GrassCallback()], FakeHandle(step=4), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row.step for row in History.load(file).rows] == [5, 6]
+    assert (tmp_path / "grass_history.jsonl.old").read_text() == other
+
+
+def test_a_second_train_starts_anew(tmp_path: Path) -> None:
+    callback, handle = GrassCallback(), FakeHandle()
+    trainer = make_trainer(tmp_path, [callback], handle)
+    trainer.train()
+    assert handle.waits == 1, "a checkpoint may still be under way"
+    assert callback._handle is None, "the callback keeps the engine alive"
+    assert not trainer.model._forward_pre_hooks
+    trainer.train()
+    assert [row.step for row in callback.history.rows] == [1, 2, 3, 4, 5, 6]
+    assert trainer.callback_handler.callbacks.count(callback) == 1
+
+
+@pytest.mark.parametrize("count", ["no", "all", "non_padding"])
+def test_tokens_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str) -> None:
+    counts: list[int] = []
+    monkeypatch.setattr(callback_module.Throughput, "step", lambda self, tokens: counts.append(tokens))
+    options = {"gradient_accumulation_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
+    make_trainer(tmp_path, [GrassCallback()], None, include_num_input_tokens_seen=count, **options).train()
+    assert counts == [3 * BATCH * SEQUENCE] * 6
+
+
+def test_without_grass_only_the_throughput_is_reported(tmp_path: Path) -> None:
+    recorder, callback = Recorder(), GrassCallback()
+    make_trainer(tmp_path, [recorder, callback]).train()
+    assert recorder.logs[0]["tokens_per_second"] > 0
+    assert not any(key.startswith("grass/") for log in recorder.logs for key in log)
+    assert callback.history is None
+    assert callback.tokens_per_second > 0
+    assert not (tmp_path / callback_module.HISTORY_FILE).exists()
+
+
+def begin(config: dict[str, Any] | None, **kwargs: Any) -> None:
+    source = None if config is None else SimpleNamespace(config=config)
+    args = SimpleNamespace(
+        hf_deepspeed_config=source,
+        include_num_input_tokens_seen="no",
+        world_size=1,
+        output_dir="unused",
+        save_only_model=True,
+    )
+    state = SimpleNamespace(is_world_process_zero=False, global_step=0, num_input_tokens_seen=0)
+    GrassCallback().on_train_begin(args, state, None, **{"model": torch.nn.Linear(1, 1), **kwargs})
+
+
+@pytest.mark.parametrize("block", [{}, {"enabled": True}, {"sampler": "uniform"}, None])
+def test_a_block_that_the_engine_ignores_is_refused(block: Any) -> None:
+    stock = SimpleNamespace(optimizer=SimpleNamespace(optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0)))
+    if block is None:
+        begin({"zero_optimization": {"stage": 2}}, optimizer=stock)
+        begin({"grass": {"enabled": False}}, optimizer=stock)
+        begin(None, optimizer=stock)
+    else:
+        with pytest.raises(RuntimeError, match=r"grass_ds\.enable\(\)"):
+            begin({"grass": block}, optimizer=stock)
+
+
+def test_the_block_of_accelerate_launch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config={"grass": {}}))
+    monkeypatch.setattr(callback_module, "is_initialized", lambda: True)
+    monkeypatch.setattr(callback_module, "AcceleratorState", lambda: SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(RuntimeError, match=r"grass_ds\.enable\(\)"):
+        begin(None)
+
+
+def test_the_handle_is_found_in_engine_or_wrapped_optimizer() -> None:
+    handle = FakeHandle()
+    owner = SimpleNamespace(grass=handle)
+    begin({"grass": {}}, optimizer=SimpleNamespace(optimizer=owner))
+    assert callback_module._find_handle(owner, None) is handle
+    assert callback_module._find_handle(SimpleNamespace(grass=None, optimizer=owner), None) is handle
+    assert callback_module._find_handle(torch.nn.Linear(1, 1), SimpleNamespace(optimizer=owner)) is handle
+    assert callback_module._find_handle(None, None) is None
+
+
+def test_the_callback_pickles_and_copies_in_mid_run(tmp_path: Path) -> None:
+    class Copier(TrainerCallback):
+        copies: ClassVar[list[GrassCallback]] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.copies += [pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)]
+
+    callback = GrassCallback()
+    callback_list = [callback, Copier()]
+    make_trainer(tmp_path, callback_list, FakeHandle()).train()
+    for duplicate in Copier.copies:
+        assert vars(duplicate) == vars(GrassCallback())
+    assert len(callback.history.rows) == 6, "copying disturbed the original"
+    make_trainer(tmp_path / "again", [Copier.copies[0]], FakeHandle()).train()
+    assert len(Copier.copies[0].history.rows) == 6
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = GrassCallback()
+    trainer = make_trainer(tmp_path, [callback], FakeHandle())
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.train()
+    assert callback.history is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_gets_metrics_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        make_trainer(tmp_path / "out", [GrassCallback()], FakeHandle(), report_to="wandb").train()
+    finally:
+        wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rows = read_history(file)
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["train/grass/phase"] for row in training] == [1, 1, 1]
+    assert [[row[f"train/grass/active/0{i}"] for i in range(NUM_LAYERS)] for row in training] == [
+        [0, 0, 1],
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
+    assert training[-1]["train/grass/prob/02"] == 0.5
+    assert training[-1]["train/grass/score/01"] == 2.0
+    assert training[-1]["train/grass/visits/00"] == 6
+    assert training[-1]["train/grass/bytes/weights/device"] == 10
+    assert not any("train/grass/prob/02" in row for row in rows if "train/loss" not in row), "a row of their own"
+    assert sum("train/tokens_per_second" in row for row in rows) == 3
+    assert {"grass/layers", "grass/probabilities"} <= {key.split(".")[0] for row in rows for key in row}
+    images = file.parent.glob("files/media/images/grass/*.png")
+    assert {path.name.split("_")[0] for path in images} == {"layers", "probabilities"}
+
+
+def test_tensorboard_gets_the_values_of_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    make_trainer(tmp_path / "out", [GrassCallback()], FakeHandle(), report_to="tensorboard").train()
+    written = next(tmp_path.rglob("events.out.tfevents.*"))  # transformers 4 has a folder of its own for them
+    events = EventAccumulator(str(written.parent))
+    events.Reload()
+
+    def scalars(name: str) -> dict[int, float]:
+        return {event.step: event.value for event in events.Scalars(f"train/grass/{name}")}
+
+    assert scalars("phase") == {2: 1.0, 4: 1.0, 6: 1.0}
+    assert scalars("active/01") == {2: 0.0, 4: 1.0, 6: 0.0}
+    assert scalars("score/02") == {2: 3.0, 4: 3.0, 6: 3.0}
+    assert scalars("prob/02") == {2: 0.5, 4: 0.5, 6: 0.5}
+    assert scalars("bytes/weights/device") == {2: 10.0, 4: 10.0, 6: 10.0}
+
+
+def test_a_dashboard_that_fails_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(callback_module.logger, "warning", warnings.append)
+
+    class Broken(callback_module.TensorBoardCallback):
+        def __init__(self) -> None:
+            pass
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "grass/prob/00" in logs:
+                raise OSError("disk full")
+
+    assert make_trainer(tmp_path, [Broken(), GrassCallback()], FakeHandle()).train().global_step == 6
+    assert len(warnings) == 1
+    assert "disk full" in warnings[0]

@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HF Trainer, accelerate and a plain loop train alike; the Trainer saves, resumes and reports a GRASS run."""
+
+import copy
+import json
+import os
+import pickle
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers import rounding
+from helpers.models import LAYERS, grass_block, snapshot, tiny_llama
+from helpers.observed import difference, observe
+from helpers.trainers import Rows, clean_process, hf_trainer, losses, losses_seen
+from helpers.wandb_runs import read_history
+from torch import nn
+
+import grass_ds
+from grass_ds.checkpoint import folder as engine_parts
+from grass_ds.trainer import checkpoints, retention
+from grass_ds.zero.activation_checkpointing import inputs_require_gradients
+
+pytestmark = pytest.mark.dist
+
+STEPS, GAS, MICRO, LR = 11, 2, 2, 1e-2  # 2 probing steps, then a switch every 3
+
+
+def hf_config(dtype: str = "fp32", optimizer: bool = True, scheduler: bool = False, **block: Any) -> dict[str, Any]:
+    """A DeepSpeed config with what the Trainer fills in left to it."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+        "grass": grass_block(**block),
+    }
+    if optimizer:
+        params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+    if dtype != "fp32":
+        config[dtype] = {"enabled": True}
+    return config
+
+
+def model_of(dtype: str, seed: int = 0) -> Any:
+    return tiny_llama(seed=seed).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+
+
+def trainer_settings(dtype: str, clip: float = 0.0, steps: int = STEPS) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "learning_rate": LR,
+        "weight_decay": 0.0,
+        "gradient_accumulation_steps": GAS,
+        "max_grad_norm": clip,
+        "train_sampling_strategy": "sequential",
+        "bf16": dtype == "bf16",
+    }
+
+
+# ---- four loops, one run ------------------------------------------------------------------------------------------------
+
+
+def observed(engine: Any, model: nn.Module, seen: list[float]) -> dict[str, Any]:
+    return {
+        "losses": seen,
+        "weights": snapshot(model),
+        "visits": engine.grass.visits,
+        "active": engine.grass.active_layers,
+        "scores": engine.grass.scores,
+        "units": len(engine.optimizer.units),
+        "lr": engine.get_lr(),
+    }
+
+
+@contextmanager
+def clipping_by(given: Sequence[float] | None = None) -> Iterator[list[float]]:
+    """Steps clip by these squared global norms, if any are given. Yields those that were measured."""
+    from grass_ds.zero import optimizer
+
+    measure, measured = optimizer.global_squares, []
+
+    def squares(*args: Any) -> Any:
+        norms, sums = measure(*args)
+        measured.append(sum(norms.values()))
+        if given is not None:  # the step adds the units up, and zeros change no sum
+            total = given[len(measured) - 1]
+            norms = {unit: 0.0 if index else total for index, unit in enumerate(norms)}
+        return norms, sums
+
+    with mock.patch.object(optimizer, "global_squares", squares):
+        yield measured
+
+
+def by_trainer(dtype: str, clip: float, folder: Path, optimizer: bool) -> dict[str, Any]:
+    model = model_of(dtype)
+    config = hf_config(dtype, optimizer=optimizer, num_active_layers=2)
+    settings = trainer_settings(dtype, clip) | {"optim": "adamw_torch"}  # the default one, fused, rounds otherwise
+    with hf_trainer(config, folder, model, **settings) as trainer, losses_seen(model) as seen:
+        trainer.train()
+        return observed(trainer.deepspeed, model, seen)
+
+
+def filled_in(dtype: str, clip: float) -> dict[str, Any]:
+    """The same config with what the Trainer would put for "auto"."""
+    config = hf_config(dtype, num_active_layers=2)
+    config |= {"train_micro_batch_size_per_gpu": MICRO, "gradient_accumulation_steps": GAS, "gradient_clipping": clip}
+    params = {"lr": LR, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True}
+    config["optimizer"] = {"type": "AdamW", "params": params}
+    return config
+
+
+def linear(optimizer: torch.optim.Optimizer) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+
+
+def by_accelerate(dtype: str, clip: float, folder: Path) -> dict[str, Any]:
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
+
+    model = model_of(dtype)
+    with clean_process(), grass_ds.enable(), losses_seen(model) as seen:
+        PartialState(cpu=True)  # without an accelerator accelerate would otherwise see one process
+        plugin = DeepSpeedPlugin(hf_ds_config=filled_in(dtype, clip))
+        accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=GAS)
+        optimizer = DummyOptim(model.parameters())
+        scheduler = DummyScheduler(optimizer, lr_scheduler_callable=linear)
+        rows = torch.utils.data.DataLoader(Rows(), batch_size=MICRO)
+        engine, optimizer, rows, scheduler = accelerator.prepare(model, optimizer, rows, scheduler)
+        for index, inputs in enumerate(rows):
+            if index == STEPS * GAS:
+                break
+            with accelerator.accumulate(engine):
+                accelerator.backward(engine(**inputs).loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        found = observed(engine, model, seen)
+        accelerator.free_memory()
+        return found
+
+
+def by_plain_loop(dtype: str, clip: float, folder: Path) -> dict[str, Any]:
+    from deepspeed import comm as dist
+
+    model, rows = model_of(dtype), Rows()
+    engine, *_ = grass_ds.initialize(
+        model=model, config=filled_in(dtype, clip), model_parameters=list(model.parameters()), lr_scheduler=linear
+    )
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with losses_seen(model) as seen:
+        for micro in range(STEPS * GAS):
+            first = (micro * world + rank) * MICRO
+            batch = [rows[index] for index in range(first, first + MICRO)]
+            inputs = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+            engine.backward(engine(**inputs).loss)
+            engine.step()
+    found = observed(engine, model, seen)
+    engine.destroy()
+    return found
+
+
+def all_loops(dtype: str, clip: float, folder: Path) -> dict[str, dict[str, Any]]:
+    loops = {
+        "trainer": by_trainer(dtype, clip, folder, optimizer=True),
+        "accelerate": by_accelerate(dtype, clip, folder),
+    }
+    with clipping_by() as norms:
+        loops["plain loop"] = by_plain_loop(dtype, clip, folder) | {"norms": norms}
+    with clipping_by(norms) as measured:
+        loops["trainer's own optimizer"] = by_trainer(dtype, clip, folder, optimizer=False) | {"norms": measured}
+    return loops
+
+
+# The same bits everywhere. The Trainer's own optimizer has a decay and a no-decay group, so two units per layer: element for element the
+# same arithmetic, but norms are summed in other portions. It clips here by the norms of the plain loop, once its own are found to be these.
+@pytest.mark.parametrize(("dtype", "clip"), [("fp32", 0.0), ("bf16", 0.1)])
+def test_every_loop_trains_alike(two_ranks: Any, dtype: str, clip: float, tmp_path: Path) -> None:
+    # Each run measures with this relative error, so two are apart by no more than twice that; of a square, twice again.
+    of_norm = rounding.of_norm(sum(p.numel() for p in model_of(dtype).model.layers[0].parameters()), 2, GAS)
+    for loops in two_ranks.run(all_loops, dtype=dtype, clip=clip, folder=tmp_path, timeout=240):
+        reference = loops["plain loop"]
+        assert len(reference["losses"]) == STEPS * GAS
+        assert sum(reference["visits"]) == 2 * (STEPS - 2)
+        assert min(reference["norms"]) > clip**2  # or nothing was clipped
+        start = snapshot(model_of(dtype))
+        moved = max(float((weight - start[name]).float().abs().max()) for name, weight in reference["weights"].items())
+        assert moved > 2 * LR  # it trained
+        for name in loops:
+            for what in ("losses", "weights", "visits", "active"):
+                assert difference(loops[name][what], reference[what], what) is None, name
+            assert loops[name]["lr"][0] == reference["lr"][0], name
+        for name in ("trainer", "accelerate"):
+            assert loops[name]["scores"] == reference["scores"], name
+        own = loops["trainer's own optimizer"]
+        assert own["units"] > reference["units"]
+        assert own["norms"] == pytest.approx(reference["norms"], rel=4 * of_norm)
+        assert own["scores"] == pytest.approx(reference["scores"], rel=2 * of_norm)
+
+
+# ---- saving and training again ------------------------------------------------------------------------------------------
+
+
+def save_and_load(dtype: str, folder: Path) -> dict[str, Any]:
+    from deepspeed import comm as dist
+    from transformers import AutoModelForCausalLM
+
+    model = model_of(dtype)
+    start = snapshot(model)
+    with hf_trainer(hf_config(dtype), folder, model, **trainer_settings(dtype)) as trainer:
+        trainer.train()
+        trainer.save_model()
+        dist.barrier()
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        live, inactive = snapshot(model), [n for n, p in model.named_parameters() if not p.requires_grad]
+    return {
+        "equal": all(torch.equal(live[name], param) for name, param in loaded.named_parameters()),
+        "names": set(live) == {name for name, _ in loaded.named_parameters()},
+        "dtypes": {param.dtype for param in loaded.parameters()},
+        "trained": any(not torch.equal(live[name], start[name]) for name in live),
+        "inactive": len(inactive),
+        "files": sorted(path.name for path in folder.iterdir()),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saved_model_loads_and_equals_the_live_one(two_ranks: Any, dtype: str, tmp_path: Path) -> None:
+    for found in two_ranks.run(save_and_load, dtype=dtype, folder=tmp_path):
+        assert found["equal"]
+        assert found["names"]
+        assert found["dtypes"] == {torch.float32 if dtype == "fp32" else torch.bfloat16}
+        assert found["trained"]
+        assert found["inactive"]  # some layers were frozen for the moment, and saved all the same
+        assert {"config.json", "model.safetensors"} <= set(found["files"])
+
+
+def train_twice(folder: Path, again: str, optimizer: bool) -> dict[str, Any]:
+    """``again``: the same Trainer's train() a second time, or a new Trainer on the same model.
+
+    Under any DeepSpeed config Transformers 5.23 takes its engine of the first train() for the model of the second one,
+    which then has none; ``model_wrapped`` is to be reset by hand.
+    """
+    model = model_of("fp32")
+    config = hf_config(optimizer=optimizer, sampler="uniform", sample_period=1)
+    settings = trainer_settings("fp32", steps=12)
+    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+        trainer.train()
+        first, middle = trainer.deepspeed.grass.visits, snapshot(model)
+        if again == "same trainer":
+            trainer.model_wrapped = trainer.model
+            trainer.train()
+            second, end = trainer.deepspeed.grass.visits, snapshot(model)
+    if again == "new trainer":
+        with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+            trainer.train()
+            second, end = trainer.deepspeed.grass.visits, snapshot(model)
+    moved = {name.split(".")[2] for name in end if ".layers." in name and not torch.equal(end[name], middle[name])}
+    return {"first": first, "second": second, "moved": moved, "losses": losses(trainer)}
+
+
+@pytest.mark.parametrize("again", ["same trainer", "new trainer"])
+@pytest.mark.parametrize("optimizer", [True, False], ids=["config's optimizer", "trainer's optimizer"])
+def test_a_second_train_can_train_every_layer(two_ranks: Any, again: str, optimizer: bool, tmp_path: Path) -> None:
+    for found in two_ranks.run(train_twice, folder=tmp_path, again=again, optimizer=optimizer):
+        assert sum(found["first"]) == sum(found["second"]) == 12
+        assert all(found["second"])
+        assert found["moved"] == {str(layer) for layer in range(LAYERS)}
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------------------
+
+# While probing, on a switch (2 probing steps and a period of 3), one step into a period.
+SAVED = {"probing": 1, "switch": 5, "mid-period": 6}
+
+
+def train_from(folder: Path, step: int, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """bf16, shuffled data; from ``checkpoint-<step>``, with a model of other weights, or straight from the beginning."""
+    model, callback = model_of("bf16", seed=step), grass_ds.GrassCallback()
+    settings = {**settings, "save_strategy": "no" if step else "steps", "save_steps": 1}
+    with hf_trainer(config, folder, model, callbacks=[callback], **settings) as trainer, losses_seen(model) as seen:
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
+        return {
+            **observe(trainer.deepspeed),
+            "losses": seen,
+            "logged": losses(trainer),
+            "history": None if callback.history is None else [row.active_layers for row in callback.history.rows],
+        }
+
+
+def run_and_resume(folder: Path, optimizer: bool, background: bool) -> dict[str, Any]:
+    config = hf_config("bf16", optimizer=optimizer) | ({"checkpoint": {"async": True}} if background else {})
+    settings = {**trainer_settings("bf16", clip=1.0), "weight_decay": 0.1, "train_sampling_strategy": "random"}
+    straight = train_from(folder, 0, copy.deepcopy(config), settings)
+    found = {}
+    for step in SAVED.values():
+        resumed = train_from(folder, step, copy.deepcopy(config), settings)
+        found[step] = difference({**straight, "losses": straight["losses"][step * GAS :]}, resumed)
+    return {"differences": found, "losses": len(straight["losses"]), "logged": len(straight["logged"])}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "background"),
+    [(True, False), (False, True)],
+    ids=["config's optimizer", "trainer's optimizer, saved in the background"],
+)
+def test_resume_is_exact(two_ranks: Any, optimizer: bool, background: bool, tmp_path: Path) -> None:
+    for found in two_ranks.run(run_and_resume, folder=tmp_path, optimizer=optimizer, background=background):
+        assert found["differences"] == dict.fromkeys(SAVED.values())
+        assert found["losses"] == STEPS * GAS and found["logged"] == STEPS
+    assert [checkpoints.problems(checkpoint) for checkpoint in checkpoints.checkpoints(tmp_path)] == [[]] * STEPS
+    newest = tmp_path / f"checkpoint-{STEPS}"
+    assert grass_ds.last_checkpoint(tmp_path) == newest
+    sealed = json.loads((newest / checkpoints.SEAL).read_text())["files"]
+    assert {"model.safetensors", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
+    (newest / checkpoints.SEAL).unlink()
+    assert checkpoints.problems(newest) == []
+    os.truncate(newest / "model.safetensors", sealed["model.safetensors"]["bytes"] - 1)
+    assert checkpoints.problems(newest) == ["model.safetensors is cut off"]
+
+
+# ---- retention ----------------------------------------------------------------------------------------------------------
+
+
+def save_with_limit(folder: Path, background: bool) -> dict[str, Any]:
+    """Saves at every step with a limit of 1; which checkpoints were there, and complete, after each save and at the end.
+
+    In the background none is published before the next step begins.
+    """
+    from transformers import TrainerCallback
+
+    publish, allowed, seen = engine_parts.publish, threading.Event(), []
+
+    def there() -> dict[int, bool]:
+        return {
+            checkpoints.step_of(path): not checkpoints.problems(path, contents=False)
+            for path in checkpoints.checkpoints(folder)
+        }
+
+    def publish_late(*arguments: Any) -> None:
+        assert not background or allowed.wait(30)
+        allowed.clear()
+        publish(*arguments)
+
+    class Watch(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            seen.append(there())
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **__: Any) -> None:
+            if state.global_step:
+                allowed.set()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
+            if "train_runtime" in logs:
+                allowed.set()
+
+    config = hf_config() | {"checkpoint": {"async": background}}
+    settings = {**trainer_settings("fp32", steps=4), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    callbacks = [Watch(), grass_ds.GrassCallback()]
+    with (
+        mock.patch.object(engine_parts, "publish", publish_late),
+        hf_trainer(config, folder, tiny_llama(), callbacks=callbacks, **settings) as trainer,
+    ):
+        trainer.train()
+        return {"seen": seen, "end": there(), "limit": trainer.args.save_total_limit}
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_limit_never_takes_the_only_complete_checkpoint(two_ranks: Any, background: bool, tmp_path: Path) -> None:
+    found, other = two_ranks.run(save_with_limit, folder=tmp_path, background=background)
+    late = [{1: False}, {1: True, 2: False}, {2: True, 3: False}, {3: True, 4: False}]
+    assert found["seen"] == (late if background else [{step: True} for step in range(1, 5)])
+    assert found["end"] == {4: True}
+    assert found["limit"] == other["limit"] == 1
+
+
+def seal_without_a_file(folder: Path) -> str:
+    """Rank 1 has not written its random state."""
+    from deepspeed import comm as dist
+
+    rank, checkpoint = dist.get_rank(), folder / "checkpoint-3"
+    args = SimpleNamespace(
+        output_dir=folder, process_index=rank, world_size=2, should_save=rank == 0, save_total_limit=None
+    )
+    if rank == 0:
+        checkpoint.mkdir()
+        (checkpoint / "rng_state_0.pth").touch()
+    dist.barrier()
+    try:
+        retention.CheckpointKeeper(args).seal(3)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_learns_of_a_checkpoint_that_cannot_be_sealed(two_ranks: Any, tmp_path: Path) -> None:
+    for message in two_ranks.run(seal_without_a_file, folder=tmp_path):
+        assert "rank 1" in message and "rng_state_1.pth" in message
+    assert not (tmp_path / "checkpoint-3" / checkpoints.SEAL).exists()
+
+
+# ---- the callback -------------------------------------------------------------------------------------------------------
+
+
+def without_enable(folder: Path) -> str:
+    with hf_trainer(
+        hf_config(),
+        folder,
+        tiny_llama(),
+        enabled=False,
+        callbacks=[grass_ds.GrassCallback()],
+        **trainer_settings("fp32"),
+    ) as trainer:
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+def test_a_forgotten_enable_is_an_error_on_every_rank(two_ranks: Any, tmp_path: Path) -> None:
+    for message in two_ranks.run(without_enable, folder=tmp_path):
+        assert "call grass_ds.enable() before building the Trainer" in message
+
+
+def pickled(folder: Path) -> dict[str, Any]:
+    callback = grass_ds.GrassCallback()
+    with hf_trainer(hf_config(), folder, tiny_llama(), callbacks=[callback], **trainer_settings("fp32")) as trainer:
+        trainer.train()
+        copied = pickle.loads(pickle.dumps(callback))
+        return {"kind": type(copied).__name__, "rows": copied.history, "own": callback.history is not None}
+
+
+def test_the_callback_pickles_after_a_real_run(two_ranks: Any, tmp_path: Path) -> None:
+    first, second = two_ranks.run(pickled, folder=tmp_path)
+    assert first == {"kind": "GrassCallback", "rows": None, "own": True}
+    assert second == {"kind": "GrassCallback", "rows": None, "own": False}  # one rank keeps the history
+
+
+# ---- wandb --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def offline_wandb(folder: Path) -> Iterator[None]:
+    import wandb
+
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true", "WANDB_PROJECT": "grass"}
+    try:
+        yield
+    finally:
+        wandb.finish()
+
+
+def report_to_wandb(folder: Path) -> list[dict[str, Any]]:
+    with hf_trainer(
+        hf_config(),
+        folder / "out",
+        tiny_llama(),
+        callbacks=[grass_ds.GrassCallback()],
+        report_to=["wandb"],
+        **trainer_settings("fp32", clip=1.0),
+    ) as trainer:
+        with offline_wandb(folder):
+            trainer.train()
+        return trainer.state.log_history
+
+
+def test_wandb_gets_one_run_with_everything_in_it(two_ranks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    [log, _] = two_ranks.run(report_to_wandb, folder=tmp_path)
+    [run] = tmp_path.glob("wandb/offline-run-*")  # global rank 0 alone
+    [file] = run.glob("*.wandb")
+    rows = read_history(file)
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted(set(steps))
+    training = [row for row in rows if "train/loss" in row]
+    assert [row["train/global_step"] for row in training] == list(range(1, STEPS + 1))
+    logged = [entry for entry in log if "loss" in entry]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [row[f"train/{name}"] for row in training] == pytest.approx([entry[name] for entry in logged])
+    assert [row["train/grass/phase"] for row in training] == [0.0] + [1.0] * (STEPS - 1)
+    for row in training:
+        active = [row[f"train/grass/active/{layer:02d}"] for layer in range(LAYERS)]
+        assert sum(active) == (1 if row["train/grass/phase"] else LAYERS)
+        assert sum(row[f"train/grass/prob/{layer:02d}"] for layer in range(LAYERS)) == pytest.approx(1.0)
+        assert ("train/grass/score/00" in row) == bool(row["train/grass/phase"])
+        assert row["train/grass/bytes/weights/device"] > 0
+        assert {"train/grass/bytes/gradients/device", "train/grass/bytes/optimizer_state/host"} <= set(row)
+        assert row["train/tokens_per_second"] > 0
+    assert (
+        training[-1]["train/grass/bytes/optimizer_state/host"] > training[0]["train/grass/bytes/optimizer_state/host"]
+    )
+    assert len({tuple(row[f"train/grass/active/{layer:02d}"] for layer in range(LAYERS)) for row in training}) > 2
+    assert any(key.startswith("grass/layers") for row in rows for key in row)  # the plots
+
+
+# ---- gradient checkpointing ---------------------------------------------------------------------------------------------
+
+
+def checkpointed(folder: Path, reentrant: bool | None, always: list[str]) -> dict[str, Any]:
+    model = tiny_llama()
+    start = snapshot(model)
+    mode: dict[str, Any] = {"gradient_checkpointing": reentrant is not None}
+    if reentrant is not None:
+        mode["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    config = hf_config(always_active=always)
+    with hf_trainer(config, folder, model, **trainer_settings("fp32"), **mode) as trainer, losses_seen(model) as seen:
+        trainer.train()
+        end = snapshot(model)
+        return {
+            "losses": seen,
+            "weights": end,
+            "visits": trainer.deepspeed.grass.visits,
+            "moved": {int(n.split(".")[2]) for n in end if ".layers." in n and not torch.equal(end[n], start[n])},
+            "on": model.is_gradient_checkpointing,
+            "input gradients": inputs_require_gradients(model),
+        }
+
+
+def every_checkpointing_mode(folder: Path, always: list[str]) -> dict[bool | None, dict[str, Any]]:
+    return {mode: checkpointed(folder, mode, always) for mode in (None, True, False)}
+
+
+@pytest.mark.parametrize("always", [["norm"], ["embed", "norm"]], ids=["embeddings frozen", "embeddings train"])
+def test_gradient_checkpointing_changes_nothing_but_memory(two_ranks: Any, always: list[str], tmp_path: Path) -> None:
+    for modes in two_ranks.run(every_checkpointing_mode, folder=tmp_path, always=always):
+        reference = modes[None]
+        assert not reference["on"]
+        for reentrant in (True, False):
+            found = modes[reentrant]
+            assert found["on"]
+            assert found["losses"] == reference["losses"]
+            assert difference(found["weights"], reference["weights"]) is None
+            assert found["moved"] == {layer for layer, steps in enumerate(found["visits"]) if steps} != set()
+            if always == ["norm"]:  # the hook that reentrant checkpointing needs, and that undoes the other's saving
+                assert found["input gradients"] == reentrant

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation checkpointing: every active layer trains as without it, and backward goes no deeper than it must.
+
+Matrix products are counted where torch dispatches them. A Llama block has seven linear layers; attention itself is no ``mm``.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import LAYERS, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.tiered import tiered
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grass_ds.zero.activation_checkpointing import fit_input_gradients, inputs_require_gradients
+
+dist = pytest.mark.dist
+
+LINEAR = 7  # q, k, v, o, gate, up, down
+BEHIND_AN_ACTIVATION = (
+    4  # o, gate, up, down: their input depends on a weight of the same block, that of q, k, v does not
+)
+MODES = {"none": None, "reentrant": True, "non-reentrant": False}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def checkpointed(mode: str) -> nn.Module:
+    """A Llama as transformers 5 sets it up, with a hook on the embeddings; transformers 4 leaves that to the user."""
+    model = tiny_llama()
+    model.train()
+    if MODES[mode] is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": MODES[mode]})
+        if not inputs_require_gradients(model):
+            model.enable_input_require_grads()
+        assert inputs_require_gradients(model)
+    return model
+
+
+# ---- same training --------------------------------------------------------------------------------------------------------
+
+
+def train_through_all_layers(config: dict[str, Any], mode: str) -> dict[str, Any]:
+    """Visit every layer; weights after each step, and the gradients of the first."""
+    from deepspeed.utils import safe_get_full_grad
+
+    model, weights = checkpointed(mode), []
+    with engine_of(config, model) as engine:
+        ids = batch(0, 0, engine.global_rank)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters() if p.requires_grad}
+        engine.step()
+        train(engine, LAYERS - 1, start=1, after_step=lambda _: weights.append(snapshot(model)))
+        assert engine.grass.visits == (1,) * LAYERS
+    start = dict(tiny_llama().named_parameters())
+    moved = {name for name, weight in weights[-1].items() if not torch.equal(weight, start[name])}
+    return {"weights": weights, "gradients": gradients, "moved": moved}
+
+
+@dist
+@pytest.mark.parametrize(
+    ("mode", "stage", "order", "always"),
+    tiered(
+        [
+            (mode, *case)
+            for mode in ("reentrant", "non-reentrant")
+            for case in (
+                (2, "descending", ["norm"]),
+                (1, "ascending", ["norm"]),
+                (2, "ascending", []),
+                (2, "descending", ["embed", "norm"]),
+            )
+        ],
+        ("reentrant", 1, "ascending", ["norm"]),
+        ("reentrant", 2, "ascending", []),
+        ("reentrant", 2, "descending", ["embed", "norm"]),
+        ("non-reentrant", 2, "descending", ["norm"]),
+    ),
+)
+def test_trains_every_layer_as_without_checkpointing(
+    two_ranks: Any, mode: str, stage: int, order: str, always: list[str]
+) -> None:
+    block = grass_block(sampler="cyclic", cyclic_order=order, sample_period=1, always_active=always)
+    config = ds_config(stage=stage, grass=block)
+    plain = two_ranks.run(train_through_all_layers, config=config, mode="none")
+    ours = two_ranks.run(train_through_all_layers, config=config, mode=mode)
+    expected = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    for without, with_ in zip(plain, ours, strict=True):
+        blocks = {name for name in without["weights"][0] if "layers" in name}
+        assert with_["moved"] == without["moved"] == blocks | {expected[kind] for kind in always}
+        assert with_["gradients"].keys() == without["gradients"].keys()
+        assert all(torch.equal(g, with_["gradients"][name]) for name, g in without["gradients"].items())
+        for before, after in zip(without["weights"], with_["weights"], strict=True):
+            assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+# ---- how deep backward goes -----------------------------------------------------------------------------------------------
+
+
+def count_products(config: dict[str, Any], mode: str) -> list[int]:
+    """Matrix products of backward when layer 0, 1, ... is active."""
+    model, counts = checkpointed(mode), []
+    with engine_of(config, model) as engine:
+        for layer in range(LAYERS):
+            assert engine.grass.active_layers == (layer,)
+            ids = batch(layer, 0, engine.global_rank)
+            loss = engine(input_ids=ids, labels=ids).loss
+            with Products() as products:
+                engine.backward(loss)
+            counts.append(products.count)
+            engine.step()
+    return counts
+
+
+def backward_products(layer: int) -> int:
+    """Head, the blocks above and the layer itself, down to its first norm, pass a gradient on; the layer's weights get theirs."""
+    return 1 + (LAYERS - layer) * LINEAR + LINEAR
+
+
+def products(pool: Any, mode: str, always: list[str]) -> list[int]:
+    block = grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=1, always_active=always)
+    counts = pool.run(count_products, config=ds_config(grass=block), mode=mode)
+    assert all(count == counts[0] for count in counts)
+    return counts[0]
+
+
+@dist
+def test_backward_stops_at_the_lowest_active_layer(two_ranks: Any) -> None:
+    assert products(two_ranks, "none", ["norm"]) == [backward_products(layer) for layer in range(LAYERS)]
+
+
+@dist
+def test_non_reentrant_checkpointing_recomputes_nothing_below_the_lowest_active_layer(two_ranks: Any) -> None:
+    counts = products(two_ranks, "non-reentrant", ["norm"])
+    for layer, count in enumerate(counts):
+        recomputed = count - backward_products(layer)
+        # every block from the top down to the active one, less the last product of each, whose result nobody needs
+        assert (LAYERS - layer) * (LINEAR - 1) <= recomputed <= (LAYERS - layer) * LINEAR
+    reentrant = products(two_ranks, "reentrant", ["norm"])
+    full = 1 + 2 * LAYERS * LINEAR + LINEAR  # recompute all, pass on through all, one layer's weights
+    assert reentrant == [full] * LAYERS  # whichever layer is active
+    assert counts[-1] < 0.4 * full
+
+
+@dist
+def test_active_embeddings_make_backward_go_all_the_way(two_ranks: Any) -> None:
+    full = 1 + LAYERS * LINEAR + LINEAR
+    assert products(two_ranks, "none", ["norm", "embed"]) == [full] * LAYERS
+
+
+# ---- the hook on the embeddings -------------------------------------------------------------------------------------------
+
+
+def is_hooked(model: nn.Module) -> bool:
+    output = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long))
+    return output.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("mode", "embeddings_train", "hooked"),
+    [
+        ("reentrant", False, True),
+        ("non-reentrant", False, False),
+        ("non-reentrant", True, True),
+        ("reentrant", True, True),
+    ],
+)
+def test_hook_that_huggingface_installed(mode: str, embeddings_train: bool, hooked: bool) -> None:
+    model = checkpointed(mode)
+    model.requires_grad_(False)
+    fit_input_gradients(model, embeddings_train)
+    assert is_hooked(model) == hooked
+
+
+def test_reentrant_checkpointing_without_the_hook_gets_it() -> None:
+    model = checkpointed("reentrant")
+    model.requires_grad_(False)
+    model.disable_input_require_grads()
+    assert not is_hooked(model)
+    fit_input_gradients(model, embeddings_train=False)
+    assert is_hooked(model)
+
+
+def test_a_hook_without_checkpointing_is_the_users_own() -> None:
+    model = tiny_llama()
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    fit_input_gradients(model, embeddings_train=False)
+    assert is_hooked(model)
+
+
+def test_models_without_the_convention_are_left_alone() -> None:
+    fit_input_gradients(nn.Sequential(nn.Linear(2, 2)), embeddings_train=False)

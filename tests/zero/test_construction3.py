@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZeRO-3, however the model came to be: under zero.Init, from a checkpoint folder, or whole; and settings that change nothing."""
+
+import copy
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from helpers.live import LiveBytes
+from helpers.models import (
+    ds_config,
+    engine_of,
+    gathered,
+    grass_block,
+    snapshot,
+    split_groups,
+    tiny_llama,
+    train,
+)
+from helpers.observed import difference, observe
+from helpers.same_arithmetic import same_arithmetic
+from helpers.tiered import tiered
+from torch import nn
+
+from grass_ds.core import deepspeed_compat
+from grass_ds.zero.stage3 import GrassZero3Optimizer
+
+pytestmark = pytest.mark.dist
+
+STEPS = 8  # 2 probing, a switch every 3
+MIDDLE, HUGE = 100, 10**9  # the norms stay gathered, everything does
+
+
+def zero3(dtype: str = "fp32", **zero: Any) -> dict[str, Any]:
+    return ds_config(stage=3, dtype=dtype, clip=0.5, lr=1e-2, zero_optimization=zero, grass=grass_block())
+
+
+def run(config: dict[str, Any], model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """A run, and what it came to."""
+    with engine_of(copy.deepcopy(config), model, **arguments) as engine:
+        losses = train(engine, STEPS)
+        return {"losses": losses, **observe(engine)}
+
+
+def copy_of(weights: dict[str, torch.Tensor]) -> nn.Module:
+    """A plain model with these weights."""
+    model = tiny_llama(seed=3).to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
+    return model
+
+
+# ---- ways to build ------------------------------------------------------------------------------------------------------
+
+
+def under_init(config: dict[str, Any], folder: Path) -> nn.Module:
+    import transformers.models.llama.modeling_llama  # noqa: F401, while torch still makes plain tensors
+
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config), dtype=dtype):
+        return tiny_llama()
+
+
+def from_folder(config: dict[str, Any], folder: Path) -> nn.Module:
+    """As the HF Trainer has it: from_pretrained() while an HfDeepSpeedConfig is alive."""
+    from deepspeed import comm as dist
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    if dist.get_rank() == 0:
+        tiny_llama(seed=5).save_pretrained(folder)
+    dist.barrier()
+    alive = HfDeepSpeedConfig(copy.deepcopy(config))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16" if "bf16" in config else "float32")
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(model.dtype)  # DeepSpeed does so for models that come whole
+    with gathered(model):
+        saved = tiny_llama(seed=5).to(model.dtype).state_dict()
+        assert difference(saved, {name: tensor.clone() for name, tensor in model.state_dict().items()}) is None
+    return model
+
+
+def both_orders(config: dict[str, Any], build: Any, folder: Path) -> tuple[str | None, int]:
+    """Where the run of the model built in parts differs from that of the same model built whole; parameters built whole."""
+    model = build(config, folder)
+    whole = sum(
+        getattr(param, "ds_status", None) is not deepspeed_compat.ZeroParamStatus.NOT_AVAILABLE
+        for param in model.parameters()
+    )
+    weights = snapshot(model)
+    first = run(config, model)
+    assert any(not torch.equal(first["weights"][name], weight) for name, weight in weights.items())
+    return difference(first, run(config, copy_of(weights))), whole
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("build", [under_init, from_folder], ids=lambda build: build.__name__)
+def test_a_model_built_in_parts_trains_as_one_built_whole(
+    two_ranks: Any, build: Any, dtype: str, tmp_path: Path
+) -> None:
+    config = zero3(dtype, stage3_param_persistence_threshold=0)
+    assert two_ranks.run(both_orders, config=config, build=build, folder=tmp_path) == [(None, 0)] * 2
+
+
+def most_alive(config: dict[str, Any], in_parts: bool) -> tuple[int, int, int]:
+    """Bytes: the most alive until the engine is there; the model's; its largest parameter's."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    with LiveBytes() as live:
+        if in_parts:
+            with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config)):
+                model = tiny_llama(layers=12)
+        else:
+            model = tiny_llama(layers=12)
+        with engine_of(config, model):
+            peak = live.peak
+    sizes = [param.ds_numel * 4 for param in model.parameters()]
+    return peak, sum(sizes), max(sizes)
+
+
+@pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
+def test_the_model_is_never_whole_on_one_rank(request: pytest.FixtureRequest, pool: str) -> None:
+    ranks = request.getfixturevalue(pool)
+    config = zero3(stage3_param_persistence_threshold=0)
+    for peak, model, largest in ranks.run(most_alive, config=config, in_parts=True):
+        # all partitions, one more of a layer that moves into its unit's buffer, and a few parameters on their way into parts
+        assert peak < model / ranks.world + model / 12 + 4 * largest < 0.8 * model
+    for peak, model, _ in ranks.run(most_alive, config=config, in_parts=False):
+        assert peak >= model  # the measure sees it
+
+
+# ---- settings that change where weights are, not what they become -------------------------------------------------------
+
+QUIET: dict[str, dict[str, Any]] = {
+    "nothing persistent": {"stage3_param_persistence_threshold": 0},
+    "norms persistent": {"stage3_param_persistence_threshold": MIDDLE},
+    "all persistent": {"stage3_param_persistence_threshold": HUGE},
+    "nothing kept, nothing ahead": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+    "gathered by all-reduce": {"stage3_use_all_reduce_for_fetch_params": True},
+    "weights on the host": {"offload_param": {"device": "cpu"}},
+    "weights on the host, pageable": {"offload_param": {"device": "cpu", "pin_memory": False}},
+    "host and persistent": {"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": MIDDLE},
+}
+
+
+def all_settings(settings: list[dict[str, Any]], dtype: str) -> list[str | None]:
+    model = tiny_llama(seed=2).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    weights = {name: param.detach().clone() for name, param in model.named_parameters()}
+    reference = run(zero3(dtype), model)
+    return [difference(reference, run(zero3(dtype, **setting), copy_of(weights))) for setting in settings]
+
+
+@pytest.mark.parametrize("dtype", tiered(["fp32", "bf16"], "bf16"))
+def test_settings_that_change_no_bit(two_ranks: Any, dtype: str) -> None:
+    for found in two_ranks.run(all_settings, settings=list(QUIET.values()), dtype=dtype):
+        assert dict(zip(QUIET, found, strict=True)) == dict.fromkeys(QUIET)
+
+
+def where_weights_rest(pinned: bool, threshold: int) -> dict[str, Any]:
+    """Pretends that tensors can be pinned: which of the shards are, and which parameters are gathered between steps."""
+    marked: set[int] = set()
+
+    def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
+        copied = tensor.clone()
+        marked.add(copied.untyped_storage().data_ptr())
+        return copied
+
+    accelerator = get_accelerator()
+    place = {"device": "cpu", "pin_memory": pinned}
+    with (
+        mock.patch.object(accelerator, "pin_memory", pin),
+        mock.patch.object(accelerator, "is_pinned", lambda t: t.untyped_storage().data_ptr() in marked),
+        engine_of(zero3(offload_param=place, stage3_param_persistence_threshold=threshold)) as engine,
+    ):
+        train(engine, 4)
+        return {
+            "shards": [unit.shard.untyped_storage().data_ptr() in marked for unit in engine.optimizer.units],
+            "shared": all(
+                param.ds_tensor.untyped_storage().data_ptr() == unit.shard.untyped_storage().data_ptr()
+                for unit in engine.optimizer.units
+                for param in unit.params
+            ),
+            "persistent": sum(param.ds_persist for param in engine.module.parameters()),
+        }
+
+
+@pytest.mark.parametrize(("pinned", "threshold", "persistent"), [(True, 0, 0), (False, 0, 0), (True, MIDDLE, 9)])
+def test_host_shards_are_pinned_when_asked(two_ranks: Any, pinned: bool, threshold: int, persistent: int) -> None:
+    for found in two_ranks.run(where_weights_rest, pinned=pinned, threshold=threshold):
+        assert found["shared"]
+        assert found["persistent"] == persistent
+        assert set(found["shards"]) == {pinned}
+
+
+def leaves(granularity: int, whole_layers: bool) -> str | None:
+    """Modules whose weights come and go together; difference to a run without."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+    weights = snapshot(tiny_llama(seed=2))
+    with same_arithmetic():
+        reference, model = run(zero3(), copy_of(weights)), copy_of(weights)
+        if not granularity:
+            deepspeed.utils.set_z3_leaf_modules(model, [LlamaDecoderLayer if whole_layers else LlamaMLP])
+        found = run(zero3(stage3_module_granularity_threshold=granularity), model)
+    return difference(found, reference)
+
+
+@pytest.mark.parametrize(("granularity", "whole_layers"), [(0, False), (0, True), (3000, True)])
+def test_leaf_modules(two_ranks: Any, granularity: int, whole_layers: bool) -> None:
+    assert two_ranks.run(leaves, granularity=granularity, whole_layers=whole_layers) == [None] * 2
+
+
+# ---- which parameters, by which optimizer -------------------------------------------------------------------------------
+
+FROZEN = ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight")
+
+
+def variants(in_parts: bool) -> dict[str, Any]:
+    """Frozen ones, two groups, the client's optimizer: each next to its ZeRO-2 twin. What differs, and what else is seen."""
+    config = zero3()
+    config["gradient_clipping"] = 0.0  # the norm is a sum over other shards
+    made = under_init(config, Path()) if in_parts else tiny_llama(seed=2)
+    weights = snapshot(made)
+
+    def pair(prepare: Any) -> dict[str, Any]:
+        model = made if in_parts and prepare is client else copy_of(weights)
+        ends = []
+        for stage, candidate in ((3, model), (2, copy_of(weights))):
+            settings = copy.deepcopy(config)
+            settings["zero_optimization"] = {"stage": stage}
+            arguments = prepare(candidate)
+            if "optimizer" in arguments:
+                del settings["optimizer"]
+            with same_arithmetic(), engine_of(settings, candidate, **arguments) as engine:
+                train(engine, STEPS)
+                ends.append(
+                    {
+                        "weights": snapshot(candidate),
+                        "visits": engine.grass.visits,
+                        "units": len(engine.optimizer.units),
+                    }
+                )
+            ends[-1]["frozen"] = [name for name, param in candidate.named_parameters() if not param.requires_grad]
+        three, two = ends
+        moved = {name for name, weight in three["weights"].items() if not torch.equal(weight, weights[name])}
+        return {
+            "different": difference(three, two),
+            "moved": moved,
+            **{key: three[key] for key in ("units", "frozen")},
+        }
+
+    def frozen(model: nn.Module) -> dict[str, Any]:
+        for name in FROZEN:
+            model.get_parameter(name).requires_grad_(False)
+        return {}
+
+    def groups(model: nn.Module) -> dict[str, Any]:
+        return (
+            {"model_parameters": split_groups(model)}
+            if not in_parts
+            else {"model_parameters": list(model.parameters())}
+        )
+
+    def client(model: nn.Module) -> dict[str, Any]:
+        return {"optimizer": torch.optim.AdamW(list(model.parameters()), lr=1e-2, weight_decay=0.1)}
+
+    return {prepare.__name__: pair(prepare) for prepare in (frozen, groups, client)}
+
+
+@pytest.mark.parametrize("in_parts", [False, True], ids=["whole", "in parts"])
+def test_frozen_parameters_groups_and_client_optimizers(two_ranks: Any, in_parts: bool) -> None:
+    for found in two_ranks.run(variants, in_parts=in_parts):
+        for name, pair in found.items():
+            assert pair["different"] is None, name
+            assert pair["moved"], name
+        assert found["frozen"]["frozen"] == sorted(FROZEN)
+        assert not found["frozen"]["moved"] & set(FROZEN)
+        assert in_parts or found["groups"]["units"] > found["client"]["units"]
+
+
+# ---- errors within --------------------------------------------------------------------------------------------------------
+
+
+def hooks_on(model: nn.Module) -> dict[str, int]:
+    """All that may be left on a model after its construction as an engine failed, by kind."""
+    modules, params = list(model.modules()), list(model.parameters())
+    return {
+        "forward": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules),
+        "backward": sum(len(m._backward_hooks) + len(m._backward_pre_hooks) for m in modules),
+        "gradient": sum(len(p._post_accumulate_grad_hooks or ()) + len(p._backward_hooks or ()) for p in params),
+        "functions": sum(name in vars(m) for m in modules for name in deepspeed_compat.LEFT_ON_MODULES),
+        "safe functions": sum(hasattr(p, "_z3_optimizer") for p in params),
+        "frozen": sum(not p.requires_grad for p in params),
+    }
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "before the units": (deepspeed_compat.DeepSpeedZeRoOffload, "mark_persistent_parameters"),
+    "in the wrapper": (GrassZero3Optimizer, "activate"),
+    "after the wrapper": (deepspeed_compat.DeepSpeedEngine, "_configure_checkpointing"),
+}
+
+
+def fail_and_try_again(owner: Any, method: str, config: dict[str, Any]) -> dict[str, Any]:
+    weights = snapshot(tiny_llama(seed=2))
+    model = copy_of(weights)
+    before, client = hooks_on(model), torch.optim.AdamW(model.parameters())
+    own = {key: value for key, value in config.items() if key != "optimizer"}
+    try:
+        fault = mock.patch.object(owner, method, side_effect=RuntimeError("injected"))
+        with fault, engine_of(own, model, optimizer=client):
+            message = ""
+    except RuntimeError as error:
+        message = str(error)
+    after = hooks_on(model)
+    return {
+        "message": message,
+        "left": {kind: n for kind, n in after.items() if n != before[kind]},
+        "optimizer": [id(param) for param in client.param_groups[0]["params"]] == [id(p) for p in model.parameters()],
+        "again": difference(run(config, model), run(config, copy_of(weights))),
+    }
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_within_leaves_a_model_that_can_be_used(two_ranks: Any, fault: str) -> None:
+    owner, method = FAULTS[fault]
+    for found in two_ranks.run(fail_and_try_again, owner=owner, method=method, config=zero3()):
+        assert found["message"] == "injected"
+        assert found["left"] == {}
+        assert found["optimizer"]
+        assert found["again"] is None
+
+
+def let_go_twice(config: dict[str, Any]) -> None:
+    """An engine that is collected late destroys itself once more; the model has another engine by then."""
+    model = tiny_llama()
+    with engine_of(config, model) as first:
+        train(first, 1)
+    with engine_of(config, model) as second:
+        before = hooks_on(model)
+        first.destroy()
+        assert hooks_on(model) == before
+        train(second, STEPS)
+
+
+def test_an_engine_let_go_twice_spares_the_next(two_ranks: Any) -> None:
+    two_ranks.run(let_go_twice, config=zero3())
+
+
+def built_for_others(config: dict[str, Any]) -> tuple[str, dict[str, int]]:
+    """Every rank has partitioned the model for itself alone."""
+    from deepspeed import comm as dist
+
+    mine = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    with deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(config), data_parallel_group=mine):
+        model = tiny_llama()
+    try:
+        with engine_of(config, model):
+            return "", {}
+    except RuntimeError as error:
+        return str(error), {kind: n for kind, n in hooks_on(model).items() if n}
+
+
+def test_partitions_over_other_ranks_are_refused(two_ranks: Any) -> None:
+    for message, left in two_ranks.run(built_for_others, config=zero3()):
+        assert "its weights are not partitioned over the 2 data-parallel ranks" in message
+        assert left == {}

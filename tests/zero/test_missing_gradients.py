@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that are to train and get no gradient stop the run with their names: silence would look like training."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import logger
+from helpers.models import RELEASED, VOCAB, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama
+from helpers.tiered import tiered
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from grass_ds.zero.norms import MissingGradientError
+
+pytestmark = pytest.mark.dist
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Decoder(nn.Module):
+    """Calls activation checkpointing itself, and has a module that only some rows use."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.embed = nn.Embedding(VOCAB, 16)
+        self.projector = nn.Linear(3, 16)
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+        self.norm, self.lm_head = nn.LayerNorm(16), nn.Linear(16, VOCAB, bias=False)
+
+    def forward(self, ids: torch.Tensor, picture: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
+        x = self.embed(ids)
+        if picture is not None:
+            x = x + self.projector(picture)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
+        logits = self.lm_head(self.norm(x * scale))
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def heard(part: str) -> list[str]:
+    """The lines with ``part`` that DeepSpeed's logger shows from now on."""
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if part in record.getMessage():
+                lines.append(record.getMessage())
+
+    logger.addHandler(Ear(logging.WARNING))
+    return lines
+
+
+def trained(
+    block: dict[str, Any], stage: int = 2, reentrant: bool = False, pictures: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """Four steps; ``pictures``: the ranks whose rows use the projector."""
+    config = ds_config(stage=stage, grass=block, zero_optimization=RELEASED if stage == 3 else {})
+    with engine_of(config, model=Decoder(reentrant)) as engine:
+        before, warnings = snapshot(engine.module), heard(" no gradient reached ")
+        try:
+            for step in range(4):
+                picture = torch.ones(3) if engine.global_rank in pictures else None
+                engine.backward(engine(batch(step, 0, engine.global_rank), picture))
+                engine.step()
+        except MissingGradientError as error:
+            return {"error": str(error), "steps": engine.global_steps}
+        after = snapshot(engine.module)
+        moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+        return {"moved": moved, "warnings": warnings}
+
+
+ALONE = {"always_active": ["norm"]}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "stage"), tiered([("uniform", 2), ("grass", 2), ("grass", 1)], ("uniform", 2), ("grass", 1))
+)
+def test_a_model_that_checkpoints_reentrantly_below_frozen_embeddings_is_refused(
+    two_ranks: Any, sampler: str, stage: int
+) -> None:
+    block = grass_block(sampler=sampler, **ALONE)
+    for found in two_ranks.run(trained, block=block, stage=stage, reentrant=True):
+        assert found["steps"] == 0
+        assert "received no gradient on any rank" in found["error"] and "layers." in found["error"]
+        assert "use_reentrant=False" in found["error"] and '"embed"' in found["error"]
+    for found in two_ranks.run(trained, block=block, stage=stage, reentrant=False):
+        assert found["moved"] == {"layers", "norm"}
+
+
+def test_embeddings_that_train_make_reentrant_checkpointing_work(two_ranks: Any) -> None:
+    block = grass_block(sampler="uniform", always_active=["embed", "norm"])
+    for found in two_ranks.run(trained, block=block, reentrant=True):
+        assert found["moved"] == {"embed", "layers", "norm"}
+
+
+@pytest.mark.parametrize("stage", tiered([1, 2, 3], 2))
+def test_a_named_module_that_no_row_uses_is_an_error_unless_the_setting_allows_it(two_ranks: Any, stage: int) -> None:
+    block = grass_block(sampler="uniform", always_active=["norm", "other"])
+    for found in two_ranks.run(trained, block=block, stage=stage):
+        assert "1 of 3 active modules" in found["error"] and "projector.weight" in found["error"]
+        assert "use_reentrant" not in found["error"]  # which would starve blocks
+    for found in two_ranks.run(trained, block={**block, "missing_gradients": "zero"}, stage=stage):
+        assert {"layers", "norm"} <= found["moved"] and found["warnings"] == []
+    for found in two_ranks.run(
+        trained, block=block, stage=stage, pictures=(1,) if stage < 3 else (0, 1)
+    ):  # one rank's rows are enough
+        assert found["moved"] == {"layers", "norm", "projector"}
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "full"])
+def test_a_module_that_trains_by_default_and_is_not_used_is_a_warning(two_ranks: Any, sampler: str) -> None:
+    """One in all: DeepSpeed trains such models without a word."""
+    first, second = two_ranks.run(trained, block=grass_block(sampler=sampler))
+    assert {"layers", "norm"} <= first["moved"] == second["moved"]
+    assert len(first["warnings"]) == 1 and "no gradient reached projector.weight" in first["warnings"][0]
+    assert second["warnings"] == []
+
+
+def probed_with_zeros() -> dict[str, Any]:
+    with engine_of(ds_config(grass=grass_block())) as engine:
+        try:
+            for step in range(3):
+                ids = batch(step, 0, engine.global_rank)
+                engine.backward(engine(input_ids=ids, labels=ids).loss * 0.0)
+                engine.step()
+        except ValueError as error:
+            return {"error": str(error), "steps": engine.global_steps}
+        return {}
+
+
+def test_scores_that_are_all_0_are_refused(two_ranks: Any) -> None:
+    for found in two_ranks.run(probed_with_zeros):
+        assert "the gradient of every layer was 0 in all 2 probe steps" in found["error"]
+
+
+def said_at_start(config: dict[str, Any], frozen: str = "") -> str:
+    lines, model = heard("grass_ds: "), tiny_llama()
+    for name, param in model.named_parameters():
+        param.requires_grad_(not frozen or not name.startswith(frozen))
+    with engine_of(config, model=model):
+        return "".join(line for line in lines if " active at a time" in line)
+
+
+@pytest.mark.parametrize(
+    ("clipping", "said"),
+    [
+        (None, "gradients are clipped at norm 1 (the default of DeepSpeed; gradient_clipping sets it)"),
+        (0.5, "gradients are clipped at norm 0.5"),
+        (0.0, "gradients are not clipped"),
+    ],
+)
+def test_one_line_says_what_never_trains_and_the_clip_in_force(
+    two_ranks: Any, clipping: float | None, said: str
+) -> None:
+    config = ds_config(grass=grass_block(sampler="uniform"))
+    if clipping is None:
+        del config["gradient_clipping"]
+    else:
+        config["gradient_clipping"] = clipping
+    first, second = two_ranks.run(said_at_start, config=config)
+    sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
+    share = sizes["lm_head.weight"] / sum(sizes.values())
+    assert "uniform over 4 layers at model.layers, 1 active at a time" in first
+    assert f"never trained: embed ({share:.2%} of the weights), head ({share:.2%} of the weights)" in first
+    assert first.endswith(said) and second == ""
+
+
+def test_the_line_says_what_the_user_froze(two_ranks: Any) -> None:
+    block = grass_block(sampler="uniform", always_active=["norm", "head"])
+    first, _ = two_ranks.run(said_at_start, config=ds_config(grass=block), frozen="lm_head")
+    assert "always active: norm (" in first and "head (" not in first.split("never trained: ")[0]
+    sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
+    share = f"{sizes['lm_head.weight'] / sum(sizes.values()):.2%}"
+    assert f"head ({share} of the weights, frozen or not in the optimizer)" in first.split("never trained: ")[1]
