@@ -10,6 +10,7 @@ from deepspeed.utils import logger
 
 from grass_ds.checkpoint import folder as folders
 from grass_ds.checkpoint.folder import Part, listed
+from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.core.units import Unit, whole_shape
 
 
@@ -30,13 +31,12 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
     Raises:
         ValueError: on every rank: the checkpoint that was asked for, or every one, is damaged.
     """
-    rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
-    tags = [tag] if tag is not None else _from_first(lambda: folders.candidates(folder), rank, world, group)
+    tags = [tag] if tag is not None else _from_first(lambda: folders.candidates(folder), group)
     damage: dict[str, list[str]] = {}
     for name in tags:
-        found = _problems(folder / name, rank, world, group)
+        found = _problems(folder / name, group)
         if not found:
-            if rank == 0:
+            if dist.get_rank(group=group) == 0:
                 _report(folder, damage, name, asked=tag is not None)
             return name
         damage[name] = found
@@ -51,34 +51,30 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
     )
 
 
-def _from_first(ask: Callable[[], list[str]], rank: int, world: int, group: Any) -> list[str]:
+def _from_first(look: Callable[[], list[str]], group: Any) -> list[str]:
     """What rank 0 found: a folder may change while ranks look into it.
 
     Raises:
         ValueError: on every rank, if rank 0 could not look.
     """
-    mine: tuple[list[str], str | None] = [], None
-    if rank == 0:
+
+    def look_if_first() -> list[str]:
         try:
-            mine = ask(), None
+            return look() if dist.get_rank(group=group) == 0 else []
         except (OSError, ValueError) as error:
-            mine = [], str(error)
-    answers: list[Any] = [None] * world
-    dist.all_gather_object(answers, mine, group=group)
-    found, reason = answers[0]
-    if reason is not None:
-        raise ValueError(f"the checkpoints cannot be looked at: {reason}")
-    return found
+            raise ValueError(f"the checkpoints cannot be looked at: {error}") from error
+
+    return gather_from_ranks(look_if_first, group)[0]
 
 
-def _problems(checkpoint: Path, rank: int, world: int, group: Any) -> list[str]:
+def _problems(checkpoint: Path, group: Any) -> list[str]:
     """What is wrong with it; names and lengths first, then contents, of which every rank reads its share."""
-    missing = _from_first(lambda: _structure(checkpoint), rank, world, group)
+    rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
+    missing = _from_first(lambda: _structure(checkpoint), group)
     if missing:
         return missing
-    mine = folders.corrupt(checkpoint, [r for r in folders.ranks_of(checkpoint) if r % world == rank])
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, mine, group=group)
+    share = [r for r in folders.ranks_of(checkpoint) if r % world == rank]
+    found = gather_from_ranks(lambda: folders.corrupt(checkpoint, share), group)
     return [text for texts in found for text in texts]
 
 

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 
 from grass_ds.checkpoint.selection import check_layout, layout
 from grass_ds.checkpoint.universal import WEIGHTS, UniversalCheckpoint
-from grass_ds.core.agreement import failing_together
+from grass_ds.core.agreement import raise_on_all_ranks
 from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
 from grass_ds.core.deepspeed_compat import fragment_address
 from grass_ds.core.units import Unit
@@ -153,7 +153,7 @@ def _load_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint
 
     The weights go into this rank's shard of the low-precision ones; the engine lets the model see them.
     """
-    with failing_together(optimizer.dp_process_group, optimizer.device):
+    with raise_on_all_ranks(optimizer.dp_process_group, optimizer.device):
         _take_universal(optimizer, checkpoint, with_states)
 
 

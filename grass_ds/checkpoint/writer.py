@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import folder as folders
 from grass_ds.checkpoint.folder import Part, SummedFile
 from grass_ds.checkpoint.snapshot import snapshot
 from grass_ds.core import deepspeed_compat
-from grass_ds.core.agreement import check_ranks_succeeded, failing_together
+from grass_ds.core.agreement import gather_from_ranks, raise_on_all_ranks
 
 # Seconds that a checkpoint written in the background waits for another rank's part before it is given up.
 PATIENCE = 600.0
@@ -145,9 +144,9 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
                 are untouched.
         """
         self.wait()
-        self._check_same_place(folder / tag, part.world_size)
+        self._check_same_place(folder / tag)
         folders.check_tag(tag)
-        with failing_together(self._group, self._device):
+        with raise_on_all_ranks(self._group, self._device):
             if part.rank == 0:
                 folders.begin(folder, tag)
         self.report = SaveReport(tag)
@@ -175,12 +174,14 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         if save is None:
             return
         try:
-            assert save.written is not None
-            check_ranks_succeeded(save.written.exception(), self._group, self._device)
-            if save.part.rank == 0 and save.published is None:
-                save.published = self._run(save.publish)
-            error = None if save.published is None else save.published.exception()
-            check_ranks_succeeded(error, self._group, self._device)
+            with raise_on_all_ranks(self._group, self._device):
+                assert save.written is not None
+                save.written.result()
+            with raise_on_all_ranks(self._group, self._device):
+                if save.part.rank == 0 and save.published is None:
+                    save.published = self._run(save.publish)
+                if save.published is not None:
+                    save.published.result()
         except BaseException:
             save.give_up()
             raise
@@ -224,7 +225,9 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         save = self._open
         if save is None:
             return True
-        check_ranks_succeeded(save.error, self._group, self._device)
+        with raise_on_all_ranks(self._group, self._device):
+            if save.error is not None:
+                raise save.error
         save.written = self._run(lambda: save.write_waiting(self.zipfile_serialization))
         if self._pool is not None and save.part.rank == 0:
             save.published = self._run(save.publish)
@@ -249,13 +252,12 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             done.set_exception(error)
         return done
 
-    def _check_same_place(self, checkpoint: Path, world: int) -> None:
-        everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, str(checkpoint), group=self._group)
-        for rank, place in enumerate(everyone):
-            if place != everyone[0]:
+    def _check_same_place(self, checkpoint: Path) -> None:
+        places = gather_from_ranks(lambda: str(checkpoint), self._group)
+        for rank, place in enumerate(places):
+            if place != places[0]:
                 raise ValueError(
-                    f"rank 0 saves a checkpoint to {everyone[0]} and rank {rank} to {place}; call save_checkpoint() with the same save_dir "
+                    f"rank 0 saves a checkpoint to {places[0]} and rank {rank} to {place}; call save_checkpoint() with the same save_dir "
                     "and tag on every rank"
                 )
 

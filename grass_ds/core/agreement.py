@@ -6,12 +6,14 @@ is compared across ranks before it is acted on, and every rank stops when it dif
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from deepspeed import comm as dist
+
+T = TypeVar("T")
 
 
 class RankDivergenceError(RuntimeError):
@@ -49,40 +51,6 @@ class RankFailedError(RuntimeError):
     """Another rank of the run failed; the message says which and why."""
 
 
-def check_ranks_succeeded(error: BaseException | None, group: Any, device: torch.device | str) -> None:
-    """Raise on every rank if one of them holds an ``error``: nobody waits in a collective for a rank that has given up.
-
-    One all-reduce of one int64; the messages are exchanged only if there is something to say.
-
-    Raises:
-        BaseException: the error itself, on a rank that holds one.
-        ValueError: elsewhere, if it is one: a user's mistake.
-        RankFailedError: elsewhere.
-    """
-    failed = torch.tensor([0 if error is None else 1], dtype=torch.int64, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
-    if not failed.item():
-        return
-    mine = None if error is None else (dist.get_rank(), isinstance(error, ValueError), str(error))
-    everyone: list[Any] = [None] * dist.get_world_size(group=group)
-    dist.all_gather_object(everyone, mine, group=group)
-    if error is not None:
-        raise error
-    rank, is_mistake, message = next(entry for entry in everyone if entry is not None)
-    raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")
-
-
-@contextmanager
-def failing_together(group: Any, device: torch.device | str) -> Iterator[None]:
-    """Do what may fail on one rank alone inside, without collectives: at the end every rank raises, see :func:`check_ranks_succeeded`."""
-    error: BaseException | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    check_ranks_succeeded(error, group, device)
-
-
 class Fallible(Protocol):
     """What moves state, in threads of its own too."""
 
@@ -96,19 +64,58 @@ class Fallible(Protocol):
 
 
 @contextmanager
-def succeeding_together(store: Fallible, group: Any, device: torch.device | str) -> Iterator[None]:
-    """Move state inside, without collectives: at the end every rank raises what has gone wrong on one, then or earlier.
+def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible | None = None) -> Iterator[None]:
+    """Do what may fail on one rank alone inside, without collectives: if it does, every rank raises at the end.
+
+    Nobody waits in a collective for a rank that has given up. One all-reduce of one int64; the messages are exchanged only if a rank failed.
+
+    Args:
+        source: what has failed in a thread counts, too; and if it cannot fail on one rank alone, nothing crosses ranks.
 
     Raises:
-        Exception: on a rank that could not move state, what it raised.
-        ValueError, RankFailedError: elsewhere, see :func:`check_ranks_succeeded`.
+        Exception: the error itself, on a rank that holds one.
+        ValueError: elsewhere, if it is one: a user's mistake.
+        RankFailedError: elsewhere.
     """
     error: BaseException | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    if store.fallible:
-        check_ranks_succeeded(error or store.error, group, device)
+    if source is None or source.fallible:
+        error = error or (None if source is None else source.error)
+        failed = torch.tensor([0 if error is None else 1], dtype=torch.int64, device=device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+        if failed.item():
+            _raise_first(error, group)
     elif error is not None:
         raise error
+
+
+def gather_from_ranks(task: Callable[[], T], group: Any = None) -> list[T]:
+    """The result of every rank's ``task``, in rank order, on every rank; any objects that can be pickled.
+
+    Raises:
+        Exception: as :func:`raise_on_all_ranks`.
+    """
+    result, error = None, None
+    try:
+        result = task()
+    except Exception as caught:
+        error = caught
+    everyone: list[Any] = [None] * dist.get_world_size(group=group)
+    dist.all_gather_object(everyone, (result, error is not None), group=group)
+    if any(failed for _, failed in everyone):
+        _raise_first(error, group)
+    return [value for value, _ in everyone]
+
+
+def _raise_first(error: BaseException | None, group: Any) -> NoReturn:
+    """Called on every rank once one has failed."""
+    mine = None if error is None else (dist.get_rank(), isinstance(error, ValueError), str(error))
+    everyone: list[Any] = [None] * dist.get_world_size(group=group)
+    dist.all_gather_object(everyone, mine, group=group)
+    if error is not None:
+        raise error
+    rank, is_mistake, message = next(entry for entry in everyone if entry is not None)
+    raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")

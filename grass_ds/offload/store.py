@@ -5,7 +5,7 @@ State is made when a unit is stepped for the first time: the fp32 master shard i
 have not moved until then, so nothing is lost and a layer that was never drawn costs nothing.
 
 [Note: Errors] A transfer can fail on one rank alone, whose peers must hear of it where all of them are: in ``step`` and what else is
-called on every rank (``agreement.succeeding_together``). What is done in backward or between steps is not such a place; it says nothing
+called on every rank (``agreement.raise_on_all_ranks``). What is done in backward or between steps is not such a place; it says nothing
 and leaves the tier's ``error``, with which the next step ends.
 """
 

@@ -8,9 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm as dist
-
-from grass_ds.checkpoint.folder import listed, sync_folder
+from grass_ds.checkpoint.folder import sync_folder
+from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.trainer import checkpoints
 from grass_ds.trainer.checkpoints import Sums
 
@@ -40,7 +39,7 @@ class CheckpointKeeper:
         """Put ``checkpoint-<step>``, as far as the Trainer wrote it, on disk and say so in it. Collective.
 
         Raises:
-            OSError: on every rank, if a file could not be put on disk on one.
+            OSError: a file could not be put on disk; RankFailedError on the other ranks.
         """
         checkpoint = self._folder / f"checkpoint-{step}"
         rank, ranks = self._args.process_index, self._args.world_size
@@ -73,20 +72,10 @@ class CheckpointKeeper:
         """What all ranks' ``task`` return, in one.
 
         Raises:
-            OSError: on every rank, if it failed on one.
+            OSError: on the rank where it failed; RankFailedError on the others.
         """
-        mine: tuple[Sums, str | None]
-        try:
-            mine = task(), None
-        except OSError as error:
-            mine = {}, f"rank {self._args.process_index}: {error}"
-        everyone: list[Any] = [mine] * self._args.world_size
-        if self._args.world_size > 1:
-            dist.all_gather_object(everyone, mine)
-        failures = [failure for _, failure in everyone if failure is not None]
-        if failures:
-            raise OSError(f"the checkpoint in {self._folder} could not be completed: {listed(failures)}")
-        return {name: sums for rank_sums, _ in everyone for name, sums in rank_sums.items()}
+        parts = gather_from_ranks(task) if self._args.world_size > 1 else [task()]
+        return {name: sums for part in parts for name, sums in part.items()}
 
 
 def surplus(folder: Path, limit: int | None, step: int, best: str | None, at_end: bool = False) -> list[Path]:

@@ -12,7 +12,7 @@ from deepspeed.utils import logger
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.core import deepspeed_compat
-from grass_ds.core.agreement import check_ranks_agree, check_ranks_succeeded, digest
+from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
 from grass_ds.core.units import Unit, UnitPlan, build_units, whole_numel
 from grass_ds.offload.build import Surroundings, open_store
 from grass_ds.offload.state_template import learn_template
@@ -105,14 +105,11 @@ class GrassEngine(CheckpointingEngine):
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
         """This rank's state store, once every rank has one."""
         surroundings = Surroundings(config.num_active_layers, self.device, self.global_rank, self.aio_config())
-        store, error = None, None
+        store = None
         try:
-            templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
-            store = open_store(config.offload, units, templates, surroundings)
-        except Exception as caught:
-            error = caught
-        try:
-            check_ranks_succeeded(error, self.seq_data_parallel_group, self.device)
+            with raise_on_all_ranks(self.seq_data_parallel_group, self.device):
+                templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
+                store = open_store(config.offload, units, templates, surroundings)
         except BaseException:
             if store is not None:
                 store.close()

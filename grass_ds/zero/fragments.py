@@ -16,7 +16,7 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from grass_ds.core.agreement import succeeding_together
+from grass_ds.core.agreement import raise_on_all_ranks
 from grass_ds.core.deepspeed_compat import fragment_address
 from grass_ds.core.units import Unit, whole_shape
 from grass_ds.offload.state_template import MOMENT_KEYS
@@ -52,7 +52,7 @@ class ParamFragment:
 
     def full_state(self, optim_state_key: str | None = None) -> torch.Tensor:
         """fp32 weights, or the optimizer state named by the key, gathered: float32, the parameter's shape, on the device."""
-        with succeeding_together(self._store, self._group, self.unit.device):
+        with raise_on_all_ranks(self._group, self.unit.device, self._store):
             shard = self.shard(optim_state_key)
         return self._gather(shard)
 
@@ -83,7 +83,7 @@ class ParamFragment:
         """Let ``write`` change a tensor of the unit's shard, and keep the result."""
         if optim_state_key is not None and self.unit not in self._store:
             raise ValueError(f"{self.unit.name} has no optimizer state {optim_state_key!r}: it was never stepped")
-        with succeeding_together(self._store, self._group, self.unit.device):
+        with raise_on_all_ranks(self._group, self.unit.device, self._store):
             state = self._store.ensure(self.unit)
             write(self._part(state, optim_state_key))
             self._store.put(self.unit, state)

@@ -21,7 +21,7 @@ from torch import nn
 
 from grass_ds.checkpoint import state as checkpoint
 from grass_ds.core import deepspeed_compat
-from grass_ds.core.agreement import check_ranks_agree, digest, succeeding_together
+from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
 from grass_ds.core.units import Unit, whole_shape
 from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Phase
@@ -208,7 +208,7 @@ class GrassZeroOptimizer(deepspeed_compat.ZeROOptimizer):
             self.store.flush()
 
     def _together(self) -> AbstractContextManager[None]:
-        return succeeding_together(self.store, self.dp_process_group, self.device)
+        return raise_on_all_ranks(self.dp_process_group, self.device, self.store)
 
     def _note_skip(self, finite: bool) -> None:
         """Non-finite gradients cost a step; without a loss scale that can adapt, they do not go away by themselves."""

@@ -92,7 +92,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
     "ZeRO-1": ("is_stock[1]", "straight_one[1-"),
     "ZeRO-2": ("is_stock[2]", "straight_one[2-"),
     "ZeRO-3": ("is_stock[3]", "straight_one[3-"),
-    "Trainer": ("test_trainer_cycle", "test_hf"),
+    "Trainer": ("test_trainer_cycle", "trainer.test_callback"),
     "launch": ("tests.launch",),
 }
 TESTS = (
