@@ -140,7 +140,7 @@ def find(environ: Mapping[str, str] | None = None) -> Placement:
     return Placement(0, 0, 1, 1, "127.0.0.1", _free_port(), "none")
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
