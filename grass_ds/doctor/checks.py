@@ -61,7 +61,7 @@ def _check_together(report: Report, placement: Placement, shared_path: str | Non
         report.findings += ranks.compare_versions(versions)
         report.ranks = rows
     except Exception as error:  # each communication library raises its own
-        report.findings.append(ranks.no_contact(placement, str(error)))
+        report.findings.append(ranks.no_contact(placement, f"{error}".partition("\n")[0]))
     finally:
         leave_process_group()
 

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each launcher leaves in the environment, taken from real ones, and what is made of it."""
+"""The environments of real launchers, and the placements that are read from them."""
 
+import multiprocessing
 import os
 import socket
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -135,22 +139,18 @@ def test_ranks_that_share_too_few_devices_are_refused() -> None:
         Placement(2, 2, 4, 4, "n1", 1, "torchrun").device_index(2)
 
 
-class OneDevice:
-    def device_name(self) -> str:
-        return "cuda"
+def export_where_one_device_is_visible(environ: dict[str, str]) -> tuple[list[str | None], Placement]:
+    """What is exported, and what :func:`find` says afterwards."""
+    device = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 1)
+    with mock.patch.object(placement, "get_accelerator", return_value=device):
+        find(environ).export()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    return [os.environ.get(name) for name in names], find()
 
-    def device_count(self) -> int:
-        return 1
 
-
-def test_where_each_task_sees_one_device_local_rank_becomes_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate and DeepSpeed take LOCAL_RANK for the device; who asks for the local rank still gets it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr(placement, "_exported", [])
-    monkeypatch.setattr(placement, "get_accelerator", OneDevice)
-    found = find(SRUN)
-    found.export()
-    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
-    assert list(said.values()) == ["3", "0", "4", "2", "gpu07"]
-    assert find() == found
+def test_where_each_task_sees_one_device_local_rank_becomes_its_index() -> None:
+    """accelerate and DeepSpeed use LOCAL_RANK as the device; :func:`find` still returns the local rank."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:  # which exports to itself alone
+        exported, found = process.submit(export_where_one_device_is_visible, SRUN).result()
+    assert exported == ["3", "0", "4", "2", "gpu07"]
+    assert found == find(SRUN)
