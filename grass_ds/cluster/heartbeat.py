@@ -176,7 +176,7 @@ class Heartbeat:
 
     def _process_message(self, kind: str, sender: int, text: str) -> None:
         if kind == _LOST:
-            self._exit(text)
+            self._end_process(text)
         self._hosts[sender] = text
         if kind == _ALIVE:
             self._silence.heard(sender)
@@ -210,9 +210,9 @@ class Heartbeat:
             for _ in range(3):  # datagrams may get lost
                 self._channel.send(_LOST, text, self._channel.peers)
                 time.sleep(_TICK)
-        self._exit(text)
+        self._end_process(text)
 
-    def _exit(self, text: str) -> NoReturn:
+    def _end_process(self, text: str) -> NoReturn:
         line = (
             f"grass_ds: {text} Rank {self._channel.rank} on host {self._host} stops with exit code {RANK_LOST}; the job can be "
             "resumed from its last checkpoint.\n"

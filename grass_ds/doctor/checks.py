@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks that need torch and DeepSpeed: first those of every rank by itself, then those of the ranks together."""
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 
 import deepspeed.comm as dist
@@ -41,8 +39,12 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
         text = f"not joined: it would first compile {extensions.SHARED_MEMORY}, or wait for a process that does"
         report.findings.append(Finding("process group", WARN, text, "start a training once, or launch/setup.sh"))
         return
-    with _time_limit(report, placement):
-        _check_together(report, placement, shared_path)
+    timer = threading.Timer(LIMIT_SECONDS, _give_up, [report, placement])
+    timer.daemon = True
+    timer.start()
+    _check_together(report, placement, shared_path)
+    timer.cancel()
+    timer.join()  # or both threads would report
 
 
 def _check_together(report: Report, placement: Placement, shared_path: str | None) -> None:
@@ -66,20 +68,8 @@ def _check_together(report: Report, placement: Placement, shared_path: str | Non
         leave_process_group()
 
 
-@contextlib.contextmanager
-def _time_limit(report: Report, placement: Placement) -> Iterator[None]:
-    """Report and end the process if the block takes too long: a collective that hangs cannot be interrupted."""
-
-    def end() -> None:
-        report.findings.append(ranks.no_contact(placement, f"no end after {LIMIT_SECONDS:.0f} s"))
-        report.write()
-        os._exit(1)
-
-    timer = threading.Timer(LIMIT_SECONDS, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
+def _give_up(report: Report, placement: Placement) -> None:
+    """Report and end the process, in a thread: the main thread cannot be interrupted in a collective."""
+    report.findings.append(ranks.no_contact(placement, f"no end after {LIMIT_SECONDS:.0f} s"))
+    report.write()
+    os._exit(1)

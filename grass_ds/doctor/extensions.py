@@ -11,23 +11,22 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-from grass_ds.core import deepspeed_compat
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """The extension through which ranks on the CPU communicate; every start loads it."""
+OPS = (
+    (SHARED_MEMORY, FAIL, "apt-get install g++ or module load gcc; pip install ninja, and activate its environment"),
+    ("async_io", WARN, 'the same; grass.offload.io = "auto" uses posix without it'),
+)
+"""Name, status where it is impossible, remedy."""
 STALE_SECONDS = 600
 """A lock in a folder in which nothing has changed for so long belongs to no build."""
-_REMEDY = {
-    SHARED_MEMORY: "apt-get install g++ or module load gcc; pip install ninja in an environment that is active",
-    "async_io": 'for grass.offload.io = "aio": `ds_report` shows what is missing; "auto" uses posix without it',
-}
 
 
 def extensions_root() -> Path:
@@ -53,33 +52,19 @@ def communication_ready() -> bool:
 
 def check_extensions() -> Iterator[Finding]:
     """The extensions that the library uses on this accelerator."""
-    accelerator = get_accelerator()
-    needed = {"ShareMemCommBuilder": FAIL} if accelerator.device_name() == "cpu" else {}
-    for builder_name, status in {**needed, "AsyncIOBuilder": WARN}.items():
-        builder = accelerator.create_op_builder(builder_name)
-        obstacle = _obstacle(builder)
-        if obstacle:
-            yield Finding(builder.name, status, obstacle, _REMEDY[builder.name])
-        elif is_built(builder.name):
-            yield Finding(builder.name, OK, f"compiled in {extensions_root() / builder.name}")
+    cpu = get_accelerator().device_name() == "cpu"
+    for name, status, remedy in OPS if cpu else OPS[1:]:
+        # ninja is run even when there is nothing left to compile.
+        tools = ["ninja"] if is_built(name) else ["ninja", cpp_extension.get_cxx_compiler()]
+        missing = [tool for tool in tools if not shutil.which(tool)]
+        if missing:
+            yield Finding(name, status, f"not in PATH: {', '.join(missing)}", remedy)
+        elif is_built(name):
+            yield Finding(name, OK, f"compiled in {extensions_root() / name}")
         else:
-            yield Finding(builder.name, OK, "will be compiled when it is first used, which takes a few minutes")
-
-
-def _obstacle(builder: Any) -> str:
-    """Why the extension cannot be loaded; empty if it can."""
-    if not cpp_extension.is_ninja_available():
-        return "ninja is not in PATH, and is run even when there is nothing left to compile"
-    if builder.name == "async_io" and deepspeed_compat.get_native_pinned_memory is None:
-        return "needs DeepSpeed >= 0.19.6"
-    if is_built(builder.name):
-        return ""
-    compiler = cpp_extension.get_cxx_compiler()
-    if not shutil.which(compiler):
-        return f"cannot be compiled: {compiler} is not in PATH"
-    if get_accelerator().device_name() == "cuda" and torch.version.cuda and cpp_extension.CUDA_HOME is None:
-        return "cannot be compiled: no CUDA toolkit (set CUDA_HOME, module load cuda)"
-    return "" if builder.is_compatible(verbose=False) else "cannot be compiled"
+            yield Finding(
+                name, OK, "will be compiled when it is first used, in a few minutes; `ds_report` shows if it can"
+            )
 
 
 def check_locks(root: Path) -> Iterator[Finding]:

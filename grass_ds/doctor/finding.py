@@ -50,9 +50,9 @@ class Report:
         if self.rank == 0:
             print(self._json() if self.as_json else self._text(), file=self.stream, flush=True)
         elif not self.ranks:  # the ranks did not meet, so rank 0 does not know these
-            for finding in self.findings:
-                if finding.status == FAIL:
-                    print(f"rank {self.rank}: {finding.check}: {finding.finding}", file=sys.stderr, flush=True)
+            failed = [finding for finding in self.findings if finding.status == FAIL]
+            lines = [f"rank {self.rank}: {finding.check}: {finding.finding}\n" for finding in failed]
+            sys.stderr.write("".join(lines))
         return int(self.status == FAIL)
 
     def _json(self) -> str:

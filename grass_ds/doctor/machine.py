@@ -67,12 +67,11 @@ def judge_memlock(limit: int, privileged: bool) -> Finding:
         return Finding("memlock", OK, "unlimited")
     if limit >= MEMLOCK_BYTES:
         return Finding("memlock", OK, _gib(limit))
-    return Finding(
-        "memlock",
-        WARN,
-        f'{_gib(limit)}: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix',
-        "ulimit -l unlimited; in SLURM jobs PropagateResourceLimitsExcept=MEMLOCK and LimitMEMLOCK=infinity of slurmd",
+    text = f'{_gib(limit)}: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix'
+    remedy = (
+        "ulimit -l unlimited; for SLURM PropagateResourceLimitsExcept=MEMLOCK, and LimitMEMLOCK=infinity of slurmd"
     )
+    return Finding("memlock", WARN, text, remedy)
 
 
 def judge_shm(nbytes: int) -> Finding:

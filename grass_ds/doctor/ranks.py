@@ -25,18 +25,11 @@ def check_launcher(placement: Placement) -> Iterator[Finding]:
     """
     placement.export()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    address, port = placement.master_addr, placement.master_port
     if placement.launcher == "none":
         yield Finding("launcher", OK, "none: start this under srun or torchrun to check several ranks")
     else:
-        yield Finding(
-            "launcher", OK, f"{placement.launcher}: {placement.world_size} ranks, rank 0 at {address}:{port}"
-        )
-    try:
-        socket.getaddrinfo(address, port)
-    except OSError as error:
-        remedy = "set MASTER_ADDR to a name of the first machine that all others know (scontrol show hostnames)"
-        yield Finding("launcher", FAIL, f"MASTER_ADDR={address}: {error}", remedy)
+        address = f"{placement.master_addr}:{placement.master_port}"
+        yield Finding("launcher", OK, f"{placement.launcher}: {placement.world_size} ranks, rank 0 at {address}")
 
 
 def no_contact(placement: Placement, reason: str) -> Finding:
@@ -78,18 +71,14 @@ def compare_versions(versions: Sequence[dict[str, str]]) -> Iterator[Finding]:
 
 
 def merge(findings: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Rank 0's findings, and those of other ranks that are not :data:`OK` and that rank 0 does not have.
+    """Rank 0's findings, and those that are not :data:`OK` of the first other rank that has them.
 
     Args:
         findings: of every rank, in rank order.
     """
-    others: dict[Finding, list[int]] = {}
+    merged, known = list(findings[0]), set(findings[0])
     for rank, of_rank in enumerate(findings):
-        for finding in of_rank:
-            if finding.status != OK and finding not in findings[0]:
-                others.setdefault(finding, []).append(rank)
-    merged = list(findings[0])
-    for finding, ranks in others.items():
-        where = f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
-        merged.append(replace(finding, finding=f"{where}: {finding.finding}"))
+        new = [finding for finding in of_rank if finding.status != OK and finding not in known]
+        merged += [replace(finding, finding=f"rank {rank}: {finding.finding}") for finding in new]
+        known.update(new)
     return merged

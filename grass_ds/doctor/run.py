@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor from start to end. The checks that need torch and DeepSpeed are imported when both load."""
+"""The doctor from start to end. Checks that need torch and DeepSpeed are imported only when both load."""
 
 import contextlib
-import os
+import importlib
 import sys
 from collections.abc import Iterator
-from typing import TextIO
 
-from grass_ds.doctor import software
-from grass_ds.doctor.finding import FAIL, Report, examine
+from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
+from grass_ds.versions import RANGES, installed, is_tested, remedy
+
+NEEDED = ("python", "torch", "deepspeed", "numpy")
+"""What the library does not work without; the other packages belong to extras."""
 
 
 def run(
@@ -25,26 +27,33 @@ def run(
     Returns:
         The exit code: 1 if training would fail or compute in an emulated precision, else 0.
     """
-    with _quiet_stdout() as stream:
-        report = Report(stream, as_json)
-        report.findings += examine("versions", software.check_versions)
-        loaded = examine("import", software.check_import)
+    report = Report(sys.stdout, as_json)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it loads
+        report.findings += examine("versions", check_versions)
+        loaded = examine("import", check_import)
         report.findings += loaded
         if loaded[-1].status != FAIL:
             from grass_ds.doctor.checks import check_all
 
             check_all(report, config, nvme_path, shared_path)
-        return report.write()
+    return report.write()
 
 
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[TextIO]:
-    """Send what libraries print to stderr, C++ ones included; the stream is the former stdout."""
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w", errors="backslashreplace") as stream:
-        os.dup2(2, 1)
-        try:
-            yield stream
-        finally:
-            sys.stdout.flush()
-            os.dup2(stream.fileno(), 1)
+def check_versions() -> Iterator[Finding]:
+    """Python and the packages that have a tested range."""
+    for name, tested in RANGES.items():
+        found = installed(name)
+        if found is None and name in NEEDED:
+            yield Finding(name, FAIL, "not installed", remedy(name))
+        elif found is None:
+            yield Finding(name, OK, f"not installed, and needed by the Trainer or launch/ only: {remedy(name)}")
+        elif is_tested(name, found):
+            yield Finding(name, OK, f"{found} ({tested})")
+        else:
+            yield Finding(name, WARN, f"{found} is outside of the tested range {tested}", remedy(name))
+
+
+def check_import() -> Iterator[Finding]:
+    """Load the library, which also checks DeepSpeed for the names that it needs."""
+    importlib.import_module("grass_ds.zero.engine")
+    yield Finding("import", OK, "torch, deepspeed and grass_ds load")
