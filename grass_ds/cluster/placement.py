@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place of this process among the ranks, read from the environment that the launcher left.
+"""The rank of this process, its machine's ranks and the address of rank 0, read from the environment that the launcher left.
 
 [Note: Placement] DeepSpeed, accelerate and torch read ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``. torchrun,
 ``accelerate launch`` and DeepSpeed's launcher set them; ``srun`` and ``mpirun`` set variables of their own; without a launcher there are none.

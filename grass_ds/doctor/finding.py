@@ -32,7 +32,7 @@ def examine(name: str, check: Callable[..., Iterable[Finding]], *arguments: Any)
 
 @dataclass
 class Report:
-    """All findings, and a row with the place of every rank. Rank 0 writes them to ``stream``."""
+    """All findings, and a row with the placement of each rank. Rank 0 writes them to ``stream``."""
 
     stream: TextIO
     as_json: bool = False

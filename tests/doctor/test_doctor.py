@@ -270,17 +270,20 @@ IMPATIENT = """
 import sys
 from grass_ds.__main__ import main
 from grass_ds.doctor import checks
-checks.JOIN_SECONDS = 3.0
+setattr(checks, sys.argv[1], 3.0)
 sys.exit(main(["doctor"]))
 """
 
 
 @pytest.mark.dist
-def test_a_missing_rank_fails_the_check() -> None:
+@pytest.mark.parametrize(
+    ("time_out", "text"), [("JOIN_SECONDS", "1/2 clients joined"), ("LIMIT_SECONDS", "no end after 3 s")]
+)
+def test_a_missing_rank_fails_the_check(time_out: str, text: str) -> None:
     environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     environ = os.environ | environ | {"MASTER_PORT": str(free_port())}
     done = subprocess.run(
-        [sys.executable, "-c", IMPATIENT],
+        [sys.executable, "-c", IMPATIENT, time_out],
         cwd=ROOT,
         env=environ,
         capture_output=True,
@@ -290,4 +293,4 @@ def test_a_missing_rank_fails_the_check() -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "FAIL  process group       rank 0 of 2" in done.stdout
-    assert "1/2 clients joined" in done.stdout
+    assert text in done.stdout
