@@ -5,8 +5,8 @@ import re
 from collections.abc import Mapping
 
 _SHOWN = re.compile(
-    r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(CROSS|LOCAL)_SIZE|MASTER_(ADDR|PORT)|(OMPI|MV2)_COMM_WORLD_(LOCAL_)?(RANK|SIZE)"
-    r"|PMI_(RANK|SIZE)"
+    r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(CROSS|LOCAL)_SIZE|MASTER_(ADDR|PORT)"
+    r"|(OMPI|MV2)_COMM_WORLD_(LOCAL_)?(RANK|SIZE)|PMI_(RANK|SIZE)"
     r"|SLURM_(JOB_ID|STEP_ID|PROCID|LOCALID|NTASKS|NODEID|STEP_NUM_TASKS|STEP_NODELIST|STEP_TASKS_PER_NODE)"
 )
 
@@ -33,7 +33,8 @@ class Environment:
         value = next((self._environ[name] for name in names if self.has(name)), default)
         if value is None:
             raise self.error(
-                f"{names[0]} is not set; start with torchrun, deepspeed, accelerate launch, srun or mpirun, which set it"
+                f"{names[0]} is not set; start with torchrun, deepspeed, accelerate launch, srun or mpirun, which "
+                "set it"
             )
         return value
 

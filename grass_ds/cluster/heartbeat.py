@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detecting ranks that fell silent, so that the others do not wait for them.
 
-[Note: Heartbeat] When a machine loses power nothing closes its connections. The other ranks then wait in their collective until the process
-group's time-out, half an hour by default, and never learn for whom. So a thread on each rank sends a datagram to rank 0 every ``interval``
-seconds, and rank 0 answers it. A rank that is not heard for ``limit`` seconds is lost. Rank 0 tells all others; if rank 0 is the lost one,
-each finds out by itself. The main thread cannot be interrupted in a collective, so the process ends at once, with :data:`RANK_LOST`.
+[Note: Heartbeat] When a machine loses power nothing closes its connections. The other ranks then wait in their
+collective until the process group's time-out, half an hour by default, and never learn for whom. So a thread on each
+rank sends a datagram to rank 0 every ``interval`` seconds, and rank 0 answers it. A rank that is not heard for
+``limit`` seconds is lost. Rank 0 tells all others; if rank 0 is the lost one, each finds out by itself. The main
+thread cannot be interrupted in a collective, so the process ends at once, with :data:`RANK_LOST`.
 
-Datagrams, not the process group's store: a call to a ``TCPStore`` whose host is gone outlasts any time-out. There is one socket per rank and
-no connection: with 1,024 ranks, rank 0 gets and sends 205 datagrams of about 60 bytes per second, which took 2 % of a CPU core.
+Datagrams, not the process group's store: a call to a ``TCPStore`` whose host is gone outlasts any time-out. There is
+one socket per rank and no connection: with 1,024 ranks, rank 0 gets and sends 205 datagrams of about 60 bytes per
+second, which took 2 % of a CPU core.
 
-Silence is counted in rounds of the listener. If the scheduler suspends the whole job, or the listener gets no processor, its rounds get longer
-and nobody is accused. A rank that was never heard is not accused either, nor one that said that it leaves.
+Silence is counted in rounds of the listener. If the scheduler suspends the whole job, or the listener gets no
+processor, its rounds get longer and nobody is accused. A rank that was never heard is not accused either, nor one that
+said that it leaves.
 """
 
 import contextlib
@@ -79,12 +82,14 @@ class Heartbeat:
         with grass_ds.Heartbeat():
             train()
 
-    All ranks start it, after the process group. Ranks may leave in any order and at any time, by the end of the block or by an exception; one
-    that ends in another way (killed, powered off) is lost. With one rank it does nothing. The others stop within ``limit + 2 * interval``
-    seconds, with one line on stderr that names the lost ranks and their machines. When rank 0 leaves, nobody is watched any longer.
+    All ranks start it, after the process group. Ranks may leave in any order and at any time, by the end of the block
+    or by an exception; one that ends in another way (killed, powered off) is lost. With one rank it does nothing. The
+    others stop within ``limit + 2 * interval`` seconds, with one line on stderr that names the lost ranks and their
+    machines. When rank 0 leaves, nobody is watched any longer.
 
     Args:
-        limit: seconds of silence, at least three intervals; more than any call of the program keeps other Python threads from running.
+        limit: seconds of silence, at least three intervals; more than any call of the program keeps other Python
+            threads from running.
         interval: seconds between two signs of life.
 
     Raises:
@@ -96,8 +101,8 @@ class Heartbeat:
             raise ValueError(f"interval={interval}: must be above 0 seconds; 5 suits most clusters")
         if limit < 3 * interval:
             raise ValueError(
-                f"limit={limit}: must be at least three intervals, {3 * interval:g} seconds, as one message may get lost; "
-                "raise it, or lower interval"
+                f"limit={limit}: must be at least three intervals, {3 * interval:g} seconds, as one message may "
+                "get lost; raise it, or lower interval"
             )
         self._interval = interval
         self._rounds = math.ceil(limit / interval)
@@ -116,17 +121,18 @@ class Heartbeat:
         self._thread.start()
 
     def stop(self) -> None:
-        """Leave, so that the others do not wait for a sign: at once if they confirm, within :data:`LEAVE_SECONDS` otherwise."""
+        """Leave, so that the others wait for no sign: at once if they confirm, else within :data:`LEAVE_SECONDS`."""
         if self._thread is not None:
             self._leaving.set()
             self._thread.join()
             self._thread = None
 
     def wait_for_cause(self) -> None:
-        """After an error in a collective: find out whether a lost rank is the cause, which ends this process with the rank's name.
+        """After an error in a collective: find out whether a lost rank is the cause.
 
-        Returns as soon as a peer has said that it leaves, which explains the error as well, or when no rank can be lost any more: after at
-        most ``limit + 2 * interval`` seconds.
+        If so, this process ends, as at any other time. Returns as soon as a peer has said that it leaves, which
+        explains the error as well, or when no rank can be
+        lost any more: after at most ``limit + 2 * interval`` seconds.
         """
         if self._thread is not None:
             self._peer_left.wait((self._rounds + 2) * self._interval)
@@ -140,7 +146,7 @@ class Heartbeat:
     ) -> None:
         self.stop()
 
-    # ---- the thread --------------------------------------------------------------------------------------------------------
+    # ---- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         seconds = self._interval * self._channel.rank / self._channel.world_size  # not all ranks send at once
@@ -154,8 +160,9 @@ class Heartbeat:
             rounds, seconds = rounds + 1, self._interval
             if rounds == self._rounds and self._silence.never_heard:
                 logger.warning(
-                    f"heartbeat: nothing heard of ranks {sorted(self._silence.never_heard)} so far; if one is lost, the others "
-                    "will not notice before the time-out of their collectives. Are UDP packets blocked between the machines?"
+                    f"heartbeat: nothing heard of ranks {sorted(self._silence.never_heard)} so far; if one is lost, "
+                    "the others will not notice before the time-out of their collectives. Are UDP packets blocked "
+                    "between the machines?"
                 )
         self._leave()
         self._channel.close()
@@ -214,8 +221,8 @@ class Heartbeat:
 
     def _end_process(self, text: str) -> NoReturn:
         line = (
-            f"grass_ds: {text} Rank {self._channel.rank} on host {self._host} stops with exit code {RANK_LOST}; the job can be "
-            "resumed from its last checkpoint.\n"
+            f"grass_ds: {text} Rank {self._channel.rank} on host {self._host} stops with exit code {RANK_LOST}; "
+            "the job can be resumed from its last checkpoint.\n"
         )
         # Not by a stream, whose lock the main thread may hold. The process ends even if nobody reads any more.
         with contextlib.suppress(OSError):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rank of this process, its machine's ranks and the address of rank 0, read from the environment that the launcher left.
+"""The rank of this process and the address of rank 0, read from the environment that the launcher left.
 
-[Note: Placement] DeepSpeed, accelerate and torch read ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT``. torchrun,
-``accelerate launch`` and DeepSpeed's launcher set them; ``srun`` and ``mpirun`` set variables of their own; without a launcher there are none.
-:func:`find` reads all of them and :meth:`Placement.export` translates. Contradictions are an error: ``srun -n 2 torchrun --standalone`` would
-train two models into one folder, and a ``RANK`` that ``sbatch`` copied from the shell would make every task rank 0.
+[Note: Placement] DeepSpeed, accelerate and torch read ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and
+``MASTER_PORT``. torchrun, ``accelerate launch`` and DeepSpeed's launcher set them; ``srun`` and ``mpirun`` set
+variables of their own; without a launcher there are none. :func:`find` reads all of them and :meth:`Placement.export`
+translates. Contradictions are an error: ``srun -n 2 torchrun --standalone`` would train two models into one folder,
+and a ``RANK`` that ``sbatch`` copied from the shell would make every task rank 0.
 """
 
 import functools
@@ -39,8 +40,8 @@ class Placement:
         local_world_size: number of ranks on this machine, None if unknown.
         master_addr: name or address of the machine of rank 0.
         master_port: TCP port on that machine at which ranks meet.
-        launcher: "torchrun" (also ``accelerate launch``), "deepspeed", "srun", "mpirun", "environment" (the variables alone) or "none"
-            (one process).
+        launcher: "torchrun" (also ``accelerate launch``), "deepspeed", "srun", "mpirun", "environment" (the variables
+            alone) or "none" (one process).
     """
 
     rank: int
@@ -54,8 +55,8 @@ class Placement:
     def device_index(self, visible: int) -> int:
         """The index of this rank's device among the ``visible`` ones.
 
-        With one device per task (``srun --gpus-per-task=1``) each rank has a device 0 of its own; with all devices visible, a rank takes the
-        one of its local rank.
+        With one device per task (``srun --gpus-per-task=1``) each rank has a device 0 of its own; with all devices
+        visible, a rank takes the one of its local rank.
 
         Raises:
             PlacementError: no device is visible, or one launcher has started more ranks here than there are devices.
@@ -65,16 +66,16 @@ class Placement:
         if self.local_rank >= visible:
             raise PlacementError(
                 f"local rank {self.local_rank} has no device: {visible} visible on {socket.gethostname()}, "
-                f"{self.local_world_size} ranks there (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); "
-                f"start at most {visible} per machine (torchrun --nproc-per-node, deepspeed --num_gpus), or show more devices"
+                f"{self.local_world_size} ranks there (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); start at "
+                f"most {visible} per machine (torchrun --nproc-per-node, deepspeed --num_gpus), or show more devices"
             )
         return self.local_rank
 
     def export(self) -> None:
         """Set the variables that torch, DeepSpeed and accelerate read, for this process and its children.
 
-        They use ``LOCAL_RANK`` as the index of the device, so that is its value where each task sees a single device. :func:`find` in this
-        process still returns the local rank.
+        They use ``LOCAL_RANK`` as the index of the device, so that is its value where each task sees a single device.
+        :func:`find` in this process still returns the local rank.
 
         Raises:
             PlacementError: there is no device for this rank.
@@ -107,7 +108,8 @@ def exported() -> Placement | None:
 def find(environ: Mapping[str, str] | None = None) -> Placement:
     """The placement of this process: see [Note: Placement].
 
-    Under ``mpirun`` all ranks have to call it, since they exchange the address of rank 0; otherwise it only reads the environment.
+    Under ``mpirun`` all ranks have to call it, since they exchange the address of rank 0; otherwise it only reads the
+    environment.
 
     Raises:
         PlacementError: the variables contradict each other, or one is missing.
@@ -125,8 +127,8 @@ def find(environ: Mapping[str, str] | None = None) -> Placement:
         return _from_variables(found)  # raises, naming what is missing
     if found.integer("SLURM_NTASKS", default=1) > 1:
         raise found.error(
-            f"this SLURM job has {found.text('SLURM_NTASKS')} tasks, but the program was started without srun and would run once; put "
-            "srun before it (or torchrun, deepspeed, mpirun), or set SLURM_NTASKS=1 for a single process"
+            f"this SLURM job has {found.text('SLURM_NTASKS')} tasks, but the program was started without srun and would "
+            "run once; put srun before it (or torchrun, deepspeed, mpirun), or set SLURM_NTASKS=1 for a single process"
         )
     return Placement(0, 0, 1, 1, "127.0.0.1", _free_port(), "none")
 
@@ -135,12 +137,12 @@ def leave_process_group() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo releases the tensors that it sent a moment after they arrived, and needs the interpreter for it. If that has
-        # ended by then, the process aborts, and a successful run ends with an error.
+        # A thread of gloo releases the tensors that it sent a moment after they arrived, and needs the interpreter for
+        # it. If that has ended by then, the process aborts, and a successful run ends with an error.
         time.sleep(_GLOO_RELEASE_SECONDS)
 
 
-# ---- RANK and its relatives ------------------------------------------------------------------------------------------------
+# ---- RANK and its relatives -----------------------------------------------------------------------------------------
 
 
 def _from_variables(found: Environment) -> Placement:
@@ -150,8 +152,8 @@ def _from_variables(found: Environment) -> Placement:
     mpi = found.first("OMPI_COMM_WORLD_RANK"), found.first("OMPI_COMM_WORLD_SIZE")
     if None not in mpi and mpi != (rank, world):
         raise found.error(
-            f"RANK={rank} of WORLD_SIZE={world}, but mpirun calls this process {mpi[0]} of {mpi[1]}; unset RANK, LOCAL_RANK and "
-            "WORLD_SIZE before mpirun, or start another launcher without mpirun"
+            f"RANK={rank} of WORLD_SIZE={world}, but mpirun calls this process {mpi[0]} of {mpi[1]}; unset RANK, "
+            "LOCAL_RANK and WORLD_SIZE before mpirun, or start another launcher without mpirun"
         )
     if found.has("SLURM_STEP_ID") and not _under_mpirun(found):
         slurm = _from_slurm(found, check_world=False)
@@ -170,25 +172,25 @@ def _from_variables(found: Environment) -> Placement:
 
 
 def _started_by_srun(found: Environment, rank: int, world: int, slurm: Placement) -> bool:
-    """Whether srun started each rank and agrees, so that its variables are complete. Else it started launchers or a shell."""
+    """Whether srun started each rank, so that its variables are complete. Else it started launchers or a shell."""
     agents = found.first("GROUP_WORLD_SIZE", "CROSS_SIZE")
     if slurm.world_size == 1:
         return False  # a step of one task does not know other steps, nor the processes that were started in it
     if agents not in (None, slurm.world_size):
         raise found.error(
-            f"srun started {slurm.world_size} tasks, but the launcher in them counts {agents} machines; start torchrun or deepspeed "
-            "once per machine (srun --ntasks-per-node=1) and tell it of all of them (torchrun --nnodes=$SLURM_NNODES "
+            f"srun started {slurm.world_size} tasks, but the launcher in them counts {agents} machines; start torchrun "
+            "or deepspeed once per machine (srun --ntasks-per-node=1) and tell it of all of them (torchrun --nnodes=$SLURM_NNODES "
             "--rdzv-endpoint=...)"
         )
     if agents is None and (slurm.rank, slurm.world_size) != (rank, world):
         raise found.error(
-            f"RANK={rank} of WORLD_SIZE={world}, but srun calls this process {slurm.rank} of {slurm.world_size}; sbatch carries the "
-            "variables of the shell into the job: unset RANK, LOCAL_RANK, WORLD_SIZE before it"
+            f"RANK={rank} of WORLD_SIZE={world}, but srun calls this process {slurm.rank} of {slurm.world_size}; sbatch "
+            "carries the variables of the shell into the job: unset RANK, LOCAL_RANK, WORLD_SIZE before it"
         )
     return agents is None
 
 
-# ---- srun ------------------------------------------------------------------------------------------------------------------
+# ---- srun -----------------------------------------------------------------------------------------------------------
 
 
 def _from_slurm(found: Environment, check_world: bool = True) -> Placement:
@@ -224,7 +226,7 @@ def _tasks_per_node(text: str) -> list[int]:
     return [int(n) for n, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", text) for _ in range(int(times or 1))]
 
 
-# ---- mpirun ----------------------------------------------------------------------------------------------------------------
+# ---- mpirun ---------------------------------------------------------------------------------------------------------
 
 
 def _under_mpirun(found: Environment) -> bool:
@@ -247,8 +249,8 @@ def _from_mpi(found: Environment) -> Placement:
     expected = found.first(*_MPI_SIZES)
     if placement.world_size != expected:
         raise found.error(
-            f"mpirun started {expected} processes, but mpi4py sees {placement.world_size}: it uses another MPI than the mpirun in the "
-            "PATH; load the MPI that mpi4py was installed for, or install mpi4py again"
+            f"mpirun started {expected} processes, but mpi4py sees {placement.world_size}: it uses another MPI than the mpirun "
+            "in the PATH; load the MPI that mpi4py was installed for, or install mpi4py again"
         )
     return placement
 
@@ -264,7 +266,8 @@ def _ask_mpi(address: str, port: int) -> Placement:
     address, port = world.bcast((address or host, port or _free_port()), root=0)
     placement = Placement(world.rank, local.rank, world.size, local.size, address, port, "mpirun")
     if ours:
-        MPI.Finalize()  # at exit it would wait for all ranks, and one that failed would keep mpirun from ending the others
+        # At exit it would wait for all ranks, and one that failed would keep mpirun from ending the others.
+        MPI.Finalize()
     return placement
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stopping without loss when the scheduler asks for it.
 
-[Note: Preemption] A scheduler that wants a machine back sends a signal and kills some time later. The signal may reach one rank or all, once or
-several times, and at different steps of different ranks: if one rank acted on it alone, the others would wait for it. So the handler only
-remembers it. At the end of each step the ranks compare what they received, in one all-reduce of one number, and all act in the same step: save,
-and exit with :data:`PREEMPTED`, which tells a job script to queue the run again.
+[Note: Preemption] A scheduler that wants a machine back sends a signal and kills some time later. The signal may reach
+one rank or all, once or several times, and at different steps of different ranks: if one rank acted on it alone, the
+others would wait for it. So the handler only remembers it. At the end of each step the ranks compare what they
+received, in one all-reduce of one number, and all act in the same step: save, and exit with :data:`PREEMPTED`, which
+tells a job script to queue the run again.
 
-Schedulers send their signals to helper processes as well, whose death would end the step at once: see :func:`ignore_signals`.
+Schedulers send their signals to helper processes as well, whose death would end the step at once: see
+:func:`ignore_signals`.
 """
 
 import os
@@ -39,8 +41,8 @@ class Preemption:
         sys.exit(preemption.end())
 
     Args:
-        signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which ``scancel``, ``scontrol
-            requeue``, preemption and most other schedulers send.
+        signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which
+            ``scancel``, ``scontrol requeue``, preemption and most other schedulers send.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
@@ -52,9 +54,9 @@ class Preemption:
         }
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop by now: the same answer on every rank. Call it on all ranks, after a step.
+        """Whether any rank was asked to stop by now: the same answer on every rank.
 
-        One all-reduce of one int64; none once the answer is yes, or with one rank.
+        Call it on all ranks, after a step. One all-reduce of one int64; none once the answer is yes, or with one rank.
         """
         if self._agreed is None:
             self._agreed = self._received_by_any_rank()
@@ -68,9 +70,10 @@ class Preemption:
         return "" if self._agreed is None else self._agreed.name
 
     def end(self) -> int:
-        """Return the exit code, :data:`PREEMPTED` or 0, and ignore all signals from now on. The last call of a program.
+        """Return the exit code, :data:`PREEMPTED` or 0, and ignore all signals from now on.
 
-        The first rank that ends makes launchers send SIGTERM to the others, and Python removes handlers long before a process is gone.
+        This is the last call of a program. The first rank that ends makes launchers send SIGTERM to the others, and
+        Python removes handlers long before a process is gone.
         """
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
@@ -109,9 +112,10 @@ class Preemption:
 
 
 def ignore_signals(worker: int, init: Callable[[int], None] | None = None) -> None:
-    """A ``worker_init_fn`` of a training `torch.utils.data.DataLoader`: the step that the workers load for is still to be done.
+    """A ``worker_init_fn`` of a `torch.utils.data.DataLoader` for training.
 
-    torch lets workers die of a SIGTERM that is not their parent's, and the parent of that. They end with their parent anyway.
+    The step that the workers load for is still to be done. torch lets workers die of a SIGTERM that is not their
+    parent's, and the parent of that. They end with their parent anyway.
 
     Args:
         worker: index of the worker.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The speed of all-reduce, in the terms of nccl-tests.
 
-Algorithm bandwidth is bytes per second. Bus bandwidth is that times 2 (n - 1) / n for n ranks, which is what each rank sends in a ring: it
-can be compared with the hardware, whatever the number of ranks.
+Algorithm bandwidth is bytes per second. Bus bandwidth is that times 2 (n - 1) / n for n ranks, which is what each rank
+sends in a ring: it can be compared with the hardware, whatever the number of ranks.
 """
 
 import time

@@ -24,7 +24,7 @@ SHARED_SECONDS = 30.0
 
 
 def check_nvme(path: str) -> Iterator[Finding]:
-    """Space, filesystem and speed of the folder for ``grass.offload.nvme_path``, measured with a file that is removed again.
+    """Space, filesystem and speed of the folder for ``grass.offload.nvme_path``; the file for it is removed again.
 
     Raises:
         GrassConfigError: training would refuse the folder.

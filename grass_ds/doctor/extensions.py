@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's C++ extensions: compiled, to be compiled when first used, or impossible. Nothing is compiled here.
 
-[Note: Build locks] torch compiles an extension under a file ``lock`` in its folder and removes it afterwards. A build that was killed
-leaves it behind, and every later start waits for it for ever, without a message.
+[Note: Build locks] torch compiles an extension under a file ``lock`` in its folder and removes it afterwards. A build
+that was killed leaves it behind, and every later start waits for it for ever, without a message.
 """
 
 import os

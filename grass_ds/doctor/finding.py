@@ -12,7 +12,7 @@ OK, WARN, FAIL = "ok", "warn", "FAIL"
 
 @dataclass(frozen=True)
 class Finding:
-    """``status`` is :data:`OK`, :data:`WARN` (training works, though not as well as it could) or :data:`FAIL` (it would not)."""
+    """``status``: :data:`OK`, :data:`WARN` (training works, but not as well as it could), :data:`FAIL`."""
 
     check: str
     status: str

@@ -40,7 +40,7 @@ def no_contact(placement: Placement, reason: str) -> Finding:
         f"rank {placement.rank} of {placement.world_size} on {socket.gethostname()}, with rank 0 at "
         f"{placement.master_addr}:{placement.master_port}: {reason}",
         "look for ranks that wrote nothing or another message; name the network interface between the machines "
-        "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; see `ip address`); try NCCL_IB_DISABLE=1; NCCL_DEBUG=INFO shows more",
+        "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; see `ip address`); try NCCL_IB_DISABLE=1, NCCL_DEBUG=INFO",
     )
 
 

@@ -20,7 +20,7 @@ LIMIT, INTERVAL, WORLD = 1.5, 0.25, 3
 SLACK = 10.0  # processors may be busy with other tests; nobody waits for it who is in time
 
 
-# ---- the decision --------------------------------------------------------------------------------------------------------
+# ---- the decision ---------------------------------------------------------------------------------------------------
 
 
 def test_silence_is_counted_in_rounds_from_the_last_sign() -> None:
@@ -61,7 +61,7 @@ def test_times_out_of_range(arguments: dict[str, float], message: str) -> None:
         Heartbeat(**arguments)
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------------
+# ---- processes ------------------------------------------------------------------------------------------------------
 
 
 def _rank(channel: Channel, stderr: Path) -> None:

@@ -13,36 +13,29 @@ import pytest
 from grass_ds.cluster import placement
 from grass_ds.cluster.placement import Placement, PlacementError, find
 
-MASTER = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-RANK_3_OF_4 = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MASTER}
-TORCHRUN = {
-    **RANK_3_OF_4,
-    "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "1",
-    "GROUP_WORLD_SIZE": "2",
-    "TORCHELASTIC_RUN_ID": "7",
-}
-DEEPSPEED = {**RANK_3_OF_4, "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
+
+def variables(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
+
+
+MASTER = variables("MASTER_ADDR=n1 MASTER_PORT=29500")
+RANK_3_OF_4 = variables("RANK=3 LOCAL_RANK=1 WORLD_SIZE=4") | MASTER
+TORCHRUN = RANK_3_OF_4 | variables("LOCAL_WORLD_SIZE=2 GROUP_RANK=1 GROUP_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=7")
+DEEPSPEED = RANK_3_OF_4 | variables("LOCAL_SIZE=2 CROSS_RANK=1 CROSS_SIZE=2")
 # As in the batch script of a job of 2 machines x 2 tasks, and in its second task on the second machine.
-BATCH = {
-    "SLURM_JOB_ID": "123", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_TASKS_PER_NODE": "2(x2)",
-}  # fmt: skip
-SRUN = {
-    **BATCH, "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
-}  # fmt: skip
-PER_MACHINE = {
-    **SRUN,
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-}
-ONE_TASK = {
-    **SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-    "SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "1",
-}  # fmt: skip
+BATCH = variables(
+    "SLURM_JOB_ID=123 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=4 SLURM_NNODES=2 "
+    "SLURM_JOB_NODELIST=gpu[07-08] SLURM_TASKS_PER_NODE=2(x2)"
+)
+SRUN = BATCH | variables(
+    "SLURM_STEP_ID=1 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NODELIST=gpu[07-08] SLURM_STEP_TASKS_PER_NODE=2(x2) "
+    "SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NODEID=1"
+)
+PER_MACHINE = SRUN | variables("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=1 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1(x2)")
+ONE_TASK = SRUN | variables(
+    "SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_STEP_NODELIST=gpu07 "
+    "SLURM_STEP_TASKS_PER_NODE=1"
+)
 SLURM_PORT = 20000 + 16 * 123 + 1
 
 FOUND = {
@@ -117,8 +110,15 @@ def test_contradictions_show_what_was_seen(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("nodelist", "host"),
-    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[07-09,12],big1", "gpu07"), ("big1,gpu[07-09]", "big1"), ("r[1-2]n[03,05]", "r1n03"), ("a-[2]b", "a-2b")],
-)  # fmt: skip
+    [
+        ("n1", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[07-09,12],big1", "gpu07"),
+        ("big1,gpu[07-09]", "big1"),
+        ("r[1-2]n[03,05]", "r1n03"),
+        ("a-[2]b", "a-2b"),
+    ],
+)
 def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
     assert placement.first_host(nodelist) == host
 
