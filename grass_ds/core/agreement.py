@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Making sure that all ranks decided alike.
 
-Ranks that train different layers mix their gradients without any error from the communication library. So what a decision was made of
-is compared across ranks before it is acted on, and every rank stops when it differs anywhere.
+Ranks that train different layers mix their gradients without any error from the communication library. So what a
+decision was made of is compared across ranks before it is acted on, and every rank stops when it differs anywhere.
 """
 
 import hashlib
@@ -40,10 +40,11 @@ def check_ranks_agree(
     largest, smallest = mine[: len(fingerprint)].tolist(), (-mine[len(fingerprint) :]).tolist()
     if largest != smallest:
         differing = [name for name, low, high in zip(fields, smallest, largest, strict=False) if low != high]
+        names = f" ({', '.join(differing)})" if differing else ""
         raise RankDivergenceError(
-            f"ranks disagree on {what}{' (' + ', '.join(differing) + ')' if differing else ''}; no layer was switched and training stops on every rank. Ranks must run the same code with the "
-            f'same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; over all ranks the values '
-            f"range from {smallest} to {largest}."
+            f"ranks disagree on {what}{names}; no layer was switched and training stops on every rank. Ranks must run the "
+            f'same code with the same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; '
+            f"over all ranks the values range from {smallest} to {largest}."
         )
 
 
@@ -67,10 +68,12 @@ class Fallible(Protocol):
 def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible | None = None) -> Iterator[None]:
     """Do what may fail on one rank alone inside, without collectives: if it does, every rank raises at the end.
 
-    Nobody waits in a collective for a rank that has given up. One all-reduce of one int64; the messages are exchanged only if a rank failed.
+    Nobody waits in a collective for a rank that has given up. One all-reduce of one int64; the messages are exchanged
+    only if a rank failed.
 
     Args:
-        source: what has failed in a thread counts, too; and if it cannot fail on one rank alone, nothing crosses ranks.
+        source: what has failed in a thread counts, too; and if it cannot fail on one rank alone, nothing crosses
+            ranks.
 
     Raises:
         Exception: the error itself, on a rank that holds one.

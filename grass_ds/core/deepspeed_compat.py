@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every private name of DeepSpeed that grass_ds relies on, checked at import; and what differs between its releases.
 
-DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented names are used. They are listed here and
-nowhere else; ``tests/core/test_deepspeed_compat.py`` checks what they do. When a release changes one, importing ``grass_ds`` says which.
+DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented names are used. They are listed here
+and nowhere else; ``tests/core/test_deepspeed_compat.py`` checks what they do. When a release changes one, importing
+``grass_ds`` says which.
 
 Modules of grass_ds import from ``deepspeed`` itself only what its documentation shows: ``initialize``, ``comm``,
 ``get_accelerator``, ``logger`` and ``log_dist``.
@@ -95,7 +96,7 @@ OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
 # ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
 LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
 COORDINATOR = (
-    "_PartitionedParameterCoordinator__params_to_release",  # a private method behind a cache, see forget_releases()
+    "_PartitionedParameterCoordinator__params_to_release",  # private and cached, see clear_release_cache()
     "_clear_trace_structures",
     "_invalidate_trace",
     "is_complete_trace",
@@ -155,7 +156,8 @@ MODULE_NAMES = {
 
 
 def silence_renamed_collectives() -> None:
-    """Keep torch from warning every user of two collectives that DeepSpeed calls: torch 2.13 and 2.14 call their names deprecated.
+    """Keep torch from warning every user of two collectives that DeepSpeed calls: torch 2.13 and 2.14 call their names
+    deprecated.
 
     DeepSpeed 0.19.8 knows no other names, and users cannot choose one.
     """
@@ -218,32 +220,33 @@ def check() -> None:
     if missing := missing_names():
         wanted = f"deepspeed{RANGES['deepspeed']}"
         raise ImportError(
-            f"grass_ds needs names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. They are in {wanted}: "
-            f"pip install '{wanted}'"
+            f"grass_ds needs names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. "
+            f"They are in {wanted}: pip install '{wanted}'"
         )
 
 
 check()
 
-from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
-from deepspeed.pipe import PipelineModule  # noqa: E402
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
-from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
-from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT  # noqa: E402
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
-from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # noqa: E402
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
-from deepspeed.utils import zero_to_fp32  # noqa: E402
-from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
-from deepspeed.utils.torch import register_grad_hook  # noqa: E402
+# Imported after the check, which names what is missing; other modules import these names from here.
+from deepspeed.checkpoint import constants as checkpoint_keys
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.utils import count_used_parameters_in_backward
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import zero_to_fp32
+from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.torch import register_grad_hook
 
-# ---- what older releases lack -------------------------------------------------------------------------------------------
+# ---- what older releases lack ---------------------------------------------------------------------------------------
 
 
 try:
@@ -286,29 +289,32 @@ def unregister_host_memory(address: int) -> None:
 def waits_for_all_gathers() -> bool:
     """Whether ``GatheredParameters`` hands out weights that have arrived.
 
-    Before 0.19.8 it waits for the last of its gathers alone. On a device stream the others are done by then; over gloo they need not be,
-    and what is read (``save_16bit_model()`` reads so) may be garbage. The code is asked, since releases can be patched.
+    Before 0.19.8 it waits for the last of its gathers alone. On a device stream the others are done by then; over gloo
+    they need not be, and what is read (``save_16bit_model()`` reads so) may be garbage. The code is asked, since
+    releases can be patched.
     """
     if get_accelerator().device_name() != "cpu":
         return True
     return "launch_handles[-1].wait()" not in inspect.getsource(Init._allgather_params_coalesced)
 
 
-# ---- tricks -------------------------------------------------------------------------------------------------------------
+# ---- tricks ---------------------------------------------------------------------------------------------------------
 
 
-def forget_releases() -> None:
-    """Let ZeRO-3 decide anew which weights to release after which module.
+def clear_release_cache() -> None:
+    """Clear ZeRO-3's cache of which weights to release after which module.
 
-    It decides by the trace of modules, but remembers every decision for the life of the process, whatever becomes of that trace.
+    The cache belongs to the class and never expires: after a new trace its entries are wrong, and they keep models
+    alive. The cached method is wrapped, so its ``cache_clear`` is reachable only as a non-local variable of the
+    wrapper.
     """
-    decide = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in decide.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+    wrapper = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for value in inspect.getclosurevars(wrapper).nonlocals.values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
-def untraced(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
+def without_trace(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
     """Another coordinator of the same weights, which has seen no pass yet. Weights on their way belong to both."""
     fresh = copy.copy(coordinator)
     if not fresh.is_invalid_trace():
@@ -320,8 +326,8 @@ def untraced(coordinator: PartitionedParameterCoordinator) -> PartitionedParamet
 def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
     """Take ZeRO-3's hooks off the model.
 
-    Its own ``destroy()`` leaves two functions on every module, which the next engine on this model takes for its own: the backward
-    pass would gather by the coordinator of the engine that is gone.
+    Its own ``destroy()`` leaves two functions on every module, which the next engine on this model takes for its own:
+    the backward pass would gather by the coordinator of the engine that is gone.
     """
     offload.destroy()
     for module in offload.module.modules():
@@ -332,34 +338,3 @@ def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
 def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
     """Tell ``engine`` that its model is compiled, as its own ``compile()`` does: ``is_compiled`` answers by it."""
     engine._is_compiled, engine._compile_mode, engine._compile_kwargs = True, "model", dict(compile_kwargs)
-
-
-__all__ = [
-    "AIO_DEFAULT_DICT",
-    "BFLOAT16",
-    "ZERO_OPTIMIZATION",
-    "DeepSpeedConfigError",
-    "DeepSpeedConfigModel",
-    "DeepSpeedEngine",
-    "DeepSpeedZeRoOffload",
-    "PipelineModule",
-    "TorchCheckpointEngine",
-    "ZeROOptimizer",
-    "ZeroParamStatus",
-    "checkpoint_keys",
-    "count_used_parameters_in_backward",
-    "create_loss_scaler",
-    "forget_releases",
-    "fragment_address",
-    "get_native_pinned_memory",
-    "load_ds_config",
-    "mark_compiled",
-    "register_grad_hook",
-    "register_host_memory",
-    "remove_zero3_hooks",
-    "sequence_parallel_size",
-    "unregister_host_memory",
-    "untraced",
-    "waits_for_all_gathers",
-    "zero_to_fp32",
-]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``engine.grass``: what a layer-sampled run can be asked."""
+"""``engine.grass``: the state of a layer-sampled run."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from grass_ds.zero.optimizer import GrassZeroOptimizer
 
 
 class GrassHandle:
-    """Read-only view of the sampler, of memory and of checkpoints, plus the sampler's state.
+    """Read-only view of the sampler, of memory and of checkpoints; saves and loads the sampler's state.
 
     Attributes:
-        writer: of the engine's checkpoints; the engine sets it.
+        writer: writes the engine's checkpoints; set by the engine.
     """
 
     writer: CheckpointWriter | None = None
@@ -54,13 +54,13 @@ class GrassHandle:
         return self._controller.visits
 
     def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
-        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``, and
-        ``"nvme"`` for optimizer state in files.
+        """Bytes on this rank by category and device: ``{"weights" | "gradients" | "optimizer_state": {"device",
+        "host"}}``, and ``"nvme"`` for optimizer state in files.
 
         Args:
-            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of optimizer
-                state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel`` with Adam) or, with
-                ``residency: period``, that of the active layers.
+            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of
+                optimizer state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel``
+                with Adam) or, with ``residency: period``, that of the active layers.
         """
         weights = self._weights()
         store, reducer = self._optimizer.store, self._optimizer.reducer

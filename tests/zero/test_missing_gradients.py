@@ -12,7 +12,7 @@ from helpers.tiered import tiered
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grass_ds.zero.norms import MissingGradientError
+from grass_ds.zero.step import MissingGradientError
 
 pytestmark = pytest.mark.dist
 
