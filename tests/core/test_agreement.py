@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that would decide differently stop, all of them, at the start or at the next draw, before anything is switched."""
+"""Ranks fail together: when one of them fails, and when they would decide differently, before anything is switched."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.traffic import Collectives
 from torch import nn
 
-from grass_ds.core.agreement import RankDivergenceError, check_ranks_agree, digest
+from grass_ds.core.agreement import (
+    RankDivergenceError,
+    RankFailedError,
+    check_ranks_agree,
+    digest,
+    gather_from_ranks,
+    raise_on_all_ranks,
+)
 
 HANG = 60.0  # seconds
 
@@ -58,6 +68,98 @@ def test_a_difference_on_one_rank_raises_on_every_rank(two_ranks: Any, first: li
 @pytest.mark.dist
 def test_one_rank_agrees_with_itself(one_rank: Any) -> None:
     assert one_rank.run(compare, values=[[7]], timeout=HANG) == [None]
+
+
+# ---- failing together -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Something that moves state in threads."""
+
+    fallible: bool = True
+    error: BaseException | None = None
+
+
+def outcome(action: Callable[[], Any]) -> Any:
+    """What ``action`` returns, or the type and message of what it raises; and the number of collectives."""
+    with Collectives() as sent:
+        try:
+            result = action()
+        except Exception as error:
+            result = (type(error), str(error))
+    return result, len(sent.calls)
+
+
+def fail_inside(failing: dict[int, Exception], source: Source | None) -> Any:
+    def action() -> str:
+        with raise_on_all_ranks(None, "cpu", source):
+            if rank() in failing:
+                raise failing[rank()]
+        return "done"
+
+    return outcome(action)
+
+
+def fail_in_thread(failing: int) -> Any:
+    source = Source(error=OSError("disk") if rank() == failing else None)
+    return fail_inside({}, source)
+
+
+def gather(failing: dict[int, Exception]) -> Any:
+    def task() -> dict[str, Any]:
+        if rank() in failing:
+            raise failing[rank()]
+        return {"rank": rank(), "tensor": torch.full((rank(),), 1.0)}
+
+    return outcome(lambda: gather_from_ranks(task))
+
+
+FAIL = {"block": fail_inside, "gather": gather}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", FAIL)
+@pytest.mark.parametrize(
+    ("error", "elsewhere"), [(OSError("disk"), RankFailedError), (ValueError("a mistake"), ValueError)]
+)
+def test_an_error_of_one_rank_is_raised_on_all(two_ranks: Any, way: str, error: Exception, elsewhere: type) -> None:
+    more = {"source": None} if way == "block" else {}
+    for failing in (0, 1):
+        results = two_ranks.run(FAIL[way], failing={failing: error}, timeout=HANG, **more)
+        assert results[failing][0] == (type(error), str(error))
+        assert results[1 - failing][0] == (elsewhere, f"rank {failing} failed: {error}")
+
+
+@pytest.mark.dist
+def test_of_several_errors_each_rank_raises_its_own_and_others_the_lowest_ranks(four_ranks: Any) -> None:
+    failing = {1: OSError("one"), 3: ValueError("three")}
+    own = {number: (type(error), str(error)) for number, error in failing.items()}
+    expected = [own.get(number, (RankFailedError, "rank 1 failed: one")) for number in range(4)]
+    for way, more in (("block", {"source": None}), ("gather", {})):
+        results = four_ranks.run(FAIL[way], failing=failing, timeout=HANG, **more)
+        assert [result for result, _ in results] == expected
+
+
+@pytest.mark.dist
+def test_an_error_in_a_thread_counts(two_ranks: Any) -> None:
+    first, second = two_ranks.run(fail_in_thread, failing=1, timeout=HANG)
+    assert (first[0], second[0]) == ((RankFailedError, "rank 1 failed: disk"), (OSError, "disk"))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("source", "collectives"), [(None, 1), (Source(), 1), (Source(fallible=False), 0)])
+def test_success_costs_one_all_reduce_where_a_rank_can_fail_alone(
+    two_ranks: Any, source: Source | None, collectives: int
+) -> None:
+    assert two_ranks.run(fail_inside, failing={}, source=source, timeout=HANG) == [("done", collectives)] * 2
+
+
+@pytest.mark.dist
+def test_results_are_gathered_in_rank_order(four_ranks: Any) -> None:
+    for result, _ in four_ranks.run(gather, failing={}, timeout=HANG):
+        assert [each["rank"] for each in result] == [0, 1, 2, 3]
+        assert [each["tensor"].tolist() for each in result] == [[1.0] * number for number in range(4)]
 
 
 # ---- at the start ---------------------------------------------------------------------------------------------------------
