@@ -2,6 +2,7 @@
 """What makes up a run at one step, and where two runs differ. Run inside a rank."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,26 @@ def fp16_allowed() -> Iterator[None]:
         yield
     finally:
         accelerator.is_fp16_supported = had
+
+
+@contextmanager
+def logged(part: str = "", level: int = logging.WARNING) -> Iterator[list[str]]:
+    """The messages with ``part`` that DeepSpeed's logger shows inside."""
+    from deepspeed.utils import logger
+
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if part in record.getMessage():
+                messages.append(record.getMessage())
+
+    collector = Collector(level)
+    logger.addHandler(collector)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from unittest import mock
 import torch
 from torch import nn
 
+from helpers import rounding
+
 # What global_squares() returns, by the units' names; None if it is not finite.
 Squares = tuple[dict[str, float], ...] | None
 
@@ -98,22 +100,17 @@ def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squ
 def norms_apart(two: dict[str, Any], three: dict[str, Any]) -> list[Any]:
     """Where two runs' squared norms of a unit differ by more than the rounding of their sums.
 
-    They are sums of squares, so that nothing cancels: the relative error is at most the number of roundings on the way of a term, times
-    the unit roundoff. These are a product and up to n - 1 sums over a shard of n elements, a root and a square, and world - 1 sums over
-    ranks; and for the second of two micro-steps one more.
-
     Args:
         two, three: ``measured`` as :func:`same_arithmetic` yields it, and ``shards``: unit -> elements on a rank.
     """
-    roundoff, found = torch.finfo(torch.float32).eps / 2, []
-    others = 2 * (torch.distributed.get_world_size() + 3)
+    found, world = [], torch.distributed.get_world_size()
     for step, (theirs, mine) in enumerate(zip(two["measured"], three["measured"], strict=True)):
         if theirs is None or mine is None:  # overflow
             found += [] if theirs is mine else [(step, theirs, mine)]
             continue
         for one, other in zip(theirs, mine, strict=True):
             for unit, square in one.items():
-                roundings = two["shards"][unit] + three["shards"][unit] + others
-                if not math.isclose(square, other[unit], rel_tol=roundings * roundoff):
+                of_norms = sum(rounding.of_norm(run["shards"][unit], world, micro_steps=2) for run in (two, three))
+                if not math.isclose(square, other[unit], rel_tol=2 * of_norms):
                     found.append((step, unit, square, other[unit]))
     return found

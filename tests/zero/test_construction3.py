@@ -81,7 +81,7 @@ def from_folder(config: dict[str, Any], folder: Path) -> nn.Module:
         del alive
     for buffer in model.buffers():
         buffer.data = buffer.data.to(model.dtype)  # DeepSpeed does so for models that come whole
-    with gathered(model):
+    with gathered(model.parameters()):
         saved = tiny_llama(seed=5).to(model.dtype).state_dict()
         assert difference(saved, {name: tensor.clone() for name, tensor in model.state_dict().items()}) is None
     return model

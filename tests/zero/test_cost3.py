@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.live import LiveBytes, hooks_on, settle
-from helpers.models import engine_of, train
+from helpers.models import engine_of, loss_of, train
 from helpers.small import HIDDEN, LAYERS, PERIOD, STEP_COUNT, WORLD, model_for, width
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
@@ -28,7 +28,6 @@ from helpers.zero3 import (
     from_shards,
     layers_in,
     part,
-    run_forward,
     shard,
     state_bytes,
     status,
@@ -60,7 +59,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             for micro in range(engine.gradient_accumulation_steps()):
                 if micro:
                     engine.step()
-                loss = run_forward(engine, step, micro)
+                loss = loss_of(engine, step, micro)
                 with Collectives() as sent:
                     engine.backward(loss)
                 record["reduced"].append([call for call in sent.calls if call[0] != "allgather_base"])
@@ -142,7 +141,7 @@ def watch_gradient_peak(config: dict[str, Any], probe: bool, sizes: set[int]) ->
                 for micro in range(engine.gradient_accumulation_steps()):
                     if micro:
                         engine.step()
-                    engine.backward(run_forward(engine, 0, micro))
+                    engine.backward(loss_of(engine, 0, micro))
         finally:
             comm.reduce_scatter_tensor = stock
         return live.peak

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import rounding
 from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train, unit_groups
 from helpers.observed import difference, fp16_allowed
 from helpers.tiered import tiered
@@ -142,15 +143,13 @@ def run(case: Case, grass: dict[str, Any], norms: Sequence[float] = ()) -> dict[
 def rounding_of_norms(model: nn.Module, world: int) -> float:
     """How far two correct norms of one gradient may be apart, as part of them.
 
-    All terms are squares, so that nothing cancels: a sum's relative error is at most the number of roundings on the way of a term, times
-    the unit roundoff. Ours: a product and up to n - 1 sums over a unit's shard of n elements, a root and a square, world - 1 sums over
-    ranks; the root over all units halves them. Stock's, after sums in float64: a rounding to float32, world - 1 sums over ranks and a
-    root, then a square, sums over the groups and a root. A rank, a layer or a projection left out changes the norm by far more.
+    Ours is a float32 sum over each unit's shard. Stock's, after sums in float64, rounds to float32, sums over ranks, takes a
+    root and a square, sums over the groups and takes a root. A rank, a layer or a projection left out changes the norm by
+    far more.
     """
     units = [sum(param.numel() for param in group["params"]) for group in unit_groups(model)]
-    ours = (max(units) / world + world + 3) / 2
-    stock = world + len(units) + 4
-    return (ours + stock) * torch.finfo(torch.float32).eps / 2
+    stock = (world + len(units) + 4) * rounding.ROUNDOFF
+    return rounding.of_norm(max(units) // world + 1, world, micro_steps=2) + stock
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,18 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from helpers import rounding
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, split_groups, tiny_llama, train
+from helpers.models import (
+    backward,
+    batch,
+    cyclic,
+    ds_config,
+    engine_of,
+    grass_block,
+    snapshot,
+    split_groups,
+    tiny_llama,
+    train,
+)
 from torch import nn
 
 pytestmark = pytest.mark.dist
@@ -27,15 +38,6 @@ pytestmark = pytest.mark.dist
 HIDDEN = 24
 RESTING, ACTIVE, NEVER = 0, 1, 2  # layers, after one step of the ascending cycle
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def cyclic(**settings: Any) -> dict[str, Any]:
-    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=1, **settings)
-
-
-def backward(engine: Any, step: int) -> None:
-    ids = batch(step, 0, engine.global_rank)
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
 
 
 def plain_gradients(

@@ -9,7 +9,18 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed import utils
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, split_groups, tiny_llama, train
+from helpers.models import (
+    backward,
+    batch,
+    cyclic,
+    ds_config,
+    engine_of,
+    layer_of,
+    snapshot,
+    split_groups,
+    tiny_llama,
+    train,
+)
 from helpers.same_arithmetic import same_arithmetic
 from torch import nn
 
@@ -23,13 +34,7 @@ FROZEN = "model.layers.3.mlp.up_proj.weight"  # by the user
 
 
 def config_of(stage: int, lr: float = 1e-2, dtype: str = "fp32", **settings: Any) -> dict[str, Any]:
-    block = grass_block(**{"sampler": "cyclic", "cyclic_order": "ascending", "sample_period": 1, **settings})
-    return ds_config(stage=stage, dtype=dtype, lr=lr, grass=block)
-
-
-def backward(engine: Any, step: int) -> None:
-    ids = batch(step, 0, engine.global_rank)
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    return ds_config(stage=stage, dtype=dtype, lr=lr, grass={**cyclic(), **settings})
 
 
 def built(config: dict[str, Any]) -> Any:
@@ -37,10 +42,6 @@ def built(config: dict[str, Any]) -> Any:
     model = tiny_llama(hidden=HIDDEN)
     model.get_parameter(FROZEN).requires_grad_(False)
     return engine_of(copy.deepcopy(config), model, model_parameters=split_groups(model))
-
-
-def layer_of(name: str) -> int | None:
-    return int(name.split(".")[2]) if ".layers." in name else None
 
 
 # ---- full tensors, as in ZeRO-2 -----------------------------------------------------------------------------------------

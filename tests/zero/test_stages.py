@@ -26,6 +26,7 @@ from helpers.models import (
     split_groups,
     tiny_llama,
     train,
+    without_optimizer,
 )
 from helpers.observed import difference, fp16_allowed, observe
 from helpers.same_arithmetic import Squares, norms_apart, same_arithmetic
@@ -213,9 +214,8 @@ def test_norm_and_clipping_are_those_of_the_whole_gradient_of_the_active_layers(
 ) -> None:
     clip, lr = 0.05, 10.0
     config = ds_config(stage=3, gas=gas, clip=clip, grass=sampled("grass"), zero_optimization=RELEASED)
-    del config["optimizer"]
-    config["zero_allow_untested_optimizer"] = True
-    for found in request.getfixturevalue(pool).run(follow_plain_gradients, config=config, clip=clip, lr=lr):
+    arguments = {"config": without_optimizer(config), "clip": clip, "lr": lr}
+    for found in request.getfixturevalue(pool).run(follow_plain_gradients, **arguments):
         assert found["counts"] == [4, 4] + [2] * 6
         assert found["norm"] <= 1
         assert found["step"] <= 1
