@@ -125,7 +125,7 @@ class GradientReducer:
         flats = sum(p.flat.nbytes for p in self._pending.values() if p.flat is not None)
         return flats + sum(shard.nbytes for shard in self.shards.values())
 
-    def arrive(self, unit: Unit, slot: int, param: nn.Parameter, reduce_now: bool) -> None:
+    def add_gradient(self, unit: Unit, slot: int, param: nn.Parameter, reduce_now: bool) -> None:
         """Move ``param.grad`` into its unit's flat buffer, then reduce what is complete if ``reduce_now``."""
         grad, param.grad = param.grad, None
         pending = self._pending.get(unit)

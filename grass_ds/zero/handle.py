@@ -90,7 +90,7 @@ class GrassHandle:
         return None if self.writer is None else self.writer.report
 
     def wait_for_checkpoint(self) -> None:
-        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for those who are handed the optimizer alone."""
+        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for code that has the optimizer only."""
         if self.writer is not None:
             self.writer.wait()
 

@@ -59,7 +59,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self.dp_process_group = reduce_settings.group
         self.grass: Any = None
         self._saving = False
-        self._is_training_step = False  # whether the schedule counts the last step
+        self._counts_in_schedule = False  # the last step; False for a skipped or discarded one
         self._layer_rms: dict[int, float] | None = None
         layout = digest([(u.name, u.param_names, [tuple(whole_shape(p)) for p in u.params]) for u in units])
         check_ranks_agree([layout], "the layers and param groups", self.dp_process_group, self.device)
@@ -89,7 +89,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
             refresh = self.should_refresh_expected_hook_count()
             self.reenter_backward_if_needed()
             self.store.trace.begin("backward")
-            self.reducer.arrive(unit, slot, param, self._reduces_now())
+            self.reducer.add_gradient(unit, slot, param, self._reduces_now())
             expected = self._max_expected_hooks_seen
             if refresh:
                 expected = deepspeed_compat.count_used_parameters_in_backward(
@@ -127,8 +127,8 @@ class GrassZeroOptimizer(OptimizerWrapper):
             discarded = not self.reducer.micro_steps
             if not discarded:
                 self._measure(squares, finite, scale)
-            self._is_training_step = finite and not discarded
-            self.overflow = not self._is_training_step or self.controller.phase is Phase.PROBE
+            self._counts_in_schedule = finite and not discarded
+            self.overflow = not self._counts_in_schedule or self.controller.phase is Phase.PROBE
             self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
             if not self.overflow:
                 clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
@@ -190,7 +190,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         Raises:
             RankDivergenceError: ranks would train different layers.
         """
-        if not self._is_training_step:
+        if not self._counts_in_schedule:
             return False
         before = self.controller.draws
         switch = self.controller.end_step(self._layer_rms)
@@ -240,8 +240,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         raise NotImplementedError
 
     def undo_assignments(self) -> None:
-        """Make the model compute with the engine's weights again after ``param.data = ...``, as DeepSpeed does after a
-        step.
+        """Restore the engine's weights in parameters that were assigned by ``param.data = ...``, as DeepSpeed does.
 
         Called on every rank at the end of every step.
         """
