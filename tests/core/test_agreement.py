@@ -220,18 +220,21 @@ def test_another_model_or_other_param_groups_on_one_rank_stop_all_ranks_at_the_s
 
 
 def nudge(controller: Any, what: str) -> None:
-    """Change what a decision is made of, as little as possible."""
-    importance = controller._importance
+    """Change the input of a decision, as little as possible."""
+    state = controller.state_dict()
+    importance, sampler = state["importance"], state["sampler_state"]
     if what == "scores":
-        importance.scores = (math.nextafter(importance.scores[0], 1.0), *importance.scores[1:])
+        first, *others = importance["scores"]
+        importance["scores"] = (math.nextafter(first, 1.0), *others)
     elif what == "measurements":
-        importance._sums[1] += 1e-6  # the last bit would be lost in the sum with the next measurement
+        importance["sums"][1] += 1e-6  # the last bit would be lost in the sum with the next measurement
     elif what == "generator":
-        torch.rand((), generator=controller._sampler._generator)
+        generator = torch.Generator().set_state(sampler["generator"])
+        torch.rand((), generator=generator)
+        sampler["generator"] = generator.get_state()
     elif what == "queue":
-        controller._sampler._queue.reverse()
-    else:
-        raise KeyError(what)
+        sampler["queue"].reverse()
+    controller.load_state_dict(state)
 
 
 def diverge(config: dict[str, Any], what: str, after: int, steps: int) -> dict[str, Any]:
