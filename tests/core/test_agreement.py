@@ -28,7 +28,7 @@ def rank() -> int:
     return torch.distributed.get_rank()
 
 
-# ---- the check itself -----------------------------------------------------------------------------------------------------
+# ---- the check itself -----------------------------------------------------------------------------------------------
 
 
 def test_digest_tells_values_apart_and_fits_the_comparison() -> None:
@@ -70,7 +70,7 @@ def test_one_rank_agrees_with_itself(one_rank: Any) -> None:
     assert one_rank.run(compare, values=[[7]], timeout=HANG) == [None]
 
 
-# ---- failing together -----------------------------------------------------------------------------------------------------
+# ---- failing together -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -162,7 +162,7 @@ def test_results_are_gathered_in_rank_order(four_ranks: Any) -> None:
         assert [each["tensor"].tolist() for each in result] == [[1.0] * number for number in range(4)]
 
 
-# ---- at the start ---------------------------------------------------------------------------------------------------------
+# ---- at the start ---------------------------------------------------------------------------------------------------
 
 
 def refused_at_start(config: dict[str, Any], model: nn.Module | None = None, **arguments: Any) -> str:
@@ -185,38 +185,35 @@ def test_another_grass_block_on_one_rank_stops_all_ranks_at_the_start(two_ranks:
         assert '"grass" block' in message
 
 
-def start_with_other_groups(how: str) -> str:
-    """One param group on rank 0; on rank 1 two of them, or one in another order, or one parameter frozen."""
-    model = tiny_llama()
+def start_with_other_model(how: str) -> str:
+    """On rank 1 the parameters are in two groups or in another order, one is frozen, or two matrices swap their
+    shapes.
+
+    The shapes have as many elements, so that only the comparison of the layout can tell.
+    """
+    model, split = tiny_llama(), 0
+    if rank() == 1 and how == "shapes":
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj, mlp.down_proj = mlp.down_proj, mlp.gate_proj
     parameters = list(model.parameters())
     if rank() == 1 and how == "order":
         parameters.reverse()
     if rank() == 1 and how == "frozen":
         model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
-    cut = 5 if rank() == 1 and how == "groups" else 0
-    groups = [{"params": parameters[cut:]}] + ([{"params": parameters[:cut]}] if cut else [])
+    if rank() == 1 and how == "groups":
+        split = 5
+    groups = [{"params": parameters[split:]}] + ([{"params": parameters[:split]}] if split else [])
     return refused_at_start(ds_config(grass=grass_block()), model, model_parameters=groups)
-
-
-def start_with_other_shapes() -> str:
-    """As many elements, in two matrices of other shape, so that only the comparison of the layout can tell."""
-    model = tiny_llama()
-    if rank() == 1:
-        mlp = model.model.layers[1].mlp
-        mlp.gate_proj, mlp.down_proj = mlp.down_proj, mlp.gate_proj
-    return refused_at_start(ds_config(grass=grass_block()), model)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("how", ["groups", "order", "frozen", "shapes"])
 def test_another_model_or_other_param_groups_on_one_rank_stop_all_ranks_at_the_start(two_ranks: Any, how: str) -> None:
-    arguments = {} if how == "shapes" else {"how": how}
-    function = start_with_other_shapes if how == "shapes" else start_with_other_groups
-    for message in two_ranks.run(function, timeout=HANG, **arguments):
+    for message in two_ranks.run(start_with_other_model, how=how, timeout=HANG):
         assert "the layers and param groups" in message
 
 
-# ---- while training -------------------------------------------------------------------------------------------------------
+# ---- while training -------------------------------------------------------------------------------------------------
 
 
 def nudge(controller: Any, what: str) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of the units, in one process: a reduce-scatter of flat gradients must give every rank the gradient of its own weights.
+"""Geometry of the units, in one process: a reduce-scatter of flat gradients must give every rank the gradient of its
+own weights.
 
-The reference cuts whole tensors itself: ZeRO-1/2 the concatenation of a unit into ``world`` aligned parts, ZeRO-3 (DeepSpeed) every
-parameter into ``world`` parts of ceil(size / world), of which the last ones are short or empty.
+The reference cuts whole tensors itself: ZeRO-1/2 the concatenation of a unit into ``world`` aligned parts, ZeRO-3
+(DeepSpeed) every parameter into ``world`` parts of ceil(size / world), of which the last ones are short or empty.
 """
 
 from typing import Any

@@ -16,9 +16,9 @@ DRAWS = 8
 def of_norm(numel: int, world: int, micro_steps: int = 1) -> float:
     """Largest relative error of a norm that ranks measure in float32, of up to ``numel`` elements each in one sum.
 
-    Squares are summed, so that nothing cancels: the relative error of the sum is at most the number of roundings on the way of a term
-    times the unit roundoff. These are a product and up to numel - 1 sums, a root and a square, world - 1 sums over ranks and
-    micro_steps - 1 over micro-steps. The root halves it.
+    Squares are summed, so that nothing cancels: the relative error of the sum is at most the number of roundings on
+    the way of a term times the unit roundoff. These are a product and up to numel - 1 sums, a root and a square, world
+    - 1 sums over ranks and micro_steps - 1 over micro-steps. The root halves it.
     """
     return (numel + world + micro_steps + 1) / 2 * ROUNDOFF
 

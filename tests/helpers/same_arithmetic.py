@@ -3,11 +3,13 @@
 
 By themselves they round differently in two places of a model's forward and backward, and in two of what follows:
 
-- How a matrix product rounds depends on where its weights lie in memory. Here all stages multiply by aligned copies of them.
-- A norm's input has several uses, whose gradients add up in an order that depends on where DeepSpeed's hooks stand between the modules. Here
+- How a matrix product rounds depends on where its weights lie in memory. Here all stages multiply by aligned copies of
+them. - A norm's input has several uses, whose gradients add up in an order that depends on where DeepSpeed's hooks
+stand between the modules. Here
   a norm adds up its own first, whatever the hooks.
-- Every rank has other elements of a gradient, so its norms are summed in other portions. Here a run can go on with the norms of another.
-- The sum of more than two numbers depends on their order, and gloo's on where an element goes. Here more than two ranks add up in their order.
+- Every rank has other elements of a gradient, so its norms are summed in other portions. Here a run can go on with the
+norms of another. - The sum of more than two numbers depends on their order, and gloo's on where an element goes. Here
+more than two ranks add up in their order.
 """
 
 import math

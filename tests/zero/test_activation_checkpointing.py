@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing: every active layer trains as without it, and backward goes no deeper than it must.
 
-Matrix products are counted where torch dispatches them. A Llama block has seven linear layers; attention itself is no ``mm``.
+Matrix products are counted where torch dispatches them. A Llama block has seven linear layers; attention itself is no
+``mm``.
 """
 
 from typing import Any
@@ -49,7 +50,7 @@ def checkpointed(mode: str) -> nn.Module:
     return model
 
 
-# ---- same training --------------------------------------------------------------------------------------------------------
+# ---- same training --------------------------------------------------------------------------------------------------
 
 
 def train_through_all_layers(config: dict[str, Any], mode: str) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def test_trains_every_layer_as_without_checkpointing(
         assert difference(without, with_) is None
 
 
-# ---- how deep backward goes -----------------------------------------------------------------------------------------------
+# ---- how deep backward goes -----------------------------------------------------------------------------------------
 
 
 def count_products(config: dict[str, Any], mode: str) -> list[int]:
@@ -154,7 +155,7 @@ def test_active_embeddings_make_backward_go_all_the_way(two_ranks: Any) -> None:
     assert products(two_ranks, "none", ["norm", "embed"]) == [full] * LAYERS
 
 
-# ---- the hook on the embeddings -------------------------------------------------------------------------------------------
+# ---- the hook on the embeddings -------------------------------------------------------------------------------------
 
 
 def is_hooked(model: nn.Module) -> bool:

@@ -53,7 +53,7 @@ def copy_of(weights: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-# ---- ways to build ------------------------------------------------------------------------------------------------------
+# ---- ways to build --------------------------------------------------------------------------------------------------
 
 
 def under_init(config: dict[str, Any], folder: Path) -> nn.Module:
@@ -136,7 +136,7 @@ def test_the_model_is_never_whole_on_one_rank(request: pytest.FixtureRequest, po
         assert peak >= model  # the measure sees it
 
 
-# ---- settings that change where weights are, not what they become -------------------------------------------------------
+# ---- settings that change where weights are, not what they become ---------------------------------------------------
 
 QUIET: dict[str, dict[str, Any]] = {
     "nothing persistent": {"stage3_param_persistence_threshold": 0},
@@ -217,7 +217,7 @@ def test_leaf_modules(two_ranks: Any, granularity: int, whole_layers: bool) -> N
     assert two_ranks.run(leaves, granularity=granularity, whole_layers=whole_layers) == [None] * 2
 
 
-# ---- which parameters, by which optimizer -------------------------------------------------------------------------------
+# ---- which parameters, by which optimizer ---------------------------------------------------------------------------
 
 FROZEN = ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight")
 
@@ -285,7 +285,7 @@ def test_frozen_parameters_groups_and_client_optimizers(two_ranks: Any, in_parts
         assert in_parts or found["groups"]["units"] > found["client"]["units"]
 
 
-# ---- errors within --------------------------------------------------------------------------------------------------------
+# ---- errors within --------------------------------------------------------------------------------------------------
 
 
 def hooks_on(model: nn.Module) -> dict[str, int]:

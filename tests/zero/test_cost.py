@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What layers cost: inactive ones nothing, active ones what the formulas here say.
 
-Nothing is taken on the library's word: collectives are counted where torch dispatches them, memory is the bytes of the live storages.
+Nothing is taken on the library's word: collectives are counted where torch dispatches them, memory is the bytes of the
+live storages.
 """
 
 import gc
@@ -52,14 +53,14 @@ def run_backward(engine: Any, step: int, micro: int) -> None:
     engine.backward(engine(input_ids=ids, labels=ids).loss)
 
 
-# ---- traffic and gradients ------------------------------------------------------------------------------------------------
+# ---- traffic and gradients ------------------------------------------------------------------------------------------
 
 
 def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """Per step: what was sent, what the library says it sent and holds, and whose gradients came.
 
-    Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come into, and a
-    shard with its squared norm per active unit.
+    Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come
+    into, and a shard with its squared norm per active unit.
     """
     model, fired, steps = model_for(config), set(), []
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
@@ -133,7 +134,7 @@ def test_traffic_and_gradients_are_those_of_the_active_layers(request: pytest.Fi
             assert {name for name in step["fired"] if "layers" not in name} == {"model.norm.weight"}
 
 
-# ---- peaks ----------------------------------------------------------------------------------------------------------------
+# ---- peaks ----------------------------------------------------------------------------------------------------------
 
 SHARD = shard(LAYER, 2)
 FLAT = 2 * SHARD
@@ -210,12 +211,12 @@ def test_construction_needs_at_most_two_units_beside_the_model(two_ranks: Any, s
         assert after < unit // 100
 
 
-# ---- optimizer state ------------------------------------------------------------------------------------------------------
+# ---- optimizer state ------------------------------------------------------------------------------------------------
 
 
 def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dict[str, Any]]:
-    """Between steps: visited layers, and what the library reports; that many layers' states and the device buffers must be alive,
-    and nothing else."""
+    """Between steps: visited layers, and what the library reports; that many layers' states and the device buffers
+    must be alive, and nothing else."""
     model, between = model_for(config), []
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for step in range(PERIOD * LAYERS):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers cost in ZeRO-3, where every rank has only its part of the weights: the formulas are here, the library is not asked.
+"""What layers cost in ZeRO-3, where every rank has only its part of the weights: the formulas are here, the library is
+not asked.
 
 Collectives are counted where torch dispatches them, memory is the bytes of the live storages.
 """
@@ -37,14 +38,14 @@ from helpers.zero3 import (
 
 pytestmark = pytest.mark.dist
 
-# ---- traffic, gradients and what is alive between backward and step --------------------------------------------------------
+# ---- traffic, gradients and what is alive between backward and step -------------------------------------------------
 
 
 def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """Per step: what was sent and gathered, and whose gradients came.
 
-    Between backward and step nothing may be alive but partitions, resting states, the two device buffers that states come into, and
-    a shard with its squared norm per active unit.
+    Between backward and step nothing may be alive but partitions, resting states, the two device buffers that states
+    come into, and a shard with its squared norm per active unit.
     """
     model, fired, steps = model_for(config), set(), []
     model.eval()  # as ``from_pretrained`` leaves it
@@ -157,7 +158,7 @@ def test_gradient_peak(two_ranks: Any, probe: bool, gas: int, dtype: str) -> Non
     assert two_ranks.run(watch_gradient_peak, config=config, probe=probe, sizes={one, flat}) == expected
 
 
-# ---- construction, growth, the end -----------------------------------------------------------------------------------------
+# ---- construction, growth, the end ----------------------------------------------------------------------------------
 
 
 IN_FLIGHT = 1024  # bytes: small exchanges that gloo's threads hold a moment longer

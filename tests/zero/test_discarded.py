@@ -21,8 +21,10 @@ def discarding(
     """Train; before the micro-steps of ``bad`` comes a batch whose gradient is thrown away.
 
     Args:
-        how: whose ``zero_grad()`` is called: ``engine`` or ``optimizer``; with ``always`` also before every window, as Trainer does.
-        lost: do not discard, but give the micro-steps before those of ``bad`` in their window a loss of 0, which has the same effect.
+        how: whose ``zero_grad()`` is called: ``engine`` or ``optimizer``; with ``always`` also before every window, as
+            Trainer does.
+        lost: do not discard, but give the micro-steps before those of ``bad`` in their window a loss of 0, which has
+            the same effect.
     """
     with engine_of(config) as engine:
         for step in range(STEPS):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``full`` sampler is stock DeepSpeed ZeRO-1/2/3, given the same param groups: bit by bit, on every CPU.
 
-Both sum the same gradients in the same order. One thing differs: DeepSpeed sums squared norms per parameter in float64 and we per shard
-in float32, so the two norms, and with them the factor that clips, differ in their last bits. So stock clips here by the norm that our
-run measured. Then all weights must be equal, so both runs have the same gradients at every step, and the norm that stock itself measured
-of them must be ours up to the rounding of the sums.
+Both sum the same gradients in the same order. One thing differs: DeepSpeed sums squared norms per parameter in float64
+and we per shard in float32, so the two norms, and with them the factor that clips, differ in their last bits. So stock
+clips here by the norm that our run measured. Then all weights must be equal, so both runs have the same gradients at
+every step, and the norm that stock itself measured of them must be ours up to the rounding of the sums.
 """
 
 from collections.abc import Iterator, Sequence
@@ -143,9 +143,9 @@ def run(case: Case, grass: dict[str, Any], norms: Sequence[float] = ()) -> dict[
 def rounding_of_norms(model: nn.Module, world: int) -> float:
     """How far two correct norms of one gradient may be apart, as part of them.
 
-    Ours is a float32 sum over each unit's shard. Stock's, after sums in float64, rounds to float32, sums over ranks, takes a
-    root and a square, sums over the groups and takes a root. A rank, a layer or a projection left out changes the norm by
-    far more.
+    Ours is a float32 sum over each unit's shard. Stock's, after sums in float64, rounds to float32, sums over ranks,
+    takes a root and a square, sums over the groups and takes a root. A rank, a layer or a projection left out changes
+    the norm by far more.
     """
     units = [sum(param.numel() for param in group["params"]) for group in unit_groups(model)]
     stock = (world + len(units) + 4) * rounding.ROUNDOFF

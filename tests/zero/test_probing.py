@@ -40,7 +40,7 @@ def rank() -> int:
     return torch.distributed.get_rank()
 
 
-# ---- nothing moves --------------------------------------------------------------------------------------------------------
+# ---- nothing moves --------------------------------------------------------------------------------------------------
 
 
 def probe_and_train(config: dict[str, Any], scheduler: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_probing_moves_nothing_and_advances_no_schedule(
             )  # its first step sets the start
 
 
-# ---- what is measured -----------------------------------------------------------------------------------------------------
+# ---- what is measured -----------------------------------------------------------------------------------------------
 
 
 def layer_rms(plain: nn.Module, step: int, gas: int, world: int, scale: float = 1.0) -> list[float]:
@@ -281,7 +281,7 @@ def test_scores_do_not_depend_on_the_loss_scale(two_ranks: Any, stage: int) -> N
     assert one == pytest.approx(other, rel=near + far)  # the smallest gradients underflow otherwise
 
 
-# ---- where a switch falls -------------------------------------------------------------------------------------------------
+# ---- where a switch falls -------------------------------------------------------------------------------------------
 
 
 def watch_windows(config: dict[str, Any], boundary: str, gas: int) -> list[list[tuple[bool, ...]]]:
@@ -329,7 +329,7 @@ def test_a_switch_never_falls_inside_an_accumulation_window(two_ranks: Any, stag
     assert sum(a != b for a, b in itertools.pairwise(starts)) >= 3  # probing ended, and layers were switched
 
 
-# ---- steps that do not count ----------------------------------------------------------------------------------------------
+# ---- steps that do not count ----------------------------------------------------------------------------------------
 
 
 @contextmanager

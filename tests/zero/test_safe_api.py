@@ -43,7 +43,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def plain_gradients(
     model: nn.Module, step: int, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """What a single process computes on the batches of all ranks, in float64; and how far off an engine's may be, whose model has ``dtype``.
+    """What a single process computes on the batches of all ranks, in float64; and how far off an engine's may be,
+    whose model has ``dtype``.
 
     As part of a tensor's largest element: see :func:`helpers.rounding.apart`.
     """
@@ -66,7 +67,7 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return float((one - other).abs().max()) <= tolerance * float(other.abs().max())
 
 
-# ---- get ------------------------------------------------------------------------------------------------------------------
+# ---- get ------------------------------------------------------------------------------------------------------------
 
 
 def read_everything(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -165,7 +166,7 @@ def test_asking_for_what_there_is_not_says_so(two_ranks: Any, sampler: str) -> N
     two_ranks.run(ask_for_what_there_is_not, config=ds_config(grass={**cyclic(), "sampler": sampler}))
 
 
-# ---- set ------------------------------------------------------------------------------------------------------------------
+# ---- set ------------------------------------------------------------------------------------------------------------
 
 
 def write_and_read_back(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -271,7 +272,7 @@ def test_norm_counts_every_element_once(request: pytest.FixtureRequest, pool: st
         assert (ranks.world + 2) * rounding.ROUNDOFF < HIDDEN / numel / 100
 
 
-# ---- afterwards -----------------------------------------------------------------------------------------------------------
+# ---- afterwards -----------------------------------------------------------------------------------------------------
 
 
 def census(model: nn.Module) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def built(config: dict[str, Any]) -> Any:
     return engine_of(copy.deepcopy(config), model, model_parameters=split_groups(model))
 
 
-# ---- full tensors, as in ZeRO-2 -----------------------------------------------------------------------------------------
+# ---- full tensors, as in ZeRO-2 -------------------------------------------------------------------------------------
 
 
 def everything(params: dict[str, nn.Parameter], gradients: bool) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def test_full_tensors_are_those_of_zero2(request: pytest.FixtureRequest, pool: s
             assert shown == {ACTIVE, None}
 
 
-# ---- this rank's part ---------------------------------------------------------------------------------------------------
+# ---- this rank's part -----------------------------------------------------------------------------------------------
 
 
 def mine(full: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def test_local_tensors_are_this_ranks_part(request: pytest.FixtureRequest, pool:
     request.getfixturevalue(pool).run(read_and_write_parts, dtype=dtype)
 
 
-# ---- GatheredParameters -------------------------------------------------------------------------------------------------
+# ---- GatheredParameters ---------------------------------------------------------------------------------------------
 
 
 def gather_and_change(dtype: str, threshold: int) -> None:

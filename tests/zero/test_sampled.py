@@ -66,7 +66,7 @@ def backward_all(engine: Any, step: int) -> None:
         backward(engine, step, micro)
 
 
-# ---- who moves ------------------------------------------------------------------------------------------------------------
+# ---- who moves ------------------------------------------------------------------------------------------------------
 
 
 def run_and_watch(config: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_exactly_the_active_layers_move(request: pytest.FixtureRequest, case: st
     assert len(set(ranks[0]["active"])) > 2  # there were switches
 
 
-# ---- by how much ----------------------------------------------------------------------------------------------------------
+# ---- by how much ----------------------------------------------------------------------------------------------------
 
 
 class Reference:
@@ -276,7 +276,8 @@ def test_active_layers_move_by_the_adam_step_of_one_process(request: pytest.Fixt
 
 
 def follow_with_own_gradients(config: dict[str, Any]) -> tuple[float, float]:
-    """Plain models of float64 and of float32 on the batches of all ranks; how far the engine and the float32 one are from the float64 one.
+    """Plain models of float64 and of float32 on the batches of all ranks; how far the engine and the float32 one are
+    from the float64 one.
 
     The largest difference of a weight over the whole run, each.
     """
@@ -395,7 +396,7 @@ def test_an_optimizer_that_counts_per_param_group_is_refused(two_ranks: Any) -> 
     two_ranks.run(refuse_per_group, config=ds_config(grass=cyclic(PERIOD)))
 
 
-# ---- nothing to sample ----------------------------------------------------------------------------------------------------
+# ---- nothing to sample ----------------------------------------------------------------------------------------------
 
 
 def run_to_end(config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ZeRO-3 trains what ZeRO-2 trains: the same layers by the same amounts. And both by the gradient of a plain model.
 
-The draws are the same, and so is every bit once the last ones of sums are: see :mod:`helpers.same_arithmetic`. ZeRO-3 goes on here with the
-norms that ZeRO-2 measured, once its own are found to be the same up to the rounding of sums.
+The draws are the same, and so is every bit once the last ones of sums are: see :mod:`helpers.same_arithmetic`. ZeRO-3
+goes on here with the norms that ZeRO-2 measured, once its own are found to be the same up to the rounding of sums.
 """
 
 import copy
@@ -159,14 +159,16 @@ def test_zero3_is_zero2(request: pytest.FixtureRequest, name: str, tmp_path: Pat
             assert min(found["norms"]) > case.settings["clip"]
 
 
-# ---- norm and clipping ------------------------------------------------------------------------------------------------------
+# ---- norm and clipping ----------------------------------------------------------------------------------------------
 
 
 def follow_plain_gradients(config: dict[str, Any], clip: float, lr: float) -> dict[str, Any]:
-    """Plain SGD steps show the clipped gradient itself. Layers per step; relative errors of its norm and of the steps over what they may be.
+    """Plain SGD steps show the clipped gradient itself. Layers per step; relative errors of its norm and of the steps
+    over what they may be.
 
-    The truth is a float64 model's gradient. What a float32 model of the same weights is off by is the noise of this CPU. A norm can be
-    off by no more than its gradient, and by the rounding of its sum; a step, besides, by the rounding of the weights that it is added to.
+    The truth is a float64 model's gradient. What a float32 model of the same weights is off by is the noise of this
+    CPU. A norm can be off by no more than its gradient, and by the rounding of its sum; a step, besides, by the
+    rounding of the weights that it is added to.
     """
     model, plain = tiny_llama(hidden=24), tiny_llama(hidden=24)
     exact = rounding.wide(plain)

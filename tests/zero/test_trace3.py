@@ -25,7 +25,7 @@ from helpers.zero3 import (
 
 pytestmark = pytest.mark.dist
 
-# ---- gathers of weights, and the trace that they follow --------------------------------------------------------------------
+# ---- gathers of weights, and the trace that they follow -------------------------------------------------------------
 
 
 def watch_gathers(
@@ -135,7 +135,7 @@ def test_every_lowest_layer_has_a_trace_that_its_first_step_records(two_ranks: A
         assert case == "from-the-top" or any(before == after for before, after in switches)  # and some stay
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------------
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate_between(config: dict[str, Any], moments: set[str]) -> list[dict[str, Any]]:
