@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every private name of DeepSpeed in ``core/deepspeed_compat.py`` does for us, so that a release that changes one is noticed."""
+"""The private names of DeepSpeed in ``core/deepspeed_compat.py`` do what grass_ds expects of them."""
 
 import importlib
 import inspect
@@ -37,7 +37,7 @@ def test_nothing_is_missing() -> None:
 
 
 def warnings_of_collectives() -> dict[str, list[str]]:
-    """What torch says of the names by which DeepSpeed calls collectives: to those who call them, and in a run of ours."""
+    """torch's warnings of the collectives' names that DeepSpeed uses: of a direct call, and in a run of ours."""
     from deepspeed import comm as dist
 
     whole, part = torch.zeros(2 * dist.get_world_size()), torch.zeros(2)

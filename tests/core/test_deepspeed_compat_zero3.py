@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every private name of DeepSpeed's ZeRO-3 in ``core/deepspeed_compat.py`` does for us, on stock DeepSpeed alone."""
+"""The private names of ZeRO-3 in ``core/deepspeed_compat.py`` do what grass_ds expects, on stock DeepSpeed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

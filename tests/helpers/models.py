@@ -16,7 +16,7 @@ RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance"
 def tiny_llama(
     layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: int = 32, bias: bool = False
 ) -> nn.Module:
-    """A random Llama; the odd intermediate size makes shards that do not divide evenly, and with ``bias`` parameters that do not."""
+    """A random Llama. Its units do not divide evenly into shards; with ``bias`` its parameters do not, either."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

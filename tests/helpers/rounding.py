@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two correct computations may be apart on the CPU at hand: bounds of sums, and noise measured against float64."""
+"""How far two correct computations may differ on this CPU: bounds of sums, and noise measured in float64."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,7 @@ def of_norm(numel: int, world: int, micro_steps: int = 1) -> float:
 
 
 def wide(model: nn.Module) -> nn.Module:
-    """A copy that computes in float64, but for what Transformers does in float32 whatever the model: norms and the loss."""
+    """A copy that computes in float64, except norms and the loss, which Transformers computes in float32."""
     return copy.deepcopy(model).double()
 
 

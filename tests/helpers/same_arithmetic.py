@@ -28,7 +28,7 @@ Squares = tuple[dict[str, float], ...] | None
 
 
 class _AlignedProduct(torch.autograd.Function):
-    """``torch.nn.functional.linear`` by a copy of the weights, in backward of what they then are: a new tensor is always aligned alike."""
+    """``linear`` with a new copy of the weights in forward and in backward: new tensors have the same alignment."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -68,7 +68,7 @@ def _sum_in_order_of_ranks(output: torch.Tensor, tensor: torch.Tensor, group: An
 
 @contextmanager
 def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squares]]:
-    """Inside, models and engines compute as above, with the norms that are ``given``. Yields the measured ones, per step."""
+    """Inside, models and engines compute as above, with the ``given`` norms. Yields the measured ones, per step."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from grass_ds.zero import gradients, optimizer

@@ -121,7 +121,7 @@ def count_products(config: dict[str, Any], mode: str) -> list[int]:
 
 
 def backward_products(layer: int) -> int:
-    """Head, the blocks above and the layer itself, down to its first norm, pass a gradient on; the layer's weights get theirs."""
+    """One per linear layer from the head down to the active layer, and one per weight of that layer."""
     return 1 + (LAYERS - layer) * LINEAR + LINEAR
 
 

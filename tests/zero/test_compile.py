@@ -27,7 +27,7 @@ KINDS_OF_BLOCK = 4
 
 
 def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
-    """Train with a compiler that only counts what it is given; ``how``: ``no``, ``engine`` or ``whole`` (the model in one piece)."""
+    """Train with a compiler that only counts graphs; ``how``: ``no``, ``engine`` or ``whole`` (the whole model)."""
     graphs: list[int] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3, however the model came to be: under zero.Init, from a checkpoint folder, or whole; and settings that change nothing."""
+"""ZeRO-3 with models built under zero.Init, from a folder, or whole; and settings that must not change a bit."""
 
 import copy
 from pathlib import Path
@@ -88,7 +88,7 @@ def from_folder(config: dict[str, Any], folder: Path) -> nn.Module:
 
 
 def both_orders(config: dict[str, Any], build: Any, folder: Path) -> tuple[str | None, int]:
-    """Where the run of the model built in parts differs from that of the same model built whole; parameters built whole."""
+    """How a run of the partitioned model differs from one of the whole model; parameters that were built whole."""
     model = build(config, folder)
     whole = sum(
         getattr(param, "ds_status", None) is not deepspeed_compat.ZeroParamStatus.NOT_AVAILABLE
@@ -164,7 +164,7 @@ def test_settings_that_change_no_bit(two_ranks: Any, dtype: str) -> None:
 
 
 def where_weights_rest(pinned: bool, threshold: int) -> dict[str, Any]:
-    """Pretends that tensors can be pinned: which of the shards are, and which parameters are gathered between steps."""
+    """Pretend that tensors can be pinned. Which shards are, and how many parameters are persistent."""
     marked: set[int] = set()
 
     def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -223,7 +223,7 @@ FROZEN = ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight")
 
 
 def variants(in_parts: bool) -> dict[str, Any]:
-    """Frozen ones, two groups, the client's optimizer: each next to its ZeRO-2 twin. What differs, and what else is seen."""
+    """Frozen parameters, two groups, a client optimizer: how each run differs from ZeRO-2, and what it trained."""
     config = zero3()
     config["gradient_clipping"] = 0.0  # the norm is a sum over other shards
     made = under_init(config, Path()) if in_parts else tiny_llama(seed=2)

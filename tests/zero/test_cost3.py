@@ -165,7 +165,7 @@ IN_FLIGHT = 1024  # bytes: small exchanges that gloo's threads hold a moment lon
 
 
 def watch_construction(config: dict[str, Any], whole: int, partitioned: int) -> tuple[int, int]:
-    """Bytes beyond the model's own at the peak of initialize(), from a whole model and from one cut up by zero.Init."""
+    """Bytes beyond the model's own at the peak of initialize(), from a whole model and from one built in zero.Init."""
     import deepspeed
 
     with LiveBytes((model := model_for(config)).parameters()) as live, engine_of(config, model):

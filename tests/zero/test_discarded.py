@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``zero_grad()`` throws away what the accumulation window holds: the run goes on as if it had never seen the batch, bit by bit."""
+"""``zero_grad()`` discards the accumulation window: the run continues bit by bit as if it had not seen the batch."""
 
 from collections.abc import Sequence
 from typing import Any

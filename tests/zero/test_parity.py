@@ -93,7 +93,7 @@ WRAPPERS = {
 
 @contextmanager
 def clipping_by(norms: Sequence[float]) -> Iterator[list[float]]:
-    """Stock takes these for the norms of the steps that it applies, loss scale included. Yields those that it measured."""
+    """Stock clips by these norms, loss scale included, one per applied step. Yields the norms that it measured."""
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probing measures and moves nothing; measuring means the same in probing and training; what counts as a step and what does not."""
+"""Probing measures and updates nothing; importance is the same in probing and training; which steps count."""
 
 import itertools
 import math
@@ -115,7 +115,7 @@ def layer_rms(plain: nn.Module, step: int, gas: int, world: int, scale: float = 
 
 
 class Truth:
-    """A float64 model whose gradients are the truth, and one of another ``dtype`` that shows how noisy such gradients are on this CPU."""
+    """A float64 model as the reference, and one of another ``dtype`` to measure the noise of gradients on this CPU."""
 
     def __init__(self, config: dict[str, Any]):
         self._dtype, self._scale = (
@@ -142,7 +142,7 @@ class Truth:
 
 
 def measure_both(config: dict[str, Any], refreshes: int) -> tuple[list[tuple[tuple[float, ...], list[float]]], float]:
-    """Scores of the engine and of a plain model with the same weights, after probing and after each refresh; and how far they may be apart."""
+    """Scores of the engine and of a plain model, after probing and after each refresh; and the tolerance."""
     pairs, model, truth = [], tiny_llama(hidden=HIDDEN), Truth(config)
     with fp16_allowed(), engine_of(config, model) as engine:
         gas, alpha = engine.gradient_accumulation_steps(), 0.25
@@ -205,7 +205,7 @@ AGAIN = 5  # steps from one probing to the next: not a multiple of PERIOD
 
 
 def probe_again(config: dict[str, Any]) -> dict[str, Any]:
-    """Probe, train :data:`AGAIN` steps, and probe again. What must stand still then is asserted here; returns measured and expected scores."""
+    """Probe, train :data:`AGAIN` steps, and probe again, which must change nothing. Measured and expected scores."""
     model, truth = tiny_llama(hidden=HIDDEN), Truth(config)
     expected = []
     with engine_of(config, model) as engine:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights assigned by ``param.data = ...`` or moved by ``model.cpu()``: training goes on as DeepSpeed's, or refuses."""
+"""Weights assigned by ``param.data = ...`` or moved by ``model.cpu()``: training continues as stock, or refuses."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``deepspeed.utils.safe_*`` on active layers, resting ones and ones never drawn; and the model after ``engine.destroy()``."""
+"""``deepspeed.utils.safe_*`` on active, inactive and never drawn layers; and the model after ``destroy()``."""
 
 import gc
 import math
@@ -170,7 +170,7 @@ def test_asking_for_what_there_is_not_says_so(two_ranks: Any, sampler: str) -> N
 
 
 def write_and_read_back(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every parameter of three layers gets its own values; each must keep its own, down to the last element of a shard."""
+    """Every parameter of two layers gets its own values and must keep them, down to the last element of a shard."""
     model = tiny_llama(hidden=HIDDEN)
     with engine_of(config, model, model_parameters=split_groups(model)) as engine:
         train(engine, 1)

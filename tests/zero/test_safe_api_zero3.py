@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3: ``deepspeed.utils.safe_*`` answer as in ZeRO-2, the local ones give this rank's part; ``GatheredParameters`` of any layer."""
+"""ZeRO-3: ``deepspeed.utils.safe_*`` as in ZeRO-2, and on partitions; ``GatheredParameters`` of any layer."""
 
 import copy
 from typing import Any

@@ -147,7 +147,7 @@ def test_exactly_the_active_layers_move(request: pytest.FixtureRequest, case: st
 
 
 class Reference:
-    """AdamW of torch on whole fp32 tensors, one optimizer per parameter: what a single process does with the same gradients."""
+    """torch's AdamW on whole fp32 tensors, one optimizer per parameter: the steps of a single process."""
 
     def __init__(self, model: nn.Module, hyper: Any, dtype: torch.dtype = torch.float32):
         self.masters = {name: nn.Parameter(weight.to(dtype)) for name, weight in snapshot(model).items()}
@@ -332,7 +332,7 @@ def test_follows_a_plain_model_trained_on_the_batches_of_all_ranks(
 
 
 def change_hyper_parameters(config: dict[str, Any]) -> dict[str, bool]:
-    """lr 0 for the second client group from the third step on, decay included; which norms of the active layers moved."""
+    """Set lr to 0 in the second client group from the third step on. Which parameters of the active layers moved."""
     config = without_optimizer(config)
     model = tiny_llama(hidden=HIDDEN)
     moved = {}

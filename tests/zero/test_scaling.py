@@ -89,7 +89,7 @@ class Traffic:
         return calls
 
     def step(self, active: Sequence[int], trains: bool, draws: bool) -> list[Call]:
-        """One vector of squared norms (of the sum of micro-steps, and of the parts) and counts; in ZeRO-1 and 2 the new weights."""
+        """Squared norms (of the sum of micro-steps, and of each) and counts; in ZeRO-1 and 2 the new weights."""
         units = [(self.model.norm,)] + [self.model.block] * len(active)
         calls = [("allreduce", 4 * (3 * len(units) + 2))]
         calls += [("allreduce", 8)] if trains and self.fallible else []
@@ -114,7 +114,7 @@ class Traffic:
         return [("allgather_base", BF16 * self.world * part(size, self.world)) for size in sizes]
 
     def _recorded(self, floor: int) -> tuple[int, int, int]:
-        """Modules and parameters in the order of a forward and a backward; parameters once more, with the place of their last use."""
+        """Modules and parameters in the order of forward and backward; and the last use of each parameter."""
         blocks = 2 * self.model.layers - floor
         # outside the blocks, backward does not come to the embedding and the rotary one
         modules, params = 13 * blocks + 6 + 4, len(self.model.block) * blocks + 3 + 2

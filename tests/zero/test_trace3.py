@@ -31,7 +31,7 @@ pytestmark = pytest.mark.dist
 def watch_gathers(
     config: dict[str, Any], steps: int, reentrant: bool | None = None, frozen: bool = False
 ) -> list[dict[str, Any]]:
-    """Per micro-step: which weights were gathered when, with how many bytes, and whether DeepSpeed's trace was valid."""
+    """Per micro-step: which weights were gathered when, the bytes, and whether DeepSpeed's trace was valid."""
     model, records, invalidated = model_for(config), [], []
     model.get_input_embeddings().requires_grad_(not frozen)
     if reentrant is not None:
