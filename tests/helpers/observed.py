@@ -89,12 +89,14 @@ def observe(engine: Any) -> dict[str, Any]:
 
 
 def difference(one: Any, other: Any, path: str = "") -> str | None:
-    """Where two nested observations differ first; None if they are equal bit for bit."""
+    """Where two observations, nested or of several ranks, differ first; None if they are equal bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{path}: {sorted(map(str, one.keys() ^ other.keys()))} only on one side"
         return next((found for key in one if (found := difference(one[key], other[key], f"{path}/{key}"))), None)
-    if isinstance(one, torch.Tensor):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return difference(dict(enumerate(one)), dict(enumerate(other)), path)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
         return None if same else f"{path}: tensors differ"
     return None if one == other else f"{path}: {one!r} != {other!r}"

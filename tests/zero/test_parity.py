@@ -125,12 +125,12 @@ def run(case: Case, grass: dict[str, Any], norms: Sequence[float] = ()) -> dict[
             model.train()
         with engine_of(ds_config(**case.settings, **grass), model, model_parameters=unit_groups(model)) as engine:
 
-            def note(_: int) -> None:
+            def measure(_: int) -> None:
                 if grass and engine.was_step_applied():
                     assert engine.get_global_grad_norm() > engine.gradient_clipping()  # or nothing would be clipped
                     measured.append(engine.get_global_grad_norm() * engine.optimizer.loss_scale)
 
-            losses = train(engine, case.steps, after_step=note)
+            losses = train(engine, case.steps, after_step=measure)
             return {
                 "wrapper": type(engine.optimizer).__name__,
                 "skipped": engine.skipped_steps,
@@ -188,8 +188,8 @@ def test_full_sampler_is_stock_deepspeed(
     for theirs, mine in zip(stock_runs[stock_name], ours, strict=True):
         assert theirs["wrapper"] in wrappers
         assert mine["wrapper"] == wrapper
-        for what in ("skipped", "losses", "weights"):
-            assert difference(theirs[what], mine[what], what) is None
+        compared = ("skipped", "losses", "weights")
+        assert difference({key: theirs[key] for key in compared}, {key: mine[key] for key in compared}) is None
         assert len(mine["norms"]) == case.steps - mine["skipped"]
         assert mine["norms"] == pytest.approx(theirs["norms"], rel=largest, abs=0.0)
         assert 0 < mine["skipped"] < case.steps if "overflow" in name else mine["skipped"] == 0

@@ -70,12 +70,12 @@ def run(
     ):
         assert type(engine.optimizer).__name__ == WRAPPERS[engine.zero_optimization_stage()]
 
-        def note(_: int) -> None:
+        def observe_step(_: int) -> None:
             drawn = (engine.grass.active_layers, engine.grass.visits, engine.was_step_applied())
             fingerprint = engine.optimizer.controller.fingerprint()
             steps.append((drawn, fingerprint, engine.grass.scores, engine.get_global_grad_norm()))
 
-        losses = train(engine, STEPS, after_step=note)
+        losses = train(engine, STEPS, after_step=observe_step)
         seen = observe(engine)
         return {
             "steps": steps,
