@@ -258,8 +258,7 @@ except ModuleNotFoundError as error:
 def register_host_memory(address: int, nbytes: int) -> bool:
     """Page-lock ``nbytes`` bytes at ``address`` for copies to and from the device.
 
-    Accelerators have this method since DeepSpeed 0.19.6. Before, this function does the same on CUDA, and nothing on
-    others.
+    Accelerators have this method since DeepSpeed 0.19.6. Before, this does the same on CUDA only.
 
     Returns:
         Whether it is page-locked.
@@ -304,8 +303,7 @@ def clear_release_cache() -> None:
     """Clear ZeRO-3's cache of which weights to release after which module.
 
     The cache belongs to the class. After a new trace its entries are wrong, and they keep models alive for the life of
-    the process. DeepSpeed wraps the cached method without ``functools.wraps``, so that it is only a variable of the
-    wrapper.
+    the process. DeepSpeed wraps the cached method without ``functools.wraps``: only the wrapper's variables have it.
     """
     wrapper = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for value in inspect.getclosurevars(wrapper).nonlocals.values():

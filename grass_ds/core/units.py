@@ -24,8 +24,7 @@ class Unit(ABC):
     """One (client param group, layer).
 
     Attributes:
-        name: ``"model.layers.3/0"``: layer (or ``embed`` / ``norm`` / ``head`` / ``other``), then the client param
-            group.
+        name: layer (or ``embed``, ``norm``, ``head``, ``other``) and client param group: ``"model.layers.3/0"``.
         layer: index of the decoder block, None outside the blocks.
         group: index of the client's param group, which holds the hyper-parameters.
         params: the model's parameters; their names are ``param_names``, their elements ``sizes``.

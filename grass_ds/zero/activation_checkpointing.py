@@ -35,8 +35,7 @@ def inputs_require_gradients(model: Any) -> bool:
 def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     """Make the embeddings' output require a gradient exactly when activation checkpointing needs it.
 
-    Does nothing if the model does not follow Hugging Face's convention, if the embeddings train, or without
-    checkpointing.
+    Does nothing without checkpointing, if the embeddings train, or outside Hugging Face's convention.
 
     Returns:
         Whether backward runs down to the embeddings rather than to the lowest active layer.

@@ -23,8 +23,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     """DeepSpeedEngine that saves inactive layers like active ones, completely or not at all, and checks what it loads.
 
     Attributes:
-        grass: :class:`~grass_ds.zero.handle.GrassHandle`; None without a ``"grass"`` block, and then all of it is
-            stock.
+        grass: :class:`~grass_ds.zero.handle.GrassHandle`; None without a ``"grass"`` block: all is stock.
     """
 
     grass: GrassHandle | None = None
@@ -146,8 +145,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     ) -> Any:
         """As DeepSpeed's. The sampler continues from its saved state, whatever layers are active in this engine.
 
-        Without a ``tag``, the newest intact checkpoint in ``load_dir`` is loaded; damaged ones are skipped with a
-        warning.
+        Without a ``tag`` it loads the newest intact checkpoint in ``load_dir``, and warns of newer damaged ones.
 
         Raises:
             ValueError: on every rank, before anything of this run is changed: the checkpoint is damaged, or of another

@@ -164,7 +164,8 @@ class GrassEngine(CheckpointingEngine):
         off += shares(lambda kind, name: name not in owned, ", frozen or not in the optimizer")
         logger.warning(
             f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time; "
-            f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; {self._clip_in_force()}"
+            f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
+            f"{self._clip_in_force()}"
         )
 
     def _clip_in_force(self) -> str:

@@ -16,8 +16,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
 
     Stage 1 differs from stage 2 in one way: it sums the full local gradients of the active units over an accumulation
     window and reduces them once, at the boundary. While layer importance is measured it reduces every micro-batch, as
-    stage 2 does: importance is the root mean square over micro-batches, so that it does not depend on the accumulation
-    length.
+    stage 2 does: importance is the root mean square over micro-batches, whatever their number.
 
     Attributes:
         gathered_calls, gathered_bytes: number of all-gathers of weights on this rank, and bytes of their outputs.

@@ -5,14 +5,6 @@ DeepSpeed's ``DeepSpeedZeRoOffload`` partitions, gathers and prefetches the weig
 optimizer, so it asks nothing of ours. Gradients, norms, state and steps work as in the other stages: a unit's shard is
 the partitions of its parameters in a row. One reduce-scatter of a unit's gradient gives every rank the gradient of its
 own weights, and a step needs no gather at its end.
-
-[Note: Trace] DeepSpeed records the order in which modules run in forward and backward, and gathers weights ahead of
-their use by that trace. Inactive layers do not change the order, with one exception: where the embeddings do not
-train, backward stops at the lowest active layer. With a trace that is too short DeepSpeed starts over in the middle of
-backward. With one that is too long it gathers weights that nobody uses. So each lowest active layer has its own
-coordinator with its own trace. The coordinator is swapped at the start of the first training forward with that layer,
-not earlier: an evaluation before it has no backward, and would be recorded. The first step with a lowest active layer
-records, later ones prefetch.
 """
 
 from collections.abc import Sequence
@@ -27,6 +19,7 @@ from grass_ds.core import deepspeed_compat
 from grass_ds.core.units import Unit
 from grass_ds.zero.fragments import ParamFragment, PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
+from grass_ds.zero.traces import Traces
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -41,7 +34,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         full_backward: backward runs down to the embeddings, whichever layers are active.
 
     Attributes:
-        coordinators: lowest layer that backward reaches -> DeepSpeed's coordinator with the trace of such passes.
+        traces: by which DeepSpeed gathers weights ahead of their use.
     """
 
     _destroyed = False
@@ -51,9 +44,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.persistent_parameters: list[nn.Parameter] = parameter_offload.persistent_parameters
         self.module = parameter_offload.module
         self._full_backward = full_backward
-        self._lowest_layer = self._traced_layer = 0
-        self.coordinators = {0: parameter_offload.get_param_coordinator()}
-        self._recorded: set[int] = set()  # lowest layers whose trace DeepSpeed may have used already
+        self.traces = Traces(parameter_offload)
         self._access = PartitionedAccess()
         self._persistent_data: dict[nn.Parameter, torch.Tensor] = {}  # as of the end of the last step
         self._assigned: dict[nn.Parameter, None] = {}
@@ -73,14 +64,8 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def backward_epilogue(self, **kwargs: Any) -> None:
         """End of one micro-step."""
         super().backward_epilogue(**kwargs)
-        # Backward does not reach the input of the lowest active layer, so DeepSpeed has not released its weights.
-        self.parameter_offload.release_backward_leftovers()
+        self.traces.end_backward()
         self._track_persistent()
-        complete = self.coordinators[self._traced_layer].is_complete_trace()
-        if self._traced_layer in self._recorded and not complete:
-            # Modules ran in another order, so DeepSpeed records anew. Its cached decisions are those of the old trace.
-            self._recorded.remove(self._traced_layer)
-            deepspeed_compat.clear_release_cache()
 
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         """Release gathered weights that are out of date; gather persistent parameters again."""
@@ -116,9 +101,8 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def _find_assigned(self) -> list[Any]:
         """Persistent parameters assigned by ``param.data = ...`` since the last step; the same ones on every rank.
 
-        Their storage has changed since then. DeepSpeed's own gathers change it, too, but only within a forward and
-        backward
-        pass: assignments are looked for before a pass, and storage is tracked anew after it.
+        Their storage has changed since then. DeepSpeed's own gathers change it, too, but only within a pass. So
+        assignments are looked for before a pass, and storage is tracked anew after it.
         """
         available = deepspeed_compat.ZeroParamStatus.AVAILABLE
         tracked: list[tuple[Any, torch.Tensor]] = list(self._persistent_data.items())
@@ -160,24 +144,11 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         if not get_accelerator().is_synchronized_device():
             get_accelerator().current_stream().synchronize()
 
-    def activate(self) -> None:
-        super().activate()
-        self._lowest_layer = 0 if self._full_backward else min(self.controller.active_layers)
-
     def clear_backward_seen_flag(self) -> None:
-        """Called by the engine at the start of every forward. See [Note: Trace]."""
+        """Called by the engine at the start of every forward."""
         super().clear_backward_seen_flag()
         self._find_assigned()
-        # Not module.training: models come from ``from_pretrained`` in evaluation mode, in which they can train, too.
-        if self._lowest_layer != self._traced_layer and torch.is_grad_enabled():
-            if self._lowest_layer not in self.coordinators:
-                self.coordinators[self._lowest_layer] = deepspeed_compat.without_trace(
-                    self.parameter_offload.param_coordinator
-                )
-            self.parameter_offload.param_coordinator = self.coordinators[self._lowest_layer]
-            self._traced_layer = self._lowest_layer
-        if not self.coordinators[self._traced_layer].is_invalid_trace():
-            self._recorded.add(self._traced_layer)  # complete once this pass begins, even an evaluation
+        self.traces.begin_forward(0 if self._full_backward else min(self.controller.active_layers))
 
     def _register_fragment(self, param: nn.Parameter, fragment: ParamFragment) -> None:
         self._access.add(param, fragment)
