@@ -2,7 +2,6 @@
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -66,9 +65,7 @@ class GrassEngine(CheckpointingEngine):
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
         config = parse_grass_block(self.config) if optimizer is not None else None
-        if (
-            config is None or optimizer is None
-        ):  # without an optimizer nothing trains: a reference model, or an evaluation
+        if config is None or optimizer is None:  # nothing trains: a reference model, or an evaluation
             return super()._configure_zero_optimizer(optimizer)
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
@@ -80,27 +77,33 @@ class GrassEngine(CheckpointingEngine):
         )
         units = plan.build(optimizer.param_groups, self.param_names)
         controller = Controller(len(layers.names), **config.policy_arguments())
-        embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
-        full_backward = fit_input_gradients(self.module, embeddings_train) or any(
-            unit.always and unit.kind in layers.below for unit in units
-        )
+        full_backward = self._fit_backward(layers, units)
         store = self._open_store(config, optimizer, units)
         parts = (optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
-        with ExitStack() as undo:
-            undo.callback(store.close)
-            if stage3:  # without an optimizer DeepSpeed only sets up the hooks that gather weights
-                offload = super()._configure_zero_optimizer(None)
-                undo.callback(deepspeed_compat.remove_zero3_hooks, offload)
-                zero: GrassZeroOptimizer = GrassZero3Optimizer(
-                    *parts, parameter_offload=offload, full_backward=full_backward
-                )
-            else:
-                zero = GrassZero12Optimizer(*parts)
-            undo.pop_all()
+        try:
+            zero = self._build_zero3(*parts, full_backward=full_backward) if stage3 else GrassZero12Optimizer(*parts)
+        except BaseException:
+            store.close()
+            raise
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
         self._announce(config, layers, units)
         return zero
+
+    def _fit_backward(self, layers: ModelLayers, units: Sequence[Unit]) -> bool:
+        """Fit activation checkpointing to what trains. Whether every backward runs down to the embeddings."""
+        embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
+        below_train = any(unit.always and unit.kind in layers.below for unit in units)
+        return fit_input_gradients(self.module, embeddings_train) or below_train
+
+    def _build_zero3(self, *parts: Any, full_backward: bool) -> GrassZeroOptimizer:
+        # Without an optimizer DeepSpeed only sets up the hooks that gather weights.
+        offload = super()._configure_zero_optimizer(None)
+        try:
+            return GrassZero3Optimizer(*parts, parameter_offload=offload, full_backward=full_backward)
+        except BaseException:
+            deepspeed_compat.remove_zero3_hooks(offload)
+            raise
 
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
         """This rank's state store, once every rank has one."""
