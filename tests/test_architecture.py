@@ -140,7 +140,7 @@ def test_importing_the_library_needs_no_plotting() -> None:
 def test_deepspeeds_abstractions_and_logger_are_used() -> None:
     def found(name: str) -> set[str]:
         if name in ("doctor/rendezvous.py", COMPAT):
-            # Ranks meet in the one before there is a process group, for which DeepSpeed has nothing. The other replaces
+            # The ranks meet in the one before there is a process group, for which DeepSpeed has nothing; the other stands in for
             # methods that the accelerators of older releases lack.
             return set()
         names = {ast.unparse(node) for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)}
