@@ -52,7 +52,7 @@ def state_bytes(layers: int, world: int) -> int:
     return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
 
 
-def window_bytes(world: int) -> int:
+def buffer_bytes(world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
     return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
 

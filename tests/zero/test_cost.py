@@ -43,7 +43,7 @@ def state_bytes(layers: int, world: int) -> int:
     return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
 
 
-def window_bytes(world: int) -> int:
+def buffer_bytes(world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
     return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
 
@@ -82,7 +82,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             seen = sum(count > 0 for count in engine.grass.visits)
             resting = weight_bytes(config, world) + bool(step) * (state_bytes(seen, world) + STEP_COUNT * (seen + 1))
             shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
-            expected = resting + TEMPLATE + window_bytes(world) + width(config) * sum(shards) + 4 * len(shards)
+            expected = resting + TEMPLATE + buffer_bytes(world) + width(config) * sum(shards) + 4 * len(shards)
             assert settle(live, expected) == expected
             record["held"] = engine.grass.memory()["gradients"]["device"]
             record["counted"] = (traffic.calls - calls, traffic.nbytes - nbytes)
@@ -224,7 +224,7 @@ def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dic
             visited = sum(count > 0 for count in engine.grass.visits)
             peak = engine.grass.memory(peak=True)["optimizer_state"]["device"]
             expected = weight_bytes(config, world) + state_bytes(held[step], world) + STEP_COUNT * (held[step] + 1)
-            expected += TEMPLATE + (0 if config["grass"]["offload"]["device"] == "none" else window_bytes(world))
+            expected += TEMPLATE + (0 if config["grass"]["offload"]["device"] == "none" else buffer_bytes(world))
             assert settle(live, expected) == expected
             between.append({"visited": visited, "peak": peak, **engine.grass.memory()["optimizer_state"]})
     return between
@@ -244,7 +244,7 @@ def test_optimizer_state_is_that_of_layers_ever_active(
         for step, now in enumerate(between):
             state = state_bytes(held[step], world)
             assert now["visited"] == step // PERIOD + 1
-            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (window_bytes(world), state))
+            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (buffer_bytes(world), state))
             assert now["peak"] == now["device"]
 
 
@@ -255,7 +255,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
             alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 1)
-            alive += TEMPLATE + window_bytes(world=2)
+            alive += TEMPLATE + buffer_bytes(world=2)
             assert settle(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

@@ -24,6 +24,7 @@ from helpers.zero3 import (
     NAMES,
     NORM,
     PERSISTENT,
+    buffer_bytes,
     calls_to,
     config_of,
     from_shards,
@@ -33,7 +34,6 @@ from helpers.zero3 import (
     state_bytes,
     status,
     weight_bytes,
-    window_bytes,
 )
 
 pytestmark = pytest.mark.dist
@@ -72,11 +72,11 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             resting = weight_bytes(config, world) + bool(step) * state_bytes(seen, world) + counts
             shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
             expected = (
-                resting + window_bytes(world) + width(config) * (sum(shards) + HIDDEN * len(held)) + 4 * len(shards)
+                resting + buffer_bytes(world) + width(config) * (sum(shards) + HIDDEN * len(held)) + 4 * len(shards)
             )
             assert settle(live, expected) == expected
             state = engine.grass.memory()["optimizer_state"]
-            assert (state["device"], state["host"]) == (window_bytes(world), bool(step) * state_bytes(seen, world))
+            assert (state["device"], state["host"]) == (buffer_bytes(world), bool(step) * state_bytes(seen, world))
             gathers.phase = "step"
             with Collectives() as sent:
                 engine.step()
@@ -192,7 +192,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
             alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 2)
-            alive += window_bytes(world=2)
+            alive += buffer_bytes(world=2)
             assert settle(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

@@ -345,7 +345,7 @@ def broken_gradients(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def window_bytes(engine: Any) -> int:
+def buffer_bytes(engine: Any) -> int:
     """Two device buffers of three fp32 planes, each as large as a shard of a layer, in multiples of 1024."""
     largest = max(unit.shard_numel for unit in engine.optimizer.units if unit.layer is not None)
     return 2 * 12 * -(-largest // 1024) * 1024
@@ -364,9 +364,8 @@ def train_around(config: dict[str, Any], steps: int, bad_before: int | None) -> 
                     train(engine, 1, start=999)
                 assert (controller.fingerprint(), controller.visits, engine.get_lr()) == before
                 held = engine.grass.memory()
-                if held["optimizer_state"]["device"] == window_bytes(
-                    engine
-                ):  # they come with the first backward pass that trains
+                # Device buffers come with the first backward pass that trains.
+                if held["optimizer_state"]["device"] == buffer_bytes(engine):
                     held["optimizer_state"]["device"] = memory["optimizer_state"]["device"]
                 assert held == memory
                 assert engine.skipped_steps == skipped + 1
