@@ -12,10 +12,10 @@ from grass_ds.zero.optimizer import GrassZeroOptimizer
 
 
 class GrassHandle:
-    """Read-only view of the sampler, of memory and of checkpoints; saves and loads the sampler's state.
+    """Read-only view of the sampler, of memory and of checkpoints, plus the sampler's state.
 
     Attributes:
-        writer: writes the engine's checkpoints; set by the engine.
+        writer: of the engine's checkpoints; the engine sets it.
     """
 
     writer: CheckpointWriter | None = None
