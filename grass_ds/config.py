@@ -176,7 +176,7 @@ class GrassConfig(_Block):
         """Whether training starts with a probing phase."""
         return self.sampler in SCORED_SAMPLERS
 
-    def policy_arguments(self) -> dict[str, Any]:
+    def controller_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`grass_ds.sampling.controller.Controller` (all but the number of layers)."""
         names = (
             "sampler",

@@ -91,9 +91,7 @@ def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLa
 
     Raises:
         LayerDiscoveryError: no stack, several alike, a wrong ``layers_path``, or blocks that share parameters.
-        ValueError: the model is wrapped by PEFT.
     """
-    _refuse_adapters(model)
     candidates = _stack_candidates(model)
     path = _best_stack(model, candidates) if layers_path is None else _explicit_stack(model, layers_path, candidates)
     stack = model.get_submodule(path)
@@ -102,15 +100,6 @@ def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLa
     sorter = _Outside(model, path, candidates, {name for block in block_params for name in block})
     outside, tied = sorter.sort()
     return ModelLayers(path, names, block_params, outside, sorter.below(outside), sorter.has_vocabulary_head, tied)
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    adapted = any(hasattr(module, "peft_config") for module in model.modules())
-    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError(
-            "the model is wrapped by PEFT (it has adapter parameters): GRASS is full-parameter training. Pass the "
-            'plain model, for example peft_model.merge_and_unload(), or drop the "grass" block to train the adapter'
-        )
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

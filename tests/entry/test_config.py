@@ -212,7 +212,7 @@ def test_an_empty_block_is_the_default() -> None:
 @pytest.mark.parametrize("sampler", ["grass", "static", "uniform", "cyclic", "full"])
 def test_every_accepted_config_builds_a_controller(sampler: str) -> None:
     config = GrassConfig(sampler=sampler)
-    controller = Controller(4, **config.policy_arguments())
+    controller = Controller(4, **config.controller_arguments())
     assert (controller.phase.value == "probe") == config.probes
 
 
