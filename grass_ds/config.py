@@ -12,9 +12,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
+from grass_ds.sampling.samplers import SAMPLERS
 
 BLOCK = "grass"
-SCORED_SAMPLERS = ("grass", "static")
+# Remedies that a range does not tell.
+_REMEDIES = {
+    "probe_steps": 'to train without probing use "sampler": "uniform"',
+    "ema_alpha": 'to keep the probed scores use "sampler": "static"',
+}
 
 
 class GrassConfigError(ValueError):
@@ -174,21 +179,13 @@ class GrassConfig(_Block):
     @property
     def probes(self) -> bool:
         """Whether training starts with a probing phase."""
-        return self.sampler in SCORED_SAMPLERS
+        return SAMPLERS[self.sampler].needs_scores
 
     def controller_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`grass_ds.sampling.controller.Controller` (all but the number of layers)."""
-        names = (
-            "sampler",
-            "num_active_layers",
-            "probe_steps",
-            "sample_period",
-            "refresh_period",
-            "reprobe_period",
-            "temperature",
-            "ema_alpha",
-        )
-        return {name: getattr(self, name) for name in (*names, "score_normalization", "cyclic_order", "seed")}
+        schedule = {"probe_steps", "sample_period", "refresh_period", "reprobe_period"}
+        draw = {"sampler", "num_active_layers", "temperature", "score_normalization", "cyclic_order", "seed"}
+        return self.model_dump(include=schedule | draw | {"ema_alpha"})
 
 
 def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
@@ -234,7 +231,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{path}: unknown key. {_nearest(detail['loc'])}")
         else:
             message = detail["msg"].replace("valid tuple", "valid list")
-            lines.append(f"{path}: got {detail['input']!r}; {message}")
+            remedy = _REMEDIES.get(str(detail["loc"][0])) if detail["loc"] else None
+            lines.append(f"{path}: got {detail['input']!r}; {message}" + (f"; {remedy}" if remedy else ""))
     return f'the "{BLOCK}" block of the DeepSpeed config is wrong:\n  - ' + "\n  - ".join(lines)
 
 
