@@ -30,14 +30,15 @@ _SIGNATURE = inspect.signature(_STOCK_INITIALIZE)
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` with the same arguments and the same 4-tuple, whose engine is a :class:`GrassEngine`.
 
-    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock otherwise. It
-    is stock, too, without an optimizer, given or named in the config: a reference model, or an evaluation. Where there is no
-    process group yet, the ranks find each other under every launcher, plain ``srun python`` and ``mpirun python`` included.
+    The engine trains a few layers at a time if the DeepSpeed config has an enabled ``"grass"`` block, and is stock
+    otherwise. It is stock, too, without an optimizer, given or named in the config: a reference model, or an
+    evaluation. Where there is no process group yet, the ranks find each other under every launcher, plain ``srun
+    python`` and ``mpirun python`` included.
 
     Raises:
         PlacementError: launchers contradict each other, see :func:`grass_ds.cluster.placement.find`.
-        GrassConfigError: the block, the rest of the config or the model cannot be used; before anything is allocated or any
-            process group is made, and alike on every rank.
+        GrassConfigError: the block, the rest of the config or the model cannot be used; before anything is allocated
+            or any process group is made, and alike on every rank.
     """
     call = _SIGNATURE.bind(*args, **kwargs)
     ds_config = _ds_config(call.arguments)
@@ -48,11 +49,11 @@ initialize.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
 
 
 def enable() -> ExitStack:
-    """Make every later ``deepspeed.initialize`` honour a ``"grass"`` block: HF Trainer, accelerate and TRL then work unchanged.
+    """Make ``deepspeed.initialize`` read the ``"grass"`` block, so that HF Trainer, accelerate and TRL work unchanged.
 
-    ``grass_ds.enable()`` once, before the Trainer is built, is all; calling it again changes nothing. As a context manager it
-    ends with the ``with`` block: ``with grass_ds.enable(): trainer.train()``. Code that did ``from deepspeed import initialize``
-    earlier keeps the stock function; call :func:`initialize` there.
+    ``grass_ds.enable()`` once, before the Trainer is built, is all; calling it again changes nothing. As a context
+    manager it ends with the ``with`` block: ``with grass_ds.enable(): trainer.train()``. Code that did ``from
+    deepspeed import initialize`` earlier keeps the stock function; call :func:`initialize` there.
 
     Returns:
         A context manager that gives ``deepspeed.initialize`` back as it was found, at its end or at ``close()``.
@@ -86,7 +87,7 @@ def _initialize(
 
 @contextmanager
 def _engine_built_by(build: Any) -> Iterator[None]:
-    """``deepspeed.initialize`` looks the engine class up in its module: for the length of the call it finds ``build``."""
+    """``deepspeed.initialize`` looks up the engine class in its module: let it find ``build`` there for one call."""
     stock, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, build
     try:
         yield
@@ -112,7 +113,7 @@ def _warn_of_emulation(engine: Any) -> None:
 
 
 def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The DeepSpeed config of a call, read from its file if it is one; empty without one, which DeepSpeed refuses."""
+    """The DeepSpeed config of a call, read from its file where the call names one; empty if the call has none."""
     named = [arguments.get(name) for name in ("config", "config_params")]
     named += [getattr(arguments.get("args"), name, None) for name in ("deepspeed_config", "deepscale_config")]
     config: Any = next(filter(None, named), {})
@@ -122,7 +123,8 @@ def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 def _grass_config(ds_config: Mapping[str, Any], arguments: Mapping[str, Any]) -> GrassConfig | None:
     """The ``"grass"`` block of a call that trains; None: the engine is to be stock.
 
-    Front-ends prepare reference models and evaluations with a copy of the training config from which they took the optimizer.
+    Front-ends prepare reference models and evaluations with a copy of the training config from which they took the
+    optimizer.
     """
     section = ds_config.get("optimizer")
     named = isinstance(section, Mapping) and section.get("type") is not None
@@ -130,7 +132,7 @@ def _grass_config(ds_config: Mapping[str, Any], arguments: Mapping[str, Any]) ->
 
 
 def _check(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config: GrassConfig) -> ModelLayers | None:
-    """Refuse what can be refused before DeepSpeed starts; the layers of the model, None without one, which DeepSpeed refuses."""
+    """Refuse mistakes before DeepSpeed starts; return the model's layers, None without a model."""
     check_ds_config(ds_config, config)
     model, optimizer = arguments.get("model"), arguments.get("optimizer")
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work beside layer sampling, refused at start with the reason and the remedy, before anything is allocated."""
+"""Refuse at start what cannot work with layer sampling, with reason and remedy, before anything is allocated."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -104,7 +104,8 @@ def _lookup(config: Mapping[str, Any], path: str) -> Any:
 
 
 def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
-    """Raise :class:`GrassConfigError` listing everything in the DeepSpeed config that cannot work beside its ``"grass"`` block.
+    """Raise :class:`GrassConfigError` with all settings of a DeepSpeed config that its ``"grass"`` block cannot work
+    with.
 
     Args:
         ds_config: the whole DeepSpeed config.

@@ -26,7 +26,7 @@ class Switch:
 class Controller:
     """Decides which layers train. Pure bookkeeping: equal inputs on two ranks give equal decisions.
 
-    The arguments are keys of the ``"grass"`` block and trusted: :class:`grass_ds.config.GrassConfig` checks their ranges.
+    The arguments are keys of the ``"grass"`` block, whose ranges :class:`grass_ds.config.GrassConfig` has checked.
 
     Args:
         num_layers: L, decoder blocks of the model, at least 1.
@@ -91,7 +91,8 @@ class Controller:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """m_l per layer (gradient RMS, float64); None before the first probing is done and for samplers without scores."""
+        """m_l per layer (gradient RMS, float64); None before the first probing ends and for samplers without
+        scores."""
         return self._importance.scores if self._sampler.needs_scores else None
 
     @property
@@ -116,8 +117,8 @@ class Controller:
             The change of the active set from the next step on, None when it stays.
 
         Raises:
-            ValueError: an RMS is not finite (names the layer) or is missing, or all were 0 in a whole probing. The step is then
-                not counted.
+            ValueError: an RMS is not finite (names the layer) or is missing, or all were 0 in a whole probing. The
+                step is then not counted.
         """
         if self.measuring:
             self._importance.add_measurements(rms, self.active_layers)
@@ -140,7 +141,7 @@ class Controller:
         return self._next_active()
 
     def _end_train_step(self) -> tuple[int, ...] | None:
-        """Count a train step and refresh the scores if that is due; return the next set if a draw or a probing is due."""
+        """Count a train step and refresh the scores if due; return the next set if a draw or a probing is due."""
         self.step += 1
         active = set(self.active_layers)
         self.visits = tuple(n + (layer in active) for layer, n in enumerate(self.visits))
@@ -160,14 +161,14 @@ class Controller:
         return tuple(range(self._num_layers))
 
     def _next_active(self) -> tuple[int, ...]:
-        """Draw: the only place that advances the sampler."""
+        """Draw; nothing else advances the sampler."""
         self.draws += 1
         return self._sampler.draw(self.scores)
 
     def upcoming(self) -> tuple[int, ...] | None:
-        """The set that will be drawn after the coming step, None if none will; the state of the controller does not change.
+        """The set that will be drawn after the coming step, None if none will; the controller does not change.
 
-        It is drawn with the present scores. The real draw may differ only where the scores are refreshed at the same boundary.
+        The draw itself may differ only where the scores are refreshed at the same boundary.
         """
         coming = self.step + 1
         if self.phase is not Phase.TRAIN or self._schedule.reprobes_after(coming) or not self._draws_after(coming):
@@ -179,7 +180,8 @@ class Controller:
             self._sampler.load_state_dict(state)
 
     def probe_steps_within(self, steps: int) -> int:
-        """The number of probe steps, which update no weight, among the first ``steps`` steps of a run without skipped steps."""
+        """The number of probe steps, which update no weight, among a run's first ``steps`` steps if none is
+        skipped."""
         return self._schedule.probe_steps_within(steps) if self._sampler.needs_scores else 0
 
     def _switch_to(self, active: tuple[int, ...]) -> Switch | None:
@@ -191,8 +193,8 @@ class Controller:
     def fingerprint(self) -> tuple[int, ...]:
         """One integer in [0, 2**62) per field of :data:`FINGERPRINT_FIELDS`, to compare ranks at a switch.
 
-        Two controllers agree in a number iff they agree in the field (up to a hash collision): scores and measurements bit by
-        bit, ``sampler`` by name, generator state and position in the cycle.
+        Two controllers agree in a number iff they agree in the field (up to a hash collision): scores and measurements
+        bit by bit, ``sampler`` by name, generator state and position in the cycle.
         """
         importance, sampler = self._importance.state_dict(), self._sampler.state_dict()
         sampler["generator"] = sampler["generator"].tolist()  # repr shortens tensors

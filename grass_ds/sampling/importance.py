@@ -37,10 +37,16 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
     return tuple((r - 1.0) / mean / temperature for r in relative)
 
 
+def probabilities(scores: Sequence[float], temperature: float, normalization: str) -> tuple[float, ...]:
+    """p_l = exp(m_l / tau) / sum_i exp(m_i / tau), in float64; arguments and errors as in :func:`sampling_logits`."""
+    return softmax(sampling_logits(scores, temperature, normalization))
+
+
 class Importance:
     """The score m_l of every layer and the measurements since its last update.
 
-    ``scores`` is None before the first :meth:`update_scores`. A measurement is one step's sqrt(||g_l||^2 / N_l), float64.
+    ``scores`` is None before the first :meth:`update_scores`. A measurement is one step's sqrt(||g_l||^2 / N_l),
+    float64.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -69,7 +75,7 @@ class Importance:
             self._counts[layer] += 1
 
     def update_scores(self, alpha: float) -> None:
-        """Update the scores with the mean of the measurements, and drop these: m_l <- alpha * mean + (1 - alpha) * m_l.
+        """Move the scores towards the mean of the measurements, and drop these: m_l += alpha * (mean - m_l).
 
         Layers without a measurement keep their score. The first update takes the plain means, as does alpha = 1.
         """

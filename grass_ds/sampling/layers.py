@@ -17,16 +17,17 @@ class LayerDiscoveryError(ValueError):
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """The blocks of a model and the kinds of its other parameters. Names are those of ``model.named_parameters()``, each once.
+    """The blocks of a model and the kinds of its other parameters, by the names of ``model.named_parameters()``.
 
     Attributes:
         path: of the block stack, for example ``model.layers``.
         names: of the blocks, in module order.
         block_params: parameter names of each block.
-        outside: parameter names by kind; an empty kind is missing. ``embed``: embeddings. ``norm``: the final norm. ``head``: output
-            layers, which are the projection to the vocabulary or, in a model without one, everything above the blocks (a
-            classifier, a reward model's score). ``tower``: other model parts with blocks of their own (an encoder beside
-            the decoder, a vision tower). ``other``: the rest (a value head beside the vocabulary's, a projector).
+        outside: parameter names by kind; an empty kind is missing. ``embed``: embeddings. ``norm``: the final norm.
+            ``head``: output layers, which are the projection to the vocabulary or, in a model without one, everything
+            above the blocks (a classifier, a reward model's score). ``tower``: other model parts with blocks of their
+            own (an encoder beside the decoder, a vision tower). ``other``: the rest (a value head beside the
+            vocabulary's, a projector).
         below: kinds of ``outside`` of which something lies below the blocks, so that its gradient passes all of them.
         vocabulary_head: ``head`` projects to the vocabulary; if it is tied, too.
         tied: the head shares a parameter with the embeddings; all of both is then listed under ``embed``.
@@ -43,8 +44,9 @@ class ModelLayers:
     def resolve_always_active(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
         """The keys of ``outside`` that ``kinds`` stand for, each once, in order.
 
-        ``head`` stands for ``embed`` when they are tied, and ``other`` also for ``tower``. None is the default: all but the
-        embeddings, the projection to the vocabulary and towers, since the rest may be new and randomly initialized.
+        ``head`` stands for ``embed`` when they are tied, and ``other`` also for ``tower``. None is the default: all
+        but the embeddings, the projection to the vocabulary and towers, since the rest may be new and randomly
+        initialized.
 
         Raises:
             ValueError: this model has no parameters of a kind.
@@ -76,9 +78,9 @@ class ModelLayers:
 def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLayers:
     """Find the decoder stack, the embeddings, the final norm, the head and their ties.
 
-    The stack is the ``nn.ModuleList`` with the most parameters whose blocks have one type and all hold parameters. It is searched
-    inside ``get_decoder()`` where the model has that method. ``requires_grad`` does not matter. Parameters that ZeRO-3 has
-    partitioned count with their full size.
+    The stack is the ``nn.ModuleList`` with the most parameters whose blocks have one type and all hold parameters. It
+    is searched inside ``get_decoder()`` where the model has that method. ``requires_grad`` does not matter. Parameters
+    that ZeRO-3 has partitioned count with their full size.
 
     Args:
         model: any module; wrappers that add a name prefix are fine.
@@ -156,7 +158,7 @@ def _explain(problem: str, candidates: dict[str, nn.ModuleList]) -> str:
 
 
 def _from_first(model: nn.Module, getter: str) -> nn.Module | None:
-    """The result of ``getter`` on the outermost module that has it: a wrapper hides the methods of the model inside."""
+    """The result of ``getter`` on the outermost module that has it: a wrapper has no methods of the model inside."""
     for module in model.modules():
         method = getattr(module, getter, None)
         if callable(method):
@@ -234,7 +236,7 @@ class _Outside:
                 yield "embed", [parameter]  # a table of positions, a mask's vector, a projection of the embeddings
 
     def below(self, outside: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-        """Embeddings, and kinds with a parameter in a module that was registered before the stack: a projector, an encoder."""
+        """``embed``, and kinds with a parameter in a module that was registered before the stack (an encoder)."""
 
         def reaches_below(kind: str, names: Sequence[str]) -> bool:
             return kind == "embed" or not all(self._above(_parent(name)) for name in names)
@@ -244,16 +246,16 @@ class _Outside:
         )
 
     def _says_embedding(self, path: str) -> bool:
-        """Whether the name says so after the part that it shares with the stack's: a model may be called "ensemble"."""
+        """Whether the name says so, below what it has in common with the stack's: a model may be called "ensemble"."""
         parts, stack = path.lower().split("."), self._stack.lower().split(".")
         return any("emb" in part for part in parts[_shared(parts, stack) :])
 
     def _above(self, path: str) -> bool:
-        """Whether a module was registered after the stack, as models do with modules that they apply after their blocks."""
+        """Whether a module was registered after the stack: models apply their modules in the order of registration."""
         return self._positions[path] > self._positions[self._stack]
 
     def _find_towers(self, candidates: dict[str, nn.ModuleList]) -> Iterator[str]:
-        """Subtrees with a stack of their own. A list above the blocks that is smaller than one of them holds heads, not blocks."""
+        """Subtrees with a stack of their own. A list above the blocks and smaller than one of them holds heads."""
         block = _numel(self._model.get_submodule(self._stack)[0])  # type: ignore[index]
         for path, blocks in candidates.items():
             compound = next(iter(blocks[0].children()), None) is not None
@@ -289,7 +291,7 @@ class _Outside:
         return heads if named is None else [named, *(module for module in heads if module is not named)]
 
     def _is_norm(self, path: str, module: nn.Module) -> bool:
-        """Whether it holds vectors of the hidden size and nothing else, and lies beside the stack or an ancestor of it.
+        """Whether it holds vectors of the hidden size only, and lies beside the stack or an ancestor of it.
 
         An embedding norm may lie anywhere.
         """

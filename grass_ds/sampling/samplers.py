@@ -15,7 +15,7 @@ from grass_ds.sampling.importance import sampling_logits, softmax
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """gamma = ``num_active_layers`` of L = ``num_layers``, tau = ``temperature``; the keys of the ``"grass"`` block have the ranges."""
+    """gamma = ``num_active_layers`` of L = ``num_layers``, tau = ``temperature``, as in the ``"grass"`` block."""
 
     num_layers: int
     num_active_layers: int
@@ -78,7 +78,7 @@ class Sampler:
         return tuple(sorted(draw_without_replacement(self._logits(scores), count, self._generator)))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides the coming draws besides settings and scores: the private generator's state (uint8 tensor)."""
+        """The private generator's state (uint8 tensor): with settings and scores it decides the coming draws."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When layers are probed (T_p), drawn (T_s), refreshed (T_u) and probed again, as pure functions of the step counters."""
+"""When layers are probed (T_p), drawn (T_s) and their scores refreshed (T_u): pure functions of step counters."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -16,9 +16,9 @@ class Phase(str, Enum):
 class Schedule:
     """Periods in applied optimizer steps; steps skipped by an overflow do not count.
 
-    ``probe_steps`` is the paper's T_p, ``sample_period`` T_s and ``refresh_period`` T_u; ``reprobe_period`` is ours, 0: never. A
-    boundary at step n lies after the n-th train step. Where a refresh and a draw share one, the refresh goes first; probing again
-    replaces both, and ends with a draw.
+    ``probe_steps`` is the paper's T_p, ``sample_period`` T_s and ``refresh_period`` T_u; ``reprobe_period`` is ours,
+    0: never. A boundary at step n lies after the n-th train step. Where a refresh and a draw share one, the refresh
+    goes first; probing again replaces both, and ends with a draw.
     """
 
     probe_steps: int
