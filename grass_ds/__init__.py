@@ -64,7 +64,7 @@ _MOVED = {"placement": "cluster.placement"}
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module. The error names the missing extra, or packages outside of their tested range, which may be the
+    """Import a module. The error names a missing extra, or packages outside of their tested range as a likely
     cause."""
     from grass_ds.versions import EXTRAS, RANGES, untested
 

@@ -67,8 +67,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "checkpoint.writer",
         (None,),
-        "checkpoints are written by grass_ds, complete or not at all: remove it; for a short stall use "
-        '"checkpoint": {"async": true}',
+        'checkpoints are written by grass_ds: remove it; for a short stall use "checkpoint": {"async": true}',
     ),
     (
         "checkpoint.use_node_local_storage",
