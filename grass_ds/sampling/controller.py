@@ -131,7 +131,8 @@ class Controller:
         if last and self._importance.all_zero:
             raise ValueError(
                 f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not "
-                "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer of zeros"
+                "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer "
+                "of zeros"
             )
         self.probe_step += 1
         if not last:

@@ -263,7 +263,7 @@ def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
     ("stage", "how"), tiered([(0, "enable"), (3, "enable"), (3, "initialize")], (0, "enable"), (3, "enable"))
 )
 def test_an_engine_without_an_optimizer_is_stock(two_ranks: Any, stage: int, how: str) -> None:
-    """For a reference model TRL copies the training config, removes the optimizer, and sets stage 0 instead of 1 or 2."""
+    """For a reference model TRL copies the training config without its optimizer, with stage 0 instead of 1 or 2."""
     config = ds_config(stage=stage)
     del config["optimizer"]
     with_block = two_ranks.run(evaluated, config={**config, "grass": grass_block()}, how=how)
