@@ -15,8 +15,8 @@ from grass_ds.versions import installed
 
 SUPPORTED_STAGES = (1, 2, 3)
 
-# (path in the DeepSpeed config, values that are fine, why not and what to do)
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+# (path in the DeepSpeed config, allowed values, reason and remedy)
+REFUSED_SETTINGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "zero_optimization.offload_optimizer.device",
         (None, "none"),
@@ -142,7 +142,7 @@ def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
-    for path, allowed, why in _REFUSED:
+    for path, allowed, why in REFUSED_SETTINGS:
         value = _lookup(ds_config, path)
         if value not in allowed:
             yield f"{path} = {value!r}: {why}"
