@@ -137,14 +137,13 @@ def delete(engine: Any) -> None:
         path.unlink()
 
 
-def settle(engine: Any) -> None:
-    """Nothing is being read or written."""
+def wait_for_transfers(engine: Any) -> None:
+    """No file is being read or written."""
     engine.optimizer.store.flush()
-    engine.optimizer.store._tier._reader.wait_idle()
 
 
 def truncate(engine: Any) -> None:
-    settle(engine)
+    wait_for_transfers(engine)
     for path in folder_of(engine).glob("*.state"):
         os.truncate(path, path.stat().st_size // 2)
 
@@ -158,11 +157,11 @@ def fill(engine: Any) -> None:
 
 def flip(engine: Any) -> None:
     """One bit of the second moments, in a chunk that is on disk alone and comes next step: the third of the first layer's five."""
-    settle(engine)
+    wait_for_transfers(engine)
     unit = next(unit for unit in engine.optimizer.units if unit.active and not unit.always)
-    place = 2 * round_up(unit.shard_numel) * ELEMENT + 2 * 1024 * ELEMENT + 1234
+    offset = 2 * round_up(unit.shard_numel) * ELEMENT + 2 * 1024 * ELEMENT + 1234
     with open(state_path(engine, unit), "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         [byte] = file.read(1)
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ 16]))

@@ -67,11 +67,11 @@ class LazyCopies(Copies):
         """Whether the calling thread waits for ``event``."""
         return True
 
-    def join(self, event: Event | None) -> None:
+    def compute_waits_for(self, event: Event | None) -> None:
         if event is not None and self.compute_waits(event):
             self.run(event)
 
-    def mark(self) -> Event:
+    def compute_event(self) -> Event:
         return Event(self, done=True)
 
     def run(self, event: Event) -> None:
@@ -82,9 +82,9 @@ class LazyCopies(Copies):
                 queue = self._queues[event.lane]
                 for earlier in queue[0].after:
                     self.run(earlier)
-                self._copy(queue.popleft())
+                self._run_copy(queue.popleft())
 
-    def _now(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Event:
+    def _copy(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Event:
         honoured = [event for event in after if event is not None and self.copy_waits(lane, event)]
         with self._lock:
             event = Event(self, lane, list(pairs), honoured, ordered=bool(honoured))
@@ -92,7 +92,7 @@ class LazyCopies(Copies):
         return event
 
     @torch.no_grad()
-    def _copy(self, event: Event) -> None:
+    def _run_copy(self, event: Event) -> None:
         for target, source in event.pairs:
             target.copy_(source if event.ordered else torch.full_like(source, POISON))
             self.copied += 1

@@ -151,7 +151,7 @@ class Rig:
             self.store.put(unit, UnitState(master))
             plain.start(master)
             plain.step(torch.zeros_like(master))
-            template = self.store._templates[unit.group]
+            template = self.store.template(unit)
             state = {k: v for k, v in plain.state.items() if k in template.moments}
             scalars = {k: v for k, v in plain.state.items() if k not in template.moments}
             self.store.put(unit, UnitState(plain.master.detach().clone(), state, scalars))
@@ -225,9 +225,9 @@ def rig_of(
         return factory if wrap_io is None else lambda: wrap_io(factory())
 
     replaced = {"copies_for": lambda device, trace: copies(trace), "open_io": open_wrapped_io, **(parts or {})}
-    surroundings = build.Surroundings(GAMMA, torch.device("cpu"), 0, {})
+    job: dict[str, Any] = {"num_active_layers": GAMMA, "device": torch.device("cpu"), "rank": 0, "aio": {}}
     with mock.patch.multiple(build, **replaced):
-        store = build.open_store(config, units, [template], surroundings)
+        store = build.open_store(config, units, [template], **job)
     try:
         yield Rig(store, units, make, rng)
     finally:

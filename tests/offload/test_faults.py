@@ -22,9 +22,9 @@ from helpers.faults import (
     flip,
     held,
     said,
-    settle,
     state_path,
     truncate,
+    wait_for_transfers,
 )
 from helpers.models import ds_config, engine_of, grass_block, train
 from helpers.ranks import RankFailure, RankPool
@@ -373,7 +373,7 @@ def use(
         engine.save_checkpoint(str(folder), tag="first")
         train(engine, 1, start=AT)
         if fault["verb"] == "read":
-            settle(engine)
+            wait_for_transfers(engine)
         if engine.global_rank == 1:
             faults.arm()
         errors = [said(lambda: action(engine, folder)), said(lambda: train(engine, 1, start=AT + 1))]

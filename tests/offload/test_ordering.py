@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,11 @@ from helpers.state_rig import Rig, SlowIO, rig_of
 from grass_ds.offload.block_io import BlockIO
 from grass_ds.offload.chunks import Chunk
 from grass_ds.offload.copies import Copies
-from grass_ds.offload.device_buffers import Slot, Window
+from grass_ds.offload.device_buffers import DeviceBuffer, DeviceBuffers
 from grass_ds.offload.host import HostTier
 from grass_ds.offload.nvme import NvmeTier
 from grass_ds.offload.store import UnitState
-from grass_ds.offload.tier import Planes, Ticket
+from grass_ds.offload.tier import Planes, Transfer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -65,13 +66,13 @@ def hasty_threads() -> Iterator[None]:
 class SlowCopies(Copies):
     """Copies that dawdle between planes."""
 
-    def _now(self, pairs: Any, after: Sequence[Any], lane: str, name: str) -> Any:
+    def _copy(self, pairs: Any, after: Sequence[Any], lane: str, name: str) -> Any:
         def dawdling() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for pair in pairs:
                 yield pair
                 time.sleep(1e-4)
 
-        return super()._now(dawdling(), after, lane, name)
+        return super()._copy(dawdling(), after, lane, name)
 
 
 # ---- with every wait --------------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class NoSynchronize(LazyCopies):
     thread = ""
 
     def host_waits(self, event: Event) -> bool:
-        return caller() != self.thread
+        return not caller().startswith(self.thread)
 
 
 class MainDoesNotSynchronize(NoSynchronize):
@@ -165,48 +166,48 @@ class NothingQueued(Counter[Chunk]):
 class ReaderIgnoresQueuedStores(NvmeTier):
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._storing = NothingQueued(("_filled", "<lambda>"))
+        self._queued = NothingQueued(("_read", "<lambda>"))
 
 
 class LoadIgnoresQueuedStores(NvmeTier):
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._storing = NothingQueued(("_load",))
+        self._queued = NothingQueued(("_load",))
 
 
 class HostTierForgetsItsStores(HostTier):
-    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
-        self._last[chunk.unit].clear()
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
+        self._events[chunk.unit].clear()
         return super().load(chunk, target, after)
 
 
 class HostTierForgetsItsLoads(HostTier):
-    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
-        stored = self._last[chunk.unit].get(chunk)
-        ticket = super().load(chunk, target, after)
-        self._last[chunk.unit][chunk] = stored
-        return ticket
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
+        stored = self._events[chunk.unit].get(chunk)
+        transfer = super().load(chunk, target, after)
+        self._events[chunk.unit][chunk] = stored
+        return transfer
 
 
-class LoadsIgnorePending(Window):
-    def _load(self, chunk: Chunk, slot: Slot) -> None:
-        slot.pending = None
-        super()._load(chunk, slot)
+class LoadsIgnorePending(DeviceBuffers):
+    def _load(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
+        buffer.pending = None
+        super()._load(chunk, buffer)
 
 
-class TakeIgnoresPending(Window):
-    def take(self, chunk: Chunk) -> Planes:
-        if chunk in self._slots:
-            self._slots[chunk].pending = None
-        return super().take(chunk)
+class AcquireIgnoresPending(DeviceBuffers):
+    def acquire(self, chunk: Chunk) -> Planes:
+        if chunk in self._held:
+            self._held[chunk].pending = None
+        return super().acquire(chunk)
 
 
-class ForgetIgnoresPending(Window):
-    def forget(self, unit: Any) -> None:
-        for chunk, slot in self._slots.items():
+class DiscardIgnoresPending(DeviceBuffers):
+    def discard(self, unit: Any) -> None:
+        for chunk, buffer in self._held.items():
             if chunk.unit is unit:
-                slot.pending = None
-        super().forget(unit)
+                buffer.pending = None
+        super().discard(unit)
 
 
 # what is removed -> (copies, parts of the store, cases that shall notice)
@@ -222,12 +223,20 @@ MUTATIONS: dict[str, tuple[type[LazyCopies], dict[str, Any], tuple[str, ...]]] =
     "a file is read before a queued store": (LazyCopies, {"NvmeTier": ReaderIgnoresQueuedStores}, ("nvme-period",)),
     "a buffer is used before a queued store": (LazyCopies, {"NvmeTier": LoadIgnoresQueuedStores}, ("nvme-period",)),
     "the host tier does not know its stores": (LazyCopies, {"HostTier": HostTierForgetsItsStores}, ("cpu-period",)),
-    "a slot is loaded before it has been stored": (LazyCopies, {"Window": LoadsIgnorePending}, ("cpu-stream",)),
-    "a slot is used before it has been loaded": (LazyCopies, {"Window": TakeIgnoresPending}, ("cpu-stream",)),
+    "a device buffer is loaded before it has been stored": (
+        LazyCopies,
+        {"DeviceBuffers": LoadsIgnorePending},
+        ("cpu-stream",),
+    ),
+    "a device buffer is used before it has been loaded": (
+        LazyCopies,
+        {"DeviceBuffers": AcquireIgnoresPending},
+        ("cpu-stream",),
+    ),
     # two of them, each of which is enough
     "host memory changes before it has been loaded from": (
         LazyCopies,
-        {"Window": ForgetIgnoresPending, "HostTier": HostTierForgetsItsLoads},
+        {"DeviceBuffers": DiscardIgnoresPending, "HostTier": HostTierForgetsItsLoads},
         ("cpu-stream-three-buffers", "cpu-stream"),
     ),
 }
@@ -286,7 +295,7 @@ class Gate:
 FEW = {**NVME, "device_buffers": 1, "host_buffers": 3, "checksum": True}
 
 
-def resting(rig: Rig) -> tuple[Any, torch.Tensor]:
+def stored(rig: Rig) -> tuple[Any, torch.Tensor]:
     """A unit of several chunks whose state is in its file and nowhere else."""
     unit, other = (u for u in rig.units if u.shard_numel > 3 * 1024 and u.layer in (0, 1))
     state = torch.arange(unit.shard_numel, dtype=torch.float32)
@@ -299,7 +308,7 @@ def resting(rig: Rig) -> tuple[Any, torch.Tensor]:
 def test_what_is_put_while_the_old_state_is_read_ahead_remains(tmp_path: Path) -> None:
     gate = Gate("read")
     with rig_of(FEW, tmp_path, 0, wrap_io=gate.around) as rig:
-        unit, state = resting(rig)
+        unit, state = stored(rig)
         gate.close_until_later()
         rig.store.plan([unit])
         assert gate.reached.wait(10)
@@ -312,7 +321,7 @@ def test_what_is_put_while_the_old_state_is_read_ahead_remains(tmp_path: Path) -
 def test_a_file_may_be_read_after_its_state_was_dropped_while_it_was_written(tmp_path: Path) -> None:
     gate = Gate("write")
     with rig_of(FEW, tmp_path, 0, wrap_io=gate.around) as rig:
-        unit, state = resting(rig)
+        unit, state = stored(rig)
         rig.store.plan([unit])
         gate.close_until_later()
         rig.store.put(unit, UnitState(state + 1))
@@ -337,18 +346,18 @@ def test_a_buffer_remembers_a_copy_that_another_thread_issued(tmp_path: Path) ->
     class Look(Copies):
         def load(self, *arguments: Any) -> Any:
             looking.set()
-            ticket._settled.wait(0.2)
+            wait([transfer], 0.2)
             return super().load(*arguments)
 
     with rig_of(FEW, tmp_path, 0, copies=Load) as rig:
-        unit, state = resting(rig)
+        unit, state = stored(rig)
         tier: Any = rig.store._tier
         tier._host_copies = Look(rig.store.trace)
         chunk = rig.store.chunks(unit)[0]
         target = [torch.zeros(chunk.numel) for _ in range(3)]
-        ticket = tier.load(chunk, target, [tier._copies.mark()])
+        transfer = tier.load(chunk, target, [tier._copies.compute_event()])
         assert loading.wait(10)
-        tier.fetch(unit)
-        tier.fetch(next(u for u in rig.units if u is not unit and u in rig.store))
-        tier._copies.run(ticket.wait())
+        tier.read(unit)
+        tier.read(next(u for u in rig.units if u is not unit and u in rig.store))
+        tier._copies.run(transfer.result())
         assert torch.equal(target[0], chunk.of(state))
