@@ -221,7 +221,6 @@ MUTATIONS: dict[str, tuple[type[LazyCopies], dict[str, Any], tuple[str, ...]]] =
     "a file is written before its buffer": (WriterDoesNotSynchronize, {}, ("nvme-stream-through-files",)),
     "a buffer is read into before it has been copied": (ReaderDoesNotSynchronize, {}, ("nvme-stream-through-files",)),
     "a file is read before a queued store": (LazyCopies, {"NvmeTier": ReaderIgnoresQueuedStores}, ("nvme-period",)),
-    "a buffer is used before a queued store": (LazyCopies, {"NvmeTier": LoadIgnoresQueuedStores}, ("nvme-period",)),
     "the host tier does not know its stores": (LazyCopies, {"HostTier": HostTierForgetsItsStores}, ("cpu-period",)),
     "a device buffer is loaded before it has been stored": (
         LazyCopies,
@@ -331,6 +330,23 @@ def test_a_file_may_be_read_after_its_state_was_dropped_while_it_was_written(tmp
         rig.store.plan([unit])
         assert torch.equal(rig.store[unit].master, state + 2)
         rig.store.flush()
+
+
+@pytest.mark.parametrize("kind", [NvmeTier, LoadIgnoresQueuedStores])
+def test_a_load_waits_for_a_store_that_is_queued(kind: type[NvmeTier], tmp_path: Path) -> None:
+    """A store is queued while the chunk's buffer is written: that buffer holds the state before it."""
+    gate = Gate("write")
+    with rig_of(FEW, tmp_path, 0, parts={"NvmeTier": kind}, wrap_io=gate.around) as rig:
+        unit, _ = stored(rig)
+        tier: Any = rig.store._tier
+        chunk = rig.store.chunks(unit)[0]
+        first, second, target = ([torch.full((chunk.numel,), value)] * 3 for value in (1.0, 2.0, 0.0))
+        gate.close_until_later()
+        tier.store(chunk, first, ())
+        assert gate.reached.wait(10)
+        tier.store(chunk, second, ())
+        tier.load(chunk, target, ()).result()
+        assert torch.equal(target[0], second[0]) == (kind is NvmeTier)
 
 
 def test_a_buffer_remembers_a_copy_that_another_thread_issued(tmp_path: Path) -> None:
