@@ -77,7 +77,7 @@ def _open_nvme(
     rank: int,
     aio: Mapping[str, Any],
 ) -> NvmeTier:
-    """The NVMe tier with ``count`` host buffers. Files come first: they are what fails. A failure releases what was made."""
+    """The NVMe tier with ``count`` host buffers. If a part cannot be made, those made before it are closed."""
     sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
     with ExitStack() as undo:
         files = StateFiles(resolve_path(str(config.nvme_path)), rank, _job(), sizes)
@@ -89,14 +89,14 @@ def _open_nvme(
         undo.pop_all()
     if rank == 0:
         logger.info(
-            f"grass_ds: optimizer state in {config.nvme_path}: {files.nbytes / 1e9:.2f} GB of files and {count} host buffers of "
-            f"{layout.buffer_bytes / 1e6:.1f} MB per rank"
+            f"grass_ds: optimizer state in {config.nvme_path}: {files.nbytes / 1e9:.2f} GB of files and {count} host "
+            f"buffers of {layout.buffer_bytes / 1e6:.1f} MB per rank"
         )
     return tier
 
 
 def _host_buffers(config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int) -> int:
-    """``host_buffers`` of the config, or the default: for ``stream`` all active chunks, up to :data:`DEFAULT_HOST_BYTES`."""
+    """``host_buffers`` of the config or by default."""
     least = config.device_buffers + SPARE_BUFFERS
     if config.host_buffers is not None:
         return config.host_buffers

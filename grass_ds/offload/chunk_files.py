@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks in state files: a unit's file is its planes one after the other, each padded to the alignment of direct I/O."""
+"""Chunks in state files: a file is the planes of a unit, each padded to the alignment of direct I/O."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -28,7 +28,8 @@ class ChunkFiles:
         open_io: makes an I/O object; called once per direction.
         checksum: keep a CRC-32 of every chunk that is written, and compare it when the chunk is read.
 
-    Planes have room for the chunk padded to the alignment. Errors are those of :class:`~grass_ds.offload.block_io.BlockIO`.
+    Planes have room for the chunk padded to the alignment. Errors are those of
+    :class:`~grass_ds.offload.block_io.BlockIO`.
     """
 
     def __init__(self, files: StateFiles, open_io: Callable[[], BlockIO], checksum: bool, trace: Trace):
@@ -53,8 +54,9 @@ class ChunkFiles:
         written = (self._checksums or {}).get(chunk)
         if written is not None and written != _crc32(chunk, planes):
             raise OffloadError(
-                f"checksum mismatch: {file.path} does not hold what was written there for {chunk}. The disk or its file system "
-                "lost or changed data; load the last checkpoint, with another grass.offload.nvme_path or offload.device: cpu"
+                f"checksum mismatch: {file.path} does not hold what was written there for {chunk}. The disk or its "
+                "file system lost or changed data; load the last checkpoint, with another grass.offload.nvme_path or "
+                "offload.device: cpu"
             )
 
     def write(self, chunk: Chunk, planes: Planes) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chunks: the pieces in which optimizer state moves between device, host and disk, and in which it is stepped.
 
-A unit can be as large as the head of a 128k vocabulary; a chunk has at most as many elements as a device buffer, whatever the unit.
+A unit can be as large as the head of a 128k vocabulary; a chunk has at most as many elements as a device buffer,
+whatever the unit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +13,9 @@ import torch
 from grass_ds.core.units import Unit
 
 ELEMENT = 4  # bytes: all state is fp32
-# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O needs, and a multiple of every vector
-# width, so that vectorised optimizers treat an element alike in every chunk and results do not depend on the chunk size.
+# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O needs, and a multiple of every
+# vector width, so that vectorised optimizers treat an element alike in every chunk and results do not depend on the
+# chunk size.
 GRAIN = 1024
 
 
@@ -41,7 +43,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """How the state of units is divided: into planes (fp32 master weights, then one per moment), and these into chunks.
+    """How the state of units is divided: into planes (fp32 master weights, then one per moment), and these into
+    chunks.
 
     Attributes:
         planes: number of planes, per param group.
@@ -71,7 +74,7 @@ class StateLayout:
         ]
 
     def largest_active_set(self, units: Iterable[Unit], num_active_layers: int) -> int:
-        """Most chunks that train at a time: of the always-active units and of the ``num_active_layers`` largest layers."""
+        """Most chunks that train at a time: always-active units and the ``num_active_layers`` largest layers."""
         always, layers = 0, dict[int, int]()
         for unit in units:
             count = len(self.chunks(unit))
@@ -83,6 +86,6 @@ class StateLayout:
 
 
 def effective_chunk_numel(asked: int, units: Sequence[Unit]) -> int:
-    """``asked`` rounded up to :data:`GRAIN`, but at most the largest shard that can ever train: buffers have this size."""
+    """``asked`` rounded up to :data:`GRAIN`, but at most the largest shard that can ever train."""
     largest = max((unit.shard_numel for unit in units if unit.ever_active), default=GRAIN)
     return min(round_up(asked), round_up(largest))

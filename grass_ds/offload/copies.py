@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between host and device, on streams of their own where the accelerator has streams.
 
-[Note: Ordering] Three streams touch a device buffer: loads (host to device), compute, stores (device to host). Each copy waits
-for the events it is given and ends with an event; nothing else orders them. The allocator is told of memory that was allocated
-under the compute stream and is used by another one (``record_stream``): otherwise it would hand out that memory again while a
-copy still runs.
+[Note: Ordering] Three streams touch a device buffer: loads (host to device), compute, stores (device to host). Each
+copy waits for the events it is given and ends with an event; nothing else orders them. The allocator is told of memory
+that was allocated under the compute stream and is used by another one (``record_stream``): otherwise it would hand out
+that memory again while a copy still runs.
 
 On a synchronous accelerator (the CPU) events are ``None``, and the path is the same.
 """

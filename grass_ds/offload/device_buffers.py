@@ -2,14 +2,17 @@
 """Device buffers: each holds the state of one chunk while it is stepped.
 
 [Note: Residency] One mechanism, three policies:
-  ``stream``  at most ``device_buffers`` buffers of chunk size, reused for ever. A chunk is evicted once it was stepped; its buffer
-              takes the next chunk of the plan, whose load waits (on its stream) for the store before it.
-  ``period``  a buffer per chunk of the active set, kept as long as the chunk is active. The next set's chunks are loaded before
-              the switch; those of the old set are stored after it, and their buffers freed when that is done.
+  ``stream``  at most ``device_buffers`` buffers of chunk size, reused for ever. A chunk is evicted once it was
+              stepped; its buffer takes the next chunk of the plan, whose load waits (on its stream) for the store
+              before it.
+  ``period``  a buffer per chunk of the active set, kept as long as the chunk is active. The next set's chunks are
+              loaded before the switch; those of the old set are stored after it, and their buffers freed when that is
+              done.
   no tier     (``device: none``) a buffer per chunk, kept for ever.
 
-[Note: Order] A step uses chunks in the order of the plan, so loads are issued in that order and never further ahead than there
-are buffers. ``pending`` is the last copy into or out of a buffer: whoever uses the buffer next, waits for it.
+[Note: Order] A step uses chunks in the order of the plan, so loads are issued in that order and never further ahead
+than there are buffers. ``pending`` is the last copy into or out of a buffer: whoever uses the buffer next, waits for
+it.
 """
 
 from collections import deque
@@ -58,7 +61,8 @@ class DeviceBuffers:
 
     Args:
         tier: where state is kept while it is not on the device; None: it stays on the device.
-        config: ``residency``, ``device_buffers`` (of ``stream``) and ``prefetch``: ``backward`` lets transfers begin between steps.
+        config: ``residency``, ``device_buffers`` (of ``stream``) and ``prefetch``: ``backward`` lets transfers begin
+            between steps.
 
     Attributes:
         peak_bytes: highest :attr:`nbytes` so far.
@@ -84,13 +88,14 @@ class DeviceBuffers:
         """Bytes of device memory held now."""
         return sum(buffer.nbytes for buffer in self._all())
 
-    # ---- before a step --------------------------------------------------------------------------------------------------
+    # ---- before a step ----------------------------------------------------------------------------------------------
 
     def plan(self, chunks: Sequence[Chunk], stored: Container[Unit]) -> None:
         """The coming steps use ``chunks`` in this order; all others are evicted.
 
         Args:
-            stored: units whose state exists, a live view; state of the others is made in its buffer rather than loaded.
+            stored: units whose state exists, a live view; state of the others is made in its buffer rather than
+                loaded.
         """
         self._stored = stored
         self._plan, self._next = list(chunks), 0
@@ -119,7 +124,7 @@ class DeviceBuffers:
             if chunk not in self._held and chunk.unit in self._stored:
                 self._assign(chunk, self._allocate_for(chunk))
 
-    # ---- in a step ------------------------------------------------------------------------------------------------------
+    # ---- in a step --------------------------------------------------------------------------------------------------
 
     def acquire(self, chunk: Chunk) -> Planes:
         """The chunk's planes on the device, each [chunk.numel]; what is computed next comes after its load.
@@ -151,7 +156,7 @@ class DeviceBuffers:
         if self._eager:
             self._read_ahead()
 
-    # ---- between steps --------------------------------------------------------------------------------------------------
+    # ---- between steps ----------------------------------------------------------------------------------------------
 
     def discard(self, unit: Unit) -> None:
         """Free the unit's buffers without storing them."""
@@ -190,7 +195,7 @@ class DeviceBuffers:
         self._free.clear()
         self._evicted.clear()
 
-    # ---- copies ---------------------------------------------------------------------------------------------------------
+    # ---- copies -----------------------------------------------------------------------------------------------------
 
     def _load_up_to(self, last: Chunk) -> None:
         """Load the plan up to this chunk, as far as there are buffers; never blocks the host."""
@@ -238,7 +243,7 @@ class DeviceBuffers:
         del self._held[chunk]
         (self._free if self._streams else self._evicted).append(buffer)
 
-    # ---- memory ---------------------------------------------------------------------------------------------------------
+    # ---- memory -----------------------------------------------------------------------------------------------------
 
     def _buffer_for(self, chunk: Chunk) -> DeviceBuffer:
         """A buffer for a chunk that is needed now."""

@@ -57,8 +57,7 @@ class HostTier:
     def write(self, unit: Unit, planes: Planes) -> None:
         self._synchronize(unit)
         for here, there in zip(self._state(unit, len(planes)), planes, strict=True):
-            if here is not there:
-                here.copy_(there)
+            here.copy_(there)
 
     def drop(self, unit: Unit) -> None:
         self._synchronize(unit)

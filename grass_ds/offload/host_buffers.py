@@ -102,7 +102,7 @@ class HostBuffers:
         return self.acquire(buffer)
 
     def reusable(self, cached: Collection[Chunk]) -> HostBuffer | None:
-        """The clean idle buffer to reuse: rather one that was not read ahead and is not ``cached``, used longest ago."""
+        """The clean idle buffer to reuse: not read ahead, not ``cached`` if possible, and used longest ago."""
         clean = [buffer for buffer in self if buffer.idle and not buffer.dirty]
         return min(clean, key=lambda b: (b.prefetched, b.chunk in cached, b.last_use), default=None)
 

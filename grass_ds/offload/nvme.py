@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The NVMe tier: state is kept in files, and passes through a few host buffers on its way.
 
-[Note: Two threads] A reader and a writer thread move chunks between the disk and host buffers. A copy between a host buffer and
-the device is issued by the thread that has the buffer at hand, in the stream order of copies.py.
+[Note: Two threads] A reader and a writer thread move chunks between the disk and host buffers. A copy between a host
+buffer and the device is issued by the thread that has the buffer at hand, in the stream order of copies.py.
 
-[Note: Cache] A buffer keeps its chunk until it is needed for another one. A load that finds the chunk in a buffer takes it from
-there, whether or not the file is up to date; a load of a chunk whose store is still queued waits for that store. So no file is
-read before what was stored last is in it.
+[Note: Cache] A buffer keeps its chunk until it is needed for another one. A load that finds the chunk in a buffer
+takes it from there, whether or not the file is up to date; a load of a chunk whose store is still queued waits for
+that store. So no file is read before what was stored last is in it.
 
-[Note: When files are written] If the buffers hold all chunks that the coming steps use, these stay in host memory and are written
-when they leave the active set (or at a flush): an SSD wears by bytes written, and a period of 25 steps would write each state 25
-times. Otherwise a chunk is written at once after its step.
+[Note: When files are written] If the buffers hold all chunks that the coming steps use, these stay in host memory and
+are written when they leave the active set (or at a flush): an SSD wears by bytes written, and a period of 25 steps
+would write each state 25 times. Otherwise a chunk is written at once after its step.
 """
 
 import atexit
@@ -70,7 +70,7 @@ class NvmeTier:
     def nvme_bytes(self) -> int:
         return self._files.nbytes
 
-    # ---- copies to and from the device ----------------------------------------------------------------------------------
+    # ---- copies to and from the device ------------------------------------------------------------------------------
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
         return self._load(chunk, target, after, self._copies)
@@ -149,7 +149,7 @@ class NvmeTier:
             self._submit(self._writer, self._write, buffer)
         return event
 
-    # ---- in the reader thread -------------------------------------------------------------------------------------------
+    # ---- in the reader thread ---------------------------------------------------------------------------------------
 
     def _read_ahead(self, chunk: Chunk) -> None:
         try:
@@ -185,7 +185,7 @@ class NvmeTier:
         buffer.filled = True
         return buffer
 
-    # ---- in the writer thread -------------------------------------------------------------------------------------------
+    # ---- in the writer thread ---------------------------------------------------------------------------------------
 
     def _store_queued(self, chunk: Chunk, issue: Issue) -> Any:
         """Store a chunk for which no buffer was at hand."""
@@ -224,7 +224,7 @@ class NvmeTier:
                 buffer.writing = False
                 self._lock.notify_all()
 
-    # ---- between steps --------------------------------------------------------------------------------------------------
+    # ---- between steps ----------------------------------------------------------------------------------------------
 
     def read(self, unit: Unit) -> Planes:
         planes = [torch.empty(unit.shard_numel, dtype=torch.float32) for _ in range(self._layout.planes_of(unit))]
@@ -268,7 +268,7 @@ class NvmeTier:
             for thread in (self._reader, self._writer):
                 release.callback(thread.shutdown)
 
-    # ---- buffers and threads --------------------------------------------------------------------------------------------
+    # ---- buffers and threads ----------------------------------------------------------------------------------------
 
     def _try_assign(self, chunk: Chunk, in_writer: bool = False) -> HostBuffer | None:
         """A buffer for the chunk, in use and not filled; None after waiting, for the caller to look again.

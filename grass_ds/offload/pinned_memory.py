@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Page-aligned host memory: exactly as much as is asked for, page-locked where that helps, and freed by ``close``.
 
-[Note: Page-locking] torch's pinned allocator rounds every block up to a power of two and keeps what was freed; states are large
-and long-lived. So memory is mapped here and registered with the device (``register_host_memory``), which makes copies as fast and
-as asynchronous. The mapping is shared, not private: a forked data loader would otherwise make pages copy-on-write under a transfer.
+[Note: Page-locking] torch's pinned allocator rounds every block up to a power of two and keeps what was freed; states
+are large and long-lived. So memory is mapped here and registered with the device (``register_host_memory``), which
+makes copies as fast and as asynchronous. The mapping is shared, not private: a forked data loader would otherwise make
+pages copy-on-write under a transfer.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ class HostMemory:
     """``nbytes`` bytes of page-aligned host memory.
 
     Args:
-        pin: register it with the device. Where that fails (a limit, a driver) there is one warning, and copies are slower and do
-            not overlap.
+        pin: register it with the device. Where that fails (a limit, a driver) there is one warning, and copies are
+            slower and do not overlap.
 
     Attributes:
         data: uint8 [nbytes], zeros.
@@ -62,7 +63,7 @@ class BufferMemory:
 
     def __init__(self, count: int, nbytes: int, pin: bool, lock: bool):
         if nbytes <= 0 or nbytes % ALIGNMENT:
-            raise ValueError(f"buffers of {nbytes} bytes; a positive multiple of {ALIGNMENT} is wanted")
+            raise ValueError(f"buffers of {nbytes} bytes; a positive multiple of {ALIGNMENT} is needed")
         self._pinned: list[HostMemory] = []
         pin = pin and get_accelerator().device_name() != "cpu"
         if not pin and lock and _may_lock(count, nbytes):
@@ -104,8 +105,8 @@ def _unregister(address: int) -> None:
 def _locked(nbytes: int) -> torch.Tensor:
     """Locked by DeepSpeed, whose AIO handles know it; freed with the last view.
 
-    Zeros, since the rest of a page behind a chunk's end goes to the file as it is: what was in the heap may be the pattern by which
-    AioIO tells that a read delivered nothing.
+    Zeros, since the rest of a page behind a chunk's end goes to the file as it is: what was in the heap may be the
+    pattern by which AioIO tells that a read delivered nothing.
     """
     assert deepspeed_compat.get_native_pinned_memory is not None  # see _may_lock
     return deepspeed_compat.get_native_pinned_memory().pin_empty(torch.empty(0, dtype=torch.uint8), (nbytes,)).zero_()
@@ -118,7 +119,8 @@ def _pageable(nbytes: int) -> torch.Tensor:
 def _may_lock(count: int, nbytes: int) -> bool:
     """Whether DeepSpeed can be loaded and the kernel lets it lock that much.
 
-    A trial, since the limit depends on privileges and on what is locked already, and DeepSpeed aborts the process beyond it.
+    A trial, since the limit depends on privileges and on what is locked already, and DeepSpeed aborts the process
+    beyond it.
     """
     if deepspeed_compat.get_native_pinned_memory is None:
         return False

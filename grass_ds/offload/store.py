@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer states of all units, on the device, in host memory or on disk.
 
-State is made when a unit is stepped for the first time: the fp32 master shard is then copied from the low-precision weights, which
-have not changed until then. So nothing is lost, and a layer that was never drawn costs nothing.
+State is made when a unit is stepped for the first time: the fp32 master shard is then copied from the low-precision
+weights, which have not changed until then. So nothing is lost, and a layer that was never drawn costs nothing.
 
-[Note: Errors] A transfer can fail on one rank alone. Its peers can only hear of it in calls that every rank makes: ``step`` and
-some others (``agreement.raise_on_all_ranks``). Backward, and what is done between steps, therefore raise no ``OffloadError``: the
-tier keeps its ``error``, and the next step raises it on every rank.
+[Note: Errors] A transfer can fail on one rank alone. Its peers can only hear of it in calls that every rank makes:
+``step`` and some others (``agreement.raise_on_all_ranks``). Backward, and what is done between steps, therefore raise
+no ``OffloadError``: the tier keeps its ``error``, and the next step raises it on every rank.
 """
 
 import copy
@@ -88,7 +88,7 @@ class StateStore:
         """The pieces in which the unit is stepped, in order."""
         return self._layout.chunks(unit)
 
-    # ---- memory ---------------------------------------------------------------------------------------------------------
+    # ---- memory -----------------------------------------------------------------------------------------------------
 
     @property
     def device_bytes(self) -> int:
@@ -119,7 +119,7 @@ class StateStore:
         """What failed in an I/O thread."""
         return None if self._tier is None else self._tier.error
 
-    # ---- before a step --------------------------------------------------------------------------------------------------
+    # ---- before a step ----------------------------------------------------------------------------------------------
 
     def plan(self, units: Sequence[Unit]) -> None:
         """The coming steps step ``units``, in this order."""
@@ -136,13 +136,14 @@ class StateStore:
         with suppress(OffloadError):
             self._buffers.prepare([chunk for unit in units for chunk in self.chunks(unit)])
 
-    # ---- in a step ------------------------------------------------------------------------------------------------------
+    # ---- in a step --------------------------------------------------------------------------------------------------
 
     @contextmanager
     def on_device(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
         """Hold the chunk's state on the device, as ``optimizer``'s state of the yielded master [chunk.numel].
 
-        All chunks of a unit must be stepped, in order: the scalars they share (the step count) advance with the last one.
+        All chunks of a unit must be stepped, in order: the scalars they share (the step count) advance with the last
+            one.
 
         Raises:
             OffloadError: a transfer failed, now or since the last step.
@@ -176,7 +177,7 @@ class StateStore:
         with suppress(OffloadError):
             self._buffers.end_step()
 
-    # ---- between steps --------------------------------------------------------------------------------------------------
+    # ---- between steps ----------------------------------------------------------------------------------------------
 
     def put(self, unit: Unit, state: UnitState) -> None:
         """Set the state of a unit (from a checkpoint, or a user's own value). Moments that it lacks start at zero.

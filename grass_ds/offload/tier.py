@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies below the device buffers: the interface of the host and the NVMe tier.
 
-[Note: Futures and events] A copy has two ends. The host only waits until it has been *issued*, perhaps by an I/O thread that must read
-a file first: that is the :class:`~concurrent.futures.Future`. Streams wait until it is *over*: that is the device event, the
-future's result. A future that stood for the event itself would need a thread to block on the device for every copy.
+[Note: Futures and events] A copy has two ends. The host only waits until it has been *issued*, perhaps by an I/O
+thread that must read a file first: that is the :class:`~concurrent.futures.Future`. Streams wait until it is *over*:
+that is the device event, the future's result. A future that stood for the event itself would need a thread to block on
+the device for every copy.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ Planes = list[torch.Tensor]
 """A chunk's or a unit's state: fp32 master weights, then the moments in the optimizer's order; all of one length."""
 
 Transfer = Future[Any]
-"""A copy between a tier and the device; its result is the event that it ends with, None where copies are synchronous."""
+"""A copy between a tier and the device; its result is the event that it ends with, None for a synchronous copy."""
 
 
 def issued(event: Any) -> Transfer:
@@ -30,7 +31,7 @@ def issued(event: Any) -> Transfer:
 
 
 class Tier(Protocol):
-    """Where state is kept while it is not on the device. Copies are ordered by the events that they take and return."""
+    """Keeps state that is not on the device. Copies are ordered by the events that they take and return."""
 
     error: BaseException | None
     """What failed in a thread of the tier; from then on no state can be relied upon."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Chrome trace (load it in ``chrome://tracing`` or Perfetto) of transfers beside backward and step.
 
-[Note: Not torch.profiler] It does not see spans of the I/O threads, records every operator of a run (100 KB for a step of a single
-matrix product), and there can be only one: the user's own would end this trace.
+[Note: Not torch.profiler] It does not see spans of the I/O threads, records every operator of a run (100 KB for a step
+of a single matrix product), and there can be only one at a time, which the user may need.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 LANES = ("backward", "step", "read", "write", "load", "store")
-"""Rows of the picture: the training thread, the disk, and copies to and from the device (on streams, by device time)."""
+"""Rows: the training thread, the disk, and copies to and from the device (on streams, by device time)."""
 MAX_SPANS = 200_000
 """Spans kept: the first ones, since the start of a run shows what there is to see."""
 
@@ -27,7 +27,8 @@ class Trace:
     """Spans of this rank, written by :meth:`write` and at exit; costs nothing without a path.
 
     Args:
-        path: file to write; ``{rank}`` in it is replaced, otherwise ``.rank<r>`` goes before the suffix. None: no trace.
+        path: file to write; ``{rank}`` in it is replaced, otherwise ``.rank<r>`` goes before the suffix. None: no
+            trace.
 
     Attributes:
         path: the file of this rank.

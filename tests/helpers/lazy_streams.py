@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An accelerator with streams, played on the CPU by one that puts everything off.
 
-What is computed happens at once. A copy is only queued on its stream, and runs at the last moment that its waits allow: when somebody
-waits for an event that it precedes. Whoever forgets to wait therefore finds old data, every time and not once in a thousand runs.
+What is computed happens at once. A copy is only queued on its stream, and runs at the last moment that its waits
+allow: when somebody waits for an event that it precedes. Whoever forgets to wait therefore finds old data, every time
+and not once in a thousand runs.
 """
 
 import threading
@@ -44,9 +45,11 @@ class Event:
 
 
 class LazyCopies(Copies):
-    """See above. A copy that waits for nothing is not ordered against compute either: what it delivers is made unusable.
+    """See above. A copy that waits for nothing is not ordered against compute either: what it delivers is made
+    unusable.
 
-    The methods ``copy_waits``, ``compute_waits`` and ``host_waits`` say which waits are honoured: all of them, unless overridden.
+    The methods ``copy_waits``, ``compute_waits`` and ``host_waits`` say which waits are honoured: all of them, unless
+    overridden.
     """
 
     def __init__(self, trace: Trace):

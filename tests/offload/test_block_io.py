@@ -85,7 +85,7 @@ def contents(file: StateFile) -> torch.Tensor:
     return torch.frombuffer(bytearray(Path(f"/proc/self/fd/{file.fd}").read_bytes()), dtype=torch.uint8)
 
 
-# ---- both kinds -------------------------------------------------------------------------------------------------------------
+# ---- both kinds -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -94,7 +94,7 @@ def test_what_was_written_is_in_the_file_and_comes_back(
 ) -> None:
     io, written, back = new_io(threads), spread(buffers[0]), spread(buffers[1])
     expected = torch.zeros(NBYTES, dtype=torch.uint8)
-    for _ in range(2):  # AIO checks the first write of a place in another way than later ones
+    for _ in range(2):  # AIO checks the first write of a range in another way than later ones
         buffers[0].random_(0, 256)
         io.write(file, written)
         for piece in written:
@@ -153,7 +153,7 @@ def test_a_deleted_file_is_still_there(
     assert not file.path.exists()
 
 
-def test_memory_that_is_not_pages_and_places_outside_the_file_are_misuse(
+def test_memory_that_is_not_pages_and_ranges_outside_the_file_are_refused(
     new_io: Callable[..., BlockIO], file: StateFile, buffers: list[torch.Tensor]
 ) -> None:
     io, buffer = new_io(), buffers[0]
@@ -210,7 +210,7 @@ limit(resource.RLIM_INFINITY)
 io.write(file, pieces)
 whole.data.fill_(2)
 limit({NBYTES // 2})
-fails(io.write, "write of", "File too large")  # of a place that was written before, which AIO checks less
+fails(io.write, "write of", "File too large")  # of a range that was written before, which AIO checks less
 os.truncate(file.path, {NBYTES // 2})
 fails(io.read, "has {NBYTES // 2} bytes instead of {NBYTES}")
 fails(io.write, "has {NBYTES // 2} bytes instead of {NBYTES}")
@@ -251,11 +251,11 @@ def test_the_kernel_may_transfer_less_than_asked(
     io.close()
 
 
-# ---- AIO that says nothing --------------------------------------------------------------------------------------------------
+# ---- AIO that says nothing ------------------------------------------------------------------------------------------
 
 
 class Handle:
-    """A real ``aio_handle`` that transfers only the part of each tensor which ``keep`` returns; None refuses the request."""
+    """A real ``aio_handle`` that transfers only what ``keep`` returns of each tensor; None refuses the request."""
 
     def __init__(self, handle: Any, keep: Callable[[torch.Tensor], torch.Tensor | None]):
         self._handle, self._keep = handle, keep
@@ -322,7 +322,7 @@ def test_a_request_that_is_refused_does_not_leave_others_pending(
     io.close()
 
 
-def test_memory_that_aio_would_copy_is_misuse(aio_op: Any, file: StateFile) -> None:
+def test_memory_that_aio_would_copy_is_refused(aio_op: Any, file: StateFile) -> None:
     memory = BufferMemory(1, NBYTES, pin=False, lock=False)
     io = AioIO(aio_op, settings())
     with pytest.raises(ValueError, match="page-locked"):
@@ -330,7 +330,7 @@ def test_memory_that_aio_would_copy_is_misuse(aio_op: Any, file: StateFile) -> N
     io.close()
 
 
-# ---- which kind -------------------------------------------------------------------------------------------------------------
+# ---- which kind -----------------------------------------------------------------------------------------------------
 
 
 def test_auto_is_aio_where_it_can_be_had(aio_op: Any) -> None:
@@ -406,7 +406,7 @@ def test_keys_that_are_missing_or_null_have_deepspeeds_defaults() -> None:
     assert (parsed.block_size, parsed.queue_depth, parsed.intra_op_parallelism) == (2**20, 8, 2)
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------------
+# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lock", [True, False])

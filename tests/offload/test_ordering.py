@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Waits between compute, copies and disk: with all of them the store is exact, and without any one of them it is not.
 
-The device is played by ``helpers.lazy_streams``, which puts every copy off as long as it is allowed to. What is removed in a mutation
-is one kind of wait; that it then goes wrong shows that the wait is needed, and that these tests would notice its loss.
+The device is played by ``helpers.lazy_streams``, which puts every copy off as long as it is allowed to. What is
+removed in a mutation is one kind of wait; that it then goes wrong shows that the wait is needed, and that these tests
+would notice its loss.
 """
 
 import sys
@@ -53,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def hasty_threads() -> Iterator[None]:
+def frequent_switches() -> Iterator[None]:
     """Threads take turns a hundred times more often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-5)
@@ -64,18 +65,18 @@ def hasty_threads() -> Iterator[None]:
 
 
 class SlowCopies(Copies):
-    """Copies that dawdle between planes."""
+    """Copies that pause between planes."""
 
     def _copy(self, pairs: Any, after: Sequence[Any], lane: str, name: str) -> Any:
-        def dawdling() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        def paused() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for pair in pairs:
                 yield pair
                 time.sleep(1e-4)
 
-        return super()._copy(dawdling(), after, lane, name)
+        return super()._copy(paused(), after, lane, name)
 
 
-# ---- with every wait --------------------------------------------------------------------------------------------------------
+# ---- with every wait ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,12 @@ def test_random_steps_switches_and_settings_give_what_plain_tensors_give(
     torn: list[str] = []
     for seed, seconds in enumerate((0.0, 0.002, 0.0)):
         wrap = partial(SlowIO, seconds=seconds, torn=torn)
-        with hasty_threads(), rig_of(CASES[case], tmp_path, seed, copies=copies, wrap_io=wrap) as rig:
+        with frequent_switches(), rig_of(CASES[case], tmp_path, seed, copies=copies, wrap_io=wrap) as rig:
             rig.play(periods=8)
     assert torn == []  # nothing changed while it was written
 
 
-# ---- without one of them ----------------------------------------------------------------------------------------------------
+# ---- without one of them --------------------------------------------------------------------------------------------
 
 
 def caller() -> str:
@@ -153,7 +154,7 @@ class ReaderDoesNotSynchronize(NoSynchronize):
 
 
 class NothingQueued(Counter[Chunk]):
-    """Stores that are queued or under way, as one function sees it that does not look."""
+    """Stores that are queued or under way, as functions see them that ignore these."""
 
     def __init__(self, blind: tuple[str, ...]):
         super().__init__()
@@ -260,7 +261,7 @@ def test_a_removed_wait_is_noticed(removed: str, tmp_path: Path) -> None:
     )
 
 
-# ---- races that were there ----------------------------------------------------------------------------------------------
+# ---- races that were there ------------------------------------------------------------------------------------------
 
 
 class Gate:
@@ -350,25 +351,25 @@ def test_a_load_waits_for_a_store_that_is_queued(kind: type[NvmeTier], tmp_path:
 
 
 def test_a_buffer_remembers_a_copy_that_another_thread_issued(tmp_path: Path) -> None:
-    """A chunk is looked at while it is on its way to the device: its buffer must not be used again before it has got there."""
-    looking, loading = threading.Event(), threading.Event()
+    """A chunk is read while it is copied to the device: its buffer must not be reused before the copy is over."""
+    reading, loading = threading.Event(), threading.Event()
 
     class Load(LazyCopies):
         def load(self, *arguments: Any) -> Any:
             loading.set()
-            looking.wait(0.2)
+            reading.wait(0.2)
             return super().load(*arguments)
 
-    class Look(Copies):
+    class Read(Copies):
         def load(self, *arguments: Any) -> Any:
-            looking.set()
+            reading.set()
             wait([transfer], 0.2)
             return super().load(*arguments)
 
     with rig_of(FEW, tmp_path, 0, copies=Load) as rig:
         unit, state = stored(rig)
         tier: Any = rig.store._tier
-        tier._host_copies = Look(rig.store.trace)
+        tier._host_copies = Read(rig.store.trace)
         chunk = rig.store.chunks(unit)[0]
         target = [torch.zeros(chunk.numel) for _ in range(3)]
         transfer = tier.load(chunk, target, [tier._copies.compute_event()])

@@ -99,7 +99,7 @@ def test_buffer_memory_says_when_not_all_of_it_is_locked(registry: Registry) -> 
 
 
 def test_locked_memory_does_not_show_what_was_in_the_heap() -> None:
-    """Its end goes to files, where a leftover of the pattern of a failed read would be taken for another failed read."""
+    """Its end goes to files, where the pattern of a failed read would be taken for another failed read."""
     aio_or_skip()
     for _ in range(20):
         memory = BufferMemory(3, 8192, pin=False, lock=True)
