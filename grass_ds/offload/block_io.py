@@ -92,7 +92,7 @@ class BlockIO(Protocol):
 
 @dataclass(frozen=True)
 class AioSettings:
-    """DeepSpeed's ``"aio"`` block; ``block_size`` (bytes) and ``intra_op_parallelism`` (threads) apply to PosixIO too."""
+    """DeepSpeed's ``"aio"`` block; ``block_size`` (bytes) and ``intra_op_parallelism`` (threads) apply to both."""
 
     block_size: int
     queue_depth: int

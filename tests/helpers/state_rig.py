@@ -29,7 +29,7 @@ adamw: MakeOptimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
 
 def make_units(rng: random.Random, largest: int = 6000) -> list[Unit]:
-    """A module that always trains, and two units per layer: of several grains with an odd end, and of a few elements."""
+    """A module that always trains, and two units per layer: several grains with an odd end, and a few elements."""
     always = _unit("norm/0", None, rng.randrange(16, largest), rng)
     layers = [
         _unit(f"layers.{layer}/{group}", layer, numel, rng)
