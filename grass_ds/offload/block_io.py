@@ -107,10 +107,8 @@ class AioSettings:
         Raises:
             GrassConfigError: a value with which AIO would abort the process.
         """
-        values = {
-            key: value if block.get(key) is None else block[key]
-            for key, value in deepspeed_compat.AIO_DEFAULT_DICT.items()
-        }
+        defaults = deepspeed_compat.AIO_DEFAULT_DICT
+        values = {**defaults, **{key: block[key] for key in defaults if block.get(key) is not None}}
         for key, least in (("block_size", ALIGNMENT), ("queue_depth", 1), ("intra_op_parallelism", 1)):
             value = values[key]
             if type(value) is not int or not least <= value < 2**31 or value % least:

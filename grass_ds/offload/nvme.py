@@ -17,7 +17,7 @@ import atexit
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,6 +28,7 @@ from grass_ds.offload.chunk_files import ChunkFiles
 from grass_ds.offload.chunks import Chunk, StateLayout
 from grass_ds.offload.copies import Copies
 from grass_ds.offload.host_buffers import HostBuffer, HostBuffers
+from grass_ds.offload.io_thread import IOThread
 from grass_ds.offload.pinned_memory import BufferMemory
 from grass_ds.offload.state_files import OffloadError
 from grass_ds.offload.tier import Planes, Transfer, issued
@@ -58,8 +59,9 @@ class NvmeTier:
         self._planned: frozenset[Chunk] = frozenset()
         self._cached: frozenset[Chunk] = frozenset()  # written only when they leave the plan
         self._closed = False
-        self._reader = ThreadPoolExecutor(1, "grass-read", copies.enter_thread)
-        self._writer = ThreadPoolExecutor(1, "grass-write", copies.enter_thread)
+        self._reader, self._writer = IOThread("grass-read"), IOThread("grass-write")
+        for thread in (self._reader, self._writer):
+            self._submit(thread, copies.enter_thread)
         atexit.register(self.close)
 
     @property
@@ -300,7 +302,7 @@ class NvmeTier:
     def _planes(self, buffer: HostBuffer, chunk: Chunk) -> Planes:
         return buffer.planes[: self._layout.planes_of(chunk.unit)]
 
-    def _submit(self, thread: ThreadPoolExecutor, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    def _submit(self, thread: IOThread, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
         return thread.submit(self._run, task, *arguments)
 
     def _run(self, task: Callable[..., Any], *arguments: Any) -> Any:

@@ -138,7 +138,7 @@ class NoSynchronize(LazyCopies):
     thread = ""
 
     def host_waits(self, event: Event) -> bool:
-        return not caller().startswith(self.thread)
+        return caller() != self.thread
 
 
 class MainDoesNotSynchronize(NoSynchronize):
