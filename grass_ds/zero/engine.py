@@ -104,12 +104,19 @@ class GrassEngine(CheckpointingEngine):
 
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
         """This rank's state store, once every rank has one."""
-        job = {"num_active_layers": config.num_active_layers, "device": self.device, "rank": self.global_rank}
         store = None
         try:
             with raise_on_all_ranks(self.seq_data_parallel_group, self.device):
                 templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
-                store = open_store(config.offload, units, templates, aio=self.aio_config(), **job)
+                store = open_store(
+                    config.offload,
+                    units,
+                    templates,
+                    num_active_layers=config.num_active_layers,
+                    device=self.device,
+                    rank=self.global_rank,
+                    aio=self.aio_config(),
+                )
         except BaseException:
             if store is not None:
                 store.close()
