@@ -207,7 +207,7 @@ with engine_of(config, tiny_llama(layers=8, hidden=256)) as engine:
 """
 
 
-def ranks_of_one(source: str, arguments: list[tuple[Any, ...]], timeout: float = 120.0) -> list[tuple[int, str, str]]:
+def ranks_of_one(source: str, arguments: list[tuple[Any, ...]], timeout: float = 300.0) -> list[tuple[int, str, str]]:
     """Exit code, output and messages of a process per tuple of arguments, all at the same time."""
     # The C library gives freed memory back only below a threshold, which it raises as it goes unless told otherwise.
     common = {"PYTHONPATH": "tests", "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
