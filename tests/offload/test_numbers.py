@@ -211,7 +211,7 @@ def compare_optimizers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def test_other_optimizers(two_ranks: Any, tmp_path: Path) -> None:
     config = ds_config(dtype="bf16", grass=sampled(sampler="uniform"), zero_allow_untested_optimizer=True)
-    for found in two_ranks.run(compare_optimizers, config=config, folder=tmp_path):
+    for found in two_ranks.run(compare_optimizers, config=config, folder=tmp_path, timeout=400.0):
         assert found == {name: (PLANES[name], None) for name in OPTIMIZERS}
 
 
@@ -245,7 +245,8 @@ def test_a_checkpoint_continues_under_any_offload(two_ranks: Any, dtype: str, tm
         {**CPU, **PERIODIC, **UNIT},
     ]
     config = ds_config(dtype=dtype, grass=sampled(sampler="grass"))
-    assert two_ranks.run(move_between_tiers, config=config, offloads=offloads, folder=tmp_path) == [None, None]
+    arguments = {"config": config, "offloads": offloads, "folder": tmp_path}
+    assert two_ranks.run(move_between_tiers, timeout=400.0, **arguments) == [None, None]
 
 
 def rewrite_and_go_on(config: dict[str, Any], offload: Offload, folder: Path) -> dict[str, Any]:
@@ -298,5 +299,5 @@ def test_values_set_in_mid_period_are_kept_and_used(two_ranks: Any, tmp_path: Pa
         {**POSIX, **PERIODIC, **UNIT},
     ]
     config = ds_config(dtype="bf16", lr=1e-2, grass=sampled(sampler="uniform"))
-    found = two_ranks.run(compare_rewritten, config=config, offloads=offloads, folder=tmp_path)
+    found = two_ranks.run(compare_rewritten, config=config, offloads=offloads, folder=tmp_path, timeout=400.0)
     assert found == [[None] * len(offloads)] * 2
