@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grass_ds.checkpoint.folder import sync_folder
 from grass_ds.core.agreement import gather_from_ranks
+from grass_ds.core.durable_files import sync_folder
 from grass_ds.trainer import checkpoints
 from grass_ds.trainer.checkpoints import Sums
 
