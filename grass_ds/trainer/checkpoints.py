@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of the HF Trainer on disk: which of them a run can be resumed from.
 
-[Note: Trainer checkpoints] ``checkpoint-<step>/`` is written by two. The engine's part, a folder that ``latest`` names, becomes visible
-as a whole, perhaps later and in the background. The files beside it are the Trainer's, each written in place, so a killed job leaves
-some of them out or cut off. ``GrassCallback`` therefore adds a last file, the seal, which says what the Trainer's files must be. A
-checkpoint is complete when both parts are; without a seal (no callback, or killed just before it) the files are judged by their form.
+[Note: Trainer checkpoints] ``checkpoint-<step>/`` is written by two. The engine's part, a folder that ``latest``
+names, becomes visible as a whole, perhaps later and in the background. The files beside it are the Trainer's, each
+written in place, so a killed job leaves some of them out or cut off. ``GrassCallback`` therefore adds a last file, the
+seal, which says what the Trainer's files must be. A checkpoint is complete when both parts are; without a seal (no
+callback, or killed just before it) the files are judged by their form.
 """
 
 import json
@@ -34,10 +35,12 @@ Sums = dict[str, tuple[int, "int | None"]]
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest complete ``checkpoint-<step>`` of an HF Trainer's output folder, for ``trainer.train(resume_from_checkpoint=...)``.
+    """The newest complete ``checkpoint-<step>`` of an HF Trainer's output folder, for
+    ``trainer.train(resume_from_checkpoint=...)``.
 
-    Reads only, the newest checkpoint as a whole (checksums). May be called on every rank: they see the same on a shared file system.
-    Each newer checkpoint that is not complete is logged as a warning on rank 0: what is wrong with it, and which is used instead.
+    Reads only, the newest checkpoint as a whole (checksums). May be called on every rank: they see the same on a
+    shared file system. Each newer checkpoint that is not complete is logged as a warning on rank 0: what is wrong with
+    it, and which is used instead.
 
     Returns:
         None if there is no complete one, so that the run starts from the beginning.
@@ -49,7 +52,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def newest_complete(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest complete checkpoint, and the newer ones with what is wrong with them. Reads only, and tells nobody."""
+    """The newest complete checkpoint, and the newer ones with their problems. Reads only, and logs nothing."""
     skipped: dict[Path, list[str]] = {}
     for checkpoint in reversed(checkpoints(output_dir)):
         found = problems(checkpoint)
@@ -80,7 +83,8 @@ def problems(checkpoint: Path, contents: bool = True) -> list[str]:
     """What is missing or damaged in a checkpoint of the Trainer; nothing if a run can be resumed from it.
 
     Args:
-        contents: compare checksums, which reads the engine's part as a whole; else only what is there and how long it is.
+        contents: compare checksums, which reads the engine's part as a whole; else only what is there and how long it
+            is.
     """
     if not checkpoint.is_dir():
         return ["there is no such folder"]
@@ -93,7 +97,7 @@ def problems(checkpoint: Path, contents: bool = True) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# ---- the seal --------------------------------------------------------------------------------------------------------------
+# ---- the seal -------------------------------------------------------------------------------------------------------
 
 
 def sum_of(path: Path) -> tuple[int, int | None]:
@@ -137,7 +141,7 @@ def _seal_problems(checkpoint: Path, sums: Sums, contents: bool) -> list[str]:
     return found
 
 
-# ---- what each part must be ------------------------------------------------------------------------------------------------
+# ---- what each part must be -----------------------------------------------------------------------------------------
 
 
 def _engine_problems(checkpoint: Path, contents: bool) -> list[str]:
@@ -183,7 +187,9 @@ def _form_problems(checkpoint: Path) -> list[str]:
 
 
 def _random_states(checkpoint: Path) -> list[str]:
-    """The files of random state, one per rank that wrote the engine's part; none if that does not say how many there were."""
+    """The files of random state, one per rank that wrote the engine's part; none if that does not say how many there
+    were.
+    """
     latest = checkpoint / engine_parts.LATEST
     ranks = engine_parts.ranks_of(checkpoint / latest.read_text().strip()) if latest.is_file() else range(0)
     return ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]

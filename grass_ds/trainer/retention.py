@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoints of the HF Trainer are kept: an old one goes only when a newer one is complete.
 
-[Note: Rotation] The Trainer removes old checkpoints while the newest is not yet complete: files of other ranks may be missing, and with
-asynchronous saving the engine's part. With ``save_total_limit=1`` a job killed then has nothing left. With 2 or more the one before the
-newest stays, and it is complete, since a save begins by waiting for the one before; but the Trainer also counts what killed jobs left
-behind. ``grass_ds.attach`` therefore has :func:`remove_surplus` keep the limit. Without it, :func:`prepare_for_trainer` makes the
-Trainer's own rotation safe.
+[Note: Rotation] The Trainer removes old checkpoints while the newest is not yet complete: files of other ranks may be
+missing, and with asynchronous saving the engine's part. With ``save_total_limit=1`` a job killed then has nothing
+left. With 2 or more the one before the newest stays, and it is complete, since a save begins by waiting for the one
+before; but the Trainer also counts what killed jobs left behind. ``grass_ds.attach`` therefore has
+:func:`remove_surplus` keep the limit. Without it, :func:`prepare_for_trainer` makes the Trainer's own rotation safe.
 """
 
 import shutil
@@ -90,8 +90,8 @@ def _remove(folders: Iterable[Path]) -> None:
 def surplus(folder: Path, limit: int | None, step: int, best: str | None, at_end: bool = False) -> list[Path]:
     """The checkpoints to remove, oldest first, so that ``limit`` complete ones stay.
 
-    The newest complete one always stays, and so do newer ones (not complete yet) and the ``best``. Checkpoints of later steps
-    than ``step`` are of an earlier run that was given up, and count as the oldest.
+    The newest complete one always stays, and so do newer ones (not complete yet) and the ``best``. Checkpoints of
+    later steps than ``step`` are of an earlier run that was given up, and count as the oldest.
 
     Args:
         limit: ``save_total_limit``; None or 0 for all.

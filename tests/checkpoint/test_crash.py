@@ -58,7 +58,7 @@ def test_killed_runs_are_the_run_that_was_left_alone(request: pytest.FixtureRequ
         "fell back": sum(death.resumed < death.saving for death in deaths if death.saving is not None),
     }
     print({case: round(report.seconds, 1) for case, report in reports.items()}, hit)
-    # Each comes of half or more of the kills that follow the word "saving". So 14 of these all miss it once in 16,000 runs; fewer
-    # may well miss it.
+    # Each comes of half or more of the kills that follow the word "saving". So 14 of these all miss it once in 16,000
+    # runs; fewer may well miss it.
     if sum(blow.moment == "saving" for blow in blows) >= 14:
         assert all(hit.values()), (seed, hit)

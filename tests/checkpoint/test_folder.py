@@ -63,7 +63,7 @@ def loadable(folder: Path) -> tuple[str, int]:
     return tag, step
 
 
-# ---- publication ---------------------------------------------------------------------------------------------------------
+# ---- publication ----------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -150,7 +150,7 @@ def test_a_tag_may_name_a_folder_in_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))
 
 
-# ---- parts and what they tell -----------------------------------------------------------------------------------------------
+# ---- parts and what they tell ---------------------------------------------------------------------------------------
 
 
 def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_candidates_are_the_latest_and_then_the_newest(tmp_path: Path) -> None:
     assert folders.candidates(tmp_path) == ["gone", "b", "a", "c"]
 
 
-# ---- files that know their sum -----------------------------------------------------------------------------------------------
+# ---- files that know their sum --------------------------------------------------------------------------------------
 
 
 class Slow(io.FileIO):

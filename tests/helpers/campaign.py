@@ -16,7 +16,7 @@ from helpers.ranks import FORKED
 
 GRACE = 0.3  # seconds, at most, from the death of one rank until a launcher kills the others
 MOST_WRONG = 3  # more of it teaches nothing
-# What a kill follows and whom it hits, as often as it stands there; the order of victims is that in which they are hit.
+# What a kill follows and whom it hits, in this order and with this frequency.
 MOMENTS = ("saving",) * 5 + ("step",) * 3 + ("loading",) * 2
 VICTIMS = ([0], [1], [0, 1], [1, 0])
 
@@ -29,7 +29,7 @@ class Blow(NamedTuple):
 
 
 def plan(kills: int, seed: int) -> list[Blow]:
-    """So many blows in random order. All moments and all victims come before any comes again: few kills have all of them, too."""
+    """So many blows in random order. All moments and all victims come before any comes again."""
     draws = random.Random(seed)
 
     def deal(cards: Sequence[Any]) -> Iterator[Any]:
@@ -77,7 +77,7 @@ class Campaign:
 
 
 class _Killer:
-    """Draws moments of death: a random time after a word, within the time that what the word announces was seen to take."""
+    """Draws moments of death: a random time after a word, within the time that the announced work was seen to take."""
 
     def __init__(self, blows: list[Blow], seed: int):
         self.left = list(blows)
@@ -87,14 +87,14 @@ class _Killer:
     def learn(self, life: Life) -> None:
         """How long it takes until the next word; for a save in the background, until the next save."""
         for words in life.said:
-            for place, word in enumerate(words):
+            for index, word in enumerate(words):
                 until_save = word.what == "saving" and life.run.background
-                later = (other for other in words[place + 1 :] if other.what == "saving" or not until_save)
+                later = (other for other in words[index + 1 :] if other.what == "saving" or not until_save)
                 if word.what in self._spans and (other := next(later, None)) is not None:
                     self._spans[word.what].append(other.time - word.time)
 
     def strike(self, life: Life) -> Death | None:
-        """Let it live until its moment has come, then kill it; None if it came to its end before: the blow is then still to come."""
+        """Let it live until its moment has come, then kill it; None if it ended before, and the blow is still to come."""
         what, victims = self.left[0]
         left = {"loading": 1, "saving": self.draws.choice([1, 1, 2]), "step": self.draws.randint(1, 5)}[what]
         witness = self.draws.randrange(WORLD)
@@ -145,7 +145,7 @@ class _Chain:
         finally:
             life.bury()
         wrong += self._faults(life, published) + ([] if death is not None else self._faults_of_end(life))
-        self._settle(wrong, life, published)
+        self._report_life(wrong, life, published)
         if death is not None:
             self._unjudged.append(death)
             assert killer is not None
@@ -171,7 +171,7 @@ class _Chain:
         found += [f"rank {rank} did not begin" for rank in range(WORLD) if life.begun(rank) is None]
         return found + ([f"left behind {litter}"] if (litter := self.run.litter()) else [])
 
-    def _settle(self, wrong: list[str], life: Life, published: int) -> None:
+    def _report_life(self, wrong: list[str], life: Life, published: int) -> None:
         self._report.wrong += [f"life {self._lives} after {self._unjudged[-1:]}: {text}" for text in wrong]
         if life.begun(0) is not None or wrong:
             for death in self._unjudged:
@@ -205,6 +205,6 @@ def _campaign(run: Run, blows: list[Blow], seed: int) -> Campaign:
 
 @contextmanager
 def nursery() -> Iterator[Callable[[Run, list[Blow], int], Campaign]]:
-    """``campaign(run, blows, seed)``: kill ``run`` by each of them. A new folder within ``run.folder`` whenever it came to its end."""
+    """``campaign(run, blows, seed)``: kill ``run`` by each of them; each time it ends, it begins in a new folder."""
     with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
         yield lambda run, blows, seed: pool.submit(_campaign, run, blows, seed).result()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that may be killed at any time: it resumes from the newest checkpoint, trains, saves, and tells what it is doing.
+"""A run that may be killed at any time: it resumes from the newest checkpoint, trains, saves, and reports each event.
 
-A :class:`Life` is one start of it, with a process per rank. Ranks are forked from a process that has imported :mod:`helpers.preloaded`
-and has no second thread, so that a life costs a fraction of a second.
+A :class:`Life` is one start of it, with a process per rank. Ranks are forked from a process that has imported
+:mod:`helpers.preloaded` and has no second thread, so that a life costs a fraction of a second.
 """
 
 import copy
@@ -30,7 +30,7 @@ HUNG = 30.0  # seconds without a word from any rank
 
 @dataclass(frozen=True)
 class Run:
-    """A run of ``steps`` optimizer steps that saves after every ``every`` of them; ``folder`` is None for one that never does."""
+    """A run of ``steps`` optimizer steps that saves after every ``every`` of them, never if ``folder`` is None."""
 
     config: dict[str, Any]
     steps: int
@@ -54,11 +54,11 @@ class Run:
         return sorted(path.name for path in self.folder.glob(".*")) if self.folder is not None else []
 
 
-# ---- a rank ----------------------------------------------------------------------------------------------------------------
+# ---- a rank ---------------------------------------------------------------------------------------------------------
 
 
 class Word(NamedTuple):
-    """What a rank says: it is ``loading``, has made a ``step``, is ``saving`` or has ``saved``; ``state`` is a digest of all it is."""
+    """An event of a rank: ``loading``, ``step``, ``saving``, ``saved``, or ``state``, a digest of the whole run."""
 
     what: str
     step: int
@@ -130,7 +130,7 @@ def _train(run: Run, say: Callable[..., None]) -> None:
         say("state", run.steps, digest_of(observe(engine)))
 
 
-# ---- a life ----------------------------------------------------------------------------------------------------------------
+# ---- a life ---------------------------------------------------------------------------------------------------------
 
 
 class Hung(Exception):
