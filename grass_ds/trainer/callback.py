@@ -21,6 +21,7 @@ from grass_ds.trainer import dashboards, retention
 from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.metrics import grass_metrics, grass_summary
 from grass_ds.trainer.plots import save_plots
+from grass_ds.trainer.seal import seal_checkpoint
 from grass_ds.trainer.throughput import Throughput, TokenCounter
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class GrassCallback(TrainerCallback):
             OSError: on every rank, if a file of the checkpoint could not be put on disk on one.
         """
         if self._seals:
-            retention.seal(args, state.global_step)
+            seal_checkpoint(args, state.global_step)
             retention.remove_surplus(args, self._limit, state.global_step, state.best_model_checkpoint)
         self._restart_clock()
 

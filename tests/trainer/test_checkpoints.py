@@ -16,6 +16,7 @@ import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
 from grass_ds.checkpoint.part import Part, SummedFile
 from grass_ds.trainer import checkpoints, retention
+from grass_ds.trainer.seal import sum_of, trainer_files, write_seal
 from launch.resume import resume_point
 
 RANKS = 2
@@ -40,9 +41,7 @@ def trainer_part(folder: Path, step: int, seal: bool = True) -> Path:
         (checkpoint / f"rng_state_{rank}.pth").write_bytes(zipped(f"{rank} at {step}"))
     (checkpoint / checkpoints.TRAINER_STATE).write_text(json.dumps({"global_step": step}))
     if seal:
-        checkpoints.write_seal(
-            checkpoint, {path.name: checkpoints.sum_of(path) for path in checkpoints.trainer_files(checkpoint)}
-        )
+        write_seal(checkpoint, {path.name: sum_of(path) for path in trainer_files(checkpoint)})
     return checkpoint
 
 

@@ -24,7 +24,8 @@ from torch import nn
 
 import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
-from grass_ds.trainer import checkpoints, retention
+from grass_ds.trainer import checkpoints
+from grass_ds.trainer.seal import SEAL, seal_checkpoint
 from grass_ds.zero.activation_checkpointing import inputs_require_gradients
 
 pytestmark = pytest.mark.dist
@@ -317,9 +318,9 @@ def test_resume_is_exact(two_ranks: Any, optimizer: bool, background: bool, tmp_
     assert [checkpoints.problems(checkpoint) for checkpoint in checkpoints.checkpoints(tmp_path)] == [[]] * STEPS
     newest = tmp_path / f"checkpoint-{STEPS}"
     assert grass_ds.last_checkpoint(tmp_path) == newest
-    sealed = json.loads((newest / checkpoints.SEAL).read_text())["files"]
+    sealed = json.loads((newest / SEAL).read_text())["files"]
     assert {"model.safetensors", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
-    (newest / checkpoints.SEAL).unlink()
+    (newest / SEAL).unlink()
     assert checkpoints.problems(newest) == []
     os.truncate(newest / "model.safetensors", sealed["model.safetensors"]["bytes"] - 1)
     assert checkpoints.problems(newest) == ["model.safetensors is cut off"]
@@ -412,7 +413,7 @@ def seal_without_a_file(folder: Path) -> str:
         (checkpoint / "rng_state_0.pth").touch()
     dist.barrier()
     try:
-        retention.seal(args, 3)
+        seal_checkpoint(args, 3)
     except OSError as error:
         return str(error)
     return ""
@@ -421,7 +422,7 @@ def seal_without_a_file(folder: Path) -> str:
 def test_every_rank_learns_of_a_checkpoint_that_cannot_be_sealed(two_ranks: Any, tmp_path: Path) -> None:
     for message in two_ranks.run(seal_without_a_file, folder=tmp_path):
         assert "rank 1" in message and "rng_state_1.pth" in message
-    assert not (tmp_path / "checkpoint-3" / checkpoints.SEAL).exists()
+    assert not (tmp_path / "checkpoint-3" / SEAL).exists()
 
 
 # ---- the callback ---------------------------------------------------------------------------------------------------
