@@ -24,7 +24,7 @@ def layout(units: Sequence[Unit]) -> list[Any]:
 
 
 def choose(folder: Path, tag: str | None, group: Any) -> str | None:
-    """The tag to load: ``tag``, or else the newest intact checkpoint. Collective; every rank reads a share of the files.
+    """The tag to load: ``tag``, or else the newest intact checkpoint. Collective; each rank reads its share of files.
 
     Returns:
         None if ``folder`` holds no checkpoint and no ``tag`` was asked for.

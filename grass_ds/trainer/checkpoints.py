@@ -2,10 +2,10 @@
 """Checkpoints of the HF Trainer on disk: from which of them a run can resume.
 
 [Note: Trainer checkpoints] ``checkpoint-<step>/`` has two parts. The engine's part is a folder that ``latest`` names.
-It becomes visible as a whole, with asynchronous saving some time later. The other files are the Trainer's, each written
-in place, so a killed job leaves some of them missing or cut off. ``GrassCallback`` therefore adds a last file, the seal
-(:mod:`~grass_ds.trainer.seal`). A checkpoint is complete when both parts are. Without a seal (no callback, or killed
-just before it) the form of the files is checked.
+It becomes visible as a whole, with asynchronous saving some time later. The other files are the Trainer's, each
+written in place, so a killed job leaves some of them missing or cut off. ``GrassCallback`` therefore adds a last file,
+the seal (:mod:`~grass_ds.trainer.seal`). A checkpoint is complete when both parts are. Without a seal (no callback, or
+killed just before it) the form of the files is checked.
 """
 
 import json
@@ -35,7 +35,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     file system all see the same. Rank 0 logs a warning for each newer checkpoint that is not complete.
 
     Returns:
-        The folder ``checkpoint-<step>``; None if no checkpoint is complete, so that training starts from the beginning.
+        The folder ``checkpoint-<step>``; None if no checkpoint is complete, so that training starts anew.
     """
     found, skipped = newest_complete(output_dir)
     for sentence in explain(found, skipped):

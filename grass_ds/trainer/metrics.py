@@ -22,7 +22,7 @@ def grass_metrics(handle: Any) -> dict[str, float]:
     | `grass/score/<layer>` | importance m_l (mean gradient norm); absent while there is none |
     | `grass/prob/<layer>` | p_l of the next draw |
     | `grass/visits/<layer>` | optimizer steps in which the layer was trained |
-    | `grass/bytes/<category>/<memory>` | bytes of this rank: weights, gradients, optimizer_state; device, host (nvme) |
+    | `grass/bytes/<category>/<memory>` | bytes of this rank; weights, gradients, optimizer_state; device, host, nvme |
     | `grass/checkpoint/stall_seconds` | pause of training for the last checkpoint; absent before the first |
     | `grass/checkpoint/bytes` | bytes of it that this rank has written so far |
 

@@ -15,7 +15,7 @@ from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.core.durable_files import replace_file, sync_file, sync_folder
 
 SEAL = "grass_trainer.json"
-# Larger files of the Trainer hold weights. A resume takes these from the engine's part, so comparing lengths is enough.
+# Larger files of the Trainer hold weights, which a resume takes from the engine's part: comparing lengths is enough.
 CHECKSUM_BELOW = 16 << 20
 
 Sums = dict[str, tuple[int, "int | None"]]

@@ -212,37 +212,40 @@ def test_every_loop_trains_alike(two_ranks: Any, dtype: str, clip: float, tmp_pa
 # ---- training again -------------------------------------------------------------------------------------------------
 
 
-def train_twice(folder: Path, again: str, optimizer: bool) -> dict[str, Any]:
-    """``again``: the same Trainer's train() a second time, or a new Trainer on the same model.
+def train_again(folder: Path, optimizer: bool) -> list[dict[str, Any]]:
+    """One Trainer trains twice, then a new one trains the same model: what each of the three runs trained.
 
     Under any DeepSpeed config Transformers 5.23 takes its engine of the first train() for the model of the second one,
     which then has none; ``model_wrapped`` is to be reset by hand.
     """
-    model = model_of("fp32")
+    model, runs = model_of("fp32"), []
     config = hf_config(optimizer=optimizer, sampler="uniform", sample_period=1)
     settings = trainer_settings("fp32", steps=12)
-    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+
+    def run(trainer: Any) -> None:
+        start = snapshot(model)
         trainer.train()
-        first, middle = trainer.deepspeed.grass.visits, snapshot(model)
-        if again == "same trainer":
-            trainer.model_wrapped = trainer.model
-            trainer.train()
-            second, end = trainer.deepspeed.grass.visits, snapshot(model)
-    if again == "new trainer":
-        with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
-            trainer.train()
-            second, end = trainer.deepspeed.grass.visits, snapshot(model)
-    moved = {name.split(".")[2] for name in end if ".layers." in name and not torch.equal(end[name], middle[name])}
-    return {"first": first, "second": second, "moved": moved, "losses": losses(trainer)}
+        end = snapshot(model)
+        moved = {name.split(".")[2] for name in end if ".layers." in name and not torch.equal(end[name], start[name])}
+        runs.append({"visits": trainer.deepspeed.grass.visits, "moved": moved})
+
+    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+        run(trainer)
+        trainer.model_wrapped = trainer.model
+        run(trainer)
+    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+        run(trainer)
+    return runs
 
 
-@pytest.mark.parametrize("again", ["same trainer", "new trainer"])
 @pytest.mark.parametrize("optimizer", [True, False], ids=["config's optimizer", "trainer's optimizer"])
-def test_a_second_train_can_train_every_layer(two_ranks: Any, again: str, optimizer: bool, tmp_path: Path) -> None:
-    for found in two_ranks.run(train_twice, folder=tmp_path, again=again, optimizer=optimizer):
-        assert sum(found["first"]) == sum(found["second"]) == 12
-        assert all(found["second"])
-        assert found["moved"] == {str(layer) for layer in range(LAYERS)}
+def test_a_second_and_a_third_train_can_train_every_layer(two_ranks: Any, optimizer: bool, tmp_path: Path) -> None:
+    for runs in two_ranks.run(train_again, folder=tmp_path, optimizer=optimizer):
+        for run in runs:
+            assert sum(run["visits"]) == 12
+            assert {str(layer) for layer, visits in enumerate(run["visits"]) if visits} == run["moved"]
+        for run in runs[1:]:
+            assert run["moved"] == {str(layer) for layer in range(LAYERS)}
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
