@@ -209,7 +209,7 @@ class GrassCallback(TrainerCallback):
         """Seal the checkpoint and remove old ones. Saving is not training time.
 
         Raises:
-            OSError: on every rank, if a file of the checkpoint could not be put on disk on one.
+            OSError: a file of the checkpoint could not be put on disk; `RankFailedError` on the other ranks.
         """
         if self._seals:
             seal_checkpoint(args, state.global_step)

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import rounding
+from helpers.faults import said
 from helpers.models import LAYERS, grass_block, snapshot, tiny_llama
 from helpers.observed import difference, observe
 from helpers.trainers import Rows, clean_process, hf_trainer, losses, losses_seen
@@ -415,16 +416,13 @@ def seal_without_a_file(folder: Path) -> str:
         checkpoint.mkdir()
         (checkpoint / "rng_state_0.pth").touch()
     dist.barrier()
-    try:
-        seal_checkpoint(args, 3)
-    except OSError as error:
-        return str(error)
-    return ""
+    return said(lambda: seal_checkpoint(args, 3))
 
 
 def test_every_rank_learns_of_a_checkpoint_that_cannot_be_sealed(two_ranks: Any, tmp_path: Path) -> None:
-    for message in two_ranks.run(seal_without_a_file, folder=tmp_path):
-        assert "rank 1" in message and "rng_state_1.pth" in message
+    other, own = two_ranks.run(seal_without_a_file, folder=tmp_path)
+    assert other.startswith("RankFailedError: rank 1 failed: ") and "rng_state_1.pth" in other
+    assert own.startswith("FileNotFoundError: ") and "rng_state_1.pth" in own
     assert not (tmp_path / "checkpoint-3" / SEAL).exists()
 
 
