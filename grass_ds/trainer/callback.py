@@ -66,8 +66,7 @@ def attach(trainer: "Trainer") -> "GrassCallback":
 
 
 class GrassCallback(TrainerCallback):
-    """Report a GRASS run through the HF Trainer, and make its checkpoints safe. `attach` adds one; `callbacks=[...]`
-    works as well.
+    """Report a GRASS run through the HF Trainer, and make its checkpoints safe; added by `attach` or `callbacks=[...]`.
 
     - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
       is not a `GrassEngine`: the block would be ignored and every layer trained.

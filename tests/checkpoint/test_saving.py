@@ -103,11 +103,11 @@ def differing_bytes(one: Path, other: Path) -> int:
 @pytest.mark.parametrize("case", ["zero2-cpu", "zero3-nvme"])
 def test_in_the_background_as_at_once(two_ranks: Any, case: str, tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    places = {
+    offloads = {
         "cpu": {"device": "cpu"},
         "nvme": {"device": "nvme", "io": "posix", "nvme_path": str(tmp_path / "state")},
     }
-    grass = grass_block(num_active_layers=2, offload=places[case.split("-")[1]])
+    grass = grass_block(num_active_layers=2, offload=offloads[case.split("-")[1]])
     plain = ds_config(dtype="bf16", lr=1e-2, stage=int(case[4]), grass=grass, checkpoint={"async": False})
     background = {**plain, "checkpoint": {"async": True}}
     reports = {}
@@ -287,7 +287,7 @@ def test_a_save_that_fails_unseen_is_told_and_leaves_nothing(two_ranks: Any, tmp
 
 
 def save_and_leave(config: dict[str, Any], folder: Path) -> str:
-    """A relative folder means the place where the call was made."""
+    """A relative folder is relative to the working directory of the call."""
     home = Path.cwd()
     try:
         with gate() as passes, engine_of(config) as engine:
