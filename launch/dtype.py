@@ -46,7 +46,7 @@ class Choice:
 
 def measured(names: Collection[str] = ()) -> precision.Rates:
     """The rates of the rank whose device is slowest in 16 bits, relative to its fastest dtype: what it emulates, the run cannot use. Collective."""
-    everywhere = distributed.gather(precision.measure(names))
+    everywhere = distributed.gather(lambda: precision.measure(names))
     return min(
         everywhere, key=lambda rates: [rates.gflops[name] / rates.fastest for name in rates.gflops if name != "fp32"]
     )
@@ -108,7 +108,7 @@ def choose_for_training(
     if not undecided:
         return asked_for("fp32", "as the DeepSpeed configuration and the command line leave no other")
     # Rank 0's answer: another machine may not see the file yet, and what follows is collective.
-    saved = distributed.gather(_saved_dtype(checkpoint) if distributed.rank() == 0 else None)[0]
+    saved = distributed.gather(lambda: _saved_dtype(checkpoint) if distributed.rank() == 0 else None)[0]
     if saved in (*undecided, "fp32"):
         return asked_for(saved, f"as {checkpoint} was trained")
     return by_hardware((*undecided, "fp32"))
