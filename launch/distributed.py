@@ -134,7 +134,10 @@ def on_every_rank(action: Callable[[], T], at_once: bool = False) -> T:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when a rank at its other end is gone: gloo has no exception of its own."""
+    """Whether a collective failed, as it does when a rank at its other end is gone.
+
+    Gloo has no exception of its own.
+    """
     return (
         isinstance(error, RuntimeError)
         and re.search(r"gloo|NCCL|c10d|Connection (reset|closed|refused)", str(error)) is not None
@@ -148,8 +151,8 @@ def first_to_fail(otherwise: bool = True, seconds: float = 5.0) -> bool:
     """Whether this rank is the first that asks, and so the one that tells the user what went wrong.
 
     Args:
-        otherwise: the answer where the process group's store, which the ranks ask, gives none within `seconds`: its host
-            may be gone.
+        otherwise: the answer where the process group's store, which the ranks ask, gives none within `seconds`: its
+            host may be gone.
     """
     if not dist.is_initialized() or world_size() == 1:
         return True

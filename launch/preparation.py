@@ -89,8 +89,8 @@ def prepare_model(options: Arguments, task: Task) -> tuple[PreTrainedModel, Call
     steps = options.training.max_steps
     if 0 < steps == probe_steps_within(steps):
         raise ValueError(
-            f"--max_steps {steps} leaves nothing to train: the first grass.probe_steps = {task.grass.probe_steps} steps "
-            "only measure; raise --max_steps or lower probe_steps"
+            f"--max_steps {steps} leaves nothing to train: the first grass.probe_steps = {task.grass.probe_steps} "
+            "steps only measure; raise --max_steps or lower probe_steps"
         )
     return model, probe_steps_within
 

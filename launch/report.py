@@ -20,7 +20,7 @@ _WIDTH = 18
 
 
 def engine_memory(engine: Any) -> dict[str, dict[str, int]]:
-    """Bytes on this rank by category and place: the engine's own account, or what can be seen of a stock engine."""
+    """Bytes on this rank by category and tier: the engine's own account, or what can be seen of a stock engine."""
     grass = getattr(engine, "grass", None)
     if grass is not None:
         return dict(grass.memory(peak=True))
@@ -160,11 +160,11 @@ def _left_out(report: Mapping[str, Any]) -> str:
 
 
 def _memory(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
-    names = [name for name in ("device", "host", "nvme") if any(name in places for places in memory.values())]
+    names = [name for name in ("device", "host", "nvme") if any(name in sizes for sizes in memory.values())]
     lines = [_line("bytes on rank 0", "".join(f"{name:>12}" for name in names) + "   (peak)")]
-    for category, places in memory.items():
-        sizes = "".join(f"{_size(places[name]) if name in places else '':>12}" for name in names)
-        lines.append(_line("  " + category.replace("_", " "), sizes.rstrip()))
+    for category, sizes in memory.items():
+        columns = "".join(f"{_size(sizes[name]) if name in sizes else '':>12}" for name in names)
+        lines.append(_line("  " + category.replace("_", " "), columns.rstrip()))
     return lines
 
 

@@ -24,7 +24,7 @@ def resume_point(wanted: str | None, output_dir: Path) -> str | None:
 
 
 def wants_to_resume(wanted: str | None) -> bool:
-    """Whether `--resume_from_checkpoint` asks to go on, from a checkpoint or, if there is none yet, from the beginning."""
+    """Whether `--resume_from_checkpoint` asks to continue, if there is a checkpoint."""
     return wanted is not None and wanted.lower() not in ("", "false", "none")
 
 

@@ -29,10 +29,11 @@ _SAMPLING = {
 
 
 def make_savable(config: Any, name: str) -> None:
-    """Mend sampling values without `do_sample`, which transformers reads from a generation_config.json but refuses to save.
+    """Mend sampling values without `do_sample`, which transformers reads but refuses to save.
 
-    A file that says nothing of `do_sample` gets `do_sample: true`: whoever wrote the values meant them to be used, and all are kept. Where
-    it says false, or the temperature is 0, greedy generation is meant, which never used the values: they are dropped.
+    A file that says nothing of `do_sample` gets `do_sample: true`: whoever wrote the values meant them to be used, and
+    all are kept. Where it says false, or the temperature is 0, greedy generation is meant, which never used the
+    values: they are dropped.
 
     Args:
         config: the model's `generation_config`, changed in place.
@@ -63,7 +64,7 @@ def make_savable(config: Any, name: str) -> None:
 def check_saving(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, zero: Mapping[str, Any]
 ) -> None:
-    """Find out, or say, before training what becomes of the trained model in its folder. For one rank.
+    """Find out before training whether the trained model can be saved, and say in which form. For one rank.
 
     Args:
         zero: "zero_optimization" of the DeepSpeed config.
@@ -75,14 +76,14 @@ def check_saving(
     check_space(model, folder)
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         print(
-            "the trained model will be saved as a DeepSpeed checkpoint, which zero_to_fp32.py in it converts: for a model folder set "
-            '"stage3_gather_16bit_weights_on_model_save": true',
+            "the trained model will be saved as a DeepSpeed checkpoint, which zero_to_fp32.py in it converts: for a "
+            'model folder set "stage3_gather_16bit_weights_on_model_save": true',
             flush=True,
         )
 
 
 def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write into a folder all of a model but its weights, and remove it again, so that what cannot be saved is found before training.
+    """Write all of a model but its weights into a folder and remove it again: what cannot be saved is found in time.
 
     Args:
         folder: where the trained model will be saved; made if it is missing. For one rank.
@@ -107,12 +108,15 @@ def _save_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
             raise
         except Exception as error:  # a tokenizer or a config may come with code of its own
             raise ValueError(
-                f"the model's {what} cannot be saved, so the trained model could not be: {type(error).__name__}: {error}"
+                f"the model's {what} cannot be saved, so the trained model could not be: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
 
 def check_space(model: PreTrainedModel, folder: Path) -> None:
-    """Warn if the folder's file system has less room than the model's weights take. No error: not every file system tells its free space.
+    """Warn if the folder's file system has less room than the model's weights take.
+
+    No error: not every file system tells its free space.
 
     Args:
         folder: where the trained model will be saved; it exists. Weights in it count as room, since they are replaced.

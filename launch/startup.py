@@ -18,8 +18,8 @@ _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 def end_on_interrupt() -> None:
     """From now on SIGINT ends this process, with one message from rank 0.
 
-    No exception, no clean-up: the main thread may be waiting for other ranks, which end, too. Python runs a handler when
-    the main thread next returns from C++, which in a collective it may never do. So a thread is told as well.
+    No exception, no clean-up: the main thread may be waiting for other ranks, which end, too. Python runs a handler
+    when the main thread next returns from C++, which in a collective it may never do. So a thread is told as well.
     """
     signal.signal(signal.SIGINT, _end)
     reading, writing = os.pipe()
@@ -48,7 +48,7 @@ def _watch(reading: int, process: int) -> None:
 
 
 def check_packages() -> None:
-    """Raise ImportError if datasets is not installed, or transformers lacks a method that `launch.hf_trainer` overrides."""
+    """Raise ImportError if datasets is not installed, or transformers lacks what `launch.hf_trainer` overrides."""
     if find_spec("datasets") is None:
         raise ImportError(f"the programs in launch/ need datasets, which is not installed: {REMEDY}")
     import deepspeed  # noqa: F401  # before transformers: some of their releases import each other in a circle

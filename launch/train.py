@@ -121,7 +121,8 @@ def _train_and_report(run: Run) -> int:
     if run.preemption.reason:
         return _preempted(run)
     if not stopwatch.saved or training.load_best_model_at_end:
-        # Resumed from the last step, there was no step to save in; and the best model may not be that of the last step.
+        # Resumed from the last step, there was no step to save in; and the best model may not be that of the last
+        # step.
         stopwatch.save()
     if wants_to_resume(training.resume_from_checkpoint) and run.preemption.agreed():
         return _preempted(run)
@@ -182,7 +183,8 @@ def run_watched(preemption: grass_ds.Preemption) -> int:
             raise
         tracking.finish(status)
         if status == grass_ds.PREEMPTED:
-            # Launchers kill the rest as soon as one process has ended with an error, and rank 0 may just have become ready.
+            # Launchers kill the rest as soon as one process has ended with an error, and rank 0 may just have become
+            # ready.
             distributed.barrier()
         return status
 

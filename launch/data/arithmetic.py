@@ -7,70 +7,35 @@ in both, so the test measures more than recall. The same split, size and seed gi
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
-NAMES = (
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Iris",
-    "Jonas",
-    "Kate",
-    "Leo",
-    "Maya",
-    "Omar",
-)
-ITEMS = ("apples", "books", "cards", "coins", "cookies", "marbles", "pencils", "shells", "stamps", "stickers")
+NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jonas Kate Leo Maya Omar".split()  # noqa: SIM905
+ITEMS = "apples books cards coins cookies marbles pencils shells stamps stickers".split()  # noqa: SIM905
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of arithmetic: how to draw the three numbers and the two steps that lead to the answer.
+class Kind(NamedTuple):
+    """One kind of arithmetic: `x = a first b`, then `answer = x second c`.
 
-    `draw` returns (a, b, c); `first` and `second` are the operators of `x = a first b` and `answer = x second c`.
+    `a` and `b` are the ranges that these numbers are drawn from; `c` gives the range of the third from the first two.
     """
 
-    draw: Callable[[random.Random], tuple[int, int, int]]
+    a: tuple[int, int]
+    b: tuple[int, int]
+    c: Callable[[int, int], tuple[int, int]]
     first: str
     second: str
 
 
-def _add_then_subtract(rng: random.Random) -> tuple[int, int, int]:
-    a, b = rng.randint(11, 60), rng.randint(4, 39)
-    return a, b, rng.randint(3, a + b - 2)
-
-
-def _add_twice(rng: random.Random) -> tuple[int, int, int]:
-    return rng.randint(11, 60), rng.randint(4, 39), rng.randint(4, 39)
-
-
-def _subtract_twice(rng: random.Random) -> tuple[int, int, int]:
-    a, b = rng.randint(50, 99), rng.randint(4, 29)
-    return a, b, rng.randint(4, a - b - 2)
-
-
-def _multiply_then_add(rng: random.Random) -> tuple[int, int, int]:
-    return rng.randint(3, 9), rng.randint(3, 9), rng.randint(3, 29)
-
-
-def _multiply_then_subtract(rng: random.Random) -> tuple[int, int, int]:
-    a, b = rng.randint(3, 9), rng.randint(3, 9)
-    return a, b, rng.randint(2, a * b - 2)
-
-
-KINDS: dict[str, Kind] = {
-    "add_subtract": Kind(_add_then_subtract, "+", "-"),
-    "add_add": Kind(_add_twice, "+", "+"),
-    "subtract_subtract": Kind(_subtract_twice, "-", "-"),
-    "multiply_add": Kind(_multiply_then_add, "*", "+"),
-    "multiply_subtract": Kind(_multiply_then_subtract, "*", "-"),
+KINDS = {
+    "add_subtract": Kind((11, 60), (4, 39), lambda a, b: (3, a + b - 2), "+", "-"),
+    "add_add": Kind((11, 60), (4, 39), lambda a, b: (4, 39), "+", "+"),
+    "subtract_subtract": Kind((50, 99), (4, 29), lambda a, b: (4, a - b - 2), "-", "-"),
+    "multiply_add": Kind((3, 9), (3, 9), lambda a, b: (3, 29), "*", "+"),
+    "multiply_subtract": Kind((3, 9), (3, 9), lambda a, b: (2, a * b - 2), "*", "-"),
 }
 
 # Every template asks for a single number; {a}, {b}, {c} occur once each and in the order of the calculation.
@@ -146,20 +111,14 @@ TEMPLATES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-_APPLY: dict[str, Callable[[int, int], int]] = {
-    "+": lambda x, y: x + y,
-    "-": lambda x, y: x - y,
-    "*": lambda x, y: x * y,
-}
 
-
-def _problem(kind_name: str, template: str, rng: random.Random) -> dict[str, str]:
+def _problem(kind: Kind, template: str, rng: random.Random) -> dict[str, str]:
     """One row: a story with its numbers filled in, the two worked steps and the answer."""
-    kind = KINDS[kind_name]
-    a, b, c = kind.draw(rng)
+    a, b = rng.randint(*kind.a), rng.randint(*kind.b)
+    c = rng.randint(*kind.c(a, b))
     name, friend = rng.sample(NAMES, 2)
-    between = _APPLY[kind.first](a, b)
-    answer = _APPLY[kind.second](between, c)
+    between = OPERATORS[kind.first](a, b)
+    answer = OPERATORS[kind.second](between, c)
     steps = f"First, {a} {kind.first} {b} = {between}. Then, {between} {kind.second} {c} = {answer}."
     return {
         "instruction": template.format(name=name, friend=friend, item=rng.choice(ITEMS), a=a, b=b, c=c),
@@ -189,7 +148,7 @@ def generate(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < num_rows:
         kind, template = pairs[len(rows) % len(pairs)]
-        row = _problem(kind, template, rng)
+        row = _problem(KINDS[kind], template, rng)
         rows.setdefault(row["instruction"], row)
     ordered = list(rows.values())
     rng.shuffle(ordered)

@@ -1,7 +1,8 @@
 """Turn a row into the text the model reads, and into tokens: the tokenizer's chat template, or a plain one.
 
-A conversation is rendered and tokenized once, as a whole. Trained are the assistant's turns: from where the template's
-generation prompt ends, up to and with the end of turn that the template writes. Three rules decide what is on a border:
+A conversation is rendered and tokenized once, as a whole. The assistant's turns are trained: from the end of the
+template's generation prompt up to and including the end of turn that the template writes. Three rules decide at a
+border:
 
 - Spaces at the end of a generation prompt belong to the answer: most tokenizers join them to the answer's first word.
 - A token is trained if it has a character of an answer in it, also if it begins or ends outside.
@@ -36,7 +37,7 @@ from launch.data.token_offsets import TokenizedText, opening_tokens
 
 IGNORED_LABEL = -100
 
-# A character of no language: marks a place in what a template writes.
+# A character of no language: marks a position in what a template writes.
 _MARK = "\ue000"
 
 
@@ -156,24 +157,27 @@ class Template:
         keeps) is not trained: the model would learn what it is never asked for.
 
         Raises:
-            ValueError: a refused conversation, or a last turn that does not stand where the generation prompt ends.
+            ValueError: a refused conversation, or a last turn that does not begin where the generation prompt ends.
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise ValueError("the conversation does not end with a message from the assistant")
         whole = self.render(messages, add_generation_prompt=False)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        answers = [self._place(messages, index, whole) for index in turns]
+        answers = [self._span(messages, index, whole) for index in turns]
         self._check_tools(messages, whole, dict(zip(turns, answers, strict=True)))
         if answers[-1] is None:
             raise ValueError(
                 "the chat template rewrites its generation prompt when the answer is there, so that the answer has no "
                 "fixed place; use --template plain, or a tokenizer with another template"
             )
-        kept = tuple(place for place in answers if place is not None)
+        kept = tuple(span for span in answers if span is not None)
         return Rendered(whole[: kept[-1][1]], kept, len(answers) - len(kept))
 
-    def _place(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int] | None:
-        """Where in the whole text the assistant's message `index` stands; None if not as when it was the last one."""
+    def _span(self, messages: Sequence[Message], index: int, whole: str) -> tuple[int, int] | None:
+        """Start and end of the assistant's message `index` in the whole text.
+
+        None if it is not there as when it was last.
+        """
         start = self._opened(messages[:index], messages[index])
         text = whole if index == len(messages) - 1 else self.render(messages[: index + 1], False)
         end = self._end_of_turn(text)
@@ -187,7 +191,10 @@ class Template:
         return self.render([{**answer, "content": _MARK}], False).partition(_MARK)[0].rstrip(" ")
 
     def _end_of_turn(self, text: str) -> int:
-        """Where the last turn of a text ends: the line breaks that a template writes behind it are nothing to learn."""
+        """Where the last turn of a text ends.
+
+        The line breaks that a template writes behind it are nothing to learn.
+        """
         tail = self._tail
         return len(text) - len(tail) + len(tail.rstrip()) if text.endswith(tail) else len(text.rstrip())
 
@@ -201,23 +208,23 @@ class Template:
             return _MARK
 
     def _check_tools(
-        self, messages: Sequence[Message], whole: str, places: Mapping[int, tuple[int, int] | None]
+        self, messages: Sequence[Message], whole: str, spans: Mapping[int, tuple[int, int] | None]
     ) -> None:
         """Refuse tools that the template leaves out: the model would learn to answer without the call, or unasked.
 
         Args:
-            places: of the assistant's messages in the whole text. There the call must stand: its tool is named elsewhere
-                too, where tools are offered.
+            spans: of the assistant's messages in the whole text. The call must be in there: where tools are offered,
+                its tool is named elsewhere, too.
         """
         named = [("the row offers", str((tool.get("function") or tool).get("name")), whole) for tool in self.tools]
         for index, message in enumerate(messages):
-            start, end = places.get(index) or (0, len(whole))
+            start, end = spans.get(index) or (0, len(whole))
             named += [(f"message {index} calls", name, whole[start:end]) for name in called_tools(message)]
         for what, name, text in named:
             if not self.chat or name not in text:
                 raise ValueError(
-                    f"{what} the tool {name!r}, which the {'chat' if self.chat else 'plain'} template leaves out; leave "
-                    "such rows out, or use a tokenizer whose chat template writes tools"
+                    f"{what} the tool {name!r}, which the {'chat' if self.chat else 'plain'} template leaves out; "
+                    "leave such rows out, or use a tokenizer whose chat template writes tools"
                 )
 
     # ---- tokens -----------------------------------------------------------------------------------------------------
@@ -235,7 +242,7 @@ class Template:
         return encoded.ids, encoded.labels
 
     def encode_text(self, text: str) -> Encoded:
-        """Plain text between the tokens that the tokenizer has for a beginning and an end; all but the first is trained."""
+        """Plain text between the tokenizer's beginning and end of text; all but the beginning is trained."""
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         # A text may bring the tokens itself.
         first = [] if ids[: len(self._opening)] == self._opening else self._opening
@@ -258,15 +265,15 @@ class Template:
         end = self._end(found.ids)
         labels = [IGNORED_LABEL] * len(found.ids)
         for answer, end_of_turn in rendered.answers:
-            trained = slice(found.reaching(answer), found.behind(end_of_turn))
+            trained = slice(found.first_reaching(answer), found.first_behind(end_of_turn))
             labels[trained] = found.ids[trained]
         cuttable = self._first_message(messages, rendered) if with_cuttable else (0, 0)
-        start = len(first) + found.behind(cuttable[0])
+        start = len(first) + found.first_behind(cuttable[0])
         return Encoded(
             ids=first + found.ids + end,
             labels=[IGNORED_LABEL] * len(first) + labels + end,
             rewritten=rendered.rewritten,
-            cuttable=(start, max(start, len(first) + found.reaching(cuttable[1]))),
+            cuttable=(start, max(start, len(first) + found.first_reaching(cuttable[1]))),
         )
 
     def prompt_ids(self, row: Row) -> list[int]:
@@ -274,19 +281,15 @@ class Template:
         messages = conversation(row)
         return self.continuation(row, messages[-1]["content"])[0]
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """Token ids of `answer` as the continuation of a prompt, without an end of turn; see `continuation`."""
-        return self.continuation({"instruction": "?"}, answer)[1]
-
     def continuation(self, row: Row, answer: str) -> tuple[list[int], list[int]]:
-        """Token ids of a row's prompt and of `answer` in place of its own, without an end of turn; tokenized as in training."""
+        """Token ids of a row's prompt, and of `answer` instead of its own, without an end of turn; as in training."""
         messages = conversation(row)
         messages[-1] = {"role": "assistant", "content": answer}
         rendered = self.for_row(row).layout(messages)
         found = TokenizedText.of(self.tokenizer, rendered.text)
-        start = found.reaching(rendered.answers[-1][0])
+        start = found.first_reaching(rendered.answers[-1][0])
         end_of_turn = self._tail.rstrip()
-        stop = found.behind(len(rendered.text.removesuffix(end_of_turn)))
+        stop = found.first_behind(len(rendered.text.removesuffix(end_of_turn)))
         return ([] if self.chat else self._opening) + found.ids[:start], found.ids[start:stop]
 
     def _end(self, ids: Sequence[int]) -> list[int]:
@@ -299,9 +302,9 @@ class Template:
         return opening_tokens(self.tokenizer)
 
     def _first_message(self, messages: Sequence[Message], rendered: Rendered) -> tuple[int, int]:
-        """Where the content of the first message behind the system prompt stands in the text; nowhere if it is an answer.
+        """Start and end in the text of the first message behind the system prompt; an empty span if it is an answer.
 
-        It is found by other content in its place: what stays the same before it and behind it is the template's.
+        It is found by rendering other content: what stays the same before it and behind it is the template's.
         """
         first = next(index for index, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES)
         if messages[first]["role"] == "assistant":

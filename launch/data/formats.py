@@ -9,10 +9,10 @@
 | `prompt` and `completion`, lists of messages | `messages` |
 | `text` | the same |
 
-`answer`, `choices`, and the `tools` that a conversation offers are kept. A number, true or false in the place of a text
-becomes its text; a list or an object there is refused, since nobody but the user knows how the model should read it.
-Text parts of a message are joined. The arguments of a tool call become an object, also where they are JSON text, as
-OpenAI writes them: a chat template would put that text into quotes.
+`answer`, `choices`, and the `tools` that a conversation offers are kept. A number, true or false in the place of a
+text becomes its text; a list or an object there is refused, since nobody but the user knows how the model should read
+it. Text parts of a message are joined. The arguments of a tool call become an object, also where they are JSON text,
+as OpenAI writes them: a chat template would put that text into quotes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FEATURES = datasets.Features(
     {
         **dict.fromkeys(TEXTS, datasets.Value("string")),
         "choices": datasets.List(datasets.Value("string")),
-        # JSON lists. Messages of one file differ in their keys, and the arguments of tool calls in everything; as text they stay as
-        # they are in every version of datasets.
+        # JSON lists. Messages of one file differ in their keys, and the arguments of tool calls in everything; as text
+        # they stay as they are in every version of datasets.
         "messages": datasets.Value("string"),
         "tools": datasets.Value("string"),
     }
@@ -284,7 +284,8 @@ def _remedy(record: Mapping[str, Any], missing: list[str] | None = None) -> str:
     found = sorted(str(key) for key, value in record.items() if value is not None)
     said = f"{_NEEDED} (fields found: {', '.join(found) or 'none'})"
     if {"chosen", "rejected"} <= set(found):
-        return f"{said}; these are pairs for preference training: write `prompt` as `instruction` and `chosen` as `output`"
+        preference = "these are pairs for preference training"
+        return f"{said}; {preference}: write `prompt` as `instruction` and `chosen` as `output`"
     renamed = []
     for name in found:
         simple = name.strip().lower()

@@ -39,10 +39,11 @@ def _text_of_part(part: Any, index: int) -> str:
 
 
 def conversation(row: Row) -> list[Message]:
-    """The messages of a row that has `messages` (a list, or JSON text of one) or `instruction` and `output`, their content as text.
+    """The messages of a row, their content as text: `messages` (a list or JSON text), or `instruction` and `output`.
 
     Other keys of a message stay as they are, but for what is None: a table fills in None where a row has no such key.
-    In the arguments of a call None is a value: those that a table has filled in are gone when `launch.data.records` has read it.
+    In the arguments of a call None is a value: those that a table has filled in are gone when `launch.data.records`
+    has read it.
 
     Raises:
         ValueError: content that is not text; the message is named.

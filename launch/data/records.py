@@ -1,7 +1,7 @@
 """Read the records of a data file: JSON lines, a JSON document, csv, tsv or parquet.
 
-A record is a mapping from the file's own column names to values. Nothing is guessed: a csv value is a string, and a JSON
-number is the text that the file holds.
+A record is a mapping from the file's own column names to values. Nothing is guessed: a csv value is a string, and a
+JSON number is the text that the file holds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Record:
 
     values: Mapping[str, Any]
     line: int | None = None
-    note: str = ""
+    hint: str = ""
     """What to say where the names of its fields are unknown."""
 
 
@@ -301,20 +301,13 @@ def _without_nulls(value: Any) -> Any:
 # ---- words for messages ---------------------------------------------------------------------------------------------
 
 
+_TYPES = {str: "a text", bool: "true or false", type(None): "null", bytes: "bytes", dict: "an object", list: "a list"}
+
+
 def name_of_type(value: Any) -> str:
     """What a value is, in words of the file."""
-    if isinstance(value, NotANumber):
-        return f"{value} (not a number)"
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, NotANumber) or (isinstance(value, float) and not math.isfinite(value)):
         return f"{value} (not a number)"
     if isinstance(value, (Number, int, float)) and not isinstance(value, bool):
         return "a number"
-    names = {
-        str: "a text",
-        bool: "true or false",
-        type(None): "null",
-        bytes: "bytes",
-        dict: "an object",
-        list: "a list",
-    }
-    return names.get(type(value), f"a value of type {type(value).__name__}")
+    return _TYPES.get(type(value), f"a value of type {type(value).__name__}")

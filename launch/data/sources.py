@@ -179,7 +179,7 @@ def _read_dataset(source: str, dataset: datasets.Dataset) -> Rows:
 
 
 def _checked(source: str, names: tuple[str, ...], parts: Callable[[], Iterator[Iterable[Record]]], key: Any) -> Rows:
-    """The rows as a table on disk, which `datasets` keeps under a name made from `key` and from the program that reads it.
+    """The rows as a table on disk, which `datasets` caches under a name made from `key` and from this program's text.
 
     Args:
         names: of the parts.
@@ -226,8 +226,8 @@ def _row(record: Record, where: str) -> dict[str, Any]:
     try:
         return formats.row_of(record.values)
     except ValueError as error:
-        note = record.note if isinstance(error, formats.UnknownFields) else ""
-        raise ValueError(f"{where} {error}{note}") from error
+        hint = record.hint if isinstance(error, formats.UnknownFields) else ""
+        raise ValueError(f"{where} {error}{hint}") from error
 
 
 def _program() -> list[bytes]:

@@ -74,5 +74,6 @@ def _nothing_found(folder: Path, inside: list[Path]) -> str:
     advice = f"; to read one file, name it: {readable[0]}" if readable else ""
     return (
         f"{folder}: no train or test file; expected train.jsonl and test.jsonl (or {text_files.readable_endings()}; "
-        f"{', '.join(TEST_NAMES[1:])} are names of test files too), found {[path.name for path in inside][:10]}{advice}"
+        f"{', '.join(TEST_NAMES[1:])} are names of test files too), found {[path.name for path in inside][:10]}"
+        f"{advice}"
     )

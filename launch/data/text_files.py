@@ -37,7 +37,7 @@ _CHUNK = 1 << 20
 
 
 def split_name(path: Path) -> tuple[str, str]:
-    """The name without its ending, and the ending in lower case with that of the compression: ("rows", ".jsonl.gz")."""
+    """The name without its ending, and the ending in lower case with that of the compression: "rows", ".jsonl.gz"."""
     compression = path.suffix if path.suffix.lower() in COMPRESSIONS else ""
     name = path.name[: len(path.name) - len(compression)]
     ending = Path(name).suffix
@@ -85,7 +85,7 @@ def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator
     """The text of a file. A byte order mark at its start overrules `encoding`.
 
     Raises:
-        ValueError: (also while the text is read) bytes that are no text in this encoding, with the line; a broken archive.
+        ValueError: (also while the text is read) bytes that are not text in this encoding; a broken archive.
     """
     check_encoding(encoding)
     with _refusing_broken_archives(path), _open_bytes(path) as stream:
@@ -103,7 +103,7 @@ def open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator
             reason = getattr(error, "reason", error)
             remedy = "its byte order mark says this encoding: write the file again" if marked else _remedy(encoding)
             raise ValueError(
-                f"{path}: not text in {encoding}{_place_of_the_fault(path, encoding)}: {reason}; {remedy}"
+                f"{path}: not text in {encoding}{_location_of_the_fault(path, encoding)}: {reason}; {remedy}"
             ) from error
 
 
@@ -148,8 +148,8 @@ def _refusing_broken_archives(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _place_of_the_fault(path: Path, encoding: str) -> str:
-    """Which line holds bytes that are no text; "" for encodings whose lines do not end with the byte of a line break."""
+def _location_of_the_fault(path: Path, encoding: str) -> str:
+    """Which line holds bytes that are not text; "" for encodings whose line breaks are not one byte."""
     if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
         return ""
     with _open_bytes(path) as stream:

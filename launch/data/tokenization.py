@@ -45,12 +45,14 @@ def tokenize(
     """Rows as `input_ids` and `labels` of at most `max_length` tokens, cached on disk by `datasets`.
 
     Args:
-        on_long_row: "cut" a longer row (see `launch.data.truncation`), "drop" it, or "error". How many lost what is logged.
-        on_long_answer: "error" or "drop", for rows to cut whose answer does not fit next to the system prompt: it would
-            be learnt without its end.
+        on_long_row: "cut" a longer row (see `launch.data.truncation`), "drop" it, or "error". How many lost what is
+            logged.
+        on_long_answer: "error" or "drop", for rows to cut whose answer does not fit next to the system prompt: it
+            would be learnt without its end.
 
     Raises:
-        ValueError: a row that the template refuses, rows that are too long (their number and the first), or nothing left.
+        ValueError: a row that the template refuses, rows that are too long (their number and the first), or nothing
+            left.
     """
     if on_long_answer not in ("error", "drop"):
         raise ValueError(f"unknown on_long_answer {on_long_answer!r}: choose error or drop")
@@ -92,7 +94,10 @@ def _encoder(template: Template, max_length: int) -> Callable[[Row], dict[str, A
 
 
 def _fingerprint(rows: Rows, template: Template, max_length: int) -> str:
-    """Of all that the tokens depend on, this program's own code included: what is cached under it must be what would be made."""
+    """Of all that the tokens depend on, this program's own code included.
+
+    What is cached under it must be what would be made.
+    """
     tokenizer = template.tokenizer
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else Hasher.hash(tokenizer)
     code = [inspect.getsource(module) for module in (chat_template, messages, token_offsets, truncation)]

@@ -1,7 +1,7 @@
 """Make a row fit into a number of tokens, and say what it loses by that.
 
-What is cut stays a conversation: beginning of text, system prompt, prompt, answer. A conversation first loses its earlier
-turns, as few as will do, and is rendered anew without them. If what is left is too long even from its last question on,
+What is cut stays a conversation: beginning of text, system prompt, prompt, answer. A conversation first loses its
+earlier turns, as few as will do, and is rendered anew without them. If it is too long even from its last question on,
 that question loses its start. Plain text loses its end.
 """
 
@@ -29,7 +29,7 @@ class Fitted:
     """The fewest tokens that a cut can leave: with more than the limit the row does not fit."""
     lost: tuple[str, ...] = ()
     rewritten: int = 0
-    """See `template.Rendered.rewritten`."""
+    """See `chat_template.Rendered.rewritten`."""
 
 
 def fit(template: Template, row: Row, max_length: int) -> Fitted:
@@ -60,7 +60,10 @@ def fit(template: Template, row: Row, max_length: int) -> Fitted:
 
 
 def _without_earlier_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """The conversation begun at its second message from the user, at its third, and so on; each with the system prompt."""
+    """The conversation begun at its second message from the user, at its third, and so on.
+
+    Each with the system prompt.
+    """
     first = next((i for i, m in enumerate(messages) if m["role"] not in SYSTEM_ROLES), len(messages))
     starts = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
     return [[*messages[:first], *messages[start:]] for start in starts]

@@ -1,18 +1,20 @@
 """Grade answers: what a row expects, what a text says, and whether the two agree.
 
-[Note: Final answer] A text's final answer is what follows its last "answer is", "#### " (in its last line) or "\\boxed{"; without one of them, what
-follows its last "answer:". It ends with its sentence or line. A text without any of these is read whole: its last number counts, or its first
-sentence as words.
+[Note: Final answer] A text's final answer is what follows its last "answer is", "#### " (in its last line) or
+"\\boxed{"; without one of them, what follows its last "answer:". It ends with its sentence or line. A text without any
+of these is read whole: its last number counts, or its first sentence as words.
 
-[Note: Numbers] An integer is equal to the same value only, at any size; 30 and 30.0 are one value. Other numbers may differ by rounding, see
-`same_number`. Thousands separators, currency signs and a percent sign do not count: $1,234.50 is 1234.5, and 60% is 60, not 0.6. Of
-"10 - 4 = 6" the 6 counts. A sum that is not worked out ("10 - 4"), two numbers ("5 or 6", "3:30"), a root ("2\\sqrt{3}") and a decimal comma have
-no value. As a reference an output's number is taken only if it is all that the output states; "U.S. Army", "x=2, y=3" and "5x" are words.
+[Note: Numbers] An integer is equal to the same value only, at any size; 30 and 30.0 are one value. Other numbers may
+differ by rounding, see `same_number`. Thousands separators, currency signs and a percent sign do not count: $1,234.50
+is 1234.5, and 60% is 60, not 0.6. Of "10 - 4 = 6" the 6 counts. A sum that is not worked out ("10 - 4"), two numbers
+("5 or 6", "3:30"), a root ("2\\sqrt{3}") and a decimal comma have no value. As a reference an output's number is taken
+only if it is all that the output states; "U.S. Army", "x=2, y=3" and "5x" are words.
 
-[Note: Words] A reference that is not a number ("New York", "B", "5 apples") is compared as text, without regard to case, white space, and
-punctuation or markup around it. The whole answer must be the reference: "New" is not "New York", and "A or B" is not "A". Three things may
-come with it: an explanation ("B because ..."), a bracket after it ("B (iron)"), and the text of a lettered option ("(B) iron", which is both B and iron).
-Where a sentence ends is not always clear ("Robert E. Lee"): every part of the line that may be the whole answer is compared.
+[Note: Words] A reference that is not a number ("New York", "B", "5 apples") is compared as text, without regard to
+case, white space, and punctuation or markup around it. The whole answer must be the reference: "New" is not "New
+York", and "A or B" is not "A". Three things may come with it: an explanation ("B because ..."), a bracket after it ("B
+(iron)"), and the text of a lettered option ("(B) iron", which is both B and iron). Where a sentence ends is not always
+clear ("Robert E. Lee"): every part of the line that may be the whole answer is compared.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _MARK = re.compile(
 _WEAK_MARK = re.compile(r"\banswer\s*:", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<!\b(?:St|Dr|Mr|Ms|Mt|Ft|Jr|Sr|vs))[.!?;:](?=[\s*_\"')\]]|$)|[\n\u3002]")
 _STARTS = r"(?:It|Its|This|That|These|The|He|She|They|We|You|So|In|As|If|A|An|I)\b"  # a sentence, not a name
-# Ends of a sentence that are inside an answer: J. K. Rowling, U.S. Army, No. 5, Yahoo! Inc. and Google, Star Wars: A New Hope, as follows: 5.
+# Ends of a sentence that are inside an answer: J. K. Rowling, U.S. Army, No. 5, Yahoo! Inc. and Google, Star Wars: A
+# New Hope, as follows: 5.
 _INSIDE = re.compile(
     rf"(?:^|(?<=[\s.]))[A-Z]\.(?=\s+(?!{_STARTS})[A-Z])"
     r"|\bNo\.(?=\s?\d[\d,]*\W*(?:$|because\b))"
@@ -63,7 +66,8 @@ _ASIDE = re.compile(r"\b(?:out\s+)?of\b")
 
 _LABEL = re.compile(r"\(?\s*([A-Za-z]|\d{1,2})\s*(?:\)|\.(?=\s))\s*(?=\S)")
 _EXPLAINS = re.compile(
-    r"\s*[,\u2014-]?\s+(?:because|since|as|which|so|for|given|due)\b|\s*,\s*(?:not|it|this|that|the|there|but|i|we|he|she|they)\b"
+    r"\s*[,\u2014-]?\s+(?:because|since|as|which|so|for|given|due)\b"
+    r"|\s*,\s*(?:not|it|this|that|the|there|but|i|we|he|she|they)\b"
     r"|\s+\(|\s+[\u2014-]\s",
     re.IGNORECASE,
 )
@@ -161,7 +165,7 @@ def words(text: str) -> str:
 
 
 def said_answers(text: str) -> set[str]:
-    """The answers that a text gives in words: the whole, without its explanation, and both halves of a lettered option."""
+    """A text's answers in words: the whole, without its explanation, and both halves of a lettered option."""
     part = final_part(text)
     statements = [_statement(part), _statement(part, whole=True)]
     line = _without_decoration(part).split("\n", 1)[0]
@@ -218,7 +222,7 @@ def _ending(text: str) -> str | None:
 
 
 def _is_all_that_is_stated(part: str) -> bool:
-    """Whether a final part states one number, perhaps with its unit, and not one that is only a piece of the answer."""
+    """Whether a final part states one number, perhaps with its unit, that is not only a piece of the answer."""
     pieces = re.split(r"[=\u2248]", _NO_MATTER.sub("", plain_numbers(_statement(part.lstrip(_DISPLAY), whole=True))))
     token = TOKEN.search(pieces[-1])
     if token is None or any(re.search(r",\s|\b(?:and|or)\b", piece) for piece in pieces[1:-1]):

@@ -135,8 +135,8 @@ def _my_share(items: Sequence[T], length: Callable[[T], int]) -> list[T]:
 def _batches(model: PreTrainedModel, items: list[T], size: int) -> Iterator[tuple[list[T], bool]]:
     """The items in batches, and whether a batch counts.
 
-    Of a partitioned model every rank must run as many batches as the one with most: a rank that has no more repeats its first, for
-    the others' sake.
+    Of a partitioned model every rank must run as many batches as the one with most: a rank that has no more repeats
+    its first, for the others' sake.
 
     Raises:
         ValueError: a rank has no items at all of a partitioned model's.

@@ -1,4 +1,7 @@
-"""Read numbers in a text, compare them and write them. What counts as one: see [Note: Numbers] in launch/grading.py."""
+"""Read numbers in a text, compare them and write them. What counts as one: see [Note.
+
+Numbers] in grading.py.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ TOKEN = re.compile(
     r"(?P<sign>(?<![A-Za-z_\d)\]%])[-+])?(?<![A-Za-z_\d])"
     r"(?:(?P<whole>\d+) )??(?P<top>\d+)/(?P<bottom>\d+)(?![\d/])"
     r"|(?P<sign2>(?<![A-Za-z_\d)\]%])[-+])?(?<![A-Za-z_\d])"
-    rf"(?:(?P<digits>{_DIGITS})(?P<rest>(?:\.\d+)?)|(?<!\.)(?P<bare>\.\d+))(?P<power>(?:[eE][-+]?\d{{1,4}}(?![A-Za-z_\d]))?)"
+    rf"(?:(?P<digits>{_DIGITS})(?P<rest>(?:\.\d+)?)|(?<!\.)(?P<bare>\.\d+))"
+    r"(?P<power>(?:[eE][-+]?\d{1,4}(?![A-Za-z_\d]))?)"
 )
 # What makes a number a part of something that has no value yet.
 GOES_ON = re.compile(
-    r"\s*(?:[-+*/^\u00d7\u00f7]|or\b|and\b)\s*[({]?[-+]?\.?\d|[,:]\d|\.\d|e[-+]?\d|\s*(?:\\(?:sqrt|pi|cdot|pm)|[\u03c0\u221a])",
+    r"\s*(?:[-+*/^\u00d7\u00f7]|or\b|and\b)\s*[({]?[-+]?\.?\d|[,:]\d|\.\d|e[-+]?\d"
+    r"|\s*(?:\\(?:sqrt|pi|cdot|pm)|[\u03c0\u221a])",
     re.IGNORECASE,
 )
 
@@ -63,7 +68,10 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(found: Fraction, expected: Fraction) -> bool:
-    """Whether two numbers are one value; if neither is an integer, also if they differ by a millionth, or by 0.001 and by a thousandth."""
+    """Whether two numbers are one value.
+
+    If neither is an integer, also if they differ by a millionth, or by 0.001 and by a thousandth.
+    """
     if found == expected:
         return True
     if found.denominator == 1 or expected.denominator == 1:
@@ -74,8 +82,8 @@ def same_number(found: Fraction, expected: Fraction) -> bool:
 
 def written(number: Fraction) -> str:
     """All digits of a number; a fraction that no decimal number equals stays one."""
-    places = next((places for places in range(0, 400) if 10**places % number.denominator == 0), None)
-    if places is None:
+    decimals = next((digits for digits in range(400) if 10**digits % number.denominator == 0), None)
+    if decimals is None:
         return f"{Decimal(number.numerator)}/{Decimal(number.denominator)}"
-    scaled = Decimal(int(number * 10**places))
-    return f"{Decimal((scaled.as_tuple().sign, scaled.as_tuple().digits, -places)):f}"
+    scaled = Decimal(int(number * 10**decimals))
+    return f"{Decimal((scaled.as_tuple().sign, scaled.as_tuple().digits, -decimals)):f}"

@@ -31,7 +31,9 @@ def options(row: Row) -> list[str]:
 
 
 def right_option(row: Row) -> int | None:
-    """The index of the option that the row's answer names, decorated or not; None without options, or if it names none or several.
+    """The index of the option that the row's answer names, decorated or not.
+
+    None without options, or if it names none or several.
 
     "(B) gold" names the option "B", or else the option "gold".
     """
@@ -63,7 +65,10 @@ def choose_task(wanted: str, rows: Rows) -> str:
 
 
 def detect_task(rows: Rows) -> Detected:
-    """The task that all of the rows allow. A number somewhere in a row's output does not make it a row with an answer."""
+    """The task that all of the rows allow.
+
+    A number somewhere in a row's output does not make it a row with an answer.
+    """
     if all(right_option(row) is not None for row in rows.rows):
         return Detected("choice", "")
     without = [index for index, row in enumerate(rows.rows) if not is_answered(row)]
@@ -71,8 +76,8 @@ def detect_task(rows: Rows) -> Detected:
         return Detected("exact", "")
     answered = len(rows) - len(without)
     why = (
-        f'{answered} of {len(rows)} rows have an `answer`, or an output that says "The answer is ..." (the first without: '
-        f"{rows.where(without[0])})"
+        f'{answered} of {len(rows)} rows have an `answer`, or an output that says "The answer is ..." '
+        f"(the first without: {rows.where(without[0])})"
     )
     return Detected("loss", why)
 
@@ -95,8 +100,8 @@ def check_task(task: str, rows: Rows) -> None:
             )
         if task == "choice" and right_option(row) is None:
             raise ValueError(
-                f"{where} has no options with its answer {reference_answer(row)!r} among them: {options(row)}; give the rows `choices` "
-                'or "Answer format: a/b" and an `answer`, or choose another task'
+                f"{where} has no options with its answer {reference_answer(row)!r} among them: {options(row)}; give "
+                'the rows `choices` or "Answer format: a/b" and an `answer`, or choose another task'
             )
 
 

@@ -68,7 +68,7 @@ def test_the_first_trained_token_is_the_one_that_follows_the_prompt() -> None:
     tokenizer = tokenizers.sentencepiece(tokenizers.ZEPHYR)
     assert pieces(tokenizer, CAPITAL)[1] == ["Paris", "</s>"]
     template = Template.choose(tokenizer)
-    assert template.answer_ids("Paris") == tokenizer.convert_tokens_to_ids(["Paris"])
+    assert template.continuation(CAPITAL, "Paris")[1] == tokenizer.convert_tokens_to_ids(["Paris"])
     prompt = tokenizer.apply_chat_template(
         conversation(CAPITAL)[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
     )
@@ -160,7 +160,7 @@ def test_only_the_answer_is_trained_on(tokenizer: PreTrainedTokenizerFast, kind:
     assert labels[: len(prompt)] == [IGNORED_LABEL] * len(prompt)
     assert labels[len(prompt) :] == ids[len(prompt) :]
     assert tokenizer.decode(ids[len(prompt) :]).lstrip() == ROW["output"] + tokenizer.eos_token
-    assert ids == prompt + template.answer_ids(ROW["output"]) + [tokenizer.eos_token_id]
+    assert ids == prompt + template.continuation(ROW, ROW["output"])[1] + [tokenizer.eos_token_id]
     assert ROW["instruction"] in tokenizer.decode(prompt)
     assert ROW["output"] not in tokenizer.decode(prompt)
 
@@ -177,7 +177,7 @@ def test_evaluation_takes_the_path_of_training(family: str, kind: str) -> None:
         assert prompt == template.prompt_ids(row)
         assert 1 <= len(ids) - len(prompt + answer) <= 2  # the end of turn, in Llama 2 with a space
         another = template.continuation(row, "the capital")
-        assert another[1] == template.answer_ids("the capital")
+        assert another[1] == template.continuation({"instruction": "?"}, "the capital")[1]
         assert tokenizer.decode(another[1]).strip() == "the capital"
 
 
