@@ -7,18 +7,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from helpers.programs import in_memory
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import preparation
 from launch.data.arithmetic import generate
 from launch.data.chat_template import Template
 from launch.data.preview import count_tokens
-from launch.data.rows import Rows
 from launch.data.tokenization import tokenize
-
-
-def in_memory(rows: list[dict[str, Any]]) -> Rows:
-    return Rows("memory", datasets.Dataset.from_list(rows))
 
 
 def options(model: Path, output: Path) -> Any:

@@ -2,12 +2,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-import datasets
 import pytest
+from helpers.programs import in_memory
 
 from launch import report
 from launch.data.chat_template import Template
-from launch.data.rows import Rows
 from launch.data.tokenization import tokenize
 from launch.preparation import Task
 
@@ -24,7 +23,7 @@ def test_the_report_says_how_many_rows_were_measured(loss_rows: int, left_out: s
 def test_the_report_counts_the_rows_of_the_loss(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "engine_memory", lambda _: {})
     rows = [{"instruction": "q", "output": output} for output in ("a", "b", "c", "words " * 100)]
-    test, template = Rows("memory", datasets.Dataset.from_list(rows)), Template.choose(tokenizer)
+    test, template = in_memory(rows), Template.choose(tokenizer)
     tokens = tokenize(test, template, 64, "drop")
     task = Task(tokenizer, template, tokens, test, tokens, "loss", MagicMock(), None)
     options, trainer = MagicMock(ds_config={}), MagicMock(deepspeed=None)

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,16 +10,14 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers import tokenizers
-from helpers.ranks import free_port
+from helpers.programs import in_memory, torchrun, train
 from transformers import PreTrainedTokenizerBase
 
 from launch.arguments import DataArguments
 from launch.data import preview
 from launch.data.chat_template import IGNORED_LABEL, Template
-from launch.data.rows import Rows
 from launch.data.tokenization import tokenize
 
-ROOT = Path(__file__).resolve().parents[2]
 CHATML = tokenizers.byte_level(tokenizers.CHATML)
 ROW = {"instruction": "the capital", "output": "Paris"}
 
@@ -32,7 +28,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> list[str]:
 
 def encoded(*rows: dict[str, str]) -> datasets.Dataset:
     table = [dict.fromkeys(("instruction", "output", "text")) | row for row in rows]
-    return tokenize(Rows("memory", datasets.Dataset.from_list(table)), Template.choose(CHATML), 4096)
+    return tokenize(in_memory(table), Template.choose(CHATML), 4096)
 
 
 def test_a_row_is_shown_with_what_is_trained() -> None:
@@ -71,9 +67,8 @@ def test_a_long_row_is_shortened_in_the_middle() -> None:
     assert "first words" in text
     assert "999<|im_end|>" in text
     assert "lines ...]" in text
-    alone = "".join(
-        line[10:] for line in shown(CHATML, {"instruction": start + "x" * 100_000 + end, "output": "a"})[1:]
-    )
+    lines = shown(CHATML, {"instruction": start + "x" * 100_000 + end, "output": "a"})[1:]
+    alone = "".join(line[10:] for line in lines)
     assert "first words xxx" in alone
     assert "xxx last words" in alone
     assert "characters ...]" in alone
@@ -120,25 +115,11 @@ def test_inspect_shows_rows_and_ends_without_the_weights(model_folder: Path, tmp
     (folder / "model.safetensors").unlink()
     rows = [{"instruction": f"say {i}", "output": f"word {i}"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    command += ["launch/train.py", "--deepspeed", "ds_configs/grass.json", "--model", str(folder), "--inspect", "2"]
-    command += ["--data", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
-    names = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    done = subprocess.run(command, cwd=ROOT, env=names, timeout=300, capture_output=True, text=True)
+    options = ["--deepspeed", "ds_configs/grass.json", "--model", str(folder), "--inspect", "2"]
+    done = train(torchrun(2), [*options, "--data", str(tmp_path / "rows.jsonl")], tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line for line in done.stdout.splitlines() if not line.startswith("precision")]
-    assert [line.split(":")[0] for line in lines if line.startswith(("training row", "all"))] == [
-        "training row 1 of 4",
-        "training row 2 of 4",
-        "all 4 training rows",
-    ]
+    said = [line.split(":")[0] for line in lines if line.startswith(("training row", "all"))]
+    assert said == ["training row 1 of 4", "training row 2 of 4", "all 4 training rows"]
     assert "trained | word 1<|end|>" in lines
     assert not (tmp_path / "out" / "report.json").exists()

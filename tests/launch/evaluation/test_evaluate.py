@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from helpers import rounding
+from helpers.programs import in_memory
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from launch import distributed, evaluate
@@ -25,11 +25,6 @@ from launch.evaluation.generation import generate as generate_answers
 from launch.evaluation.grading import extract_number, said_answers
 from launch.evaluation.measures import choice_accuracy, exact_match, mean_loss
 from launch.evaluation.tasks import choose_task, largest_token_read
-
-
-def in_memory(rows: list[dict[str, Any]]) -> Rows:
-    return Rows("memory", datasets.Dataset.from_list(rows))
-
 
 ARC = {
     "instruction": "Choose: what is wet?\n\nAnswer1: fire Answer2: water\n\nAnswer format: answer1/answer2",

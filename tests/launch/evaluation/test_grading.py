@@ -3,19 +3,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import datasets
 import pytest
+from helpers.programs import in_memory
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch.data.arithmetic import generate
-from launch.data.rows import Rows
 from launch.evaluation.grading import extract_number, is_correct, reference_answer
 from launch.evaluation.tasks import check_task, detect_task, options, right_option
-
-
-def in_memory(rows: list[dict[str, Any]]) -> Rows:
-    return Rows("memory", datasets.Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize(
