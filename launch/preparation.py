@@ -16,7 +16,7 @@ from grass_ds.validation import check_ds_config, check_model
 from launch import distributed, tracking
 from launch.arguments import Arguments
 from launch.data.chat_template import Template
-from launch.data.preview import TokenCount, count_tokens
+from launch.data.preview import count_tokens
 from launch.data.rows import Rows, summary
 from launch.data.sources import load_splits, load_test
 from launch.data.tokenization import largest_token, tokenize
@@ -36,7 +36,7 @@ class Task:
     test_tokens: datasets.Dataset | None
     measure: str
     """"exact", "choice", "loss" or "none"."""
-    token_count: TokenCount
+    token_count: dict[str, float]
     grass: GrassConfig | None
     """The enabled "grass" block of the DeepSpeed configuration."""
 

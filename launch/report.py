@@ -47,7 +47,7 @@ def collect(
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
         "data": options.data.data,
         "train_rows": len(task.train),
-        "tokens": task.token_count.as_dict(),
+        "tokens": task.token_count,
         "eval_rows": 0 if task.test is None else len(task.test),
         "loss_rows": 0 if task.test_tokens is None else len(task.test_tokens),
         "method": f"{task.grass.sampler if task.grass else 'stock'}, ZeRO-{stage}",

@@ -91,26 +91,25 @@ def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         ValueError: the folder cannot be written, or a part of the model cannot be saved.
     """
+    parts = {"config": model.config, "generation config": model.generation_config, "tokenizer": tokenizer}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as rehearsal:
-            _save_all_but_weights(model, tokenizer, rehearsal)
+            for what, part in parts.items():
+                _save_part(what, part, rehearsal)
     except OSError as error:
         raise ValueError(f"--output_dir {folder}: cannot be written: {error}; choose another folder") from error
 
 
-def _save_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    parts = {"config": model.config, "generation config": model.generation_config, "tokenizer": tokenizer}
-    for what, part in parts.items():
-        try:
-            part.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # a tokenizer or a config may come with code of its own
-            raise ValueError(
-                f"the model's {what} cannot be saved, so the trained model could not be: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+def _save_part(what: str, part: Any, folder: str) -> None:
+    try:
+        part.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # a tokenizer or a config may come with code of its own
+        raise ValueError(
+            f"the model's {what} cannot be saved, so the trained model could not be: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_space(model: PreTrainedModel, folder: Path) -> None:

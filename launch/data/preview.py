@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import datasets
-import pyarrow.compute
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from launch.data.chat_template import IGNORED_LABEL
@@ -19,32 +17,14 @@ _ROW_LINES = 40
 _PIECE_CHARACTERS = 1200
 
 
-@dataclass(frozen=True)
-class TokenCount:
-    """The tokens of a training set, each row counted once."""
-
-    rows: int
-    tokens: int
-    trained: int
-
-    @property
-    def share(self) -> float:
-        """The part of the tokens that is trained, in [0, 1]."""
-        return self.trained / max(self.tokens, 1)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For report.json."""
-        return {"all": self.tokens, "trained": self.trained, "trained_share": self.share}
-
-
-def count_tokens(rows: datasets.Dataset) -> TokenCount:
-    """The tokens of tokenized rows (see `tokens.tokenize`), and how many of them are trained."""
+def count_tokens(rows: datasets.Dataset) -> dict[str, float]:
+    """The tokens of tokenized rows (see `tokenization.tokenize`): "all", "trained", and "trained_share" in [0, 1]."""
     tokens = trained = 0
     for batch in rows.with_format("arrow").iter(batch_size=1000):
-        labels = pyarrow.compute.list_flatten(batch["labels"])
+        labels = pc.list_flatten(batch["labels"])
         tokens += len(labels)
-        trained += pyarrow.compute.sum(pyarrow.compute.not_equal(labels, IGNORED_LABEL)).as_py() or 0
-    return TokenCount(len(rows), tokens, trained)
+        trained += pc.sum(pc.not_equal(labels, IGNORED_LABEL)).as_py() or 0
+    return {"all": tokens, "trained": trained, "trained_share": trained / max(tokens, 1)}
 
 
 def show(tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, number: int) -> str:
@@ -54,7 +34,7 @@ def show(tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, number: int
         for index, row in enumerate(rows.select(range(min(number, len(rows)))))
     ]
     count = count_tokens(rows)
-    whole = f"all {count.rows} training rows: {_counted(count.tokens, count.trained)}"
+    whole = f"all {len(rows)} training rows: {_counted(count['all'], count['trained'])}"
     return _printable_here("\n".join([*shown, whole]))
 
 
@@ -71,7 +51,7 @@ def show_row(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Seq
     return "\n".join([_counted(len(ids), trained_tokens), *_fewer(lines)])
 
 
-def _counted(tokens: int, trained: int) -> str:
+def _counted(tokens: float, trained: float) -> str:
     return f"{tokens} tokens, {trained} of them trained ({trained / max(tokens, 1):.1%})"
 
 

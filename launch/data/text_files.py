@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import gzip
 import io
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import pyarrow as pa
 
@@ -24,7 +22,7 @@ FORMATS = {
 }
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSIONS = (".gz", ".zst")
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # UTF-32's mark begins with UTF-16's, so it comes first.
 _MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -127,21 +125,20 @@ def _open_bytes(path: Path) -> IO[bytes]:
     """The bytes of a file, decompressed if its first bytes say that it is compressed, whatever it is called."""
     with path.open("rb") as file:
         head = file.read(4)
-    if head.startswith(_GZIP):
-        return cast("IO[bytes]", gzip.open(path))
-    if head == _ZSTD:
-        if not pa.Codec.is_available("zstd"):
-            raise ValueError(f"{path}: this pyarrow cannot read zstd; unpack the file with `zstd -d`")
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), _CHUNK)
-    return path.open("rb")
+    compression = next((name for mark, name in _COMPRESSED.items() if head.startswith(mark)), None)
+    if compression is None:
+        return path.open("rb")
+    if not pa.Codec.is_available(compression):
+        raise ValueError(f"{path}: this pyarrow cannot read {compression}; unpack the file first")
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
 
 
 @contextlib.contextmanager
 def _refusing_broken_archives(path: Path) -> Iterator[None]:
     try:
         yield
-    except (EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+    except OSError as error:
+        if error.errno is not None:
             raise  # the system's, and it names the file
         raise ValueError(
             f"{path}: the compressed file is broken or cut off: {error}; copy or pack it again"

@@ -78,13 +78,12 @@ def test_the_whole_training_set_is_counted() -> None:
     rows = encoded(ROW, {"text": "abc"}, {**ROW, "output": "P"})
     labels = [label for row in rows for label in row["labels"]]
     count = preview.count_tokens(rows)
-    assert (count.rows, count.tokens) == (3, len(labels))
-    assert count.trained == sum(label != IGNORED_LABEL for label in labels) == 6 + 4 + 2
-    assert count.as_dict() == {"all": 72, "trained": 12, "trained_share": pytest.approx(12 / 72)}
+    assert (len(labels), sum(label != IGNORED_LABEL for label in labels)) == (72, 6 + 4 + 2)
+    assert count == {"all": 72, "trained": 12, "trained_share": pytest.approx(12 / 72)}
     # Also of rows that were selected, and of many.
-    assert preview.count_tokens(rows.select([1])).trained == 4
+    assert preview.count_tokens(rows.select([1]))["trained"] == 4
     many = encoded(*[ROW] * 2500).select(range(1, 2500))
-    assert preview.count_tokens(many) == preview.TokenCount(2499, 2499 * 36, 2499 * 6)
+    assert preview.count_tokens(many) == {"all": 2499 * 36, "trained": 2499 * 6, "trained_share": 6 / 36}
 
 
 def test_the_first_rows_are_shown() -> None:
