@@ -40,7 +40,7 @@ _SHARED_WITH_CONFIG = {
     "optimizer.params.eps": "adam_epsilon",
     "scheduler.params.warmup_num_steps": "warmup_steps",
 }
-# Options of the Trainer that are not said by default: then the hardware decides.
+# Options of the Trainer without a default: the hardware decides.
 _PRECISIONS = ("bf16", "fp16")
 
 
@@ -251,7 +251,7 @@ def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _deepspeed_path(given: Sequence[str]) -> Path | None:
-    """Read before the other options, whose defaults the file may set."""
+    """The file of --deepspeed, which is read first: it may set defaults of other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", type=Path, nargs="?")
     return getattr(parser.parse_known_args(given)[0], "deepspeed", None)

@@ -134,14 +134,9 @@ def on_every_rank(action: Callable[[], T], at_once: bool = False) -> T:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when a rank at its other end is gone.
-
-    Gloo has no exception of its own.
-    """
-    return (
-        isinstance(error, RuntimeError)
-        and re.search(r"gloo|NCCL|c10d|Connection (reset|closed|refused)", str(error)) is not None
-    )
+    """Whether a collective failed because another rank is gone: gloo has no exception of its own."""
+    signs = r"gloo|NCCL|c10d|Connection (reset|closed|refused)"
+    return isinstance(error, RuntimeError) and re.search(signs, str(error)) is not None
 
 
 _first: list[bool] = []

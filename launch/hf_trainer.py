@@ -37,10 +37,7 @@ class GrassTrainer(Trainer):
         return super().create_scheduler(max(1, updates), optimizer)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Not a step more for a run that is resumed from its last one.
-
-        The Trainer asks only after each step whether to stop.
-        """
+        """Train no step more after the last one: the Trainer asks only after each step whether to stop."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -56,13 +53,13 @@ class Stopwatch(TrainerCallback):
 
     Args:
         measure: what to measure before training.
-        kept: the file for it.
+        before_file: where its result is kept.
         save: saves the model; all ranks call it.
     """
 
-    def __init__(self, measure: Callable[[], dict[str, float]], kept: Path, save: Callable[[], None]) -> None:
+    def __init__(self, measure: Callable[[], dict[str, float]], before_file: Path, save: Callable[[], None]) -> None:
         self._measure = measure
-        self._kept = kept
+        self._before_file = before_file
         self._save = save
         self.before: dict[str, float] = {}
         self.before_seconds = 0.0
@@ -81,10 +78,10 @@ class Stopwatch(TrainerCallback):
             self.before = self._measure()
             self.before_seconds = time.perf_counter() - begin
             if state.is_world_process_zero:
-                self._kept.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(self._kept, json.dumps(self.before))
-        elif self._kept.is_file():
-            self.before = json.loads(self._kept.read_text())
+                self._before_file.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(self._before_file, json.dumps(self.before))
+        elif self._before_file.is_file():
+            self.before = json.loads(self._before_file.read_text())
         peak_memory.reset()
         self._start = time.perf_counter()
 
@@ -109,15 +106,12 @@ class Stopwatch(TrainerCallback):
 
 
 class LastCheckpoint(TrainerCallback):
-    """A checkpoint of the last step, for a run that is resumed when it is interrupted.
-
-    Measuring and saving may take long.
-    """
+    """Saves a checkpoint of the last step too, for a run that is interrupted while it measures or saves the model."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for it. A resume from it trains no step more."""
+        """Ask for the checkpoint."""
         if state.global_step >= state.max_steps:
             control.should_save = True
 

@@ -11,7 +11,7 @@ from types import FrameType
 REMEDY = "pip install 'grass_ds[launch]'"
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells say it."""
-# Who says the rank before the process group is there: torchrun and DeepSpeed, SLURM, Open MPI, other MPIs.
+# Variables with the rank before there is a process group: torchrun and DeepSpeed, SLURM, Open MPI, other MPIs.
 _RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 

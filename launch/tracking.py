@@ -1,18 +1,14 @@
 """Weights & Biases for launch/train.py: one run per job, over requeues, crashes and resumes.
 
-The id of the run is kept in `<output_dir>/wandb_run.json`; WANDB_RUN_ID wins over it. WANDB_RUN_GROUP, WANDB_PROJECT,
-WANDB_DIR and the others are wandb's own. Only global rank 0 talks to wandb, and no failure of wandb ends training or
-keeps it from saving.
+The id of the run is kept in `<output_dir>/wandb_run.json`; WANDB_RUN_ID wins over it. Only global rank 0 talks to wandb,
+and no failure of wandb ends training or keeps it from saving.
 
-[Note: Steps] After a crash, the steps since the last checkpoint are computed again, bitwise the same. wandb may have
-stored all of them, or have lost the latest: its service collects rows in memory, offline up to 32 KiB of them, and is
-gone with the job (it also ends on SIGTERM, which some clusters send to every process of a job). So on a resume the
-last step that was stored is asked of the server, or read from the offline files; steps up to it are not logged again,
-and steps after it of which the checkpoint has the logs are logged first. `train/global_step` never goes backwards and
-misses no step. The rows filled in are the Trainer's own (loss, learning rate, ...): the checkpoint has no others.
+[Note: Steps] After a crash, the steps since the last checkpoint are computed again, bitwise the same. wandb has stored
+all of them or lost the latest, which its process keeps in memory (up to 32 KiB offline) and which end with the job. So
+on a resume the last stored step is asked of the server, or read from the offline files: steps up to it are not logged
+again, and later ones of which the checkpoint has the Trainer's log rows are logged first.
 
-[Note: Offline] With WANDB_MODE=offline every start of the job writes a folder of its own,
-`wandb/offline-run-<time>-<id>`, marked as a
+[Note: Offline] With WANDB_MODE=offline every start writes a folder `wandb/offline-run-<time>-<id>`, marked as a
 continuation: `wandb sync wandb/offline-run-*-<id>` uploads them in the order of their starts, as one run.
 """
 

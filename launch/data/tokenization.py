@@ -94,10 +94,7 @@ def _encoder(template: Template, max_length: int) -> Callable[[Row], dict[str, A
 
 
 def _fingerprint(rows: Rows, template: Template, max_length: int) -> str:
-    """Of all that the tokens depend on, this program's own code included.
-
-    What is cached under it must be what would be made.
-    """
+    """A hash of all that the tokens depend on, this program's own code included: the key of the cache."""
     tokenizer = template.tokenizer
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else Hasher.hash(tokenizer)
     code = [inspect.getsource(module) for module in (chat_template, messages, token_offsets, truncation)]

@@ -19,10 +19,7 @@ _LABEL = re.compile(r"(?<!\w)([A-Za-z])([).:]\s*)$")
 
 
 def candidate_texts(row: Row) -> tuple[list[str], int]:
-    """The answer of every option up to the option's end, and which one is right.
-
-    For a row that has one, see `right_option`.
-    """
+    """The answer of every option up to the option's end, and the index of the right one, see `right_option`."""
     names, right = options(row), right_option(row)
     assert right is not None, "see check_task"
     opening = _opening(str(conversation(row)[-1]["content"]), names, right)
@@ -58,10 +55,7 @@ def _naming(name: str, text: str, start: int = 0) -> re.Match[str] | None:
 
 
 def _labelled(opening: str, right: int, index: int) -> str:
-    """An opening that ends with the right option's letter ("(B) "), with that of another option.
-
-    Without it if it is no such letter.
-    """
+    """An opening that ends with the right option's letter ("(B) ") with another option's letter; without any other."""
     label = _LABEL.search(opening)
     if label is None:
         return opening

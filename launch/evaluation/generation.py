@@ -46,9 +46,7 @@ class Progress:
 
 
 def longest_answer(template: Template, rows: Rows) -> int:
-    """A limit for generated tokens that leaves a right answer room.
-
-    A quarter more than the longest of the rows' own, end token included.
+    """A limit for generated tokens: a quarter more than the rows' longest answer, end token included.
 
     256 if a row has no worked answer: how long one may be is then unknown.
 
@@ -91,10 +89,7 @@ def generate(
 
 
 class _RowsDone(StoppingCriteria):
-    """Shows rows that have ended while others of their batch go on. It stops none.
-
-    `generate` does, when all have ended.
-    """
+    """Shows rows that have ended while others of their batch go on. `generate` stops when all have ended."""
 
     def __init__(self, progress: Progress, prompt_length: int, ends: list[int]) -> None:
         self._progress, self._start, self._ends = progress, prompt_length, ends

@@ -1,7 +1,4 @@
-"""Read numbers in a text, compare them and write them. What counts as one: see [Note.
-
-Numbers] in grading.py.
-"""
+"""Read numbers in a text, compare them and write them. See [Note: Numbers] in grading.py for what counts as one."""
 
 from __future__ import annotations
 
@@ -68,9 +65,9 @@ def as_number(text: str) -> Fraction | None:
 
 
 def same_number(found: Fraction, expected: Fraction) -> bool:
-    """Whether two numbers are one value.
+    """Whether two numbers are one value, up to rounding if neither is an integer.
 
-    If neither is an integer, also if they differ by a millionth, or by 0.001 and by a thousandth.
+    Rounding is a difference of a millionth, or of a thousandth that is at most 0.001.
     """
     if found == expected:
         return True

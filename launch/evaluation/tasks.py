@@ -31,9 +31,7 @@ def options(row: Row) -> list[str]:
 
 
 def right_option(row: Row) -> int | None:
-    """The index of the option that the row's answer names, decorated or not.
-
-    None without options, or if it names none or several.
+    """The index of the option that the row's answer names; None without options, or if it names none or several.
 
     "(B) gold" names the option "B", or else the option "gold".
     """
