@@ -80,7 +80,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     precision.announce()
     rows, task = distributed.on_every_rank(lambda: _rows(arguments))
     model, tokenizer = distributed.on_every_rank(lambda: load(arguments.model, precision.name))
-    template = Template.choose(tokenizer, arguments.template)
+    template = distributed.on_every_rank(lambda: Template.choose(tokenizer, arguments.template))
     examples, largest = distributed.on_every_rank(lambda: _tokens(rows, task, template, arguments.max_length))
     check_tokens(model, arguments.model, tokenizer, max(largest, tokenizer.pad_token_id))
     model.to(get_accelerator().current_device_name())

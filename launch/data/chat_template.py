@@ -79,6 +79,11 @@ class Template:
         """`kind`: "chat", "plain", or "auto" (chat if the tokenizer has a template)."""
         if kind not in ("auto", "chat", "plain"):
             raise ValueError(f"unknown template {kind!r}: choose auto, chat or plain")
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer ({type(tokenizer).__name__}) does not tell where its tokens are in the text, so what is "
+                "trained cannot be marked; use the fast tokenizer of this model (a folder with tokenizer.json)"
+            )
         if kind == "chat" and not tokenizer.chat_template:
             raise ValueError("--template chat: this tokenizer has no chat template; use --template plain")
         return cls(tokenizer, chat=kind != "plain" and bool(tokenizer.chat_template))

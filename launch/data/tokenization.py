@@ -96,7 +96,7 @@ def _encoder(template: Template, max_length: int) -> Callable[[Row], dict[str, A
 def _fingerprint(rows: Rows, template: Template, max_length: int) -> str:
     """A hash of all that the tokens depend on, this program's own code included: the key of the cache."""
     tokenizer = template.tokenizer
-    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else Hasher.hash(tokenizer)
+    vocabulary = tokenizer.backend_tokenizer.to_str()
     code = [inspect.getsource(module) for module in (chat_template, messages, token_offsets, truncation)]
     versions = [transformers.__version__, tokenizers.__version__]
     settings = [str(type(template)), str(template.chat), str(max_length), str(type(tokenizer))]
