@@ -72,7 +72,7 @@ def location(file: str, index: int, line: int | None) -> str:
     return f"{file}: row {index}" + ("" if line is None else f" (line {line})")
 
 
-def hold_out(rows: Rows) -> dict[str, Rows]:
+def split_off_test(rows: Rows) -> dict[str, Rows]:
     """Split off the end of the only rows there are, so that evaluation never sees a training row."""
     held_out = min(_HELD_OUT, len(rows) // 10)
     if held_out == 0:

@@ -13,24 +13,19 @@ Rows are counted from 0 in messages, in each file anew, and lines from 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import datasets
-from datasets.fingerprint import Hasher
 
-from launch.data import arithmetic, formats, messages, records, split_files, text_files, values
+from launch.data import arithmetic, formats, records, split_files, text_files
 from launch.data.records import Record
-from launch.data.rows import Rows, location
-from launch.data.rows import hold_out as split_off
+from launch.data.row_table import checked_rows, first_line
+from launch.data.rows import Rows, split_off_test
 
 BUILTIN = "builtin:arithmetic"
 BUILTIN_ROWS = {"train": 2000, "test": 400}
-# The number of a row's file among those of its split, the row in that file, and its line if it has one.
-_ORIGIN = {name: datasets.Value("int64") for name in ("file", "row", "line")}
-_FEATURES = datasets.Features({**formats.FEATURES, "origin": _ORIGIN})
 
 
 def load_splits(
@@ -65,7 +60,7 @@ def load_splits(
         raise ValueError(f"no such data file or folder: {source}")
     else:
         splits = _read_hub(source, config)
-    return split_off(splits["train"]) if hold_out and "test" not in splits else splits
+    return split_off_test(splits["train"]) if hold_out and "test" not in splits else splits
 
 
 def load_test(source: str, config: str | None = None, *, encoding: str = text_files.UTF8) -> Rows:
@@ -106,9 +101,6 @@ def _is_one_table(source: str) -> bool:
     return path.is_file() or (path / "state.json").is_file()
 
 
-# ---- sources --------------------------------------------------------------------------------------------------------
-
-
 def _read_files(source: str, paths: tuple[Path, ...], encoding: str) -> Rows:
     """The rows of one file, or of files that are the parts of one."""
 
@@ -116,7 +108,7 @@ def _read_files(source: str, paths: tuple[Path, ...], encoding: str) -> Rows:
         return (records.read(path, encoding, formats.USED) for path in paths)
 
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return _checked(source, tuple(map(str, paths)), parts, [encoding, *stats])
+    return checked_rows(source, tuple(map(str, paths)), parts, [encoding, *stats])
 
 
 def _read_folder(folder: Path, encoding: str) -> dict[str, Rows]:
@@ -139,7 +131,7 @@ def _read_saved(folder: Path) -> dict[str, Rows]:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # a damaged folder raises many types; all mean the same to the user
         raise ValueError(
-            f"{folder}: not readable as a folder of save_to_disk: {_first_line(error)}; save the dataset again"
+            f"{folder}: not readable as a folder of save_to_disk: {first_line(error)}; save the dataset again"
         ) from error
     return _of_splits(str(folder), {"train": found} if isinstance(found, datasets.Dataset) else found)
 
@@ -150,7 +142,7 @@ def _read_hub(name: str, config: str | None) -> dict[str, Rows]:
     except Exception as error:  # network, permission, name and script errors alike
         raise ValueError(
             f"data {name!r}: no such file or folder, and the hub did not give a dataset of that name: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     return _of_splits(name, found)
 
@@ -175,75 +167,4 @@ def _read_dataset(source: str, dataset: datasets.Dataset) -> Rows:
     def parts() -> Iterator[Iterable[Record]]:
         yield (records.of_table(values, names) for values in (dataset.select_columns(known) if known else [{}]))
 
-    return _checked(source, (source,), parts, [dataset._fingerprint])
-
-
-def _checked(source: str, names: tuple[str, ...], parts: Callable[[], Iterator[Iterable[Record]]], key: Any) -> Rows:
-    """The rows as a table on disk, which `datasets` caches under a name made from `key` and from this program's text.
-
-    Args:
-        names: of the parts.
-
-    Raises:
-        ValueError: no rows, or one that cannot be trained on.
-    """
-
-    def rows() -> Iterator[dict[str, Any]]:
-        found = None
-        for part, (name, several) in enumerate(zip(names, parts(), strict=True)):
-            for index, record in enumerate(several):
-                found = _row(record, location(name, index, record.line))
-                # By its number, since other spellings of a file's name share the table.
-                yield {**formats.columns_of(found), "origin": {"file": part, "row": index, "line": record.line}}
-        if found is None:
-            raise ValueError(f"{source}: the file holds no rows")
-
-    try:
-        table = datasets.Dataset.from_generator(
-            _Generator(rows, Hasher.hash([*_program(), *key])),
-            features=_FEATURES,
-            split=datasets.NamedSplit("rows"),
-        )
-    except Exception as error:  # datasets wraps what its generator raises
-        raise ValueError(_message(source, error)) from error
-    return Rows(source, table, parts=names)
-
-
-class _Generator:
-    """Yields what `rows` yields; `datasets` names the table by what this pickles to, which is `key` alone."""
-
-    def __init__(self, rows: Callable[[], Iterator[dict[str, Any]]], key: str):
-        self._rows, self._key = rows, key
-
-    def __call__(self) -> Iterator[dict[str, Any]]:
-        return self._rows()
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (self._key,)
-
-
-def _row(record: Record, where: str) -> dict[str, Any]:
-    try:
-        return formats.row_of(record.values)
-    except ValueError as error:
-        hint = record.hint if isinstance(error, formats.UnknownFields) else ""
-        raise ValueError(f"{where} {error}{hint}") from error
-
-
-def _program() -> list[bytes]:
-    """The text of all that decides what a record becomes."""
-    others = [Path(str(module.__file__)) for module in (text_files, records, formats, values, messages)]
-    return [path.read_bytes() for path in (Path(__file__), *others)]
-
-
-def _message(source: str, error: BaseException) -> str:
-    """What a user can act on: the error behind those that were made of it."""
-    while error.__cause__ is not None and not isinstance(error, ValueError | OSError):
-        error = error.__cause__
-    if isinstance(error, ValueError | OSError):
-        return str(error)
-    return f"{source}: not readable: {type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return checked_rows(source, (source,), parts, [dataset._fingerprint])

@@ -106,7 +106,7 @@ TESTS = (
 CALLBACK_TESTS = ("tests/trainer/test_callback.py",)
 LAUNCH_TESTS = (
     "tests/launch/data/test_tokenization.py",
-    "tests/launch/data/test_rows.py",
+    "tests/launch/data/test_sources.py",
     "tests/launch/test_model.py",
     "tests/launch/test_dtype.py",
     "tests/launch/test_saving.py",

@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from launch.data import formats, messages, records, sources, text_files, values
+from launch.data import formats, messages, records, row_table, text_files, values
 from launch.data.messages import conversation
 from launch.data.rows import not_read, summary
 from launch.data.sources import BUILTIN, load_measured, load_splits, load_test
@@ -110,7 +110,7 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
         assert len(load_splits(str(path))["train"]) == count
 
 
-@pytest.mark.parametrize("module", [sources, text_files, records, formats, values, messages])
+@pytest.mark.parametrize("module", [row_table, text_files, records, formats, values, messages])
 def test_rows_are_read_anew_when_the_program_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
 ) -> None:
