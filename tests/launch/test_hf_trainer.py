@@ -6,13 +6,8 @@ import pytest
 from launch import hf_trainer
 from launch.hf_trainer import Stopwatch, TerminalLines, shown
 
-LOGS = {
-    "loss": 1.25,
-    "learning_rate": 0.001,
-    "grass/phase": 1.0,
-    "grass/active_layers": "3 17",
-    "grass/bytes/device": 7.0,
-}
+GRASS = {"grass/phase": 1.0, "grass/active_layers": "3 17", "grass/bytes/device": 7.0}
+LOGS = {"loss": 1.25, "learning_rate": 0.001, **GRASS}
 
 
 def state(step: int, last: int = 4) -> Any:

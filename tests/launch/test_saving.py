@@ -21,14 +21,13 @@ def with_generation_config(model_folder: Path, folder: Path, **values: Any) -> P
     return folder
 
 
+TWO = {"temperature": 0.6, "top_p": 0.9}
+
+
 @pytest.mark.parametrize(
     ("values", "saved", "warning"),
     [
-        (
-            {"temperature": 0.6, "top_p": 0.9},
-            {"temperature": 0.6, "top_p": 0.9, "do_sample": True},
-            "temperature: 0.6, top_p: 0.9",
-        ),
+        (TWO, {**TWO, "do_sample": True}, "temperature: 0.6, top_p: 0.9"),
         ({"top_k": 20}, {"top_k": 20, "do_sample": True}, "top_k: 20"),
         ({"temperature": 0.6, "do_sample": False}, {}, "temperature: 0.6"),
         ({"temperature": 0.0}, {}, "temperature: 0.0"),

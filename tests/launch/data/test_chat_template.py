@@ -273,21 +273,15 @@ def test_text_parts_are_joined() -> None:
     for tokenizer in (tokenizers.byte_level(tokenizers.CHATML), tokenizers.sentencepiece(None)):
         assert Template.choose(tokenizer).encode(parts) == Template.choose(tokenizer).encode(CAPITAL)
         assert Template.choose(tokenizer).prompt_ids(parts) == Template.choose(tokenizer).prompt_ids(CAPITAL)
-    assert [text_of(content) for content in (None, "a", [], [{"type": "text", "text": "b"}, "c"])] == [
-        "",
-        "a",
-        "",
-        "bc",
-    ]
+    texts = {"": None, "a": "a", "bc": [{"type": "text", "text": "b"}, "c"]}
+    assert {text_of(content): content for content in texts.values()} == texts
+    assert text_of([]) == ""
 
 
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (
-            [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": "x"}],
-            "message 1 has a part 1 of type 'image_url'",
-        ),
+        ([{"type": "text", "text": "a"}, {"type": "image_url"}], "message 1 has a part 1 of type 'image_url'"),
         ([{"type": "text", "text": None}], "message 1 has a part 0 of type 'text' without text"),
         ([{"text": "a"}], "message 1 has a part 0 of type None"),
         ([7], "message 1 has a part 0 of type 'int'"),
@@ -400,11 +394,8 @@ def test_tools_that_a_row_offers_reach_the_template() -> None:
     row = chat(("user", "u"), ("assistant", "a"), tools=[schema])
     with pytest.raises(ValueError, match="the row offers the tool 'weather', which the chat template leaves out"):
         Template.choose(tokenizers.byte_level(tokenizers.CHATML)).encode(row)
-    for wrong, told in (
-        ("[", "tools is not valid JSON"),
-        ("{}x", "not valid JSON"),
-        (["f"], "tools is a list, not a list of JSON"),
-    ):
+    not_json = "tools is not valid JSON"
+    for wrong, told in (("[", not_json), ("{}x", not_json), (["f"], "tools is a list, not a list of JSON")):
         with pytest.raises(ValueError, match=told):
             Template.choose(tokenizer).encode(chat(("user", "u"), ("assistant", "a"), tools=wrong))
 

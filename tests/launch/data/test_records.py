@@ -88,12 +88,8 @@ def test_a_single_object_is_one_row(tmp_path: Path, row: dict[str, Any], indent:
 
 
 def test_records_know_their_line(tmp_path: Path) -> None:
-    assert [record.line for record in records(tmp_path, "a.jsonl", "\n" + lines(ROWS[:1]) + "\n" + lines(ROWS))] == [
-        2,
-        4,
-        5,
-        6,
-    ]
+    text = "\n" + lines(ROWS[:1]) + "\n" + lines(ROWS)
+    assert [record.line for record in records(tmp_path, "a.jsonl", text)] == [2, 4, 5, 6]
     assert [record.line for record in records(tmp_path, "a.json", json.dumps(ROWS))] == [None] * 3
 
 
@@ -114,11 +110,7 @@ def test_a_number_is_the_text_that_the_file_holds(tmp_path: Path, number: str) -
         ("a.jsonl", '{"a": 1,}\n' + lines(ROWS), "line 1: a comma that nothing follows; remove it"),
         ("a.json", '[\n {"a": 1},\n {"a": 2},\n]', "line [34]: a comma that nothing follows; remove it"),
         ("a.json", '\n\n[\n {"a": 1}\n {"a": 2}\n]', "line 5: Expecting ',' delimiter in column 2"),
-        (
-            "a.json",
-            '{\n"a": 1\n}\n{\n"a": 2\n}\n',
-            "line 4: Extra data in column 1; write one object a line, or all in",
-        ),
+        ("a.json", '{\n"a": 1\n}\n{\n"a": 2\n}\n', "line 4: Extra data in column 1; write one object a line, or"),
         ("a.json", "hello", "line 1: Expecting value in column 1"),
         ("a.jsonl", '{"a": 1, "a": 2}\n' + lines(ROWS), "line 1: an object names 'a' twice"),
         ("a.json", "[" * 100_000, "nested too deeply"),
@@ -138,21 +130,15 @@ def test_broken_json_is_named_with_its_line(tmp_path: Path, name: str, text: str
         (lines([*ROWS, ["q", "a"]]), "line 4 holds a list, not an object"),
         (
             json.dumps({"train": ROWS, "test": ROWS}),
-            r"the file holds several lists \(train, test\); write each to a file of its own",
+            "the file holds several lists .train, test.; write each to a file",
         ),
-        (
-            json.dumps({"instruction": {"0": "q"}, "output": {"0": "a"}}),
-            "the file holds columns with an index .*orient='records'",
-        ),
-        (
-            json.dumps({"columns": ["instruction"], "index": [0], "data": [["q"]]}),
-            "the file holds columns with an index",
-        ),
+        (json.dumps({"instruction": {"0": "q"}, "output": {"0": "a"}}), "columns with an index .*orient='records'"),
+        (json.dumps({"columns": ["instruction"], "index": [0], "data": [["q"]]}), "columns with an index"),
         (json.dumps({"instruction": ["q", "r"], "output": ["a"]}), "the columns differ in length: .*'output': 1"),
     ],
 )
 def test_json_without_rows_is_refused_with_the_remedy(tmp_path: Path, text: str, expected: str) -> None:
-    with pytest.raises(ValueError, match=rf"a\.json: ({expected})"):
+    with pytest.raises(ValueError, match=rf"a\.json: .*({expected})"):
         records(tmp_path, "a.json", text)
 
 
@@ -176,11 +162,8 @@ def test_the_header_tells_the_delimiter(tmp_path: Path, name: str, delimiter: st
 def test_csv_with_a_mark_crlf_and_line_breaks_in_quotes(tmp_path: Path) -> None:
     text = '\ufeffinstruction, output\r\n"q\r\nx","a, ""b"""\r\n\r\nr,c\r\n'
     read = records(tmp_path, "a.csv", text)
-    assert [record.values for record in read] == [
-        {"instruction": "q\r\nx", "output": 'a, "b"'},
-        {"instruction": "r", "output": "c"},
-    ]
-    assert [record.line for record in read] == [2, 5]
+    rows = [{"instruction": "q\r\nx", "output": 'a, "b"'}, {"instruction": "r", "output": "c"}]
+    assert read == [Record(rows[0], 2, read[0].hint), Record(rows[1], 5, read[0].hint)]
 
 
 def test_a_single_column_needs_no_delimiter(tmp_path: Path) -> None:
@@ -196,10 +179,7 @@ def test_empty_fields_at_the_end_and_an_index_without_a_name_are_harmless(tmp_pa
     ("text", "expected"),
     [
         ("instruction,output,output\nq,a,b\n", "the header names output twice; rename or remove"),
-        (
-            "instruction,output\nq,a\nq,a, b\n",
-            r"row 1 \(line 3\) has 3 columns where the header names 2 .*double quotes",
-        ),
+        ("instruction,output\nq,a\nq,a, b\n", r"row 1 \(line 3\) has 3 columns where the header names 2 .*double"),
         ("instruction,output,answer\nq,a b\nc,5\n", r"row 0 \(line 2\) has 2 columns where the header names 3"),
         ('instruction,output\nq,a\nq,"a\nq2,a2\n', "the row that begins in line 3: .*must end with a double quote"),
         ('instruction,output\nq,"a" b\n', "the row that begins in line 2: .*double quote within it is written twice"),

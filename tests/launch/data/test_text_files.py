@@ -52,9 +52,8 @@ def test_other_encodings_are_read_when_they_are_named(tmp_path: Path, encoding: 
 
 def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"q,a\n" * 50_000 + "caf\xe9,a\n".encode("latin-1"))
-    with pytest.raises(
-        ValueError, match=r"not text in utf-8 \(line 50001, byte 0xe9 after 3 others\).*latin-1, cp1252"
-    ):
+    told = r"not text in utf-8 \(line 50001, byte 0xe9 after 3 others\).*latin-1, cp1252"
+    with pytest.raises(ValueError, match=told):
         read(tmp_path / "a.csv")
 
 
