@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ _ORIGIN = {name: datasets.Value("int64") for name in ("file", "row", "line")}
 _FEATURES = datasets.Features({**formats.FEATURES, "origin": _ORIGIN})
 
 
-def checked_rows(
-    source: str, names: tuple[str, ...], parts: Callable[[], Iterator[Iterable[Record]]], key: Any
-) -> Rows:
+Parts = Callable[[], Iterator[Iterable[Record]]]
+
+
+def checked_rows(source: str, names: tuple[str, ...], parts: Parts, key: Any) -> Rows:
     """The rows as a table on disk, which `datasets` caches under a name made from `key` and from this program's text.
 
     Args:
@@ -29,26 +31,23 @@ def checked_rows(
     Raises:
         ValueError: no rows, or one that cannot be trained on.
     """
-
-    def rows() -> Iterator[dict[str, Any]]:
-        found = None
-        for part, (name, several) in enumerate(zip(names, parts(), strict=True)):
-            for index, record in enumerate(several):
-                found = _row(record, location(name, index, record.line))
-                # By its number, since other spellings of a file's name share the table.
-                yield {**formats.columns_of(found), "origin": {"file": part, "row": index, "line": record.line}}
-        if found is None:
-            raise ValueError(f"{source}: the file holds no rows")
-
+    generator = _Generator(partial(_rows, source, names, parts), Hasher.hash([*_program(), *key]))
     try:
-        table = datasets.Dataset.from_generator(
-            _Generator(rows, Hasher.hash([*_program(), *key])),
-            features=_FEATURES,
-            split=datasets.NamedSplit("rows"),
-        )
+        table = datasets.Dataset.from_generator(generator, features=_FEATURES, split=datasets.NamedSplit("rows"))
     except Exception as error:  # datasets wraps what its generator raises
         raise ValueError(_message(source, error)) from error
     return Rows(source, table, parts=names)
+
+
+def _rows(source: str, names: tuple[str, ...], parts: Parts) -> Iterator[dict[str, Any]]:
+    found = None
+    for part, (name, records_of_part) in enumerate(zip(names, parts(), strict=True)):
+        for index, record in enumerate(records_of_part):
+            found = _row(record, location(name, index, record.line))
+            # The number of the part, not its name: other spellings of a file's name share the table.
+            yield {**formats.columns_of(found), "origin": {"file": part, "row": index, "line": record.line}}
+    if found is None:
+        raise ValueError(f"{source}: the file holds no rows")
 
 
 class _Generator:
