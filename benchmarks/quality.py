@@ -13,8 +13,8 @@ from benchmarks.staleness import REPROBE_BATCHES, Reprobe
 from benchmarks.tasks import TASKS, Exam
 from benchmarks.worth import layer_worth
 from launch import distributed
-from launch.template import Template
-from launch.tokens import Collator
+from launch.data.chat_template import Template
+from launch.data.tokenization import Collator
 
 REPROBE_SEED = 77  # of batches that no run is trained on in this order
 

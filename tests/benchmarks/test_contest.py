@@ -18,8 +18,8 @@ from benchmarks.contest import GRID, METHODS, RATES, SETTINGS, STEPS, TUNING_SEE
 from benchmarks.reached import reached_block
 from benchmarks.run import run_cell
 from benchmarks.tasks import TASKS, Exam
+from launch.data.chat_template import Template
 from launch.model import load_tokenizer
-from launch.template import Template
 
 TASK = "arithmetic"
 

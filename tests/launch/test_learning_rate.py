@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from benchmarks.engines import updates
 from grass_ds.config import GrassConfig
 from grass_ds.sampling.controller import Controller
-from launch.train import GrassTrainer
+from launch.hf_trainer import GrassTrainer
 
 # block, steps of either kind, those of them that train
 SPANS: list[tuple[dict[str, Any], int, int]] = [
