@@ -60,6 +60,6 @@ def target_table(rows: Sequence[Row], memory_ratio: Callable[[Row], float]) -> s
             "ZeRO": lambda line: str(line[0].setting.stage),
             "at most": lambda line: f"{line[0].most:.2f}",
             "measured": lambda line: median_range(line[1]),
-            "": lambda line: "met" if statistics.median(line[1]) <= line[0].most else "**missed**",
+            "result": lambda line: "met" if statistics.median(line[1]) <= line[0].most else "**missed**",
         },
     )

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' floors: closed forms, held to what steps are observed to do."""
+"""The cost model: closed forms, held to what steps are observed to do."""
 
-import argparse
 import gc
 import math
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from helpers.ranks import RankPool
 from helpers.tiered import tiered
 
-from benchmarks import floors
+from benchmarks import cost_model
 from benchmarks.case import Case
-from benchmarks.plain import LINEAR
+from benchmarks.cost_model import TrainedStep
+from benchmarks.measure.plain import TORCH_LINEAR
 from grass_ds.precision import DTYPES
 
 LAYERS, ROWS, TOKENS = 4, 2, 32
@@ -55,13 +55,13 @@ def llama(tied: bool, checkpointing: bool, hidden: int = 64, dtype: str = "bf16"
 # ---- arithmetic and activations, in plain PyTorch ---------------------------------------------------------------------------
 
 
-@LINEAR
+@TORCH_LINEAR
 def watch_passes(tied: bool, checkpointing: bool, lora: str | None, dtype: str) -> list[dict[str, Any]]:
     """Per active set: FLOPs of forward and backward, bytes that forward leaves for backward, and the row that they belong to."""
+    from benchmarks.measure.observer import Observer
+    from benchmarks.measure.plain import freeze_all_but
     from benchmarks.methods import prepare_model
-    from benchmarks.observed import Observer
-    from benchmarks.plain import freeze
-    from benchmarks.shape import shape_of
+    from benchmarks.models import shape_of
 
     model = prepare_model(lora or "full", llama(tied, checkpointing, dtype=dtype))
     model.to(DTYPES[dtype])
@@ -71,7 +71,7 @@ def watch_passes(tied: bool, checkpointing: bool, lora: str | None, dtype: str) 
     for active in [None] if lora else [None, [2, 3], [1], [0, 1], []]:
         if not lora:
             outside = {"embed", "norm", "head"} if active is None else {"norm"}
-            freeze(model, EVERYWHERE if active is None else active, outside)
+            freeze_all_but(model, EVERYWHERE if active is None else active, outside)
         method = lora or ("full" if active is None else "grass")
         row = {**CONDITIONS, "method": method, "ranks": 1, "checkpointing": checkpointing, "shape": shape_of(model)}
         row["dtype"] = dtype
@@ -105,9 +105,9 @@ def test_flops_and_activations_are_exact(two_ranks: RankPool, case: str) -> None
     tied, checkpointing, lora = PASSES[case]
     dtype = "fp32" if case == "fp32" else "bf16"
     for step in two_ranks.run(watch_passes, tied=tied, checkpointing=checkpointing, lora=lora, dtype=dtype)[0]:
-        assert step["flops"] == floors.flops(step["row"], step["active"])
+        assert step["flops"] == cost_model.flops(step["row"], step["active"])
         log_probabilities = 4 * ROWS * TOKENS * step["row"]["shape"]["vocab"]
-        activations = floors.saved_bytes(Case(step["row"], step["active"]))
+        activations = cost_model.saved_bytes(TrainedStep(step["row"], step["active"]))
         assert step["saved"] - log_probabilities == pytest.approx(activations, rel=0.001)
 
 
@@ -125,27 +125,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@LINEAR
+@TORCH_LINEAR
 def watch_step(**arguments: Any) -> dict[str, Any]:
     """A row with its step as this rank observes it, in the middle of a period; what other tests have left alive is taken off its memory."""
-    from benchmarks import observed
-    from benchmarks.engines import prepare
-    from benchmarks.shape import shape_of
+    from benchmarks.measure import observer
+    from benchmarks.measure.engine import build, random_steps
+    from benchmarks.models import shape_of
     from launch import distributed
 
     gc.collect()
-    left = observed.Observer().rest_bytes
+    left = observer.Observer().rest_bytes
     row = {**CONDITIONS, **arguments, "grass": {"probe_steps": 1, "sample_period": 9, "seed": 3}}
-    model = llama(
-        row.pop("tied", False), row["checkpointing"], hidden=512, dtype=row["dtype"]
-    )  # or ZeRO-3 never releases a matrix
-    more = {"kind": "cost", "lr": 1e-3, "seed": 0, "steps": 1, "async": False, "nvme_path": None}
-    engine, one_step = prepare(argparse.Namespace(**row, **more), model)
+    # hidden 512, or ZeRO-3 never releases a matrix
+    model = llama(row.pop("tied", False), row["checkpointing"], hidden=512, dtype=row["dtype"])
+    case = Case(kind="cost", lr=1e-3, steps=1, **{name: value for name, value in row.items() if name != "active"})
+    engine, _ = build(case, model)
+    step = random_steps(case, engine)
     for _ in range(4):
-        one_step()
-    active = engine.grass.active_layers if engine.grass is not None else None
-    with mock.patch.object(observed.distributed, "max_over_ranks", lambda value: value):
-        row["observed"] = observed.observe(engine, argparse.Namespace(**row), active)
+        step()
+    active = list(engine.grass.active_layers) if engine.grass is not None else None
+    with mock.patch.object(observer.distributed, "max_over_ranks", lambda value: value):
+        row["observed"] = observer.observe(engine, case, active)
     row["observed"]["peak_bytes"] -= left
     row |= {"shape": shape_of(model), "ranks": distributed.world_size()}
     engine.destroy()
@@ -154,38 +154,38 @@ def watch_step(**arguments: Any) -> dict[str, Any]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", tiered(CASES, "grass-1", "embed-2", "grass-3", "full-2", "lora-2"))
-def test_steps_cost_what_the_floors_say(two_ranks: RankPool, case: str) -> None:
+def test_steps_cost_what_the_model_says(two_ranks: RankPool, case: str) -> None:
     row = max(two_ranks.run(watch_step, **CASES[case]), key=lambda row: row["observed"]["peak_bytes"])
     seen, active = row["observed"], row["observed"]["active"]
-    assert seen["flops"] == floors.flops(row, active)
+    assert seen["flops"] == cost_model.flops(row, active)
     stock = row["method"] in ("full", "lora")
-    least = floors.wire_bytes(floors.traffic(row, active))
+    least = cost_model.wire_bytes(cost_model.traffic(row, active))
     # ZeRO-1 and 2 of stock DeepSpeed all-reduce where a reduce-scatter would do.
-    assert floors.wire_bytes(seen["traffic"]) == pytest.approx(
+    assert cost_model.wire_bytes(seen["traffic"]) == pytest.approx(
         least * (1.5 if stock and row["stage"] < 3 else 1), rel=0.02
     )
-    ratio = seen["peak_bytes"] / floors.memory(row, active)["total"]
+    ratio = seen["peak_bytes"] / cost_model.memory(row, active)["total"]
     # On ZeRO-3 this small DeepSpeed's buffers count: what it has gathered is there twice for a moment.
     assert 1 <= ratio < (math.inf if stock else 1.1 if row["stage"] < 3 else 1.3)
 
 
 @pytest.mark.dist
-def test_a_step_in_fp32_costs_what_the_floors_say(two_ranks: RankPool) -> None:
+def test_a_step_in_fp32_costs_what_the_model_says(two_ranks: RankPool) -> None:
     case = {"method": "grass-embed", "checkpointing": True, "dtype": "fp32"}
     row = max(two_ranks.run(watch_step, **case), key=lambda row: row["observed"]["peak_bytes"])
     seen, active = row["observed"], row["observed"]["active"]
-    assert seen["flops"] == floors.flops(row, active)
-    assert floors.wire_bytes(seen["traffic"]) == pytest.approx(
-        floors.wire_bytes(floors.traffic(row, active)), rel=0.02
+    assert seen["flops"] == cost_model.flops(row, active)
+    assert cost_model.wire_bytes(seen["traffic"]) == pytest.approx(
+        cost_model.wire_bytes(cost_model.traffic(row, active)), rel=0.02
     )
-    # DeepSpeed's buffer of reduced gradients, above the floor, is as much larger as they are; the optimizer state is not.
-    assert 1 <= seen["peak_bytes"] / floors.memory(row, active)["total"] < 1.2
+    # DeepSpeed's buffer of reduced gradients, which the model leaves out, is as much larger as they are; the optimizer state is not.
+    assert 1 <= seen["peak_bytes"] / cost_model.memory(row, active)["total"] < 1.2
 
 
 # ---- time ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_floor_of_time_is_what_plain_passes_and_traffic_take() -> None:
+def test_the_least_time_is_that_of_plain_passes_and_traffic() -> None:
     shape = {"layers": LAYERS, "lora_rank": None, "lora_numel": 0, "tied": False, "hidden": 64}
     numels = {"layer_numel": 1000, "embed_numel": 500, "head_numel": 500, "norm_numel": 10}
     speeds = {"reduce_scatter": 1e6, "all_gather": 2e6, "all_reduce": 4e6}
@@ -198,7 +198,7 @@ def test_the_floor_of_time_is_what_plain_passes_and_traffic_take() -> None:
         "bandwidth": speeds,
     }
     row = {**CONDITIONS, "ranks": 2, "method": "grass", "shape": {**shape, **numels}, "active": [[0, 3], [3], [0, 3]]}
-    found = floors.seconds({**row, "plain": plain})
+    found = cost_model.seconds({**row, "plain": plain})
     for numel, count, (forward, backward), parts in zip(
         (2010, 1010, 2010), (3, 2, 3), ((1.0, 2.0), (1.1, 0.5), (1.0, 2.0)), found, strict=True
     ):
@@ -207,6 +207,6 @@ def test_the_floor_of_time_is_what_plain_passes_and_traffic_take() -> None:
         assert parts == pytest.approx(expected)
     plain = {**plain, "passes": [{"active": None, "forward": 1.0, "backward": 2.0}], "bandwidth": {}}
     whole = {**row, "method": "full", "ranks": 1, "accumulation": 3, "active": [None], "plain": plain}
-    assert floors.seconds(whole) == [
+    assert cost_model.seconds(whole) == [
         pytest.approx({"forward": 3.0, "backward": 6.0, "adam": 0.3 * 5.01, "traffic": 0.0})
     ]

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks compare with: that it is what its name says."""
 
-from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import tiny_llama
 
-from benchmarks.engines import prepare, trainable_numel
-from benchmarks.methods import METHODS, NOT_RUN, ds_config, prepare_model
+from benchmarks.baselines import badam_engine, watch
+from benchmarks.case import Case
+from benchmarks.measure.engine import build, random_steps, trainable_numel
+from benchmarks.measure.observer import memory
+from benchmarks.methods import METHODS, ds_config, prepare_model
 from benchmarks.models import load
-from benchmarks.observed import memory
-from benchmarks.peers import watch
 from grass_ds.config import GrassConfig
 
 LAYERS, PERIOD, STEPS = 6, 3, 9
@@ -20,31 +20,23 @@ LAYERS, PERIOD, STEPS = 6, 3, 9
 
 def train(method: str, accumulation: int) -> tuple[list[Any], list[dict[str, Any]], set[str]]:
     """On stock ZeRO-2: layers trained per step, what a watch says of it, and the weights that are not what they were."""
-    cell = {
-        "kind": "cost",
-        "dtype": "bf16",
-        "stage": 2,
-        "micro_batch": 1,
-        "sequence": 8,
-        "steps": STEPS,
-        "lr": 1e-2,
-        "seed": 1,
-    }
-    grass = {"num_active_layers": 2, "sample_period": PERIOD}
-    args = Namespace(
-        **cell,
+    case = Case(
+        kind="cost",
         method=method,
         accumulation=accumulation,
-        grass=grass,
-        offload=None,
-        prepare_state=False,
-        **{"async": 0},
+        micro_batch=1,
+        sequence=8,
+        steps=STEPS,
+        lr=1e-2,
+        seed=1,
+        grass={"num_active_layers": 2, "sample_period": PERIOD},
     )
     torch.manual_seed(0)
-    engine, one_step = prepare(args, load("llama-tiny-random", "bf16")[0])
+    engine, toggle = build(case, load("llama-tiny-random", "bf16")[0])
+    one_step = random_steps(case, engine)
     numel = trainable_numel(engine)  # of toggled layers all, before the first step
     before = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
-    watched, active, facts = watch(method, engine), [], []
+    watched, active, facts = watch(method, engine, toggle), [], []
     for _ in range(STEPS):
         active.append(watched.before_step())
         one_step()
@@ -56,13 +48,13 @@ def train(method: str, accumulation: int) -> tuple[list[Any], list[dict[str, Any
     return active, facts, moved
 
 
-def train_peers() -> dict[str, Any]:
+def train_baselines() -> dict[str, Any]:
     return {"lisa-toggle": train("lisa-toggle", 2), "lora-fa": train("lora-fa", 1)}
 
 
 @pytest.mark.dist
 def test_toggled_layers_do_not_freeze_and_lora_fa_trains_b(two_ranks: Any) -> None:
-    here, there = two_ranks.run(train_peers)
+    here, there = two_ranks.run(train_baselines)
     assert here == there  # the same draws, and the same weights moved
     active, facts, moved = here["lisa-toggle"]
     first, second, third = (set(layers) for layers in active[::PERIOD])
@@ -104,7 +96,6 @@ def test_configs_differ_where_the_method_does(method: str) -> None:
     assert (offload is not None) == (method == "full-offload")
 
 
-def test_methods_are_told_apart() -> None:
-    assert len({method.label for method in METHODS.values()}) == len(METHODS)
-    assert not NOT_RUN.keys() & METHODS.keys()
-    assert METHODS["grass-head"].grass == {"sampler": "grass", "always_active": ["norm", "head"]}
+def test_badam_is_refused_off_stage_3() -> None:
+    with pytest.raises(ValueError, match="stage=2: the package badam shards under ZeRO-3 only; use stage 3"):
+        badam_engine(torch.nn.Linear(2, 2), {"zero_optimization": {"stage": 2}}, switch_every=5)
