@@ -15,7 +15,7 @@ from launch import distributed
 
 
 def badam_engine(model: nn.Module, config: dict[str, Any], switch_every: int) -> Any:
-    """ZeRO-3 engine around the ``BlockOptimizer`` of the package ``badam``: one decoder layer at a time, in random order.
+    """ZeRO-3 engine around the package ``badam``'s ``BlockOptimizer``: one decoder layer at a time, in random order.
 
     Every rank draws the order from torch's global generator. Seed it alike on all ranks before, or they deadlock.
 
@@ -84,7 +84,7 @@ class Watch:
         return list(self._engine.grass.active_layers) if self._engine.grass is not None else None
 
     def after_step(self) -> dict[str, Any]:
-        """``changed``: whether the step changed weights that it trains; ``moved_frozen``: other layers that it changed.
+        """``changed``: whether the step changed weights that it trains; ``moved_frozen``: other layers that changed.
 
         None where it is not checked.
         """

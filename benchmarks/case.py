@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case of a benchmark: one method in one setting with one seed, which ``worker.py`` measures and one row describes."""
+"""A case of a benchmark: one method in one setting with one seed; ``worker.py`` measures it into a row."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields

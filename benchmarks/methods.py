@@ -96,7 +96,7 @@ def ds_config(
     bucket: int = 5_000_000,
     total_steps: int | None = None,
 ) -> dict[str, Any]:
-    """The DeepSpeed config: torch's fused AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
+    """The DeepSpeed config: torch's fused AdamW, clip 1.0, 5 warm-up steps; ``grass`` overrides the method's block.
 
     Args:
         bucket: elements of DeepSpeed's communication buffers; about one layer, as the default of 5e8 would dominate

@@ -12,23 +12,23 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Pretrai
 import launch.model
 from grass_ds.precision import DTYPES
 
+
+def llama(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, **more: Any) -> LlamaConfig:
+    """A Llama of these numbers."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocab,
+        **more,
+    )
+
+
 # As in the config.json of the published models.
 SHAPES: dict[str, PretrainedConfig] = {
-    "llama2-7b-random": LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        vocab_size=32000,
-    ),
-    "tinyllama-random": LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-    ),
+    "llama2-7b-random": llama(4096, 11008, 32, 32, 32000),
+    "tinyllama-random": llama(2048, 5632, 22, 32, 32000, num_key_value_heads=4),
     "gemma-2b-random": GemmaConfig(
         hidden_size=2048,
         intermediate_size=16384,
@@ -38,24 +38,11 @@ SHAPES: dict[str, PretrainedConfig] = {
         head_dim=256,
         vocab_size=256000,
     ),
-    "llama-tiny-random": LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        vocab_size=1000,
-    ),
+    "llama-tiny-random": llama(64, 128, 6, 4, 1000),
 }
 # "random:layers=12,vocab=64000": a Llama of these numbers, and the defaults for what is left out.
 RANDOM = "random:"
 DEFAULTS = {"layers": 12, "hidden": 256, "intermediate": 768, "heads": 4, "vocab": 32000}
-CONFIG_NAMES = {
-    "layers": "num_hidden_layers",
-    "hidden": "hidden_size",
-    "intermediate": "intermediate_size",
-    "heads": "num_attention_heads",
-    "vocab": "vocab_size",
-}
 
 
 def load(name: str, dtype: str) -> tuple[nn.Module, Any]:
@@ -70,11 +57,7 @@ def load(name: str, dtype: str) -> tuple[nn.Module, Any]:
         model, tokenizer = launch.model.load(name, dtype)
         model.config.use_cache = False  # as the Trainer does: or every forward pass copies keys and values
         return model, tokenizer
-    config = (
-        copy.deepcopy(SHAPES[name])
-        if name in SHAPES
-        else LlamaConfig(**{CONFIG_NAMES[k]: n for k, n in random_shape(name).items()})
-    )
+    config = copy.deepcopy(SHAPES[name]) if name in SHAPES else llama(**random_shape(name))
     config.use_cache = False
     with torch.device(get_accelerator().current_device_name()):
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]), None

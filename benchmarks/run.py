@@ -8,9 +8,9 @@
     python benchmarks/run.py --suite gpu         # shapes of TinyLlama, Gemma-2B and LLaMA-2-7B with random weights
 
 Resumable: a case whose row is there is skipped; delete ``benchmarks/rows/<suite>.jsonl`` to start anew. Cases run one
-after another and want a quiet machine; ``--jobs`` runs cases of ``quality`` side by side, one core each. A file of rows
-holds one precision: bf16 where the hardware computes it, on GPUs without bf16 fp16, else fp32. ``--dtype`` asks for
-one; with ``--rows FOLDER`` there is a file for another.
+after another and want a quiet machine; ``--jobs`` runs cases of ``quality`` side by side, one core each. A file of
+rows holds one precision: bf16 where the hardware computes it, on GPUs without bf16 fp16, else fp32. ``--dtype`` asks
+for one; with ``--rows FOLDER`` there is a file for another.
 """
 
 import argparse

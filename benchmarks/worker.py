@@ -38,22 +38,10 @@ MEASUREMENTS: dict[str, Callable[[Case, Any, Any], dict[str, Any]]] = {
     "quality": quality,
     "checkpoint": checkpoint,
 }
+# Fields of the case that its row repeats under the same names.
 CONDITIONS = (
-    "kind",
-    "dtype",
-    "method",
-    "model",
-    "stage",
-    "micro_batch",
-    "accumulation",
-    "sequence",
-    "steps",
-    "lr",
-    "seed",
-    "grass",
-    "offload",
-    "checkpointing",
-    "prepare_state",
+    *("kind", "dtype", "method", "model", "stage", "micro_batch", "accumulation", "sequence", "steps"),
+    *("lr", "seed", "grass", "offload", "checkpointing", "prepare_state"),
 )
 
 

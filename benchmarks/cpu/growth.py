@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How cost grows with layers, active layers, ranks, chunk size and vocabulary: one number at a time, on random shapes."""
+"""How cost grows with layers, active layers, ranks, chunk size and vocabulary, one at a time, on random shapes."""
 
 import math
 import statistics
@@ -49,17 +49,6 @@ class Fit(NamedTuple):
 
     exponent: float
     residual: float
-
-
-class Line(NamedTuple):
-    """The rows of a method along an axis."""
-
-    axis: Axis
-    method: str
-    rows: list[tuple[int, Row]]
-
-    def measured(self, measure: Callable[[Row], float]) -> list[tuple[int, float]]:
-        return [(value, measure(row)) for value, row in self.rows]
 
 
 def growth_cases() -> Iterator[Case]:
@@ -122,26 +111,22 @@ def fit(points: Sequence[tuple[float, float]]) -> Fit | None:
 
 def growth_tables(rows: Sequence[Row]) -> list[str]:
     """A table per measure, a line per axis and method."""
-    lines = [Line(axis, method, along(axis, method, rows)) for axis in AXES for method in axis.methods]
-    return [_table(name, measure, [line for line in lines if line.rows]) for name, measure in MEASURES.items()]
+    found = [(axis, method, along(axis, method, rows)) for axis in AXES for method in axis.methods]
+    lines = [line for line in found if line[2]]
+    return [_table(name, measure, lines) for name, measure in MEASURES.items()]
 
 
-def _table(name: str, measure: Callable[[Row], float], lines: list[Line]) -> str:
-    def fitted(line: Line, part: str) -> str:
-        found = fit(line.measured(measure))
-        return "" if found is None else f"{getattr(found, part):.2f}"
-
+def _table(name: str, measure: Callable[[Row], float], lines: list[tuple[Axis, str, list[tuple[int, Row]]]]) -> str:
+    measured = [(axis, method, [(value, measure(row)) for value, row in points]) for axis, method, points in lines]
     return table(
         f"Growth: {name}",
-        lines,
+        [(*line, fit(line[2])) for line in measured],
         {
-            "number": lambda line: line.axis.label,
-            "values": lambda line: ", ".join(str(value) for value, _ in line.rows),
-            "method": lambda line: line.method,
-            "measured": lambda line: ", ".join(
-                f"{y:.3g}" if y < 100 else f"{y:.0f}" for _, y in line.measured(measure)
-            ),
-            "exponent": lambda line: fitted(line, "exponent"),
-            "residual": lambda line: fitted(line, "residual"),
+            "number": lambda line: line[0].label,
+            "values": lambda line: ", ".join(str(value) for value, _ in line[2]),
+            "method": lambda line: line[1],
+            "measured": lambda line: ", ".join(f"{y:.3g}" if y < 100 else f"{y:.0f}" for _, y in line[2]),
+            "exponent": lambda line: f"{line[3].exponent:.2f}" if line[3] else "",
+            "residual": lambda line: f"{line[3].residual:.2f}" if line[3] else "",
         },
     )

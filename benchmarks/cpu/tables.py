@@ -12,7 +12,15 @@ from benchmarks.cpu.targets import target_table
 from benchmarks.measure.engine import PARTS
 from benchmarks.methods import METHODS
 from benchmarks.models import RANDOM, random_shape
-from benchmarks.report.row_groups import RowGroup, above_imports, group_rows, host_state, live_peak, step_seconds
+from benchmarks.report.row_groups import (
+    RowGroup,
+    above_imports,
+    group_rows,
+    host_state,
+    live_peak,
+    memory_ratio,
+    step_seconds,
+)
 from benchmarks.report.table import conditions, each, mean, median, median_range, table
 from grass_ds.config import GrassConfig
 
@@ -32,7 +40,7 @@ def tables(rows: list[Row]) -> list[str]:
     blocks = []
     if cost:
         groups = group_rows(cost)
-        blocks += ["## Cost of a step", conditions(cost, _draws(cost)), target_table(cost, memory_ratio)]
+        blocks += ["## Cost of a step", conditions(cost, _draws(cost)), target_table(cost)]
         blocks += [*time_tables(groups), *memory_tables(groups), *model_tables(groups), check_table(groups)]
     if growing:
         blocks += ["## How cost grows", conditions(growing, model=GROWING), *growth_tables(growing)]
@@ -142,7 +150,7 @@ def memory_tables(groups: list[RowGroup]) -> list[str]:
                 one.values(lambda row: above_imports(row) / 1e9)
             ),
             "of LoRA r=128": lambda one: median_range(one.ratios("lora", 2, above_imports)),
-            "Adam state in the end": lambda one: median([host_state(one.rows[0])] if _ours(one) else [], 2, 1e-9),
+            "Adam state in the end": lambda one: f"{state / 1e9:.2f}" if (state := host_state(one.rows[0])) else "",
         },
     )
     live = table(
@@ -168,15 +176,7 @@ def memory_tables(groups: list[RowGroup]) -> list[str]:
     return [process, live, traffic]
 
 
-def _ours(one: RowGroup) -> bool:
-    return METHODS[one.setting.method].grass is not None
-
-
 # ---- against the cost model ----------------------------------------------------------------------------------------
-
-
-def memory_ratio(row: Row) -> float:
-    return live_peak(row) / cost_model.memory(row, row["observed"]["active"])["total"]
 
 
 def _flops_ratio(row: Row) -> float:

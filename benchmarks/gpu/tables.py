@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of suite ``gpu``, one pair per model: time, and memory beside the paper's."""
+"""The tables of suite ``gpu``, two per model: time, and memory beside the paper's."""
 
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.offload.tables import every, median_of_base, state_bytes, sum_of_base
 from benchmarks.report.table import conditions, median, table
 
 Row = dict[str, Any]
+KEY = ("method", "stage", "ranks", "micro_batch", "offload")
 # Peak device memory that the GRASS paper (arXiv 2604.07808) reports for one GPU, GB: model -> method.
 PAPER = {
     "tinyllama-random": {"grass": 4.49, "lisa": 4.93, "lora": 4.71, "full": 8.76},
@@ -18,69 +18,54 @@ PAPER = {
 
 
 def tables(rows: list[Row]) -> list[str]:
-    blocks = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        blocks += _tables(model, [row for row in rows if row["model"] == model])
-    return blocks
+    models = dict.fromkeys(row["model"] for row in rows)
+    return [block for model in models for block in _tables(model, [row for row in rows if row["model"] == model])]
 
 
 def _tables(model: str, rows: list[Row]) -> list[str]:
+    """Cases that did not fit say so in the first column of figures."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["stage"], row["ranks"], row["micro_batch"], row["offload"]), []).append(
-            row
-        )
-    lines = list(groups.values())
-    names = {
-        "method": lambda mine: mine[0]["method"],
-        "ZeRO": lambda mine: str(mine[0]["stage"]),
-        "GPUs": lambda mine: str(mine[0]["ranks"]),
-        "batch": lambda mine: str(mine[0]["micro_batch"]),
-        "`offload`": lambda mine: mine[0]["offload"] or "",
-    }
+        groups.setdefault(tuple(row[name] for name in KEY), []).append(row)
+    titles = ("method", "ZeRO", "GPUs", "batch", "`offload`")
+    names = {title: lambda mine, name=name: str(mine[0][name] or "") for title, name in zip(titles, KEY, strict=True)}
+
+    def of_fitting(figure: Any) -> Any:
+        return lambda mine: "" if "skipped" in mine[0] else figure(mine)
+
+    def of_none(ratio: Any) -> Any:
+        """Against the same method and batch with state on the device."""
+
+        def figure(mine: list[Row]) -> str:
+            alike = [row for row in rows if all(row[name] == mine[0][name] for name in KEY[:-1])]
+            return ratio(mine, alike) if mine[0]["offload"] is not None else ""
+
+        return of_fitting(figure)
+
     seconds = {
         **names,
-        "median s / step": lambda mine: median(_seconds(mine), 3) or mine[0]["skipped"],
-        "tokens/s": _tokens_per_second,
-        "median, of none": lambda mine: _of_none(mine, rows, median_of_base),
-        "all steps, of none": lambda mine: _of_none(mine, rows, sum_of_base),
+        "median s / step": lambda mine: mine[0].get("skipped") or median(every(mine, "seconds"), 3),
+        "tokens/s": of_fitting(lambda mine: f"{_tokens(mine[0]) / statistics.fmean(every(mine, 'seconds')):.0f}"),
+        "median, of none": of_none(median_of_base),
+        "all steps, of none": of_none(sum_of_base),
     }
     memory = {
         **names,
-        "peak, GB": lambda mine: f"{max(peaks) / 1e9:.2f}" if (peaks := _peaks(mine)) else "",
+        "peak, GB": of_fitting(lambda mine: f"{max(row['peak_bytes'] for row in mine) / 1e9:.2f}"),
         "in the paper, GB": lambda mine: _paper(mine[0]),
-        "state on device, MB": lambda mine: "" if "skipped" in mine[0] else state_bytes(mine[0], "device"),
-        "state on host, MB": lambda mine: "" if "skipped" in mine[0] else state_bytes(mine[0], "host"),
+        "state on device, MB": of_fitting(lambda mine: state_bytes(mine[0], "device")),
+        "state on host, MB": of_fitting(lambda mine: state_bytes(mine[0], "host")),
     }
     return [
         f"## GPU: {model}",
         conditions(rows, "gradient checkpointing (non-reentrant), random weights"),
-        table(f"{model}: time per step", lines, seconds),
-        table(f"{model}: memory of a device", lines, memory),
+        table(f"{model}: time per step", groups.values(), seconds),
+        table(f"{model}: memory of a device", groups.values(), memory),
     ]
 
 
-def _seconds(mine: Sequence[Row]) -> list[float]:
-    return every([row for row in mine if "skipped" not in row], "seconds")
-
-
-def _peaks(mine: Sequence[Row]) -> list[float]:
-    return [row["peak_bytes"] for row in mine if "skipped" not in row]
-
-
-def _tokens_per_second(mine: Sequence[Row]) -> str:
-    one, seconds = mine[0], _seconds(mine)
-    tokens = one["ranks"] * one["micro_batch"] * one["accumulation"] * one["sequence"]
-    return f"{tokens / statistics.fmean(seconds):.0f}" if seconds else ""
-
-
-def _of_none(mine: list[Row], rows: Sequence[Row], ratio: Any) -> str:
-    """Against the same method and batch with state on the device."""
-    one, timed = mine[0], [row for row in mine if "skipped" not in row]
-    if one["offload"] is None or not timed:
-        return ""
-    alike = ("method", "stage", "ranks", "micro_batch")
-    return ratio(timed, [row for row in rows if all(row[name] == one[name] for name in alike)])
+def _tokens(row: Row) -> int:
+    return row["ranks"] * row["micro_batch"] * row["accumulation"] * row["sequence"]
 
 
 def _paper(row: Row) -> str:

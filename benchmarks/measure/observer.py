@@ -131,7 +131,7 @@ def observe(engine: Any, case: Case, active: list[int] | None) -> dict[str, Any]
 
 
 def memory(engine: Any) -> dict[str, dict[str, int]]:
-    """Bytes on this rank by category and device: the peak so far of ours, what rests between steps of stock engines."""
+    """Bytes on this rank by category and device: the peak so far; of stock engines what rests between steps."""
     if engine.grass is not None:
         return engine.grass.memory(peak=True)
     weights = [tensor for param in engine.module.parameters() for tensor in (param, getattr(param, "ds_tensor", None))]

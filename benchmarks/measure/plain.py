@@ -29,7 +29,7 @@ TORCH_LINEAR = mock.patch.object(nn.functional, "linear", torch._C._nn.linear)
 
 
 def plain(row: Row, model: nn.Module) -> dict[str, Any]:
-    """Seconds of forward and backward per set of layers that the row trained, of AdamW; bytes per second of collectives.
+    """Seconds of forward and backward per set of layers trained, and of AdamW; bytes per second of messages.
 
     Args:
         row: conditions of the steps, ``shape`` and ``active``.

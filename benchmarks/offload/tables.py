@@ -17,8 +17,8 @@ def tables(rows: list[Row]) -> list[str]:
     periods = sorted({row["grass"]["sample_period"] for row in rows})
     made = sum(row["first_steps"] for row in rows)
     text = (
-        f"{each(rows, 'steps')} steps in each of {len({row['seed'] for row in rows})} interleaved rounds, a draw every "
-        f"{', '.join(map(str, periods))}; states allocated while measuring: {made}"
+        f"{each(rows, 'steps')} steps in each of {len({row['seed'] for row in rows})} interleaved rounds, "
+        f"a draw every {', '.join(map(str, periods))}; states allocated while measuring: {made}"
     )
     found = [[row for row in rows if row["offload"] == offload] for offload in OFFLOADS]
     groups = [mine for mine in found if mine]

@@ -20,7 +20,7 @@ def untrained_loss(rows: Sequence[Row], task: str) -> float | None:
 
 
 def comparable(budget: str, mine: Sequence[Row], rows: Sequence[Row]) -> bool:
-    """Whether these rows compare with those of ``grass``: CPU seconds only if measured at the same commit and machine."""
+    """Whether these rows compare with those of ``grass``; CPU seconds only of the same commit and machine."""
 
     def measured_at(row: Row) -> tuple[str, str, int, int]:
         return row["commit"], row["hardware"], row["threads"], row["jobs"]
@@ -56,7 +56,7 @@ def loss_at(curve: Sequence[Point], budget: str, spent: float) -> float | None:
 
 
 def budget_table(rows: Sequence[Row], untrained: float | None) -> str:
-    """A line per method: its loss when it has spent what the cheapest run of all spends in all; means over the seeds."""
+    """A line per method: its loss when it has spent what the cheapest run spends in all; means over seeds."""
     runs = {method: [row for row in rows if row["method"] == method and row.get("curve")] for method in COMPARED}
     curves = {method: [points(row, untrained) for row in mine] for method, mine in runs.items() if mine}
     known = {what: {one for one in curves if comparable(what, runs[one], rows)} for what in BUDGETS}

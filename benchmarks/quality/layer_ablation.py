@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether layers with large gradients are worth training: each layer trains alone for a few steps. Rows call it ``worth``."""
+"""Whether layers with large gradients bring most: each layer trains alone for a few steps. Rows call it ``worth``."""
 
 import copy
 import statistics
@@ -117,7 +117,7 @@ def _draws(found: Mapping[str, Any]) -> dict[str, Sequence[float]]:
 
 
 def _over_cost(chances: Sequence[float], power: int) -> list[float]:
-    """Cost of a step on one layer, in units of its forward pass: all forward, gradients down to it, and its weights."""
+    """Cost of a step on one layer, in forward passes of a layer: all forward, gradients down to it, its weights."""
     weights = [chance / (2 * len(chances) - layer + 1) ** power for layer, chance in enumerate(chances)]
     return [weight / sum(weights) for weight in weights]
 

@@ -24,8 +24,8 @@ class ScoreProbe:
 
     Args:
         model: before its engine is built.
-        batches: the same at every measurement. Each half gives scores of its own, so that their agreement tells how well
-            so many batches can measure.
+        batches: the same at every measurement. Each half gives scores of its own; their agreement tells how well so
+            many batches can measure.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``quality``: its parts, and the learning rate of every method, which the part ``tune`` finds for the others."""
+"""Suite ``quality``: its parts. The part ``tune`` finds the learning rate of every method for the others."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,7 +50,7 @@ REPROBE_PERIODS = (0, 21, 10)
 
 
 def cases(request: Request) -> Iterator[Case]:
-    """Cases that can run with the rows that are there; without its learning rate, a method only has those of ``tune``."""
+    """Cases that can run with the rows that are there; before its learning rate is known, a method has only ``tune``."""
     for task, part in product(request.tasks, request.parts):
         yield from MAKERS[part](task, request.rows)
 
@@ -146,7 +146,7 @@ def _long(task: str, rows: Sequence[Row]) -> Iterator[Case]:
 
 
 def _of_grass(task: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Fields of what is measured of ``grass`` alone: its best learning rate, each seed; none before the rate is known."""
+    """Fields of cases of ``grass`` alone: its best learning rate, each seed; none before the rate is known."""
     lr = best_rates(task, rows).get("grass")
     return [] if lr is None else [{"lr": lr, "seed": seed, "tuning": True} for seed in ABLATION_SEEDS]
 

@@ -48,7 +48,7 @@ def _conditions(task: str, rows: Sequence[Row]) -> list[str]:
     counts = next((row["train_rows"] for row in rows if "train_rows" in row), {})
     shares = [f"{source} ({count / sum(counts.values()):.0%} of the rows)" for source, count in counts.items()]
     return [
-        f"trained on {', '.join(shares if len(shares) > 1 else exam.train)}; fingerprint of the rows {each(rows, 'data')}",
+        f"trained on {', '.join(shares if len(shares) > 1 else exam.train)}; fingerprint {each(rows, 'data')}",
         f"{STEPS} steps, of which the first ones probe; {', '.join(f'`{name}` {n}' for name, n in SETTINGS.items())}",
         f"loss: {one['dev_rows']} development rows, {one['test_rows']} test rows",
         f"accuracy: {answers}, {exam.answered(ROWS)} test rows per source",
@@ -96,7 +96,7 @@ def mean_accuracy(row: Row) -> float:
 
 
 def distance_from_uniform(row: Row) -> float | None:
-    """Total variation between the draw's distribution and the uniform one, in [0, 1]; mean over the run's distributions.
+    """Total variation between the draw's distribution and the uniform one, in [0, 1]; mean over the run.
 
     None for methods without scores.
     """

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from benchmarks import cost_model
 from benchmarks.methods import METHODS
 from benchmarks.precision import STATE
 
@@ -93,6 +94,11 @@ def step_seconds(row: Row) -> float:
 def live_peak(row: Row) -> float:
     """Bytes of tensors of a rank at the peak of a step: what a GPU would hold, on the CPU too."""
     return row["observed"]["peak_bytes"]
+
+
+def memory_ratio(row: Row) -> float:
+    """Peak of live tensors over the cost model's."""
+    return live_peak(row) / cost_model.memory(row, row["observed"]["active"])["total"]
 
 
 def above_imports(row: Row) -> float:
