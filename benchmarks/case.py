@@ -11,7 +11,7 @@ ROW_NAMES = {"async_save": "async", "ablate_layers": "worth"}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Fields have the defaults of a row that does not name them.
+    """Fields have the defaults of a row that does not name them. A row holds its case as JSON under ``cell``.
 
     Attributes:
         kind: what is measured: "cost", "quality" or "checkpoint".

@@ -26,7 +26,7 @@ from grass_ds.config import GrassConfig
 
 Row = dict[str, Any]
 NAMES = {"method": lambda one: one.setting.label, "ZeRO": lambda one: str(one.setting.stage)}
-# Optimizer steps of the run whose share of probing is told.
+# Optimizer steps of the run whose share of probing is shown.
 RUN = 1000
 GROWING = "Llama with random weights: " + ", ".join(
     f"{name} {n}" for name, n in {**random_shape(RANDOM), **REFERENCE}.items()

@@ -10,7 +10,7 @@ import numpy
 from matplotlib.figure import Figure
 
 from benchmarks.quality.equal_budget import BUDGETS, comparable, points, untrained_loss
-from benchmarks.quality.layer_ablation import decreases
+from benchmarks.quality.layer_tables import decreases
 from benchmarks.quality.suite import COMPARED, STEPS
 from benchmarks.tasks import TASKS
 

@@ -14,8 +14,8 @@ from benchmarks.quality.comparisons import (
     trained,
 )
 from benchmarks.quality.equal_budget import budget_table, comparable, untrained_loss
-from benchmarks.quality.layer_ablation import layer_tables
-from benchmarks.quality.scores import staleness_tables
+from benchmarks.quality.layer_tables import layer_tables
+from benchmarks.quality.staleness import staleness_tables
 from benchmarks.quality.suite import COMPARED, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
 from benchmarks.report.table import conditions, each, mean, mean_deviation, median, table
 from benchmarks.tasks import ROWS, TASKS

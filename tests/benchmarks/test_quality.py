@@ -14,7 +14,17 @@ from helpers.models import tiny_llama
 
 from benchmarks import cost_model
 from benchmarks.cost_model import TrainedStep
-from benchmarks.quality import comparisons, equal_budget, layer_ablation, plots, scores, suite, tables
+from benchmarks.quality import (
+    comparisons,
+    equal_budget,
+    layer_ablation,
+    layer_tables,
+    plots,
+    scores,
+    staleness,
+    suite,
+    tables,
+)
 from benchmarks.quality.suite import COMPARED, GRID, RATES, SETTINGS, STEPS, TUNING_SEED
 from benchmarks.suite import Request
 from benchmarks.tasks import TASKS, Exam
@@ -107,7 +117,7 @@ def test_methods_are_compared_once_their_rate_is_known() -> None:
     assert len([case for case in found if case.grass not in ({}, SETTINGS)]) == len(suite.ABLATION_SEEDS) * (
         len(suite.CHANGES) + len(suite.OTHER_DRAWS) + len(suite.REPROBE_PERIODS) - 1
     )
-    assert [scores.reprobe_period(vars(case)) for case in found if case.reprobe] == 2 * [*suite.REPROBE_PERIODS]
+    assert [staleness.reprobe_period(vars(case)) for case in found if case.reprobe] == 2 * [*suite.REPROBE_PERIODS]
     assert [case.steps for case in found].count(suite.FEWER) == len(suite.ABLATION_SEEDS)
     assert {(case.method, case.lr) for case in cases(["tune"], [])} == {(m, lr) for m in COMPARED for lr in GRID}
     long = cases(["long"], [*tuned("full", dict(zip(GRID, (2.0, 1.0, 3.0), strict=True))), *rows[:3]])
@@ -286,15 +296,15 @@ def test_scores_are_measured_anew_on_a_copy() -> None:
 
 
 def test_staleness_compares_with_scores_measured_anew() -> None:
-    assert scores.rank_correlation([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]) == pytest.approx(1.0)
-    assert scores.rank_correlation([1.0, 2.0, 3.0], [9.0, 4.0, 2.0]) == pytest.approx(-1.0)
+    assert staleness.rank_correlation([1.0, 2.0, 3.0], [2.0, 4.0, 9.0]) == pytest.approx(1.0)
+    assert staleness.rank_correlation([1.0, 2.0, 3.0], [9.0, 4.0, 2.0]) == pytest.approx(-1.0)
     points = [
         {"step": 4, "scores": [1.0, 2.0, 3.0], "true": [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]},
         {"step": 8, "scores": [3.0, 2.0, 1.0], "true": [[2.0, 2.0, 2.5], [1.0, 2.0, 2.5]]},
     ]
     active = [None] * 4 + [[1]] * 4
     measured = row("grass", 1e-3, 0, 1.0, reprobes=points, active=active)
-    correlation, ratio = (lines_of(text) for text in scores.staleness_tables([measured]))
+    correlation, ratio = (lines_of(text) for text in staleness.staleness_tables([measured]))
     assert [list(line.values()) for line in correlation] == [
         ["0", "4", "1.00", "1.00", "1.00"],
         ["0", "8", "-1.00", "1.00", "1.00"],
@@ -306,7 +316,7 @@ def test_staleness_compares_with_scores_measured_anew() -> None:
 
 
 def test_staleness_counts_layers_from_the_probing_that_scores_are_from() -> None:
-    since = scores.trained_since_probing
+    since = staleness.trained_since_probing
     active = [None, None, [0], [1], None, None, [2], [3]]
     assert since(active, 2) == set()
     assert since(active, 4) == {0, 1}
@@ -319,7 +329,7 @@ def test_staleness_keeps_settings_apart() -> None:
     points = [{"step": 4, "scores": [1.0, 2.0], "true": [[1.0, 2.0], [1.0, 2.0]]}]
     again = {**SETTINGS, "reprobe_period": 2}
     rows = [row("grass", 1e-3, 0, 1.0, reprobes=points, active=[None] * 4, grass=grass) for grass in (again, SETTINGS)]
-    (correlation, _) = scores.staleness_tables(rows)
+    (correlation, _) = staleness.staleness_tables(rows)
     assert [line["`reprobe_period`"] for line in lines_of(correlation)] == ["0", "2"]
 
 
@@ -339,7 +349,7 @@ def test_the_ablation_trains_one_layer_at_a_time_from_the_same_weights() -> None
 
     found = layer_ablation.train_each_layer(model, batches, 1e-2, loss)
     assert seen == [set(), {0}, {1}, {2}]
-    assert layer_ablation.decreases(found) == [1.0, 2.0, 4.0]
+    assert layer_tables.decreases(found) == [1.0, 2.0, 4.0]
     assert found["scores"] == scores.gradient_rms(copy.deepcopy(model).float(), batches)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
@@ -350,7 +360,7 @@ def test_the_ablation_says_what_each_draw_brings(monkeypatch: pytest.MonkeyPatch
     found = {"steps": 5, "scores": [3.0, 1.0, 2.0], "before": 2.0, "losses": [1.0, 1.7, 1.4]}
     other = {**found, "losses": [1.8, 1.7, 1.4]}  # another layer is best
     rows = [row("grass", 1e-3, seed, 2.0, worth=worth) for seed, worth in enumerate((found, other))]
-    brings, correlations = (lines_of(text) for text in layer_ablation.layer_tables(rows))
+    brings, correlations = (lines_of(text) for text in layer_tables.layer_tables(rows))
     # ranks of the scores 2 0 1; of the decreases 2 0 1 and 0 1 2
     assert [line["correlation"] for line in correlations] == ["+0.25", "+1.00", "-0.50"]
     lines = {name: values for name, *values in (line.values() for line in brings)}

@@ -2,6 +2,7 @@
 """The suites: cases run for real on a tiny model, every case can be run, rows and precisions are what they say."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,18 @@ def test_every_case_can_be_run_and_is_the_key_of_its_row(suite: str) -> None:
 def test_rows_that_are_there_are_cases_of_their_suite(suite: str) -> None:
     rows = rowfile.read(ROWS / f"{suite}.jsonl")
     assert {Case.parse(row["cell"]).text() for row in rows} <= {case.text() for case in cases(suite, rounds=3)}
+
+
+def test_measuring_needs_no_reporting() -> None:
+    """From the worker on, no module that it imports is one of tables."""
+    folder, found, left = ROWS.parent, set(), {"worker"}
+    while left:
+        name = left.pop()
+        found.add(name)
+        imports = re.findall(r"^from benchmarks\.([\w.]+) import", (folder / f"{name}.py").read_text(), re.MULTILINE)
+        left |= {one.replace(".", "/") for one in imports} - found
+    assert {"measure/engine", "measure/observer", "quality/training", "cost_model"} <= found
+    assert not [name for name in found if name.startswith("report/") or "table" in name]
 
 
 def test_a_case_with_an_unknown_field_is_refused() -> None:
