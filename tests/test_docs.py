@@ -132,6 +132,13 @@ def test_json_blocks_are_accepted() -> None:
         parse_grass_block(json.loads("{" + block + "}"))
 
 
+def test_diagrams_are_well_formed() -> None:
+    """Mermaid ends a statement at a semicolon, and draws nothing then."""
+    diagrams = [diagram for page in PAGES for diagram in blocks(page, "mermaid")]
+    assert len(diagrams) >= 4
+    assert all(re.match(r"flowchart|sequenceDiagram", diagram) and ";" not in diagram for diagram in diagrams)
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------------
 
 
