@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-sampled full-parameter fine-tuning under DeepSpeed ZeRO (after GRASS, arXiv 2604.07808).
 
-Names are imported when they are first used: an own loop need not have transformers, and ``python -m grass_ds doctor`` has to run where
-torch or DeepSpeed does not load.
+Names are imported when they are first used: an own loop need not have transformers, and ``python -m grass_ds doctor``
+has to run where torch or DeepSpeed does not load.
 """
 
 from importlib import import_module

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schema of the top-level ``"grass"`` block of a DeepSpeed JSON, and its one parser.
+"""The ``"grass"`` block of a DeepSpeed JSON: its keys, defaults and ranges, and its only parser.
 
-Defaults marked [ours] are the project's choice, not taken from the paper: the paper's values could not be read. What changing them
-does on the project's own tasks is measured in ``benchmarks/``.
+Defaults marked [ours] are this project's choice: the paper's values could not be read. ``benchmarks/`` measures what
+they change.
 """
 
 import difflib
@@ -12,17 +12,22 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
+from grass_ds.sampling.samplers import SAMPLERS
 
 BLOCK = "grass"
-SCORED_SAMPLERS = ("grass", "static")
+# Remedies beyond a value in the range.
+_REMEDIES = {
+    "probe_steps": 'to train without probing use "sampler": "uniform"',
+    "ema_alpha": 'to keep the probed scores use "sampler": "static"',
+}
 
 
 class GrassConfigError(ValueError):
-    """A mistake in the ``"grass"`` block, or a DeepSpeed setting that cannot work beside it."""
+    """A mistake in the ``"grass"`` block, or a DeepSpeed setting or a model that cannot be used with it."""
 
 
 class _Block(DeepSpeedConfigModel):
-    """What JSON brings along: null stands for the default, and ``true`` is not the number 1."""
+    """An object of the JSON: null means the default, and ``true`` is not the number 1."""
 
     @model_validator(mode="before")
     @classmethod
@@ -39,7 +44,7 @@ class _Block(DeepSpeedConfigModel):
 
 
 class OffloadConfig(_Block):
-    """Where optimizer state (fp32 master weights and moments of a layer) lives while its layer is not being stepped."""
+    """Where the optimizer state of a layer (fp32 master weights and moments) is kept between its steps."""
 
     device: Literal["none", "cpu", "nvme"] = "cpu"
     """Where the optimizer state of inactive layers is kept. ``cpu``: host memory (the paper's way). ``nvme``: files on
@@ -100,7 +105,7 @@ class OffloadConfig(_Block):
 
 
 class GrassConfig(_Block):
-    """The ``"grass"`` block. Every field may be left out or null: the default then applies."""
+    """The ``"grass"`` block. A field that is left out or null has its default."""
 
     enabled: bool = True
     """Whether layers are sampled. ``false``: the engine is stock DeepSpeed."""
@@ -187,28 +192,20 @@ class GrassConfig(_Block):
     @property
     def probes(self) -> bool:
         """Whether training starts with a probing phase."""
-        return self.sampler in SCORED_SAMPLERS
+        return SAMPLERS[self.sampler].needs_scores
 
-    def policy_arguments(self) -> dict[str, Any]:
+    def controller_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`grass_ds.sampling.controller.Controller` (all but the number of layers)."""
-        names = (
-            "sampler",
-            "num_active_layers",
-            "probe_steps",
-            "sample_period",
-            "refresh_period",
-            "reprobe_period",
-            "temperature",
-            "ema_alpha",
-        )
-        return {name: getattr(self, name) for name in (*names, "score_normalization", "cyclic_order", "seed")}
+        schedule = {"probe_steps", "sample_period", "refresh_period", "reprobe_period"}
+        draw = {"sampler", "num_active_layers", "temperature", "score_normalization", "cyclic_order", "seed"}
+        return self.model_dump(include=schedule | draw | {"ema_alpha"})
 
 
 def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
-    """Return the validated ``"grass"`` block of a DeepSpeed config, or None when there is none or it is disabled.
+    """Return the validated ``"grass"`` block of a DeepSpeed config, None if there is none or it is disabled.
 
     Raises:
-        GrassConfigError: naming every bad key with its value, what is allowed and what to do.
+        GrassConfigError: every bad key with its value, the allowed range and the remedy.
     """
     for parent, section in ds_config.items():
         if parent != BLOCK and isinstance(section, Mapping) and BLOCK in section:
@@ -229,7 +226,7 @@ def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
 
 
 def _refuse_auto(block: Mapping[str, Any], path: str = BLOCK) -> None:
-    """``"auto"`` means "filled in from TrainingArguments" elsewhere; nothing can fill these keys in. One key has it as a choice."""
+    """Refuse ``"auto"``, which the Trainer replaces in other blocks but not in this one. It is a choice of one key."""
     for key, value in block.items():
         if value == "auto" and f"{path}.{key}" != f"{BLOCK}.offload.io":
             raise GrassConfigError(
@@ -247,7 +244,8 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{path}: unknown key. {_nearest(detail['loc'])}")
         else:
             message = detail["msg"].replace("valid tuple", "valid list")
-            lines.append(f"{path}: got {detail['input']!r}; {message}")
+            remedy = _REMEDIES.get(str(detail["loc"][0])) if detail["loc"] else None
+            lines.append(f"{path}: got {detail['input']!r}; {message}" + (f"; {remedy}" if remedy else ""))
     return f'the "{BLOCK}" block of the DeepSpeed config is wrong:\n  - ' + "\n  - ".join(lines)
 
 

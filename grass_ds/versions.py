@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranges of versions that grass_ds is tested with, at both edges of each (``tests/edges``, ``docs/compatibility.md``).
+"""The ranges of versions that grass_ds is tested with; ``tests/edges`` runs both edges of each.
 
 Nothing is refused by its number alone: an untested version is a warning at start.
 """
@@ -34,7 +34,7 @@ def installed(name: str) -> str | None:
 
 
 def is_tested(name: str, found: str) -> bool:
-    """Whether the version ``found`` of package ``name`` is in its range. Local builds and nightlies count as the release that they lead to."""
+    """Whether a version of package ``name`` is in its range; local builds and nightlies count as their release."""
     try:
         return SpecifierSet(RANGES[name]).contains(Version(found).base_version)
     except InvalidVersion:

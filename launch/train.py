@@ -38,9 +38,8 @@ from transformers import (
 from transformers.integrations import WandbCallback
 
 import grass_ds
-from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.config import parse_grass_block
 from grass_ds.sampling.controller import Controller
-from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigError
 from grass_ds.validation import check_ds_config, check_model
 from launch import arguments as command_line
@@ -82,7 +81,7 @@ def prepare(options: command_line.Arguments) -> Task:
     tracking.check(options.training.report_to)
     config = parse_grass_block(options.ds_config)
     if config is not None:
-        check_ds_config(options.ds_config)
+        check_ds_config(options.ds_config, config)
     splits = _load_data(options)
     tokenizer = load_tokenizer(options.model.model)
     template = Template.choose(tokenizer, options.data.template)
@@ -113,8 +112,8 @@ def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrain
     config = parse_grass_block(options.ds_config)
     if config is None:
         return model, lambda steps: 0
-    layers = _check_model(model, config)
-    probe_steps_within = Controller(len(layers.names), **config.policy_arguments()).probe_steps_within
+    layers = check_model(model, config)
+    probe_steps_within = Controller(len(layers.names), **config.controller_arguments()).probe_steps_within
     steps = options.training.max_steps
     if 0 < steps == probe_steps_within(steps):
         raise ValueError(
@@ -138,14 +137,6 @@ def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
         line = summary(splits["train"], data.train_samples, measured, options.evaluation.eval_samples)
         print(f"data: {line}", flush=True)
     return splits
-
-
-def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
-    """Refuse a model that cannot be trained layer by layer; return its layers."""
-    check_model(model)
-    layers = discover_layers(model, config.layers_path)
-    layers.resolve_always_active(config.always_active)
-    return layers
 
 
 def _largest_token(task: Task) -> int:

@@ -10,7 +10,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.config import GrassConfig
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
 from grass_ds.core.units import Unit, UnitPlan, build_units, whole_numel
@@ -18,7 +18,7 @@ from grass_ds.offload.build import Surroundings, open_store
 from grass_ds.offload.state_template import learn_template
 from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import Controller
-from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers, discover_layers
+from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
 from grass_ds.zero.checkpointing import CheckpointingEngine
 from grass_ds.zero.gradients import ReduceSettings
@@ -40,13 +40,22 @@ def _optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
 class GrassEngine(CheckpointingEngine):
     """DeepSpeedEngine whose ZeRO optimizer trains a few layers at a time.
 
-    Without an enabled ``"grass"`` block, or without an optimizer, it is the stock engine. Build it with :func:`grass_ds.initialize`.
+    Without an enabled ``"grass"`` block, or without an optimizer, it is the stock engine. Build it with :func:`grass_ds.initialize`,
+    which parses the block and discovers the layers.
+
+    Args:
+        grass_config: the block; None: the stock engine.
+        layers: those of the model; needed with ``grass_config``.
+        *args, **kwargs: of ``DeepSpeedEngine``.
 
     Attributes:
         grass: :class:`~grass_ds.zero.handle.GrassHandle`, or None without a block.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self, *args: Any, grass_config: GrassConfig | None = None, layers: ModelLayers | None = None, **kwargs: Any
+    ):
+        self._grass_config, self._layers = grass_config, layers
         deepspeed_compat.silence_renamed_collectives()
         try:
             super().__init__(*args, **kwargs)
@@ -59,19 +68,16 @@ class GrassEngine(CheckpointingEngine):
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
         # bf16 with fp32 accumulation on stage 1 would get BF16_Optimizer, which is no ZeRO wrapper that we can stand in for.
-        if wrapper == deepspeed_compat.BFLOAT16 and parse_grass_block(self.config) is not None:
+        if wrapper == deepspeed_compat.BFLOAT16 and self._grass_config is not None:
             return deepspeed_compat.ZERO_OPTIMIZATION
         return wrapper
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
-        config = parse_grass_block(self.config) if optimizer is not None else None
-        if (
-            config is None or optimizer is None
-        ):  # without an optimizer nothing trains: a reference model, or an evaluation
+        config, layers = self._grass_config, self._layers
+        if config is None or layers is None or optimizer is None:
             return super()._configure_zero_optimizer(optimizer)
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
-        layers = discover_layers(self.module, config.layers_path)
         always = OUTSIDE_KINDS if config.sampler == "full" else layers.resolve_always_active(config.always_active)
         stage3 = self.zero_optimization_stage() == 3
         plan = UnitPlan(
@@ -79,7 +85,7 @@ class GrassEngine(CheckpointingEngine):
         )
         units = build_units(optimizer.param_groups, self.param_names, plan)
         _check_coverage(units, layers)
-        controller = Controller(len(layers.names), **config.policy_arguments())
+        controller = Controller(len(layers.names), **config.controller_arguments())
         embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
         full_backward = fit_input_gradients(self.module, embeddings_train) or any(
             unit.always and unit.kind in layers.below for unit in units
@@ -98,7 +104,7 @@ class GrassEngine(CheckpointingEngine):
                 zero = GrassZero12Optimizer(*parts)
             undo.pop_all()
         # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
-        self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
+        self.grass = zero.grass = GrassHandle(config, layers, controller, zero, self.module)
         self._announce(config, layers, units)
         return zero
 

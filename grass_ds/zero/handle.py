@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from grass_ds.checkpoint.writer import CheckpointWriter, SaveReport
+from grass_ds.config import GrassConfig
 from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.layers import ModelLayers
 from grass_ds.zero.optimizer import GrassZeroOptimizer
@@ -15,12 +16,21 @@ class GrassHandle:
     """Read-only view of the sampler, of memory and of checkpoints, plus the sampler's state.
 
     Attributes:
+        config: the ``"grass"`` block of the run.
         writer: of the engine's checkpoints; the engine sets it.
     """
 
     writer: CheckpointWriter | None = None
 
-    def __init__(self, layers: ModelLayers, controller: Controller, optimizer: GrassZeroOptimizer, module: nn.Module):
+    def __init__(
+        self,
+        config: GrassConfig,
+        layers: ModelLayers,
+        controller: Controller,
+        optimizer: GrassZeroOptimizer,
+        module: nn.Module,
+    ):
+        self.config = config
         self._layers, self._controller, self._optimizer, self._module = layers, controller, optimizer, module
 
     @property

@@ -20,7 +20,7 @@ from torch import nn
 
 import grass_ds
 from grass_ds import validation
-from grass_ds.config import GrassConfigError
+from grass_ds.config import GrassConfig, GrassConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +159,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize(("path", "value"), HARMLESS.items(), ids=HARMLESS.keys())
 def test_values_that_ask_for_nothing_are_no_mistake(path: str, value: Any) -> None:
-    validation.check_ds_config(with_value(path, value, stage=3))
+    validation.check_ds_config(with_value(path, value, stage=3), GrassConfig())
 
 
 def test_all_refused_settings_are_listed_at_once() -> None:
@@ -188,7 +188,7 @@ def test_an_aio_block_that_would_not_work(key: str, value: Any, remedy: str) -> 
 
 
 def test_the_aio_block_is_no_concern_of_other_offloads() -> None:
-    validation.check_ds_config(ds_config(grass=grass_block(), aio={"block_size": 1000}))
+    validation.check_ds_config(ds_config(aio={"block_size": 1000}), GrassConfig())
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,7 @@ def test_every_way_to_hand_over_the_config_is_checked(tmp_path: Path) -> None:
         ((), {"model": model, "config": str(path)}),
         ((), {"model": model, "config_params": str(path)}),
         ((), {"model": model, "args": SimpleNamespace(deepspeed_config=str(path))}),
+        ((), {"model": model, "args": SimpleNamespace(deepspeed_config=None, deepscale_config=str(path))}),
         ((SimpleNamespace(deepspeed_config=str(path)), model), {}),
     ]
     for positional, named in ways:
@@ -252,11 +253,23 @@ def without_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrap", [lora, added_adapter, without_lora], ids=lambda wrap: wrap.__name__)
+def wrapped_lora(model: nn.Module) -> nn.Module:
+    wrapper = nn.Module()
+    wrapper.module = lora(model)
+    return wrapper
+
+
+def lora_unwrapped(model: nn.Module) -> nn.Module:
+    return lora(model).base_model.model  # type: ignore[return-value, union-attr]
+
+
+@pytest.mark.parametrize(
+    "wrap", [lora, added_adapter, without_lora, wrapped_lora, lora_unwrapped], ids=lambda wrap: wrap.__name__
+)
 def test_peft_models(wrap: Any) -> None:
     message = refusal(ds_config(grass=grass_block()), wrap(tiny_llama()))
     assert "PEFT" in message
-    assert "remove the block" in message
+    assert "merge_and_unload()" in message and "remove the block" in message
 
 
 def test_moe_experts() -> None:

@@ -2,7 +2,10 @@
 """The ways in: grass_ds.initialize and grass_ds.enable, and that neither leaves anything behind."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -12,7 +15,8 @@ from helpers.tiered import tiered
 from torch import nn
 
 import grass_ds
-from grass_ds import entry
+from grass_ds import entry, validation
+from grass_ds.config import GrassConfig
 
 STOCK_INITIALIZE, STOCK_ENGINE = deepspeed.initialize, deepspeed.DeepSpeedEngine
 
@@ -25,12 +29,13 @@ def left_as_found() -> Iterator[None]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """Stands in for deepspeed.initialize: notes which engine class it would build; fails for ``model=None``."""
-    found: list[type] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands in for deepspeed.initialize: which engine class it would build, and with which block; fails for ``model=None``."""
+    found: list[Any] = []
 
     def initialize(args: Any = None, model: Any = None, config: Any = None, **_: Any) -> tuple[Any, Any, Any, Any]:
-        found.append(deepspeed.DeepSpeedEngine)
+        built = deepspeed.DeepSpeedEngine
+        found.append((built.func, built.keywords["grass_config"]) if isinstance(built, partial) else built)
         if model is None:
             raise RuntimeError("no model")
         return "engine", "optimizer", "dataloader", "scheduler"
@@ -77,12 +82,12 @@ def test_a_block_within_a_lasting_enable_does_not_end_it() -> None:
     assert deepspeed.initialize is not STOCK_INITIALIZE
 
 
-def test_enabled_initialize_honours_the_block_and_only_it(calls: list[type]) -> None:
+def test_enabled_initialize_honours_the_block_and_only_it(calls: list[Any]) -> None:
     with grass_ds.enable():
         deepspeed.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
         deepspeed.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
         deepspeed.initialize(model=nn.Linear(1, 1), config={**WITHOUT, "grass": {"enabled": False}})
-    assert calls == [grass_ds.GrassEngine, STOCK_ENGINE, STOCK_ENGINE]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig()), STOCK_ENGINE, STOCK_ENGINE]
 
 
 def test_an_early_import_is_documented() -> None:
@@ -92,29 +97,34 @@ def test_an_early_import_is_documented() -> None:
 # ---- initialize ---------------------------------------------------------------------------------------------------------
 
 
-def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[type]) -> None:
+def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[Any]) -> None:
     found = grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
     assert found == ("engine", "optimizer", "dataloader", "scheduler")
-    assert calls == [grass_ds.GrassEngine]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
     assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
 
 
-def test_the_engine_class_is_restored_after_an_exception(calls: list[type]) -> None:
+def test_the_engine_class_is_restored_after_an_exception(calls: list[Any]) -> None:
     with pytest.raises(RuntimeError, match="no model"):
         grass_ds.initialize(model=None, config=dict(WITH_BLOCK))
-    assert calls == [grass_ds.GrassEngine]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
     assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
 
 
-def test_initialize_under_enable_does_not_recurse(calls: list[type]) -> None:
+def test_initialize_under_enable_does_not_recurse(calls: list[Any]) -> None:
     with grass_ds.enable():
         grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
-    assert calls == [grass_ds.GrassEngine]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
 
 
 def test_an_unknown_argument_is_refused_like_deepspeeds() -> None:
     with pytest.raises(TypeError, match="modle"):
         grass_ds.initialize(modle=None)
+
+
+def test_a_call_without_a_block_gets_an_engine_without_one(calls: list[Any]) -> None:
+    grass_ds.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
+    assert calls == [(grass_ds.GrassEngine, None)]
 
 
 # ---- real engines -------------------------------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str,
         return {"error": str(error), "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE}
     finally:
         if enabled is not None:
-            enabled.__exit__()
+            enabled.close()
     try:
         return {
             "losses": train(engine, 3),
@@ -191,6 +201,45 @@ def test_an_engine_that_cannot_be_built_leaves_nothing_bound(two_ranks: Any, how
         assert found["restored"]
 
 
+def counted(config: dict[str, Any], how: str) -> dict[str, Any]:
+    """How often the block is parsed, its layers are discovered and the config is checked on the way to an engine."""
+    model = tiny_llama()
+    with ExitStack() as patches:
+        found = {
+            name: patches.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
+            for module, name in (
+                (entry, "parse_grass_block"),
+                (entry, "check_ds_config"),
+                (validation, "discover_layers"),
+            )
+        }
+        built = patches.enter_context(
+            mock.patch.object(GrassConfig, "__init__", autospec=True, side_effect=GrassConfig.__init__)
+        )
+        if how == "enable":
+            patches.enter_context(grass_ds.enable())
+        initialize = deepspeed.initialize if how == "enable" else grass_ds.initialize
+        engine, *_ = initialize(model=model, config=config, model_parameters=list(model.parameters()))
+        counts = {name: spy.call_count for name, spy in found.items()}
+    config_is_kept = engine.grass.config == GrassConfig(**config["grass"])
+    engine.destroy()
+    return {**counts, "GrassConfig": built.call_count, "config is kept": config_is_kept}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("how", "stage"), [("initialize", 2), ("enable", 3)])
+def test_a_start_parses_and_discovers_once(two_ranks: Any, how: str, stage: int) -> None:
+    once = {
+        "parse_grass_block": 1,
+        "check_ds_config": 1,
+        "discover_layers": 1,
+        "GrassConfig": 1,
+        "config is kept": True,
+    }
+    found = two_ranks.run(counted, config=ds_config(stage=stage, grass=grass_block()), how=how)
+    assert found == [once, once]
+
+
 def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
     """The loss of an engine without an optimizer, as front-ends build one for a reference model or an evaluation."""
     enabled = grass_ds.enable() if how == "enable" else None
@@ -206,7 +255,7 @@ def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
         return {"loss": loss, "wrapper": wrapper, "grass": getattr(engine, "grass", None)}
     finally:
         if enabled:
-            enabled.__exit__()
+            enabled.close()
 
 
 @pytest.mark.dist

@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 
 import grass_ds
 from grass_ds import entry, validation, versions
-from grass_ds.config import GrassConfigError
+from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.core import deepspeed_compat
 from launch import packages
 
@@ -172,9 +172,9 @@ def test_zero3_on_cpu_ranks_needs_a_deepspeed_that_waits_for_its_gathers(monkeyp
     monkeypatch.setattr(deepspeed_compat, "waits_for_all_gathers", lambda: False)
     monkeypatch.setattr(validation, "installed", lambda _: "0.19.3")
     for stage in (1, 2):
-        validation.check_ds_config(config_of(stage))
+        validation.check_ds_config(config_of(stage), GrassConfig())
     with pytest.raises(GrassConfigError) as caught:
-        validation.check_ds_config(config_of(3))
+        validation.check_ds_config(config_of(3), GrassConfig())
     for part in ("zero_optimization.stage = 3", "deepspeed 0.19.3", "pip install 'deepspeed>=0.19.8,<0.20'"):
         assert part in str(caught.value)
 
