@@ -166,6 +166,18 @@ def test_named_files_exist(page: str) -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_the_walks_name_what_exists() -> None:
+    """Classes, and notes in the code, of docs/architecture.md."""
+    code = "\n".join(path.read_text() for path in (ROOT / "grass_ds").rglob("*.py"))
+    page = " ".join(PAGES["docs/architecture.md"].split())
+    classes = re.findall(r"`((?:[A-Z][a-z0-9]+){2,}|Controller|Schedule)`", page)
+    notes = re.findall(r"\[Note: [^\]]+\]", page)
+    assert len(classes) >= 10
+    assert len(notes) >= 4
+    assert [name for name in classes if not re.search(rf"^class {name}\b", code, flags=re.MULTILINE)] == []
+    assert [note for note in notes if note not in code] == []
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     assert [page for page in PAGES if page != "README.md" and f"({page})" not in PAGES["README.md"]] == []
 
