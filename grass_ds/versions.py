@@ -20,7 +20,19 @@ RANGES = {
     "datasets": ">=4.0,<6",
     "numpy": ">=2.0,<3",
 }
-"""Package, or Python itself -> its range, as in the requirements of the package grass_ds."""
+"""Range of each package, and of Python itself; the requirements of grass_ds and its extras have the same."""
+
+EXTRAS = {
+    "transformers": "hf",
+    "accelerate": "hf",
+    "matplotlib": "plots",
+    "datasets": "launch",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mpi4py": "mpi",
+    "peft": "peft",
+}
+"""Optional package -> the extra of grass_ds that installs it."""
 
 
 def installed(name: str) -> str | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges of versions: the same in the package and in the code, a warning outside of them, and a message where something is missing."""
 
+import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -26,26 +27,41 @@ from launch import packages
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
-def declared() -> dict[str, SpecifierSet]:
-    """Package -> its range in pyproject.toml, those of extras included; that of the library counts where an extra has one too."""
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    return {(r := Requirement(line)).name: r.specifier for line in [*extras, *PROJECT["dependencies"]]}
+def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
+    return {(r := Requirement(line)).name: r.specifier for line in lines}
+
+
+EXTRAS = {extra: requirements(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
+CORE = requirements(PROJECT["dependencies"])
 
 
 def test_the_package_declares_the_tested_ranges() -> None:
-    stated = declared() | {"python": SpecifierSet(f"{PROJECT['requires-python']},<3.14")}
+    stated = CORE | EXTRAS["hf"] | {"datasets": EXTRAS["launch"]["datasets"]}
+    stated["python"] = SpecifierSet(f"{PROJECT['requires-python']},<3.14")
     assert {name: stated[name] for name in versions.RANGES} == {
         name: SpecifierSet(ranges) for name, ranges in versions.RANGES.items()
     }
 
 
-def test_datasets_comes_with_the_programs_alone() -> None:
-    programs = {(r := Requirement(line)).name: r.specifier for line in PROJECT["optional-dependencies"]["launch"]}
-    assert programs.keys() == {"datasets", "transformers"}
-    assert all(
-        SpecifierSet(re.search(rf"{name}([<>=.,\d]+)", packages.REMEDY)[1]) == r for name, r in programs.items()
-    )  # type: ignore[index]
-    assert "datasets" not in {Requirement(line).name for line in PROJECT["dependencies"]}
+def test_the_core_needs_torch_deepspeed_and_numpy() -> None:
+    assert CORE.keys() == {"torch", "deepspeed", "numpy", "packaging"}
+    theirs = requirements([line for line in importlib.metadata.requires("deepspeed") or [] if "extra ==" not in line])
+    assert {"psutil", "pydantic", "packaging"} <= theirs.keys()  # which the core imports, too
+
+
+def test_every_optional_package_is_in_its_extra() -> None:
+    assert {name: name in EXTRAS[extra] for name, extra in versions.EXTRAS.items()} == dict.fromkeys(
+        versions.EXTRAS, True
+    )
+    assert EXTRAS.keys() == {*versions.EXTRAS.values(), "demo", "dev"}
+
+
+def test_the_programs_need_what_their_message_says() -> None:
+    programs = EXTRAS["launch"]
+    assert Requirement(PROJECT["optional-dependencies"]["launch"][0]).extras == {"hf", "plots"}
+    assert {"datasets", "transformers", "psutil", "tqdm"} < programs.keys()
+    for name in ("datasets", "transformers"):
+        assert SpecifierSet(re.search(rf"{name}([<>=.,\d]+)", packages.REMEDY)[1]) == programs[name]  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +126,13 @@ def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pyt
     monkeypatch.delitem(sys.modules, "grass_ds.trainer.callback", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate.state", None)
     with pytest.raises(ImportError, match="accelerate.state.*" + re.escape(outside("transformers", "4.30.0"))):
+        grass_ds.GrassCallback  # noqa: B018
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=missing))
+    with pytest.raises(ImportError, match=r"No module named 'transformers': pip install 'grass_ds\[hf\]'"):
         grass_ds.GrassCallback  # noqa: B018
 
 
