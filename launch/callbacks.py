@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grass_ds.checkpoint.folder import replace_file
+from grass_ds.core.durable_files import replace_file
 from launch import report
 
 _ACTIVE = "grass/active_layers"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import deepspeed.comm as dist
 
-from grass_ds.checkpoint.folder import listed
+from grass_ds.core.durable_files import listed
 from grass_ds.trainer.checkpoints import explain, newest_complete, problems
 from launch import distributed
 

@@ -194,14 +194,13 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     )
 
     grass_ds.enable()
-    callback = grass_ds.GrassCallback()
     trainer = GrassTrainer(
         model=model,
         args=options.training,
         train_dataset=task.train,
         data_collator=Collator(task.tokenizer.pad_token_id),
         processing_class=task.tokenizer,
-        callbacks=[stopwatch, callback, grass_ds.PreemptionCallback(preemption)],
+        callbacks=[stopwatch, grass_ds.PreemptionCallback(preemption)],
         probe_steps_within=probe_steps_within,
     )
     trainer.remove_callback(PrinterCallback if options.training.disable_tqdm else ProgressCallback)
@@ -211,6 +210,7 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         trainer.add_callback(tracking.WandbRun(resuming))
     if resuming:
         trainer.add_callback(LastCheckpoint)
+    callback = grass_ds.attach(trainer)
     try:
         return _train_and_report(options, task, trainer, stopwatch, callback, preemption)
     except Exception as error:

@@ -9,8 +9,9 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import folder as folders
-from grass_ds.checkpoint.folder import Part, listed
+from grass_ds.checkpoint.part import Part
 from grass_ds.core.agreement import gather_from_ranks
+from grass_ds.core.durable_files import listed
 from grass_ds.core.units import Unit, whole_shape
 
 

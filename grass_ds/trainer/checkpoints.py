@@ -21,7 +21,7 @@ from typing import Any
 from deepspeed.utils import log_dist
 
 from grass_ds.checkpoint import folder as engine_parts
-from grass_ds.checkpoint.folder import listed
+from grass_ds.core.durable_files import listed, replace_file
 
 SEAL = "grass_trainer.json"
 TRAINER_STATE = "trainer_state.json"
@@ -111,7 +111,7 @@ def trainer_files(checkpoint: Path) -> list[Path]:
 def write_seal(checkpoint: Path, sums: Sums) -> None:
     """Say durably what the Trainer's files are. They have to be on disk already."""
     files = {name: {"bytes": size, "crc32": crc32} for name, (size, crc32) in sorted(sums.items())}
-    engine_parts.replace_file(checkpoint / SEAL, json.dumps({"files": files}, indent=1))
+    replace_file(checkpoint / SEAL, json.dumps({"files": files}, indent=1))
 
 
 def _read_seal(checkpoint: Path) -> Sums | None:
@@ -149,7 +149,7 @@ def _engine_problems(checkpoint: Path, contents: bool) -> list[str]:
         ]
     part = checkpoint / tag
     found = engine_parts.problems(part)
-    if not found and engine_parts.is_ours(part):
+    if not found and engine_parts.has_parts(part):
         found = engine_parts.corrupt(part) if contents else []
     elif not found:  # stock DeepSpeed: no sums to compare with
         files = sorted(part.glob("*.pt"))

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_ds.trainer.metrics import History
+from grass_ds.trainer.history import History
 
 if TYPE_CHECKING:
     import numpy as np

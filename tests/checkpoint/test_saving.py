@@ -18,7 +18,7 @@ from helpers.observed import difference, observe
 
 from grass_ds.checkpoint import folder as folders
 from grass_ds.checkpoint import writer
-from grass_ds.checkpoint.folder import Part, SummedFile
+from grass_ds.checkpoint.part import Part, SummedFile
 
 pytestmark = pytest.mark.dist
 
@@ -258,7 +258,7 @@ def lose_and_save_again(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     write = broken if dist.get_rank() == 1 else SummedFile.write
     with (
         mock.patch.object(SummedFile, "write", write),
-        mock.patch.object(writer, "LAST_PATIENCE", 0.2),
+        mock.patch.object(writer, "LAST_PART_TIMEOUT", 0.2),
         mock.patch.object(logger, "error") as error,
     ):
         with engine_of(config) as engine:

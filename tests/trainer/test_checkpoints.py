@@ -14,6 +14,7 @@ from deepspeed.utils import logger
 
 import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
+from grass_ds.checkpoint.part import Part, SummedFile
 from grass_ds.trainer import checkpoints, retention
 from launch.resume import resume_point
 
@@ -49,11 +50,11 @@ def engine_part(checkpoint: Path) -> Path:
     """What the engine publishes in it, later perhaps."""
     step = checkpoints.step_of(checkpoint)
     tag = f"global_step{step}"
-    engine_parts.begin(checkpoint, tag)
+    engine_parts.prepare(checkpoint, tag)
     aside = engine_parts.saving_path(checkpoint, tag)
     for rank in range(RANKS):
-        part = engine_parts.Part(rank, RANKS, 2, step)
-        with engine_parts.SummedFile(aside / f"optim_{rank}.pt") as file:
+        part = Part(rank, RANKS, 2, step)
+        with SummedFile(aside / f"optim_{rank}.pt") as file:
             file.write(zipped(f"state of {rank} at {step}"))
         part.files[f"optim_{rank}.pt"] = file.sums
         part.write(aside)

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from grass_ds.trainer.metrics import History, HistoryRow, Throughput, grass_metrics, grass_summary
+from grass_ds.trainer.history import History, HistoryRow
+from grass_ds.trainer.metrics import grass_metrics, grass_summary
+from grass_ds.trainer.throughput import Throughput
 
 LAYERS = ("model.layers.0", "model.layers.1", "model.layers.2")
 RUN = {"layers": LAYERS, "sampler": "grass", "num_active_layers": 1}
