@@ -1,4 +1,3 @@
-# shellcheck shell=bash disable=SC2034  # sourced: the .sbatch files use TRAIN and SRUN
 # Sourced by the .sbatch files: the environment of a job, and a start that survives time limits, preemption and lost machines.
 # Settings are environment variables; give them before sbatch:  MODEL=my_model DATA=my.jsonl sbatch slurm/single_node.sbatch
 #

@@ -101,13 +101,15 @@ def test_python_blocks_run(two_ranks: Any, tmp_path: Path, page: str, index: int
         assert all(name == "model.norm.weight" or name.startswith(tuple(trained)) for name in result["moved"])
     if "save_model(" in code:
         assert (tmp_path / "out" / "model.safetensors").exists()
+    if "Trainer(" in code:
         assert list((tmp_path / "out" / "plots").glob("*.png"))
+        assert (tmp_path / "out" / "grass_history.jsonl").exists()
 
 
 def test_python_is_shown() -> None:
     """README shows an own loop and a Trainer; docs show more."""
     assert [page for page, _ in PYTHON].count("README.md") == 2
-    assert {page for page, _ in PYTHON} >= {"README.md", "docs/own_loop.md", "docs/cluster.md"}
+    assert {page for page, _ in PYTHON} >= {"README.md", "docs/own_loop.md", "docs/trainer.md", "docs/cluster.md"}
 
 
 def test_shell_blocks_name_what_exists() -> None:
