@@ -116,19 +116,19 @@ class GrassConfig(_Block):
     (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning)."""
 
     num_active_layers: int = Field(2, ge=1)
-    """Layers that train at a time (gamma in the paper). If it is at least the number of layers, all layers train and
-    nothing is sampled. Parameters outside the layers follow ``always_active`` all the same."""
+    """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
+    is sampled. Parameters outside the layers follow ``always_active`` all the same."""
 
     probe_steps: int = Field(20, ge=1)
-    """Steps of one probing phase (T_p in the paper). Such a step runs forward and backward through all layers,
-    measures their gradients and updates nothing. Probing comes before training and every ``reprobe_period``. Samplers
-    ``grass`` and ``static`` only. [ours]"""
+    """Steps of one probing phase (paper: T_p). Such a step runs forward and backward through all layers, measures
+    their gradients and updates nothing. Probing comes before training and every ``reprobe_period``. Samplers ``grass``
+    and ``static`` only. [ours]"""
 
     sample_period: int = Field(25, ge=1)
-    """Optimizer steps between two draws (T_s in the paper, where 25 to 50 were best). [ours]"""
+    """Optimizer steps between two draws (paper: T_s; 25 to 50 were best there). [ours]"""
 
     refresh_period: int = Field(50, ge=1)
-    """Optimizer steps between two updates of the scores (T_u in the paper). Sampler ``grass`` only. [ours]"""
+    """Optimizer steps between two updates of the scores (paper: T_u). Sampler ``grass`` only. [ours]"""
 
     reprobe_period: int = Field(0, ge=0)
     """Optimizer steps between two probing phases; 0: one phase, before training (the paper). A new phase replaces the
@@ -137,12 +137,12 @@ class GrassConfig(_Block):
     of a period only. Sampler ``grass`` only. [ours]"""
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Temperature of the softmax over the scores (tau in the paper). A low value draws the layers with the largest
-    gradients nearly always; a high value draws nearly uniformly. It has no unit if ``score_normalization`` is
-    ``mean``. [ours]"""
+    """Temperature of the softmax over the scores (paper: tau). A low value draws the layers with the largest gradients
+    nearly always; a high value draws nearly uniformly. It has no unit if ``score_normalization`` is ``mean``.
+    [ours]"""
 
     ema_alpha: float = Field(0.5, gt=0, le=1)
-    """Weight of the new measurement in an update of the scores (alpha in the paper). [ours]"""
+    """Weight of the new measurement in an update of the scores (paper: alpha). [ours]"""
 
     score_normalization: Literal["mean", "none"] = "mean"
     """Scaling of the scores before the softmax. ``mean``: they are divided by their mean, so that ``temperature`` has
