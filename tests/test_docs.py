@@ -216,18 +216,3 @@ def test_the_config_page_is_generated() -> None:
     write_config = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(write_config)
     assert PAGES["docs/config.md"] == write_config.page(), "run: python docs/write_config.py"
-
-
-@pytest.mark.parametrize("name", ["GrassConfig", "OffloadConfig"])
-def test_every_key_is_described(name: str) -> None:
-    from grass_ds import config
-
-    for key in getattr(config, name).model_fields:
-        assert re.search(rf"^\| \[?`{key}`", PAGES["docs/config.md"], flags=re.MULTILINE), key
-
-
-def test_tables_match_the_benchmark_rows() -> None:
-    from benchmarks import render
-
-    assert render.README.read_text() == render.readme()
-    assert render.RESULTS.read_text() == render.results()
