@@ -190,7 +190,7 @@ def test_what_crosses_ranks_is_the_formula(
         assert scores[1] == scores[2] == scores[3] != scores[REFRESHES]
 
 
-# ---- stock DeepSpeed, and the page -----------------------------------------------------------------------------------------
+# ---- stock DeepSpeed, and the README ---------------------------------------------------------------------------------------
 
 
 def stock_step(model: Llama, stage: int) -> list[Call]:
