@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-sampled full-parameter fine-tuning under DeepSpeed ZeRO (after GRASS, arXiv 2604.07808).
 
-Names are imported at their first use: an own loop does not need transformers, and ``python -m grass_ds doctor`` runs where torch or
-DeepSpeed does not load.
+Names are imported at their first use: an own loop does not need transformers, and ``python -m grass_ds doctor`` runs
+where torch or DeepSpeed does not load.
 """
 
 import warnings
@@ -67,7 +67,8 @@ _MOVED = {"placement": "cluster.placement"}
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module. The error names the missing extra, or packages outside of their tested range, which may be the cause."""
+    """Import a module. The error names a missing extra, or packages outside of their tested range as a likely
+    cause."""
     from grass_ds.versions import EXTRAS, RANGES, untested
 
     try:

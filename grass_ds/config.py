@@ -98,8 +98,8 @@ class OffloadConfig(_Block):
         least = self.device_buffers + 2
         if self.host_buffers is not None and self.host_buffers < least:
             raise ValueError(
-                f"host_buffers = {self.host_buffers} is too few for device_buffers = {self.device_buffers}: at least {least} are "
-                "needed, or null for the default"
+                f"host_buffers = {self.host_buffers} is too few for device_buffers = {self.device_buffers}: "
+                f"at least {least} are needed, or null for the default"
             )
         return self
 

@@ -37,8 +37,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
 
     Raises:
         PlacementError: launchers contradict each other, see :func:`grass_ds.cluster.placement.find`.
-        GrassConfigError: the block, the rest of the config or the model cannot be used; before anything is allocated
-            or any process group is made, and alike on every rank.
+        ValueError: the block, another setting (GrassConfigError) or the model (LayerDiscoveryError) cannot be used. It
+            is raised on every rank, before anything is allocated or a process group is made.
     """
     call = _SIGNATURE.bind(*args, **kwargs)
     ds_config = _ds_config(call.arguments)
@@ -97,7 +97,7 @@ def _engine_built_by(build: Any) -> Iterator[None]:
 
 @cache
 def _warn_of_untested_versions() -> None:
-    """One line on rank 0, of what this process has loaded."""
+    """Log one line on rank 0 about the packages that this process has loaded."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     loaded = [name for name in RANGES if name == "python" or name in sys.modules]
     if rank == 0 and (sentence := untested(loaded)):
@@ -105,7 +105,7 @@ def _warn_of_untested_versions() -> None:
 
 
 def _warn_of_emulation(engine: Any) -> None:
-    """A dtype that the device emulates makes every step many times slower: rank 0 says so, before the first."""
+    """Warn on rank 0 before the first step of a dtype that the device emulates: it makes steps many times slower."""
     if getattr(engine, "grass", None) is not None and engine.global_rank == 0:
         name = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
         with suppress(torch.OutOfMemoryError):  # a full device cannot be measured, but may well train

@@ -64,8 +64,9 @@ class Rates:
         better = self.recommended(among)
         if not self.gflops[name]:
             return f"{name} does not work on this device: use {better}"
+        times = self.gflops[better] / self.gflops[name]
         return (
-            f"{name} is emulated on this device: matrix products take {self.gflops[better] / self.gflops[name]:.0f} times as long as in {better} "
+            f"{name} is emulated on this device: matrix products take {times:.0f} times as long as in {better} "
             f"({self.text()}), and steps accordingly; use {better}"
         )
 

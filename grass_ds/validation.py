@@ -15,8 +15,8 @@ from grass_ds.versions import installed
 
 SUPPORTED_STAGES = (1, 2, 3)
 
-# (path in the DeepSpeed config, values that are fine, why not and what to do)
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+# (path in the DeepSpeed config, allowed values, reason and remedy)
+REFUSED_SETTINGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "zero_optimization.offload_optimizer.device",
         (None, "none"),
@@ -67,7 +67,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "checkpoint.writer",
         (None,),
-        'checkpoints are written by grass_ds, complete or not at all: remove it; for a short stall use "checkpoint": {"async": true}',
+        'checkpoints are written by grass_ds: remove it; for a short stall use "checkpoint": {"async": true}',
     ),
     (
         "checkpoint.use_node_local_storage",
@@ -104,8 +104,7 @@ def _lookup(config: Mapping[str, Any], path: str) -> Any:
 
 
 def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
-    """Raise :class:`GrassConfigError` with all settings of a DeepSpeed config that its ``"grass"`` block cannot work
-    with.
+    """Raise :class:`GrassConfigError` with every setting that does not work with the ``"grass"`` block.
 
     Args:
         ds_config: the whole DeepSpeed config.
@@ -130,19 +129,20 @@ def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
         yield f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them"
     if stage == 3 and not deepspeed_compat.waits_for_all_gathers():
         yield (
-            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: it reads gathered weights before "
-            "they have arrived, in save_16bit_model() among others; pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
+            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: it reads gathered "
+            "weights before they have arrived, in save_16bit_model() among others; "
+            "pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
         )
     where = _lookup(ds_config, "zero_optimization.offload_param.device") or "none"
     if where not in (("none", "cpu") if stage == 3 else ("none",)):
         yield (
-            f"zero_optimization.offload_param.device = {where!r}: weights stay on the device on ZeRO-1/2, and on ZeRO-3 there or "
-            'on "cpu": set one of them'
+            f"zero_optimization.offload_param.device = {where!r}: weights stay on the device on ZeRO-1/2, and on "
+            'ZeRO-3 there or on "cpu": set one of them'
         )
 
 
 def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
-    for path, allowed, why in _REFUSED:
+    for path, allowed, why in REFUSED_SETTINGS:
         value = _lookup(ds_config, path)
         if value not in allowed:
             yield f"{path} = {value!r}: {why}"

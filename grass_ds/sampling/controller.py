@@ -130,8 +130,9 @@ class Controller:
         last = self._schedule.probing_done(self.probe_step + 1)
         if last and self._importance.all_zero:
             raise ValueError(
-                f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not depend on the "
-                "layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer of zeros"
+                f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not "
+                "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer "
+                "of zeros"
             )
         self.probe_step += 1
         if not last:

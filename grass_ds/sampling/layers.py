@@ -60,8 +60,8 @@ class ModelLayers:
             found = [name for name in meant if name in self.outside]
             if not found:
                 raise ValueError(
-                    f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. It has: "
-                    f"{self.describe()}. Name some of these, or leave always_active out for the default"
+                    f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. "
+                    f"It has: {self.describe()}. Name some of these, or leave always_active out for the default"
                 )
             resolved.update(dict.fromkeys(found))
         return tuple(resolved)
@@ -178,8 +178,8 @@ def _block_parameters(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str
         owner = next((block for block in names if _inside(name, block)), "the modules outside the blocks")
         if owners.setdefault(parameter, owner) != owner:
             raise LayerDiscoveryError(
-                f"parameter {name!r} is shared by {owners[parameter]} and {owner}: GRASS trains layers independently of "
-                "each other, so it cannot train a model whose blocks share parameters. Untie them first"
+                f"parameter {name!r} is shared by {owners[parameter]} and {owner}: GRASS trains layers independently "
+                "of each other, so it cannot train a model whose blocks share parameters. Untie them first"
             )
     return tuple(tuple(canonical[p] for p in model.get_submodule(block).parameters()) for block in names)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work is refused at the door: before any process group, with key, value and remedy, alike on every rank."""
+"""Mistakes are refused before there is a process group, with key, value and remedy, alike on every rank."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def refusal(config: dict[str, Any], model: nn.Module | None = None, **arguments:
     return messages[0]
 
 
-# ---- the DeepSpeed config -----------------------------------------------------------------------------------------------
+# ---- the DeepSpeed config -------------------------------------------------------------------------------------------
 
 
 def with_value(path: str, value: Any, stage: int = 2) -> dict[str, Any]:
@@ -120,12 +120,12 @@ REFUSED = {
 
 
 def test_every_refused_setting_is_tested() -> None:
-    assert set(REFUSED) == {path for path, *_ in validation._REFUSED}
+    assert set(REFUSED) == {path for path, *_ in validation.REFUSED_SETTINGS}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_refused_settings_are_named_with_value_and_remedy(stage: int) -> None:
-    remedies = {name: why for name, _, why in validation._REFUSED}
+    remedies = {name: why for name, _, why in validation.REFUSED_SETTINGS}
     messages = {}
     for path, value in REFUSED.items():
         try:
@@ -230,7 +230,7 @@ def test_a_missing_config_file(tmp_path: Path) -> None:
         grass_ds.initialize(model=nn.Linear(2, 2), config=str(tmp_path / "nowhere.json"))
 
 
-# ---- the model ----------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------------------
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -300,7 +300,7 @@ def test_a_wrong_layers_path_lists_the_candidates() -> None:
         grass_ds.initialize(model=tiny_llama(), config=ds_config(grass=block))
 
 
-# ---- what is not a mistake, and does as documented ----------------------------------------------------------------------
+# ---- what is not a mistake, and does as documented ------------------------------------------------------------------
 
 
 def runs_as_full(config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -334,7 +334,7 @@ def test_as_many_active_layers_as_there_are_trains_them_all(
         assert len({name.split(".")[2] for name in report["moved"] if ".layers." in name}) == layers
 
 
-# ---- on every rank ------------------------------------------------------------------------------------------------------
+# ---- on every rank --------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "block": (ds_config(grass={"num_active_layers": 0}), "GrassConfigError: (?s:.*)grass.num_active_layers: got 0"),

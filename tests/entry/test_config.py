@@ -218,7 +218,7 @@ def test_every_accepted_config_builds_a_controller(sampler: str) -> None:
     assert (controller.phase.value == "probe") == config.probes
 
 
-# ---- documentation ------------------------------------------------------------------------------------------------------
+# ---- documentation --------------------------------------------------------------------------------------------------
 
 SYMBOLS = {
     "num_active_layers": "gamma",

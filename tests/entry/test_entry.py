@@ -30,7 +30,7 @@ def left_as_found() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands in for deepspeed.initialize: which engine class it would build, and with which block; fails for ``model=None``."""
+    """Engine class and block of each call of a stand-in for deepspeed.initialize, which fails for ``model=None``."""
     found: list[Any] = []
 
     def initialize(args: Any = None, model: Any = None, config: Any = None, **_: Any) -> tuple[Any, Any, Any, Any]:
@@ -48,7 +48,7 @@ WITHOUT = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
 WITH_BLOCK = {**WITHOUT, "grass": {}}
 
 
-# ---- enable -------------------------------------------------------------------------------------------------------------
+# ---- enable ---------------------------------------------------------------------------------------------------------
 
 
 def test_enable_twice_is_enable_once() -> None:
@@ -94,7 +94,7 @@ def test_an_early_import_is_documented() -> None:
     assert "from deepspeed import initialize" in str(grass_ds.enable.__doc__)
 
 
-# ---- initialize ---------------------------------------------------------------------------------------------------------
+# ---- initialize -----------------------------------------------------------------------------------------------------
 
 
 def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[Any]) -> None:
@@ -127,7 +127,7 @@ def test_a_call_without_a_block_gets_an_engine_without_one(calls: list[Any]) -> 
     assert calls == [(grass_ds.GrassEngine, None)]
 
 
-# ---- real engines -------------------------------------------------------------------------------------------------------
+# ---- real engines ---------------------------------------------------------------------------------------------------
 
 
 def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
     ("stage", "how"), tiered([(0, "enable"), (3, "enable"), (3, "initialize")], (0, "enable"), (3, "enable"))
 )
 def test_an_engine_without_an_optimizer_is_stock(two_ranks: Any, stage: int, how: str) -> None:
-    """TRL copies the training config for a reference model, takes the optimizer out, and sets stage 0 unless it is 3."""
+    """For a reference model TRL copies the training config without its optimizer, with stage 0 instead of 1 or 2."""
     config = ds_config(stage=stage)
     del config["optimizer"]
     with_block = two_ranks.run(evaluated, config={**config, "grass": grass_block()}, how=how)

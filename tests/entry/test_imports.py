@@ -15,8 +15,8 @@ from grass_ds.cluster import placement
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A process without the extras. psutil and tqdm are not among them: DeepSpeed needs both. That the core imports neither itself is
-# a rule of test_architecture.
+# A process without the extras. psutil and tqdm are not among them: DeepSpeed needs both. That the core imports neither
+# itself is a rule of test_architecture.
 WITHOUT_EXTRAS = """
     import importlib.machinery, sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges of versions: the same in the package and in the code, a warning outside of them, and a message where something is missing."""
+"""Ranges of versions: equal in package and code; a warning outside of them; a message where a package is missing."""
 
 import importlib.metadata
 import re
@@ -61,7 +61,8 @@ def test_the_programs_need_what_their_message_says() -> None:
     assert Requirement(PROJECT["optional-dependencies"]["launch"][0]).extras == {"hf", "plots"}
     assert {"datasets", "transformers", "psutil", "tqdm"} < programs.keys()
     for name in ("datasets", "transformers"):
-        assert SpecifierSet(re.search(rf"{name}([<>=.,\d]+)", packages.REMEDY)[1]) == programs[name]  # type: ignore[index]
+        [stated] = re.findall(rf"{name}([<>=.,\d]+)", packages.REMEDY)
+        assert SpecifierSet(stated) == programs[name]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def outside(name: str, found: str) -> str:
 
 
 def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The callback imports names of transformers and accelerate that old releases lack; Python's message has no version."""
+    """The callback imports names that old releases lack; Python's message has no version."""
     monkeypatch.setattr(versions, "installed", {"transformers": "4.30.0"}.get)
     monkeypatch.delitem(sys.modules, "grass_ds.trainer.callback", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate.state", None)

@@ -159,7 +159,7 @@ def test_static_keeps_the_probed_scores():
     assert controller.scores == scores
 
 
-# ---- probing again ----------------------------------------------------------------------------------------------------------
+# ---- probing again --------------------------------------------------------------------------------------------------
 
 
 def test_probing_again_measures_all_layers_anew_trains_none_and_draws():
@@ -196,7 +196,8 @@ def test_probing_again_comes_after_each_period_and_goes_before_draw_and_refresh(
     [({"reprobe_period": 0}, 2), ({"probe_steps": 2}, 1), ({"sampler": "static"}, 0), ({"sampler": "uniform"}, 0)],
 )
 def test_a_run_saved_amid_its_second_probing_goes_on_under_other_settings(other, left):
-    """A probing under way is finished, within its new length; a sampler that does not probe again trains at once, by the old scores."""
+    """A probing under way is finished, within its new length; a sampler that does not probe again trains at once, by
+    the old scores."""
     run = make(reprobe_period=5)
     advance(run, 3 + 5 + 1)
     assert (run.phase, run.probe_step) == (Phase.PROBE, 1)
@@ -376,13 +377,14 @@ def test_the_room_imports_nothing_but_torch_and_the_standard_library():
                 assert module.split(".")[0] in allowed or module.startswith("grass_ds.sampling."), (file.name, module)
 
 
-# ---- looking ahead ----------------------------------------------------------------------------------------------------------
+# ---- looking ahead --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reprobe", [0, 10])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name, reprobe):
-    """Said one step before each draw of training and at no other time; wrong at most where a refresh shares the step with the draw."""
+    """Said one step before each draw of training and at no other time; wrong at most where a refresh shares the step
+    with the draw."""
     controller = make(sampler=name, sample_period=2, refresh_period=6, reprobe_period=reprobe)
     told = wrong = 0
     for _ in range(80):

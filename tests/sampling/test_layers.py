@@ -334,7 +334,7 @@ def test_the_encoder_beside_a_decoder_is_a_tower():
 
 
 class Ensemble(nn.Module):
-    """Names and vectors that mislead: a parent called "ensemble", a mask's vector beside the stack, a position vector."""
+    """Misleading names: a parent called "ensemble", a mask's vector beside the stack, a position vector."""
 
     def __init__(self):
         super().__init__()
