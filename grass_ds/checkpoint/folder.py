@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint folders on disk: which are complete, and how one becomes visible.
 
-[Note: Publication] A checkpoint is complete or invisible. All ranks write into ``.saving.<tag>``, which no tool reads. Every file is
-fsynced. The last file of each rank, its :class:`~grass_ds.checkpoint.part.Part`, lists the others with their lengths and checksums. When
-the parts of all ranks are there, rank 0 renames the folder to ``<tag>`` and then rewrites ``latest``, also by a rename. A process killed
-at any moment leaves the previous checkpoint, the new one, or both. DeepSpeed's tools find their files as they know them, and the parts
-beside them.
+[Note: Publication] A checkpoint is complete or invisible. All ranks write into ``.saving.<tag>``, which no tool reads.
+Every file is fsynced. The last file of each rank, its :class:`~grass_ds.checkpoint.part.Part`, lists the others with
+their lengths and checksums. When the parts of all ranks are there, rank 0 renames the folder to ``<tag>`` and then
+rewrites ``latest``, also by a rename. A process killed at any moment leaves the previous checkpoint, the new one, or
+both. DeepSpeed's tools find their files as they know them, and the parts beside them.
 """
 
 import os
@@ -24,7 +24,7 @@ LATEST = "latest"
 _being_written: set[Path] = set()
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def check_tag(tag: str) -> None:
@@ -52,7 +52,7 @@ def saving_path(folder: Path, tag: str) -> Path:
 
 
 def prepare(folder: Path, tag: str) -> None:
-    """Make an empty folder to write the checkpoint to, and remove what killed attempts left. Published checkpoints stay."""
+    """Make an empty folder for a new checkpoint, and remove the unpublished ones that killed jobs left."""
     target = saving_path(folder, tag)
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced = [
@@ -95,11 +95,11 @@ def restore_replaced(checkpoint: Path) -> None:
             os.rename(aside, checkpoint)
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def candidates(folder: Path) -> list[str]:
-    """Tags to resume from, best first: the one that ``latest`` names, then the other published ones, newest step first."""
+    """Tags to resume from, best first: that of ``latest``, then the other published ones, newest step first."""
     tag = named_latest(folder)
     named = [] if tag is None else [tag]
     steps = {path.parent.name: step_of(path.parent) for path in folder.glob(f"[!.]*/{Part.name(0)}")}
@@ -177,7 +177,7 @@ def _length_problem(path: Path, sums: FileSum) -> str | None:
 
 
 def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
-    """Files of the parts of ``ranks`` (default: all) whose checksum is wrong, as messages. Reads these files completely."""
+    """Files of the parts of ``ranks`` (default: all) whose checksum is wrong, as messages. Reads all their contents."""
     expected: dict[str, FileSum] = {}
     for rank in ranks_of(checkpoint) if ranks is None else ranks:
         with suppress(ValueError):  # problems() reports a damaged part

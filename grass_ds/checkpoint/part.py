@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of a checkpoint that one rank writes: its files, and ``grass_rank_<rank>.json``, which lists them.
 
-Each file has a CRC-32 of its own. The CRCs inside the zip that ``torch.save`` writes are no substitute: they cover neither its headers nor
-its padding, more than a quarter of the bits of a small file.
+Each file has a CRC-32 of its own. The CRCs inside the zip that ``torch.save`` writes are no substitute: they cover
+neither its headers nor its padding, more than a quarter of the bits of a small file.
 """
 
 import json
@@ -75,7 +75,7 @@ class Part:
     Attributes:
         step: optimizer steps of the engine (``global_steps``).
         files: file name within the checkpoint's folder -> length and checksum.
-        layout: on rank 0, the name of each unit and [name, shape] of its parameters; a run that resumes must have the same.
+        layout: on rank 0, [name, [[parameter, shape], ...]] of each unit; a run that resumes must have the same.
     """
 
     rank: int

@@ -122,8 +122,8 @@ class _Save:
 class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
     """DeepSpeed's checkpoint engine of a layer-sampled run.
 
-    On every rank, the engine calls :meth:`start`, then DeepSpeed's ``save_checkpoint``, which calls :meth:`save` per file and
-    :meth:`commit` at its end, then :meth:`abort_unfinished`.
+    On every rank, the engine calls :meth:`start`, then DeepSpeed's ``save_checkpoint``, which calls :meth:`save` per
+    file and :meth:`commit` at its end, then :meth:`abort_unfinished`.
 
     Args:
         config: the DeepSpeed config.
@@ -142,14 +142,15 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         self._committed: _Save | None = None  # is written and published
         self.report: SaveReport | None = None
 
-    # ---- what the engine calls ------------------------------------------------------------------------------------------
+    # ---- what the engine calls --------------------------------------------------------------------------------------
 
     def start(self, folder: Path, tag: str, latest: bool, part: Part) -> SaveReport:
         """Wait for the checkpoint before, then make the folder of this one.
 
         Raises:
             ValueError: on every rank: a bad tag, or the ranks were given different folders.
-            Exception: on every rank: the checkpoint before failed, or the folder cannot be made. Published checkpoints are untouched.
+            Exception: on every rank: the checkpoint before failed, or the folder cannot be made. Published checkpoints
+                are untouched.
         """
         self.wait()
         self._check_same_folder(folder / tag)
@@ -205,7 +206,7 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         if save is not None and any(task is not None and task.exception() for task in (save.written, save.published)):
             save.abort()
 
-    # ---- what DeepSpeed calls -------------------------------------------------------------------------------------------
+    # ---- what DeepSpeed calls ---------------------------------------------------------------------------------------
 
     def create(self, info: Any) -> None:
         """Does nothing, see :meth:`start`."""
@@ -244,7 +245,7 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             self.wait()
         return True
 
-    # ---- inside ---------------------------------------------------------------------------------------------------------
+    # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _run(self, task: Callable[[], None]) -> "Future[None]":
         """Run ``task`` in the background thread if there is one, else here."""

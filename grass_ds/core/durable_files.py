@@ -25,8 +25,8 @@ def sync_file(path: Path) -> None:
 def syncing(folder: Path) -> Iterator[None]:
     """On exit, wait until the names in ``folder`` are on disk. The folder itself may be renamed inside.
 
-    Two cases are ignored, because nothing more can be done: some network file systems do not sync folders, and some folders may be
-    entered but not read.
+    Two cases are ignored, because nothing more can be done: some network file systems do not sync folders, and some
+    folders may be entered but not read.
 
     Raises:
         OSError: any other failure.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GrassCallback` and `attach`: metrics, history, plots and safe checkpoints under the HF Trainer (and TRL's trainers).
+"""`GrassCallback` and `attach`: metrics, history, plots and safe checkpoints under the HF Trainer, TRL's included.
 
 The engine samples; the callback only watches, so a run without it trains the same.
 """
@@ -21,6 +21,7 @@ from grass_ds.trainer import dashboards, retention
 from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.metrics import grass_metrics, grass_summary
 from grass_ds.trainer.plots import save_plots
+from grass_ds.trainer.seal import seal_checkpoint
 from grass_ds.trainer.throughput import Throughput, TokenCounter
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ PLOTS_FOLDER = "plots"
 
 
 def attach(trainer: "Trainer") -> "GrassCallback":
-    """Add a `GrassCallback` to a Trainer, ahead of the callbacks that report to dashboards. Call it before `trainer.train()`.
+    """Add a `GrassCallback` to a Trainer before `trainer.train()`, ahead of the callbacks that report to dashboards.
 
         grass_ds.enable()
         trainer = Trainer(model, args, ...)
@@ -41,11 +42,11 @@ def attach(trainer: "Trainer") -> "GrassCallback":
 
     Beyond `callbacks=[GrassCallback()]`:
 
-    - Every dashboard sees the summary in the log lines, and TensorBoard the values of each layer. Without `attach` the callbacks that
-      the Trainer puts before it do not; the console and wandb do.
-    - The callback keeps `save_total_limit` itself and counts complete checkpoints only, so every limit is safe. For that,
-      `trainer.args` becomes a copy of your arguments in which it is None; the object that you passed does not change. In a
-      hyperparameter search all checkpoints then stay.
+    - Every dashboard sees the summary in the log lines, and TensorBoard the values of each layer. Without `attach` the
+      callbacks that the Trainer puts before it do not; the console and wandb do.
+    - The callback keeps `save_total_limit` itself and counts complete checkpoints only, so every limit is safe. For
+      that, `trainer.args` becomes a copy of your arguments in which it is None; the object that you passed does not
+      change. In a hyperparameter search all checkpoints then stay.
 
     Returns:
         The callback: the Trainer's own if it has one, else a new one.
@@ -65,20 +66,21 @@ def attach(trainer: "Trainer") -> "GrassCallback":
 
 
 class GrassCallback(TrainerCallback):
-    """Report a GRASS run through the HF Trainer, and make its checkpoints safe. `attach` adds one; `callbacks=[...]` works as well.
+    """Report a GRASS run through the HF Trainer, and make its checkpoints safe; added by `attach` or `callbacks=[...]`.
 
     - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
       is not a `GrassEngine`: the block would be ignored and every layer trained.
-    - Every training log gets the few values of `grass_summary` and `tokens_per_second`; the callbacks that run before this one do
-      not see them (see `attach`).
-    - wandb gets all values of `grass_metrics` in the row of the same step, three or four per layer, under the prefix `train/`.
-      TensorBoard gets them after `attach`. A failure there is logged once, and training goes on.
+    - Every training log gets the few values of `grass_summary` and `tokens_per_second`; the callbacks that run before
+      this one do not see them (see `attach`).
+    - wandb gets all values of `grass_metrics` in the row of the same step, three or four per layer, under the prefix
+      `train/`. TensorBoard gets them after `attach`. A failure there is logged once, and training goes on.
     - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
       rows after it; a file that cannot be continued is renamed to `grass_history.jsonl.old`.
-    - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete
-      one from what a killed job left.
-    - A killed job always has a complete checkpoint. `save_total_limit=1` would break that, since the Trainer removes the old
-      checkpoint before the new one is complete: it is a `ValueError` when training begins, unless `attach` has taken it over.
+    - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a
+      complete one from what a killed job left.
+    - A killed job always has a complete checkpoint. `save_total_limit=1` would break that, since the Trainer removes
+      the old checkpoint before the new one is complete: it is a `ValueError` when training begins, unless `attach` has
+      taken it over.
     - Training ends when the last checkpoint is published.
     - When training ends, `<output_dir>/plots/*.png` are drawn on global rank 0 and sent to wandb if a run is active.
 
@@ -90,9 +92,9 @@ class GrassCallback(TrainerCallback):
     it counts the tokens, padding included, that this rank's model reads, and multiplies by the number of ranks: no
     synchronisation, and exact when all ranks have batches of the same shape.
 
-    Pickling or copying keeps none of the run's objects: the copy is as good as new, and not attached. The callback is not an
-    `ExportableState`: a resume needs only the engine's checkpoint and the history file, and the Trainer would replace
-    the user's instance by a new one.
+    Pickling or copying keeps none of the run's objects: the copy is as good as new, and not attached. The callback is
+    not an `ExportableState`: a resume needs only the engine's checkpoint and the history file, and the Trainer would
+    replace the user's instance by a new one.
 
     Attributes:
         history: the steps so far on global rank 0 of a GRASS run, else None.
@@ -120,7 +122,7 @@ class GrassCallback(TrainerCallback):
         """Average over the run so far, all ranks together; None before the first step."""
         return None if self._throughput is None else self._throughput.average
 
-    # ---- events of the Trainer ------------------------------------------------------------------------------------------
+    # ---- events of the Trainer --------------------------------------------------------------------------------------
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,10 +208,10 @@ class GrassCallback(TrainerCallback):
         """Seal the checkpoint and remove old ones. Saving is not training time.
 
         Raises:
-            OSError: on every rank, if a file of the checkpoint could not be put on disk on one.
+            OSError: a file of the checkpoint could not be put on disk; `RankFailedError` on the other ranks.
         """
         if self._seals:
-            retention.seal(args, state.global_step)
+            seal_checkpoint(args, state.global_step)
             retention.remove_surplus(args, self._limit, state.global_step, state.best_model_checkpoint)
         self._restart_clock()
 
@@ -237,7 +239,7 @@ class GrassCallback(TrainerCallback):
                 # The trained weights are not saved yet and the other ranks wait for this one to save them.
                 logger.warning(f"could not draw or upload the plots ({error!r}); training itself is complete")
 
-    # ---- inside ---------------------------------------------------------------------------------------------------------
+    # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
         """Drop the engine: a second `train()` builds another, and both would not fit."""

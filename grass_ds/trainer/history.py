@@ -142,7 +142,7 @@ class History:
         self.rows.append(row)
 
     def _rewrite(self) -> None:
-        """Write the whole file aside and move it into place, so that a kill leaves the old one or the new one."""
+        """Write the whole file beside the old one, then replace it, so that a kill leaves one or the other."""
         header = {"layers": self.layers, "sampler": self.sampler, "num_active_layers": self.num_active_layers}
         previous = [None, *self.rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)

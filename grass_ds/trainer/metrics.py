@@ -22,8 +22,8 @@ def grass_metrics(handle: Any) -> dict[str, float]:
     | `grass/score/<layer>` | importance m_l (mean gradient norm); absent while there is none |
     | `grass/prob/<layer>` | p_l of the next draw |
     | `grass/visits/<layer>` | optimizer steps in which the layer was trained |
-    | `grass/bytes/<category>/<memory>` | bytes held by this rank: weights, gradients, optimizer_state in device, host (and nvme) |
-    | `grass/checkpoint/stall_seconds` | time that training stood still for the last checkpoint; absent before the first |
+    | `grass/bytes/<category>/<memory>` | bytes of this rank; weights, gradients, optimizer_state; device, host, nvme |
+    | `grass/checkpoint/stall_seconds` | pause of training for the last checkpoint; absent before the first |
     | `grass/checkpoint/bytes` | bytes of it that this rank has written so far |
 
     Args:
@@ -60,7 +60,7 @@ def grass_summary(handle: Any) -> dict[str, float | str]:
     | `grass/phase` | 0 while probing, 1 while training |
     | `grass/active_layers` | indices of the layers in the active set A_t, as text ("3 17"), or "all" |
     | `grass/bytes/<memory>` | bytes held by this rank in device, host (and nvme) |
-    | `grass/checkpoint/stall_seconds` | time that training stood still for the last checkpoint; absent before the first |
+    | `grass/checkpoint/stall_seconds` | pause of training for the last checkpoint; absent before the first |
 
     Args:
         handle: `engine.grass`.

@@ -17,8 +17,9 @@ class PreemptionCallback(TrainerCallback):
         if preemption.reason:
             sys.exit(preemption.end())
 
-    The checkpoint is written whatever `save_strategy` is, and published when `train()` returns. An evaluation due in the same step is
-    skipped: there may be no time for it. The ranks do not ask in the last step, since training ends in any case.
+    The checkpoint is written whatever `save_strategy` is, and published when `train()` returns. An evaluation due in
+    the same step is skipped: there may be no time for it. The ranks do not ask in the last step, since training ends
+    in any case.
     """
 
     def __init__(self, preemption: Preemption) -> None:

@@ -1,61 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoints of the HF Trainer are kept: an old one goes only when a newer one is complete.
 
-[Note: Rotation] The Trainer removes old checkpoints while the newest is not yet complete: files of other ranks may be missing, and with
-asynchronous saving the engine's part. With ``save_total_limit=1`` a job killed then has nothing left. With 2 or more the one before the
-newest stays, and it is complete, since a save begins by waiting for the one before; but the Trainer also counts what killed jobs left
-behind. ``grass_ds.attach`` therefore has :func:`remove_surplus` keep the limit. Without it, :func:`prepare_for_trainer` makes the
-Trainer's own rotation safe.
+[Note: Rotation] The Trainer removes old checkpoints while the newest is not yet complete: files of other ranks may be
+missing, and with asynchronous saving the engine's part. With ``save_total_limit=1`` a job killed then has nothing
+left. With 2 or more the one before the newest stays, and it is complete, since a save begins by waiting for the one
+before; but the Trainer also counts what killed jobs left behind. ``grass_ds.attach`` therefore has
+:func:`remove_surplus` keep the limit. Without it, :func:`prepare_for_trainer` makes the Trainer's own rotation safe.
 """
 
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from grass_ds.core.agreement import gather_from_ranks
-from grass_ds.core.durable_files import sync_file, sync_folder
 from grass_ds.trainer import checkpoints
-from grass_ds.trainer.checkpoints import Sums
-
-
-def seal(args: Any, step: int) -> None:
-    """Put the Trainer's files of ``checkpoint-<step>`` on disk, then write the seal. Collective.
-
-    Args:
-        args: the Trainer's ``TrainingArguments``.
-
-    Raises:
-        OSError: a file could not be put on disk; RankFailedError on the other ranks.
-    """
-    checkpoint = Path(str(args.output_dir)) / f"checkpoint-{step}"
-    rank, ranks = args.process_index, args.world_size
-    own = [checkpoint / ("rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth")]
-
-    def sync_own() -> Sums:
-        if args.should_save:
-            others = {f"rng_state_{other}.pth" for other in range(ranks)}
-            own.extend(p for p in checkpoints.trainer_files(checkpoint) if p not in own and p.name not in others)
-        for path in own:
-            sync_file(path)
-        return {path.name: checkpoints.sum_of(path) for path in own}
-
-    def write() -> Sums:
-        if args.should_save:
-            checkpoints.write_seal(checkpoint, sums)
-            sync_folder(checkpoint.parent)
-        return sums
-
-    sums = _on_all_ranks(sync_own, ranks)
-    _on_all_ranks(write, ranks)
-
-
-def _on_all_ranks(task: Callable[[], Sums], ranks: int) -> Sums:
-    """The results of all ranks' ``task``, merged; if one fails, every rank raises."""
-    parts = gather_from_ranks(task) if ranks > 1 else [task()]
-    return {name: sums for part in parts for name, sums in part.items()}
 
 
 def prepare_for_trainer(args: Any, step: int) -> None:
@@ -90,8 +50,8 @@ def _remove(folders: Iterable[Path]) -> None:
 def surplus(folder: Path, limit: int | None, step: int, best: str | None, at_end: bool = False) -> list[Path]:
     """The checkpoints to remove, oldest first, so that ``limit`` complete ones stay.
 
-    The newest complete one always stays, and so do newer ones (not complete yet) and the ``best``. Checkpoints of later steps
-    than ``step`` are of an earlier run that was given up, and count as the oldest.
+    The newest complete one always stays, and so do newer ones (not complete yet) and the ``best``. Checkpoints of
+    later steps than ``step`` are of an earlier run that was given up, and count as the oldest.
 
     Args:
         limit: ``save_total_limit``; None or 0 for all.

@@ -53,7 +53,7 @@ def _rate(tokens: int, seconds: float) -> float | None:
 
 
 class TokenCounter:
-    """Input tokens of all ranks per optimizer step: the Trainer's own count if it keeps one, else that of a forward hook.
+    """Input tokens of all ranks per optimizer step, counted by the Trainer if it does, else by a forward hook.
 
     The Trainer counts only with `include_num_input_tokens_seen`, and no event hands the inputs to a callback.
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def fsync() -> Iterator[mock.Mock]:
 
 
 def fill(folder: Path, tag: str, step: int) -> None:
-    """Make the place of a checkpoint and write all there is in it."""
+    """Prepare a checkpoint and write all its files."""
     folders.prepare(folder, tag)
     aside = folders.saving_path(folder, tag)
     for rank in range(WORLD):
@@ -63,7 +64,7 @@ def loadable(folder: Path) -> tuple[str, int]:
     return tag, step
 
 
-# ---- publication ---------------------------------------------------------------------------------------------------------
+# ---- publication ----------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -150,7 +151,7 @@ def test_a_tag_may_name_a_folder_in_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))
 
 
-# ---- parts and what they tell -----------------------------------------------------------------------------------------------
+# ---- parts and what they tell ---------------------------------------------------------------------------------------
 
 
 def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_candidates_are_the_latest_and_then_the_newest(tmp_path: Path) -> None:
     assert folders.candidates(tmp_path) == ["gone", "b", "a", "c"]
 
 
-# ---- files that know their sum -----------------------------------------------------------------------------------------------
+# ---- files that know their sum --------------------------------------------------------------------------------------
 
 
 class Slow(io.FileIO):
@@ -263,7 +264,9 @@ def test_a_file_that_is_taken_in_small_bites_is_whole(tmp_path: Path, fsync: moc
         torch.save(content, file)  # type: ignore[arg-type]
     fsync.assert_called_once()
     assert torch.equal(torch.load(tmp_path / "bites.pt")["a"], content["a"])
-    assert file.sums == FileSum((tmp_path / "bites.pt").stat().st_size, folders._crc32_of(tmp_path / "bites.pt"))
+    assert file.sums == FileSum(
+        (tmp_path / "bites.pt").stat().st_size, zlib.crc32((tmp_path / "bites.pt").read_bytes())
+    )
 
 
 def test_the_first_error_of_a_file_is_kept_and_nothing_is_called_written(fsync: mock.Mock) -> None:
@@ -279,7 +282,9 @@ def test_a_part_says_what_can_be_read_by_others(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, "one", 7)
     content = json.loads((checkpoint / "grass_rank_1.json").read_text())
     size = (checkpoint / "rank1.pt").stat().st_size
-    assert content["files"] == {"rank1.pt": {"bytes": size, "crc32": folders._crc32_of(checkpoint / "rank1.pt")}}
+    assert content["files"] == {
+        "rank1.pt": {"bytes": size, "crc32": zlib.crc32((checkpoint / "rank1.pt").read_bytes())}
+    }
     assert (content["rank"], content["world_size"], content["step"]) == (1, WORLD, 7)
 
 

@@ -4,6 +4,7 @@
 import copy
 import pickle
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -127,10 +128,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("run")
     before, callback, after = Recorder(), GrassCallback(), LastRecorder()
     options = {"eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
+    report_to = "tensorboard" if find_spec("tensorboard") else "none"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
         trainer = make_trainer(
-            folder, [before, callback, after], FakeHandle(), report_to="tensorboard", **SAVING, **options
+            folder, [before, callback, after], FakeHandle(), report_to=report_to, **SAVING, **options
         )
         assert grass_ds.attach(trainer) is callback
         trainer.train()
@@ -214,7 +216,7 @@ def test_a_history_of_another_model_is_kept_aside(run: SimpleNamespace, tmp_path
     assert (tmp_path / "grass_history.jsonl.old").read_text() == other
 
 
-# ---- attach -------------------------------------------------------------------------------------------------------------
+# ---- attach ---------------------------------------------------------------------------------------------------------
 
 
 def test_unattached_only_the_callbacks_after_it_see_the_summary(
@@ -223,7 +225,9 @@ def test_unattached_only_the_callbacks_after_it_see_the_summary(
     warnings: list[str] = []
     monkeypatch.setattr(callback_module.logger, "warning", warnings.append)
     before, after = Recorder(), LastRecorder()
-    make_trainer(tmp_path, [before, GrassCallback(), after], FakeHandle(), report_to="tensorboard").train()
+    trainer = make_trainer(tmp_path, [before, GrassCallback(), after], FakeHandle())
+    trainer.args.report_to = ["tensorboard"]
+    trainer.train()
     assert [("grass/phase" in log) for log in after.logs] == [True, True, True, False]
     assert not any("grass/phase" in log for log in before.logs)
     [warning] = warnings
@@ -261,7 +265,7 @@ def test_a_limit_that_is_not_safe_is_refused(tmp_path: Path) -> None:
     assert trainer.args.save_total_limit == 1
 
 
-# ---- failures and second runs -------------------------------------------------------------------------------------------
+# ---- failures and second runs ---------------------------------------------------------------------------------------
 
 
 def test_a_failing_plot_does_not_lose_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
