@@ -1,42 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What draws cost a compiled model: graphs and seconds of compiling, the blocks one by one beside the model in one piece.
+"""What draws cost a compiled model: graphs and seconds, the blocks compiled one by one beside the model in one piece.
 
     python -m benchmarks.compiling
 
-Prints a table. Every row is a run of its own process on ZeRO-2, with the same draws and one rank; all must reach the same loss.
+Every way runs in a process of its own on ZeRO-2 with the same draws and one rank; all must reach the same loss.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
-from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from transformers import LlamaForCausalLM
+
+import grass_ds
+from benchmarks.models import llama
 
 LAYERS, DRAWS, PERIOD = 8, 10, 2
 BACKEND = "aot_eager"  # traces forward and backward as inductor does, but generates no code
 WAYS = {"eager": "not compiled", "blocks": "engine.compile()", "whole": "model.compile()"}
 
 
-def measure(way: str) -> dict[str, Any]:
+def measure(way: str) -> dict[str, float]:
     """Graphs, seconds in all, and the last loss of DRAWS * PERIOD steps."""
-    import torch
-    from torch._dynamo.utils import counters
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import grass_ds
-
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            use_cache=False,
-        )
-    )
+    model = LlamaForCausalLM(llama(64, 128, LAYERS, 4, 256, use_cache=False))
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": 2},
@@ -48,33 +38,25 @@ def measure(way: str) -> dict[str, Any]:
         engine.compile(backend=BACKEND)
     elif way == "whole":
         model.compile(backend=BACKEND)
-    began, value = time.perf_counter(), 0.0
+    began = time.perf_counter()
     for step in range(DRAWS * PERIOD):
         ids = torch.randint(0, 256, (2, 32), generator=torch.Generator().manual_seed(step))
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
-        value = loss.item()
-    found = {"graphs": counters["stats"]["unique_graphs"], "seconds": time.perf_counter() - began, "loss": value}
+    seconds = time.perf_counter() - began
     engine.destroy()
-    return found
+    return {"graphs": counters["stats"]["unique_graphs"], "seconds": seconds, "loss": loss.item()}
 
 
 def main() -> None:
-    """Measure every way in a process of its own."""
     if len(sys.argv) > 1:
         print(json.dumps(measure(sys.argv[1])))
         return
     rows = {}
     for way in WAYS:
-        run = subprocess.run(
-            [sys.executable, "-m", "benchmarks.compiling", way],
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ,
-        )
-        rows[way] = json.loads(run.stdout.splitlines()[-1])
+        command = [sys.executable, "-m", "benchmarks.compiling", way]
+        rows[way] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
     if len({row["loss"] for row in rows.values()}) > 1:
         raise AssertionError(f"the ways do not compute the same: {rows}")
     print(f"{LAYERS} layers, {DRAWS} draws of 2, backend {BACKEND}")
