@@ -51,9 +51,9 @@ initialize.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
 def enable() -> ExitStack:
     """Make ``deepspeed.initialize`` read the ``"grass"`` block, so that HF Trainer, accelerate and TRL work unchanged.
 
-    ``grass_ds.enable()`` once, before the Trainer is built, is all; calling it again changes nothing. As a context
-    manager it ends with the ``with`` block: ``with grass_ds.enable(): trainer.train()``. Code that did ``from
-    deepspeed import initialize`` earlier keeps the stock function; call :func:`initialize` there.
+    Call ``grass_ds.enable()`` once, before the Trainer is built; calling it again changes nothing. As a context manager
+    it ends with the ``with`` block: ``with grass_ds.enable(): trainer.train()``. Code that has run
+    ``from deepspeed import initialize`` before keeps the stock function; call :func:`initialize` there.
 
     Returns:
         A context manager that gives ``deepspeed.initialize`` back as it was found, at its end or at ``close()``.

@@ -15,8 +15,9 @@ from helpers.tiered import tiered
 from torch import nn
 
 import grass_ds
-from grass_ds import entry, validation
+from grass_ds import entry
 from grass_ds.config import GrassConfig
+from grass_ds.sampling.layers import ModelLayers
 
 STOCK_INITIALIZE, STOCK_ENGINE = deepspeed.initialize, deepspeed.DeepSpeedEngine
 
@@ -202,40 +203,27 @@ def test_an_engine_that_cannot_be_built_leaves_nothing_bound(two_ranks: Any, how
 
 
 def counted(config: dict[str, Any], how: str) -> dict[str, Any]:
-    """How often the block is parsed, its layers are discovered and the config is checked on the way to an engine."""
-    model = tiny_llama()
+    """How many blocks are parsed and how many layers are discovered on the way to an engine, wherever in the library."""
+    model, counts = tiny_llama(), {}
     with ExitStack() as patches:
-        found = {
-            name: patches.enter_context(mock.patch.object(module, name, wraps=getattr(module, name)))
-            for module, name in (
-                (entry, "parse_grass_block"),
-                (entry, "check_ds_config"),
-                (validation, "discover_layers"),
-            )
-        }
-        built = patches.enter_context(
-            mock.patch.object(GrassConfig, "__init__", autospec=True, side_effect=GrassConfig.__init__)
-        )
+        for cls in (GrassConfig, ModelLayers):
+            spy = mock.patch.object(cls, "__init__", autospec=True, side_effect=cls.__init__)
+            counts[cls.__name__] = patches.enter_context(spy)
+        check = mock.patch.object(entry, "check_ds_config", wraps=entry.check_ds_config)
+        counts["check_ds_config"] = patches.enter_context(check)
         if how == "enable":
             patches.enter_context(grass_ds.enable())
         initialize = deepspeed.initialize if how == "enable" else grass_ds.initialize
         engine, *_ = initialize(model=model, config=config, model_parameters=list(model.parameters()))
-        counts = {name: spy.call_count for name, spy in found.items()}
-    config_is_kept = engine.grass.config == GrassConfig(**config["grass"])
+    kept = engine.grass.config == GrassConfig(**config["grass"])
     engine.destroy()
-    return {**counts, "GrassConfig": built.call_count, "config is kept": config_is_kept}
+    return {name: spy.call_count for name, spy in counts.items()} | {"config is kept": kept}
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("how", "stage"), [("initialize", 2), ("enable", 3)])
 def test_a_start_parses_and_discovers_once(two_ranks: Any, how: str, stage: int) -> None:
-    once = {
-        "parse_grass_block": 1,
-        "check_ds_config": 1,
-        "discover_layers": 1,
-        "GrassConfig": 1,
-        "config is kept": True,
-    }
+    once = {"GrassConfig": 1, "ModelLayers": 1, "check_ds_config": 1, "config is kept": True}
     found = two_ranks.run(counted, config=ds_config(stage=stage, grass=grass_block()), how=how)
     assert found == [once, once]
 
