@@ -234,6 +234,28 @@ def test_unattached_only_the_callbacks_after_it_see_the_summary(
     assert warning.startswith("tensorboard will not show") and "grass_ds.attach(trainer)" in warning
 
 
+@pytest.mark.parametrize(("strategy", "steps"), [("steps", [2, 4, 6]), ("epoch", [6])])
+def test_wandb_gets_its_values_before_any_callback_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, steps: list[int]
+) -> None:
+    rows: list[Any] = []
+    monkeypatch.setattr(dashboards, "add_to_wandb_row", rows.append)
+
+    class Counter(TrainerCallback):
+        """Ahead of GrassCallback, as the Trainer's wandb callback."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                rows.append(state.global_step)
+
+    trainer = make_trainer(tmp_path, [Counter(), GrassCallback()], FakeHandle(), logging_strategy=strategy)
+    trainer.args.report_to = ["wandb"]
+    trainer.train()
+    assert rows[1::2] == steps
+    assert [row["grass/visits/00"] for row in rows[::2]] == steps
+    assert all(row["tokens_per_second"] > 0 and row["grass/bytes/device"] == 10 for row in rows[::2])
+
+
 def test_attach_puts_one_callback_behind_the_flow_callback_alone(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, [Recorder()], FakeHandle(), save_total_limit=0)
     args, callback = trainer.args, grass_ds.attach(trainer)
@@ -282,7 +304,7 @@ def test_a_second_train_starts_anew(tmp_path: Path) -> None:
     callback, handle = GrassCallback(), FakeHandle()
     trainer = make_trainer(tmp_path, [callback], handle)
     trainer.train()
-    assert handle.waits == 1, "a checkpoint may still be under way"
+    assert handle.waits == 1, "a checkpoint may not be published yet"
     assert handle not in vars(callback).values(), "the callback keeps the engine alive"
     assert not trainer.model._forward_pre_hooks
     trainer.train()
