@@ -156,9 +156,6 @@ class TrainedStep:
         return 2 * self.tokens * self.shape["vocab"] * self.shape["hidden"]
 
 
-# ---- arithmetic and traffic ----
-
-
 def flops(row: Row, active: list[int] | None) -> int:
     """FLOPs of one optimizer step on one rank, recomputation included; a multiply-add counts twice."""
     step = TrainedStep(row, active)
@@ -216,9 +213,6 @@ def _gathered_again(step: TrainedStep) -> int:
         again += numel if 2 * above > REUSE_DISTANCE else 0
         above += numel
     return again
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def memory(row: Row, active: list[int] | None) -> dict[str, int]:
@@ -327,9 +321,6 @@ def _outside_bytes(step: TrainedStep) -> int:
         return step.tokens * per_token
     per_place = 2 * step.width * s["head_dim"] + 8 * step.row["checkpointing"]
     return step.tokens * (per_token + FP32 * (s["hidden"] + 1)) + per_place * step.row["sequence"]
-
-
-# ---- time -----------------------------------------------------------------------------------------------------------
 
 
 def seconds(row: Row) -> list[dict[str, float]]:

@@ -12,8 +12,8 @@ from benchmarks.suite import Request
 
 
 def cases(request: Request) -> Iterator[Case]:
-    """``grass`` probes, so its memory counts. "offload" blocks are compared among ``uniform``, whose draws do not depend
-    on rounding. The state of all layers would not fit on the device: ``none`` allocates it when a layer is drawn.
+    """``grass`` probes, so its memory counts; "offload" blocks are compared among ``uniform``, whose draws need no
+    gradients. The state of all layers would not fit on the device: ``none`` allocates it when a layer is drawn.
     """
     gpus = get_accelerator().device_count()
     for seed, model, batch in product(range(request.rounds), PAPER, (1, 4)):

@@ -50,7 +50,7 @@ REPROBE_PERIODS = (0, 21, 10)
 
 
 def cases(request: Request) -> Iterator[Case]:
-    """Cases that can run with the rows that are there; before its learning rate is known, a method has only ``tune``."""
+    """Cases that can run with the rows that are there; without its learning rate, a method has only ``tune``."""
     for task, part in product(request.tasks, request.parts):
         yield from MAKERS[part](task, request.rows)
 

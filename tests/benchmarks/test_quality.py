@@ -14,7 +14,7 @@ from helpers.models import tiny_llama
 
 from benchmarks import cost_model
 from benchmarks.cost_model import TrainedStep
-from benchmarks.quality import equal_budget, layer_ablation, plots, scores, suite, tables
+from benchmarks.quality import comparisons, equal_budget, layer_ablation, plots, scores, suite, tables
 from benchmarks.quality.suite import COMPARED, GRID, RATES, SETTINGS, STEPS, TUNING_SEED
 from benchmarks.suite import Request
 from benchmarks.tasks import TASKS, Exam
@@ -38,6 +38,7 @@ def row(method: str, lr: float, seed: int, dev_loss: float, **changed: Any) -> d
         "steps": STEPS,
         "grass": SETTINGS,
         "model": "any",
+        "ranks": 1,
         "micro_batch": 2,
         "sequence": 16,
         "dev_rows": 8,
@@ -122,7 +123,7 @@ def test_differences_are_within_a_seed() -> None:
         reached("uniform", 1, 2.0, 0.75),
         reached("uniform", 2, 9.0, 0.0),  # without its pair
     ]
-    loss, accuracy = (lines_of(text) for text in tables.pair_tables(rows))
+    loss, accuracy = (lines_of(text) for text in comparisons.pair_tables(rows))
     assert [list(line.values()) for line in loss] == [
         # 12.71 * 1.061 / sqrt(2) to both sides
         ["grass - uniform", "+0.250 ± 1.061", "-0.500, +1.000", "-9.282 to +9.782"]
@@ -215,7 +216,7 @@ def test_other_draws_are_compared_draw_by_draw() -> None:
             ("grass", 300, 7.0),
         )
     ]
-    losses, differences = (lines_of(text) for text in tables.redrawn_tables(redrawn))
+    losses, differences = (lines_of(text) for text in comparisons.redrawn_tables(redrawn))
     assert [list(line.values()) for line in losses] == [
         ["uniform", "2.500 ± 0.707", "2.500 ± 0.707", "2"],
         ["grass", "4.000 ± 3.000", "4.000 ± 3.000", "3"],
@@ -378,11 +379,11 @@ def test_draws_are_measured_by_what_importance_moves_and_by_what_they_share() ->
     skewed = row(
         "grass", 1e-3, 0, 1.0, scores=[{"probabilities": [0.7, 0.1, 0.1, 0.1]}, {"probabilities": [0.25] * 4}]
     )
-    assert tables.distance_from_uniform(skewed) == pytest.approx(0.45 / 2)
-    assert tables.distance_from_uniform(row("uniform", 1e-3, 0, 1.0, scores=[])) is None
+    assert comparisons.distance_from_uniform(skewed) == pytest.approx(0.45 / 2)
+    assert comparisons.distance_from_uniform(row("uniform", 1e-3, 0, 1.0, scores=[])) is None
     ours, theirs = (
         row("grass", 1e-3, 0, 1.0, active=active) for active in ([None, [0, 1], [2, 3]], [[0, 1], [0, 2], [2, 3]])
     )
-    assert tables.shared_layers(ours, theirs) == 0.75  # of the two steps in which both train
-    assert tables.shared_layers(ours, row("full", 1e-3, 0, 1.0)) is None
-    assert tables.shared_layers({**ours, "active": ours["active"][:2]}, theirs) is None
+    assert comparisons.shared_layers(ours, theirs) == 0.75  # of the two steps in which both train
+    assert comparisons.shared_layers(ours, row("full", 1e-3, 0, 1.0)) is None
+    assert comparisons.shared_layers({**ours, "active": ours["active"][:2]}, theirs) is None
