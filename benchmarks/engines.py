@@ -39,7 +39,7 @@ def updates(args: argparse.Namespace, num_layers: int) -> int:
     block = grass_config(args)
     if block is None:
         return args.steps
-    return args.steps - Controller(num_layers, **block.policy_arguments()).probe_steps_within(args.steps)
+    return args.steps - Controller(num_layers, **block.controller_arguments()).probe_steps_within(args.steps)
 
 
 def trainable_numel(engine: Any) -> int:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.sampling.controller import Controller
-from grass_ds.sampling.layers import discover_layers
 from grass_ds.validation import check_ds_config, check_model
 from launch import distributed, tracking
 from launch.arguments import Arguments
@@ -50,7 +49,7 @@ def prepare(options: Arguments) -> Task:
     tracking.check(options.training.report_to)
     config = parse_grass_block(options.ds_config)
     if config is not None:
-        check_ds_config(options.ds_config)
+        check_ds_config(options.ds_config, config)
     data, evaluation = options.data, options.evaluation
     splits = load_data(options)
     tokenizer = load_tokenizer(options.model.model)
@@ -82,10 +81,8 @@ def prepare_model(options: Arguments, task: Task) -> tuple[PreTrainedModel, Call
         check_saving(model, task.tokenizer, Path(str(options.training.output_dir)), zero)
     if task.grass is None:
         return model, lambda steps: 0
-    check_model(model)
-    layers = discover_layers(model, task.grass.layers_path)
-    layers.resolve_always_active(task.grass.always_active)
-    probe_steps_within = Controller(len(layers.names), **task.grass.policy_arguments()).probe_steps_within
+    layers = check_model(model, task.grass)
+    probe_steps_within = Controller(len(layers.names), **task.grass.controller_arguments()).probe_steps_within
     steps = options.training.max_steps
     if 0 < steps == probe_steps_within(steps):
         raise ValueError(

@@ -21,7 +21,7 @@ from grass_ds.offload.copies import Copies
 from grass_ds.offload.state_files import StateFile
 from grass_ds.offload.state_template import learn_template
 from grass_ds.offload.store import StateStore, UnitState
-from grass_ds.zero.stepping import step_unit
+from grass_ds.zero.step import step_unit
 
 LAYERS, GAMMA = 5, 2
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -44,7 +44,7 @@ def _unit(name: str, layer: int | None, numel: int, rng: random.Random) -> Unit:
     param = nn.Parameter(weights.to(torch.bfloat16))
     kind = "norm" if layer is None else "block"
     unit = ReplicatedUnit(name, kind, layer, 0, [param], [name], world=1, rank=0, always=layer is None)
-    unit.claim()
+    unit.flatten_weights()
     return unit
 
 
