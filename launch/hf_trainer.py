@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grass_ds.checkpoint.folder import replace_file
+from grass_ds.core.durable_files import replace_file
 from launch import peak_memory
 
 _ACTIVE = "grass/active_layers"

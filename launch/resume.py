@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grass_ds.checkpoint.folder import listed
+from grass_ds.core.durable_files import listed
 from grass_ds.trainer.checkpoints import explain, newest_complete, problems
 from launch import distributed
 

@@ -30,8 +30,8 @@ from pydantic import ValidationError
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback, rewrite_logs
 
-from grass_ds.checkpoint.folder import replace_file
 from grass_ds.cluster.preemption import PREEMPTED
+from grass_ds.core.durable_files import replace_file
 from launch import distributed
 
 RUN_FILE = "wandb_run.json"

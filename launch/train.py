@@ -81,17 +81,17 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         lambda: measure(task, model, options), folder / "before.json", save=lambda: trainer.save_model()
     )
     grass_ds.enable()
-    callback = grass_ds.GrassCallback()
     trainer = GrassTrainer(
         model=model,
         args=options.training,
         train_dataset=task.train,
         data_collator=Collator(task.tokenizer.pad_token_id),
         processing_class=task.tokenizer,
-        callbacks=[stopwatch, callback, grass_ds.PreemptionCallback(preemption)],
+        callbacks=[stopwatch, grass_ds.PreemptionCallback(preemption)],
         probe_steps_within=probe_steps_within,
     )
     _choose_callbacks(trainer, wants_to_resume(options.training.resume_from_checkpoint))
+    callback = grass_ds.attach(trainer)
     try:
         return _train_and_report(Run(options, task, preemption, trainer, stopwatch, callback))
     except Exception as error:
@@ -180,7 +180,7 @@ def run_watched(preemption: grass_ds.Preemption) -> int:
                         file=sys.stderr,
                         flush=True,
                     )
-                heartbeats[0].wait_for_verdict()
+                heartbeats[0].wait_for_cause()
             raise
         tracking.finish(status)
         if status == grass_ds.PREEMPTED:

@@ -139,10 +139,8 @@ def test_importing_the_library_needs_no_plotting() -> None:
 
 def test_deepspeeds_abstractions_and_logger_are_used() -> None:
     def found(name: str) -> set[str]:
-        if name in ("doctor/rendezvous.py", COMPAT):
-            # The ranks meet in the one before there is a process group, for which DeepSpeed has nothing; the other stands in for
-            # methods that the accelerators of older releases lack.
-            return set()
+        if name == COMPAT:
+            return set()  # it stands in for methods that the accelerators of older releases lack
         names = {ast.unparse(node) for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)}
         direct = {n for n in names | imports(name) if n.startswith(("torch.cuda", "torch.distributed"))}
         if name.startswith("doctor/") or name == "__main__.py":

@@ -14,7 +14,7 @@ from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
 from grass_ds.core.unit_plan import UnitPlan
 from grass_ds.core.units import Unit, whole_numel
-from grass_ds.offload.build import Surroundings, open_store
+from grass_ds.offload.build import open_store
 from grass_ds.offload.state_template import learn_template
 from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import Controller
@@ -73,7 +73,9 @@ class GrassEngine(CheckpointingEngine):
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
         config, layers = self._grass_config, self._layers
-        if config is None or layers is None or optimizer is None:  # nothing trains: a reference model, or an evaluation
+        if (
+            config is None or layers is None or optimizer is None
+        ):  # nothing trains: a reference model, or an evaluation
             return super()._configure_zero_optimizer(optimizer)
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
@@ -114,12 +116,19 @@ class GrassEngine(CheckpointingEngine):
 
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
         """This rank's state store, once every rank has one."""
-        surroundings = Surroundings(config.num_active_layers, self.device, self.global_rank, self.aio_config())
         store = None
         try:
             with raise_on_all_ranks(self.seq_data_parallel_group, self.device):
                 templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
-                store = open_store(config.offload, units, templates, surroundings)
+                store = open_store(
+                    config.offload,
+                    units,
+                    templates,
+                    num_active_layers=config.num_active_layers,
+                    device=self.device,
+                    rank=self.global_rank,
+                    aio=self.aio_config(),
+                )
         except BaseException:
             if store is not None:
                 store.close()

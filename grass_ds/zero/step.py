@@ -60,7 +60,7 @@ def step_unit(
     """
     group = optimizer.param_groups[unit.group]
     for chunk in store.chunks(unit):
-        with store.on_loan(chunk, optimizer) as master:
+        with store.on_device(chunk, optimizer) as master:
             part = chunk.of(gradient).to(torch.float32)
             master.grad = part.mul_(factor) if factor != 1.0 else part
             groups, optimizer.param_groups = optimizer.param_groups, [group]
