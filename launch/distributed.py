@@ -65,7 +65,7 @@ def start(timeout_minutes: float = 30.0) -> None:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    placement.leave()
+    placement.leave_process_group()
 
 
 def barrier() -> None:

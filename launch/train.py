@@ -344,7 +344,7 @@ def run_watched(preemption: grass_ds.Preemption) -> int:
                         file=sys.stderr,
                         flush=True,
                     )
-                heartbeats[0].wait_for_verdict()
+                heartbeats[0].wait_for_cause()
             raise
         tracking.finish(status)
         if status == grass_ds.PREEMPTED:

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback, rewrit
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from grass_ds.cluster.preemption import Preemption, shielded
+from grass_ds.cluster.preemption import Preemption, ignore_signals
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.trainer.metrics import History, HistoryRow, Throughput, grass_metrics, grass_summary
 from grass_ds.trainer.plots import save_plots
@@ -262,7 +263,7 @@ class PreemptionCallback(TrainerCallback):
         """Keep the signals from the processes that load training data (`dataloader_num_workers`)."""
         loader = kwargs.get("train_dataloader")
         if loader is not None:
-            loader.worker_init_fn = shielded(loader.worker_init_fn)
+            loader.worker_init_fn = partial(ignore_signals, init=loader.worker_init_fn)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``engine.grass``: what a layer-sampled run can be asked."""
+"""``engine.grass``: the state of a layer-sampled run."""
 
 from typing import Any
 
@@ -64,13 +64,13 @@ class GrassHandle:
         return self._controller.visits
 
     def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
-        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``, and
-        ``"nvme"`` for optimizer state in files.
+        """Bytes on this rank by category and device: ``{"weights" | "gradients" | "optimizer_state": {"device",
+        "host"}}``, and ``"nvme"`` for optimizer state in files.
 
         Args:
-            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of optimizer
-                state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel`` with Adam) or, with
-                ``residency: period``, that of the active layers.
+            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of
+                optimizer state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel``
+                with Adam) or, with ``residency: period``, that of the active layers.
         """
         weights = self._weights()
         store, reducer = self._optimizer.store, self._optimizer.reducer
@@ -100,7 +100,7 @@ class GrassHandle:
         return None if self.writer is None else self.writer.report
 
     def wait_for_checkpoint(self) -> None:
-        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for those who are handed the optimizer alone."""
+        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for code that has the optimizer only."""
         if self.writer is not None:
             self.writer.wait()
 
