@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that are compared: what each is called, and how its config and its model differ from stock full fine-tuning."""
+"""The methods that are compared: how the config and the model of each differ from stock full fine-tuning."""
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 EVERYTHING = ["embed", "norm", "head"]
-# What DeepSpeed is told of a precision. fp16 has a dynamic loss scale: steps whose gradients overflow are skipped, most of them first ones.
+# DeepSpeed's config of a precision. fp16 has a dynamic loss scale, which skips steps whose gradients overflow.
 PRECISION: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}},
     "fp16": {"fp16": {"enabled": True, "loss_scale": 0}},
@@ -18,32 +18,25 @@ PRECISION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """What tells a method from stock full fine-tuning.
+    """What distinguishes a method from stock full fine-tuning.
 
     Attributes:
-        label: what tables call it.
+        description: what the key in tables stands for.
         grass: its "grass" block; None for methods that are not ours.
         zero: added to ``zero_optimization``.
-        lora_rank: of PEFT LoRA on all linear layers, alpha twice that; None: the model is trained itself.
+        lora_rank: of PEFT LoRA on all linear layers, alpha twice that; None: the model itself trains.
         frozen: parameters with this in their name do not train.
-        toggles: LISA as public callbacks do it, see :func:`benchmarks.peers.toggle_layers`.
-        package: that the method comes in and that need not be installed.
-        note: what a reader has to know of it beside its numbers; no full stop.
+        toggles: LISA as public callbacks do it, see :class:`benchmarks.baselines.LayerToggle`.
+        package: that the method comes in; it need not be installed.
     """
 
-    label: str
+    description: str
     grass: dict[str, Any] | None = None
     zero: dict[str, Any] = field(default_factory=dict)
     lora_rank: int | None = None
     frozen: str | None = None
     toggles: bool = False
     package: str | None = None
-    note: str = ""
-
-    @property
-    def bare_label(self) -> str:
-        """For suites whose settings are not the default ones."""
-        return self.label.removesuffix(" (default)")
 
 
 METHODS: dict[str, Method] = {
@@ -51,27 +44,15 @@ METHODS: dict[str, Method] = {
     "full-offload": Method(
         "full fine-tuning, optimizer state on the CPU (stock DeepSpeed)",
         zero={"offload_optimizer": {"device": "cpu", "pin_memory": True}},
-        note="steps by torch's fused AdamW, as all methods do, not by DeepSpeed's CPU Adam",
     ),
     "lora-16": Method("LoRA r=16, all linear layers (PEFT)", lora_rank=16),
     "lora": Method("LoRA r=128, all linear layers (PEFT)", lora_rank=128),
-    "lora-fa": Method(
-        "LoRA-FA r=128, all linear layers (PEFT): A frozen",
-        lora_rank=128,
-        frozen="lora_A",
-        note=(
-            "B trained by AdamW: PEFT's own LoRA-FA optimizer cannot work on ZeRO's flat shards. It pairs A with B by the names of "
-            "its parameters; ZeRO leaves it one flat shard under the name of the embeddings, which it steps by plain AdamW, without the "
-            "projection and without a word"
-        ),
-    ),
+    "lora-fa": Method("LoRA-FA r=128, all linear layers (PEFT): A frozen", lora_rank=128, frozen="lora_A"),
     "lisa-toggle": Method(
-        "LISA by toggling `requires_grad` (public callbacks), 2 layers + everything else",
-        toggles=True,
-        note="does not freeze: ZeRO takes a missing gradient for zero, and Adam's momentum moves the layer on",
+        "LISA by toggling `requires_grad` (public callbacks), 2 layers + everything else", toggles=True
     ),
     "badam-package": Method("BAdam (its own package), 1 layer", package="badam"),
-    "grass": Method("**grass**, 2 layers + final norm (default)", {"sampler": "grass"}),
+    "grass": Method("grass, 2 layers + final norm (default)", {"sampler": "grass"}),
     "grass-sharp": Method(
         "grass at temperature 0.25, 2 layers + final norm", {"sampler": "grass", "temperature": 0.25}
     ),
@@ -88,28 +69,18 @@ METHODS: dict[str, Method] = {
     ),
     "cyclic": Method("cyclic (BAdam's order), 2 layers + final norm", {"sampler": "cyclic"}),
     "badam": Method(
-        "cyclic in BAdam's way (ours), 1 layer + final norm",
+        "cyclic as BAdam does it (ours), 1 layer + final norm",
         {"sampler": "cyclic", "num_active_layers": 1, "state_on_switch": "reset"},
     ),
     "full-sampler": Method(
         "our wrapper doing all that stock does (sampler `full`)", {"sampler": "full", "offload": {"device": "none"}}
     ),
 }
-# Methods that were tried and are not measured: why. No full stop either.
-NOT_RUN = {
-    "zenflow": (
-        "DeepSpeed 0.19.8's ZenFlow spoils the model before the first step: on ZeRO-2 `initialize` writes every matrix into its flat "
-        "buffer transposed and reads it back as if it were not. Its default `update_interval: auto` then divides the loss by 0: nan from "
-        "the second step on. On ZeRO-3 it wants CUDA"
-    ),
-}
-# Methods of packages that need not be installed.
-PACKAGES = {name: method.package for name, method in METHODS.items() if method.package is not None}
 
 
 def missing_package(method: str) -> str | None:
-    """The package that the method is, if it is not installed."""
-    package = PACKAGES.get(method)
+    """The package that the method comes in, if it is not installed."""
+    package = METHODS[method].package
     return package if package is not None and find_spec(package) is None else None
 
 
@@ -125,12 +96,12 @@ def ds_config(
     bucket: int = 5_000_000,
     total_steps: int | None = None,
 ) -> dict[str, Any]:
-    """``dtype``, torch's fused AdamW, clip 1.0, linear warm-up over 5 steps; ``grass`` overrides the method's block.
+    """The DeepSpeed config: torch's fused AdamW, clip 1.0, 5 warm-up steps; ``grass`` overrides the method's block.
 
     Args:
-        bucket: elements of DeepSpeed's communication buffers; about one layer, as its default of 5e8 would dominate the memory of
-            a small model.
-        total_steps: the learning rate falls linearly to zero until then; None: it stays.
+        bucket: elements of DeepSpeed's communication buffers; about one layer, as the default of 5e8 would dominate
+            the memory of a small model.
+        total_steps: the learning rate falls linearly to zero by then; None: it stays.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -156,7 +127,7 @@ def ds_config(
 
 
 def prepare_model(method: str, model: nn.Module) -> nn.Module:
-    """The model as the method trains it: in PEFT LoRA, with what the method freezes frozen."""
+    """The model as the method trains it: with PEFT's adapters, and with what the method freezes frozen."""
     rank, frozen = METHODS[method].lora_rank, METHODS[method].frozen
     if rank is not None:
         from peft import LoraConfig, get_peft_model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision of a file of rows: the user's, that of the rows in it, or what the hardware computes. Decided before any cell runs."""
+"""The precision of a file of rows: as asked, as the rows in it, or what the hardware computes."""
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +19,7 @@ STATE = 12  # bytes of optimizer state per element that trains, in every precisi
 
 @dataclass(frozen=True)
 class Choice:
-    """A precision, who or what decided, and what the user has to know of it, if anything."""
+    """A precision, the reason for it, and a warning if the device is slow in it."""
 
     name: str
     reason: str
@@ -27,10 +27,7 @@ class Choice:
 
 
 def measured(names: Collection[str]) -> Rates:
-    """The rates of this device, of ``names`` among them.
-
-    A process of its own measures, and ends: a GPU's memory is the cells' alone.
-    """
+    """The rates of this device, measured in a process that ends, as the cases need all memory of a GPU."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(measure, names).result()
 
@@ -38,7 +35,7 @@ def measured(names: Collection[str]) -> Rates:
 def choose(
     asked: str, file: Path, rows: Sequence[dict[str, Any]], rates: Rates, among: Collection[str] = tuple(DTYPES)
 ) -> Choice:
-    """The precision of the cells that are to run.
+    """The precision of the cases that are to run.
 
     Args:
         asked: what the user says, :data:`AUTO` or a name of :data:`DTYPES`.
@@ -55,7 +52,8 @@ def choose(
         return Choice(rates.recommended(among), "by what the hardware computes")
     if asked not in (AUTO, there) and there is not None:
         raise ValueError(
-            f"{file} holds rows of {there}, and --dtype asks for {asked}: measure {asked} into a folder of its own with --rows FOLDER"
+            f"{file} holds rows of {there}, and --dtype asks for {asked}: measure {asked} into a folder of its own "
+            "with --rows FOLDER"
         )
     name = there if asked == AUTO else asked
     if name != "fp32" and not rates.gflops[name]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from launch.evaluate import choice_accuracy, exact_match, mean_loss
-from launch.grading import reference_answer
-from launch.rows import Rows, load_splits
-from launch.template import Template
-from launch.tokens import tokenize
+from launch.data.chat_template import Template
+from launch.data.rows import Rows
+from launch.data.sources import load_splits
+from launch.data.tokenization import tokenize
+from launch.evaluation.grading import reference_answer
+from launch.evaluation.measures import choice_accuracy, exact_match, mean_loss
 
 BUILTIN = "builtin:arithmetic"
 ROWS = 48  # per measure, see Exam
@@ -39,7 +40,7 @@ class Task:
     micro_batch: int = 2
 
     def answered(self, rows: int) -> int:
-        """Of so many rows per source those that accuracy is measured on: generating takes long."""
+        """How many of ``rows`` rows per source measure the accuracy: generating takes long."""
         return rows // 2 if self.exact else rows
 
 
@@ -56,11 +57,11 @@ TASKS = {
 
 
 class Exam:
-    """The rows of a task as tokens, and the measures on held-out ones. Development rows choose settings, test rows are reported.
+    """The rows of a task as tokens, and measurements: development rows choose settings, test rows are reported.
 
     Args:
         data: folder of the sources; None will do for the built-in task.
-        rows: test rows per source for accuracy (half as many where answers are generated), and in all for each of the two losses.
+        rows: test rows per source for accuracy (half as many where answers are generated), and in all for each loss.
 
     Raises:
         ValueError: a source is missing, or not readable.
@@ -103,7 +104,7 @@ class Exam:
         return found
 
     def constant(self) -> dict[str, float]:
-        """Share of right answers per multiple-choice source if always the same answer is given: the most frequent one of those rows."""
+        """Share of right answers per multiple-choice source with the most frequent answer of those rows for all."""
         found = {}
         for source in self.task.choice:
             rows = self._unseen(source, self.task.answered(self.rows)).rows
@@ -117,7 +118,7 @@ class Exam:
         return replace(rows, rows=rows.rows.select(range(first, min(first + count, len(rows)))))
 
     def fingerprint(self) -> str:
-        """Of the training rows: rows of two machines that read the same data have the same."""
+        """Of the training rows: two machines that read the same data have the same."""
         return f"{zlib.crc32(repr([row['input_ids'] for row in self.train]).encode()):08x}"
 
     def _splits(self, source: str) -> dict[str, Rows]:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from grass_ds.cluster.preemption import PREEMPTED, Preemption
     from grass_ds.config import GrassConfig, GrassConfigError
     from grass_ds.entry import enable, initialize
-    from grass_ds.trainer.callback import GrassCallback, PreemptionCallback
+    from grass_ds.trainer.callback import GrassCallback, attach
     from grass_ds.trainer.checkpoints import last_checkpoint
+    from grass_ds.trainer.preemption_callback import PreemptionCallback
     from grass_ds.zero.engine import GrassEngine
 
 try:
@@ -36,7 +37,8 @@ _MODULES = {
     "Heartbeat": "cluster.heartbeat",
     "PlacementError": "cluster.placement",
     "Preemption": "cluster.preemption",
-    "PreemptionCallback": "trainer.callback",
+    "PreemptionCallback": "trainer.preemption_callback",
+    "attach": "trainer.callback",
     "enable": "entry",
     "initialize": "entry",
     "last_checkpoint": "trainer.checkpoints",
@@ -53,6 +55,7 @@ __all__ = [
     "PlacementError",
     "Preemption",
     "PreemptionCallback",
+    "attach",
     "enable",
     "initialize",
     "last_checkpoint",

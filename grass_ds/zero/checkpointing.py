@@ -10,7 +10,8 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import selection
-from grass_ds.checkpoint.folder import Part, saving_tag
+from grass_ds.checkpoint.folder import saving_tag
+from grass_ds.checkpoint.part import Part
 from grass_ds.checkpoint.universal import UniversalCheckpoint
 from grass_ds.checkpoint.writer import CheckpointWriter
 from grass_ds.core import deepspeed_compat
@@ -76,7 +77,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         self.optimizer.check_weights()
         self.optimizer.flush()
         writer = self.checkpoint_engine
-        report = writer.begin(folder, tag, save_latest, self._part())
+        report = writer.start(folder, tag, save_latest, self._part())
         try:
             with self.optimizer.all_trainable():
                 saved = super().save_checkpoint(
@@ -87,7 +88,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
                     exclude_frozen_parameters,
                 )
         finally:
-            writer.end()
+            writer.abort_unfinished()
         report.stall_seconds = time.perf_counter() - began
         if self.global_rank == 0:
             logger.info(f"grass_ds: {report.sentence()}")
@@ -110,7 +111,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         try:
             super()._save_zero_checkpoint(save_path, tag)
         except Exception as error:
-            self.checkpoint_engine.note(error)
+            self.checkpoint_engine.add_error(error)
 
     def wait_for_checkpoint(self) -> None:
         """Block until an asynchronous save is published. Call it on every rank.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learning-rate schedule of launch/train.py spans the steps that train."""
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from helpers.models import tiny_llama
 from transformers import TrainingArguments
 
-from benchmarks.engines import updates
+from benchmarks.case import Case
+from benchmarks.measure.engine import training_steps
 from grass_ds.config import GrassConfig
 from grass_ds.sampling.controller import Controller
-from launch.train import GrassTrainer
+from launch.hf_trainer import GrassTrainer
 
 # block, steps of either kind, those of them that train
 SPANS: list[tuple[dict[str, Any], int, int]] = [
@@ -46,5 +46,5 @@ def test_it_falls_to_zero_with_the_last_step_that_trains(
 
 @pytest.mark.parametrize(("block", "steps", "training"), SPANS, ids=str)
 def test_that_of_the_benchmarks_counts_alike(block: dict[str, Any], steps: int, training: int) -> None:
-    args = Namespace(method="grass", seed=0, grass=block, offload=None, steps=steps)
-    assert updates(args, num_layers=4) == training
+    case = Case(kind="quality", method="grass", grass=block, steps=steps)
+    assert training_steps(case, num_layers=4) == training

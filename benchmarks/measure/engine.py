@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a case, and its timed steps."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+import grass_ds
+from benchmarks.baselines import LayerToggle, badam_engine
+from benchmarks.case import Case
+from benchmarks.methods import METHODS, ds_config, prepare_model
+from benchmarks.models import largest_layer
+from benchmarks.offload.variants import OFFLOADS
+from grass_ds.config import GrassConfig
+from grass_ds.sampling.controller import Controller
+from launch import distributed
+
+PARTS = ("forward", "backward", "step")
+Step = Callable[[], dict[str, float]]
+
+
+def grass_block(case: Case) -> dict[str, Any]:
+    """What the case says of the "grass" block."""
+    block = {"seed": case.seed, **case.grass}
+    if case.offload is not None:
+        path = {"nvme_path": case.disk} if OFFLOADS[case.offload]["device"] == "nvme" else {}
+        block["offload"] = {**OFFLOADS[case.offload], **path}
+    return block
+
+
+def grass_config(case: Case) -> GrassConfig | None:
+    """The whole "grass" block; None for methods that are not ours."""
+    block = METHODS[case.method].grass
+    return None if block is None else GrassConfig(**{**block, **grass_block(case)})
+
+
+def training_steps(case: Case, num_layers: int) -> int:
+    """Steps of the case that update weights: the learning-rate schedule waits while ``grass`` probes."""
+    config = grass_config(case)
+    if config is None:
+        return case.steps
+    return case.steps - Controller(num_layers, **config.controller_arguments()).probe_steps_within(case.steps)
+
+
+def trainable_numel(engine: Any) -> int:
+    """Elements that train now; a sharded weight counts whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
+
+
+def build(case: Case, model: Any) -> tuple[Any, LayerToggle | None]:
+    """The engine of the method, and what toggles its layers if the method does."""
+    config = ds_config(
+        case.method,
+        dtype=case.dtype,
+        stage=case.stage,
+        micro_batch=case.micro_batch,
+        accumulation=case.accumulation,
+        lr=case.lr,
+        grass=grass_block(case),
+        bucket=max(5_000_000, largest_layer(model)),
+        total_steps=training_steps(case, len(model.get_decoder().layers)) if case.kind == "quality" else None,
+    )
+    if case.async_save:
+        config["checkpoint"] = {"async": True}
+    if case.method == "badam-package":
+        return badam_engine(model, config, switch_every=case.grass.get("sample_period", 50)), None
+    model = prepare_model(case.method, model)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    engine = grass_ds.initialize(model=model, model_parameters=trainable, config=config)[0]
+    if not METHODS[case.method].toggles:
+        return engine, None
+    count, period = case.grass.get("num_active_layers", 2), case.grass.get("sample_period", 20)
+    return engine, LayerToggle(engine, count, period, case.seed)
+
+
+def micro_step(engine: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Seconds of the parts of one micro-step, and its loss."""
+    times = {}
+    begin = time.perf_counter()
+
+    def finish(part: str) -> None:
+        nonlocal begin
+        finish_compute()
+        now = time.perf_counter()
+        times[part], begin = now - begin, now
+
+    loss = engine(**batch).loss
+    finish("forward")
+    engine.backward(loss)
+    finish("backward")
+    engine.step()
+    finish("step")
+    return {**times, "loss": loss.item()}
+
+
+def finish_compute() -> None:
+    """Wait for the compute stream, but not for transfers on other streams: those may overlap with the next step."""
+    stream = get_accelerator().current_stream()
+    if stream is not None:
+        stream.synchronize()
+
+
+def random_steps(case: Case, engine: Any) -> Step:
+    """An optimizer step on random tokens, which do not change its cost; seconds of its parts on the slowest rank."""
+    if case.prepare_state:
+        prepare_state(engine)
+    generator = torch.Generator().manual_seed(1000 * case.seed + distributed.rank())
+
+    def step() -> dict[str, float]:
+        total = dict.fromkeys(PARTS, 0.0)
+        for _ in range(case.accumulation):
+            ids = torch.randint(0, 1000, (case.micro_batch, case.sequence), generator=generator).to(engine.device)
+            times = micro_step(engine, {"input_ids": ids, "labels": ids})
+            total = {part: seconds + times[part] for part, seconds in total.items()}
+        return {part: distributed.max_over_ranks(seconds) for part, seconds in total.items()}
+
+    return step
+
+
+def prepare_state(engine: Any) -> None:
+    """Allocate the optimizer state of all that can train, as after a long run: a draw then moves state."""
+    for unit in engine.optimizer.units:
+        if unit.ever_active:
+            engine.optimizer.store.ensure(unit)
+
+
+def count_first_steps(engine: Any) -> int:
+    """Units whose state the coming step allocates rather than moves; 0 for methods that are not ours."""
+    if engine.grass is None:
+        return 0
+    return sum(unit.active and unit not in engine.optimizer.store for unit in engine.optimizer.units)

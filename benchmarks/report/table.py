@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Markdown tables of groups of rows, and the figures in their cells."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Row = dict[str, Any]
+Group = TypeVar("Group")
+# Student's t, 97.5 %, by number of values.
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+
+def table(title: str, groups: Iterable[Group], columns: Mapping[str, Callable[[Group], str]]) -> str:
+    """A heading and a line per group. Columns that are empty throughout are left out; without lines, nothing."""
+    lines = [[cell(group) for cell in columns.values()] for group in groups]
+    shown = [index for index in range(len(columns)) if any(line[index] for line in lines)]
+    if not lines:
+        return ""
+    names = list(columns)
+    head = [[names[index] for index in shown], ["---"] * len(shown)]
+    body = [[line[index] for index in shown] for line in lines]
+    return "\n".join([f"### {title}", "", *(f"| {' | '.join(cells)} |" for cells in (*head, *body))])
+
+
+def conditions(rows: Sequence[Row], *more: str, model: str = "") -> str:
+    """What all rows of a suite share, one line per subject."""
+    one = rows[0]
+    versions = {name: version for row in rows for name, version in row["versions"].items()}
+    lines = [
+        f"{model or one['model']}, {each(rows, 'dtype')}, fused AdamW, clip 1.0",
+        f"micro-batch {each(rows, 'micro_batch')} x {each(rows, 'sequence')} tokens, {each(rows, 'ranks')} rank(s)",
+        f"{one['device']}: {each(rows, 'hardware')}; threads per rank {each(rows, 'threads')}",
+        f"cases at a time {each(rows, 'jobs')}",
+        *more,
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"commits {each(rows, 'commit', ', ')}",
+    ]
+    return "\n".join(f"- {line}" for line in lines if line)
+
+
+def each(rows: Iterable[Row], key: str, separator: str = " / ") -> str:
+    """Every value that the rows have, once."""
+    return separator.join(str(value) for value in sorted({row[key] for row in rows}))
+
+
+# ---- figures; empty where there is nothing to show -----------------------------------------------------------------
+
+
+def median(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
+    return f"{statistics.median(values) * scale:.{digits}f}" if values else ""
+
+
+def mean(values: Iterable[float | None], digits: int = 2) -> str:
+    """Empty unless all values are known."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return f"{statistics.fmean(known):.{digits}f}" if known and len(known) == len(found) else ""
+
+
+def median_range(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and with several values the least and the largest."""
+    if len(values) < 2:
+        return median(values, digits)
+    return f"{median(values, digits)} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def mean_deviation(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and with several values their standard deviation; ``sign`` "+": of differences."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.3f}{deviation}"
+
+
+def listed(values: Iterable[float]) -> str:
+    """Differences one by one."""
+    return ", ".join(f"{value:+.3f}" for value in values)
+
+
+def interval(values: Sequence[float]) -> str:
+    """95 % confidence interval of the mean; empty for fewer than 2 or more than 5 values."""
+    if len(values) not in STUDENT:
+        return ""
+    reach = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.fmean(values) - reach:+.3f} to {statistics.fmean(values) + reach:+.3f}"
