@@ -15,83 +15,50 @@ from grass_ds.versions import installed
 
 SUPPORTED_STAGES = (1, 2, 3)
 
-# (path in the DeepSpeed config, allowed values, reason and remedy)
-REFUSED_SETTINGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
-    (
-        "zero_optimization.offload_optimizer.device",
-        (None, "none"),
-        'optimizer state is moved by the "grass" block: use grass.offload',
-    ),
-    (
-        "zero_optimization.offload_optimizer.super_offload",
-        (None, False),
-        "SuperOffload replaces the same optimizer wrapper: remove it, and use grass.offload",
-    ),
-    (
-        "zero_optimization.cpu_offload",
-        (None, False),
-        'optimizer state is moved by the "grass" block: use grass.offload',
-    ),
-    (
-        "zero_optimization.cpu_offload_param",
-        (None, False),
-        "a name of the past: use offload_param.device, on ZeRO stage 3",
-    ),
-    (
-        "zero_optimization.zero_hpz_partition_size",
-        (None, 0, 1),
-        "a second partition of the weights is kept: set it to 1",
-    ),
-    ("zero_optimization.mics_shard_size", (None, -1, 0), "MiCS shards over groups of their own: remove it"),
-    ("zero_optimization.zenflow", (None,), "ZenFlow replaces the same optimizer wrapper: remove one of the two"),
-    ("zero_optimization.elastic_checkpoint", (None, False), "layers have step counts of their own: remove it"),
-    ("zero_optimization.zero_quantized_weights", (None, False), "quantised weights are not supported: remove it"),
-    ("zero_optimization.zero_quantized_gradients", (None, False), "quantised gradients are not supported: remove it"),
-    (
-        "zero_optimization.zero_quantized_nontrainable_weights",
-        (None, False),
-        "inactive layers would be quantised: remove it",
-    ),
-    ("zero_optimization.compute_grad_norm", (None, True), "gradient norms decide what is trained: remove it"),
-    ("bf16.bf16_master_weights_and_grads", (None, False), "master weights are fp32: remove it"),
-    ("fp16.fp16_master_weights_and_grads", (None, False), "master weights are fp32: remove it"),
-    ("torch_autocast.enabled", (None, False), "use bf16 or fp16 instead"),
-    ("prescale_gradients", (None, False), "gradients are averaged by one reduce-scatter: remove it"),
-    ("gradient_predivide_factor", (None, 1.0), "gradients are averaged by one reduce-scatter: remove it"),
-    ("sparse_gradients", (None, False), "gradients are dense and flat: remove it"),
-    ("compile.deepcompile", (None, False), "DeepCompile captures which layers train: remove it"),
-    ("hybrid_engine.enabled", (None, False), "the hybrid engine is another engine class: remove it"),
-    ("elasticity.enabled", (None, False), "the world size is fixed within a run: remove it"),
-    ("tensor_parallel.autotp_size", (None, 0, 1), "tensor parallelism is not supported yet: remove it"),
-    ("checkpoint.async", (None, False, True), "expected true or false"),
-    (
-        "checkpoint.writer",
-        (None,),
-        'checkpoints are written by grass_ds: remove it; for a short stall use "checkpoint": {"async": true}',
-    ),
-    (
-        "checkpoint.use_node_local_storage",
-        (None, False),
-        "a checkpoint is published when the files of all ranks are there: save to a folder that all nodes share",
-    ),
-    (
-        "datastates_ckpt",
-        (None, False),
-        'checkpoints are written by grass_ds: use "checkpoint": {"async": true}',
-    ),
-    ("expert_parallel.enabled", (None, False), "mixture-of-experts parallelism is not supported: remove it"),
-)
+# Path in the DeepSpeed config -> reason and remedy. Allowed are null and false, or the ALLOWED_VALUES of the path.
+REFUSED_SETTINGS = {
+    "zero_optimization.offload_optimizer.device": 'optimizer state is moved by the "grass" block: use grass.offload',
+    "zero_optimization.offload_optimizer.super_offload": "SuperOffload replaces our optimizer: use grass.offload",
+    "zero_optimization.cpu_offload": 'optimizer state is moved by the "grass" block: use grass.offload',
+    "zero_optimization.cpu_offload_param": "deprecated by DeepSpeed: use offload_param.device, on ZeRO stage 3",
+    "zero_optimization.zero_hpz_partition_size": "a second partition of the weights is kept: set it to 1",
+    "zero_optimization.mics_shard_size": "MiCS shards over groups of their own: remove it",
+    "zero_optimization.zenflow": "ZenFlow replaces our optimizer: remove one of the two",
+    "zero_optimization.elastic_checkpoint": "layers have step counts of their own: remove it",
+    "zero_optimization.zero_quantized_weights": "quantised weights are not supported: remove it",
+    "zero_optimization.zero_quantized_gradients": "quantised gradients are not supported: remove it",
+    "zero_optimization.zero_quantized_nontrainable_weights": "inactive layers would be quantised: remove it",
+    "zero_optimization.compute_grad_norm": "gradient norms decide what is trained: remove it",
+    "bf16.bf16_master_weights_and_grads": "master weights are fp32: remove it",
+    "fp16.fp16_master_weights_and_grads": "master weights are fp32: remove it",
+    "torch_autocast.enabled": "use bf16 or fp16 instead",
+    "prescale_gradients": "gradients are averaged by one reduce-scatter: remove it",
+    "gradient_predivide_factor": "gradients are averaged by one reduce-scatter: remove it",
+    "sparse_gradients": "gradients are dense and flat: remove it",
+    "compile.deepcompile": "DeepCompile captures which layers train: remove it",
+    "hybrid_engine.enabled": "the hybrid engine is another engine class: remove it",
+    "elasticity.enabled": "the world size is fixed within a run: remove it",
+    "tensor_parallel.autotp_size": "tensor parallelism is not supported yet: remove it",
+    "checkpoint.async": "expected true or false",
+    "checkpoint.writer": 'grass_ds writes checkpoints: remove it; for a short stall use "checkpoint": {"async": true}',
+    "checkpoint.use_node_local_storage": "a checkpoint is one folder for all nodes: remove it",
+    "datastates_ckpt": 'grass_ds writes checkpoints: use "checkpoint": {"async": true}',
+    "expert_parallel.enabled": "mixture-of-experts parallelism is not supported: remove it",
+}
+ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
+    "zero_optimization.offload_optimizer.device": (None, "none"),
+    "zero_optimization.zero_hpz_partition_size": (None, 0, 1),
+    "zero_optimization.mics_shard_size": (None, -1, 0),
+    "zero_optimization.zenflow": (None,),
+    "zero_optimization.compute_grad_norm": (None, True),
+    "gradient_predivide_factor": (None, 1.0),
+    "tensor_parallel.autotp_size": (None, 0, 1),
+    "checkpoint.async": (None, False, True),
+    "checkpoint.writer": (None,),
+}
 # Optimizers whose update of an element depends on its tensor: ranks hold flat shards of layers.
-_NEED_WHOLE_TENSORS = (
-    "muon",
-    "muonwithauxadam",
-    "adafactor",
-    "lamb",
-    "fusedlamb",
-    "onebitadam",
-    "onebitlamb",
-    "zerooneadam",
-)
+_NEED_WHOLE_TENSORS = {"muon", "muonwithauxadam", "adafactor", "lamb", "fusedlamb"}
+_NEED_WHOLE_TENSORS |= {"onebitadam", "onebitlamb", "zerooneadam"}
 
 
 def _lookup(config: Mapping[str, Any], path: str) -> Any:
@@ -142,9 +109,9 @@ def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
-    for path, allowed, why in REFUSED_SETTINGS:
+    for path, why in REFUSED_SETTINGS.items():
         value = _lookup(ds_config, path)
-        if value not in allowed:
+        if value not in ALLOWED_VALUES.get(path, (None, False)):
             yield f"{path} = {value!r}: {why}"
     section = ds_config.get("checkpoint", {})
     if not isinstance(section, Mapping):

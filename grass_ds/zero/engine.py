@@ -73,9 +73,7 @@ class GrassEngine(CheckpointingEngine):
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
         config, layers = self._grass_config, self._layers
-        if (
-            config is None or layers is None or optimizer is None
-        ):  # nothing trains: a reference model, or an evaluation
+        if config is None or layers is None or optimizer is None:
             return super()._configure_zero_optimizer(optimizer)
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
