@@ -38,7 +38,7 @@ def start_python(source: str, *args: object, environment: Mapping[str, str] | No
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, **pipes)
 
 
-def run_python(source: str, *args: object, timeout: float = 60.0) -> str:
+def run_python(source: str, *args: object, timeout: float = 300.0) -> str:
     """What ``source`` printed; fails with its messages if it raised, was aborted or hung."""
     process = start_python(source, *args)
     try:
