@@ -60,8 +60,9 @@ def attach(trainer: "Trainer") -> "GrassCallback":
     limit = trainer.args.save_total_limit
     if limit and not trainer.args.save_only_model and _grass_config(trainer.args) is not None:
         callback._limit = limit
-        trainer.args = copy.copy(trainer.args)
-        trainer.args.save_total_limit = None
+        unlimited = copy.copy(trainer.args)
+        unlimited.save_total_limit = None
+        trainer.args = unlimited
     return callback
 
 
