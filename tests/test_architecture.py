@@ -152,7 +152,7 @@ def test_deepspeeds_abstractions_and_logger_are_used() -> None:
 
 
 # Files that are still longer: the number that each has now.
-LONGER = {"offload/nvme.py": 360, "checkpoint/folder.py": 355}
+LONGER = {"offload/nvme.py": 360}
 
 
 def test_modules_are_short_licensed_and_explained() -> None:
@@ -169,7 +169,7 @@ def test_modules_are_short_licensed_and_explained() -> None:
 
 
 DEFINITIONS = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-WRAPPED = ("core", "zero")  # rooms whose docstrings fit the line
+WRAPPED = ("checkpoint", "core", "trainer", "zero")  # rooms whose docstrings fit the line
 
 
 def test_docstrings_fit_the_line() -> None:
@@ -197,7 +197,6 @@ HIDDEN_WAYS = {
     "__closure__",
     "cell_contents",
 }
-STACK_READERS = {"trainer/callback.py"}  # being mended
 
 
 def test_no_module_looks_into_its_callers_or_into_closures() -> None:
@@ -208,7 +207,7 @@ def test_no_module_looks_into_its_callers_or_into_closures() -> None:
         }
         return (names | {i.rpartition(".")[2] for i in imports(name)}) & HIDDEN_WAYS
 
-    assert violations(found, MODULES.keys() - STACK_READERS) == {}
+    assert violations(found) == {}
 
 
 def test_the_users_training_arguments_are_not_altered() -> None:

@@ -177,7 +177,7 @@ def _length_problem(path: Path, sums: FileSum) -> str | None:
 
 
 def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
-    """Files of the parts of ``ranks`` (default: all) whose checksum is wrong, as messages. Reads all their contents."""
+    """Files of the parts of ``ranks`` (default: all) with a wrong checksum, as messages. Reads all their contents."""
     expected: dict[str, FileSum] = {}
     for rank in ranks_of(checkpoint) if ranks is None else ranks:
         with suppress(ValueError):  # problems() reports a damaged part

@@ -60,14 +60,14 @@ def attach(trainer: "Trainer") -> "GrassCallback":
     limit = trainer.args.save_total_limit
     if limit and not trainer.args.save_only_model and _grass_config(trainer.args) is not None:
         callback._limit = limit
-        unlimited = copy.copy(trainer.args)
-        unlimited.save_total_limit = None
-        trainer.args = unlimited
+        without_limit = copy.copy(trainer.args)
+        without_limit.save_total_limit = None
+        trainer.args = without_limit
     return callback
 
 
 class GrassCallback(TrainerCallback):
-    """Report a GRASS run through the HF Trainer, and make its checkpoints safe; added by `attach` or `callbacks=[...]`.
+    """Report a GRASS run through the HF Trainer, and make its checkpoints safe. Added by `attach` or `callbacks=`.
 
     - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
       is not a `GrassEngine`: the block would be ignored and every layer trained.

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import datasets
 
+from grass_ds.core.durable_files import listed
 from launch.data.messages import Row
 
 T = TypeVar("T")
@@ -109,8 +110,4 @@ def summary(train: Rows, train_count: int | None, test: Rows | None, test_count:
 def not_read(*several: Rows) -> str:
     """The end of a line for the user: what the sources hold that is not read; "" for nothing."""
     unread = list(dict.fromkeys(name for rows in several for name in rows.unread))
-    return f"; not read: {_listed(unread)}" if unread else ""
-
-
-def _listed(names: list[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return f"; not read: {listed(unread, most=10)}" if unread else ""
