@@ -11,6 +11,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.core.agreement import RankDivergenceError
+from grass_ds.core.durable_files import listed
 from grass_ds.core.units import Unit
 from grass_ds.offload.store import StateStore
 from grass_ds.zero.gradients import GradientReducer
@@ -184,4 +185,4 @@ def _warn_of_missing(reducer: GradientReducer, missing: Sequence[Unit]) -> None:
 
 def _listed(units: Sequence[Unit]) -> str:
     names = [*dict.fromkeys(u.name.rpartition("/")[0] if u.layer is not None else u.param_names[0] for u in units)]
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return listed(names, most=6)
