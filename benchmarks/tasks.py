@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from launch.evaluate import choice_accuracy, exact_match, mean_loss
-from launch.grading import reference_answer
-from launch.rows import Rows, load_splits
-from launch.template import Template
-from launch.tokens import tokenize
+from launch.data.chat_template import Template
+from launch.data.rows import Rows
+from launch.data.sources import load_splits
+from launch.data.tokenization import tokenize
+from launch.evaluation.grading import reference_answer
+from launch.evaluation.measures import choice_accuracy, exact_match, mean_loss
 
 BUILTIN = "builtin:arithmetic"
 ROWS = 48  # per measure, see Exam

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-sampled full-parameter fine-tuning under DeepSpeed ZeRO (after GRASS, arXiv 2604.07808).
 
-Names are imported when they are first used: an own loop need not have transformers, and ``python -m grass_ds doctor`` has to run where
-torch or DeepSpeed does not load.
+Names are imported at their first use: an own loop does not need transformers, and ``python -m grass_ds doctor`` runs
+where torch or DeepSpeed does not load.
 """
 
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from grass_ds.cluster.preemption import PREEMPTED, Preemption
     from grass_ds.config import GrassConfig, GrassConfigError
     from grass_ds.entry import enable, initialize
-    from grass_ds.trainer.callback import GrassCallback, PreemptionCallback
+    from grass_ds.trainer.callback import GrassCallback, attach
     from grass_ds.trainer.checkpoints import last_checkpoint
+    from grass_ds.trainer.preemption_callback import PreemptionCallback
     from grass_ds.zero.engine import GrassEngine
 
 try:
@@ -35,7 +37,8 @@ _MODULES = {
     "Heartbeat": "cluster.heartbeat",
     "PlacementError": "cluster.placement",
     "Preemption": "cluster.preemption",
-    "PreemptionCallback": "trainer.callback",
+    "PreemptionCallback": "trainer.preemption_callback",
+    "attach": "trainer.callback",
     "enable": "entry",
     "initialize": "entry",
     "last_checkpoint": "trainer.checkpoints",
@@ -52,19 +55,27 @@ __all__ = [
     "PlacementError",
     "Preemption",
     "PreemptionCallback",
+    "attach",
     "enable",
     "initialize",
     "last_checkpoint",
 ]
 
 
+# Modules that moved: their old names keep working for one release.
+_MOVED = {"placement": "cluster.placement"}
+
+
 def _module(name: str) -> ModuleType:
-    """Import it. Where that fails, a package outside of its tested range may be why, so the message names those."""
+    """Import a module. The error names a missing extra, or packages outside of their tested range as a likely
+    cause."""
+    from grass_ds.versions import EXTRAS, RANGES, untested
+
     try:
         return import_module(name)
     except (ImportError, RuntimeError) as error:  # transformers 4 makes a RuntimeError of every failed import
-        from grass_ds.versions import RANGES, untested
-
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            raise ImportError(f"{error}: pip install 'grass_ds[{EXTRAS[error.name]}]'") from error
         sentence = untested(package for package in RANGES if f"pip install '{package}" not in str(error))
         if not sentence:
             raise
@@ -74,4 +85,8 @@ def _module(name: str) -> ModuleType:
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(_module(f"grass_ds.{_MODULES[name]}"), name)
+    if name in _MOVED:
+        path = f"grass_ds.{_MOVED[name]}"
+        warnings.warn(f"grass_ds.{name} is now {path}", DeprecationWarning, stacklevel=2)
+        return _module(path)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

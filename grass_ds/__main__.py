@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor",
         help="would training start on this machine, or under this launcher, and if not, why",
-        description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: it would fail, or compute in an emulated "
-        "precision.",
+        description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: "
+        "it would fail, or compute in an emulated precision.",
     )
     doctor.add_argument(
         "--deepspeed",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dtypes that this device computes, told by timing matrix products.
+"""The dtypes that this device computes, found by timing matrix products.
 
-Flags do not tell: libraries accept bf16 on every CPU and GPU and emulate it where the hardware lacks it, up to 40 times slower than fp32.
-A product in each dtype takes a fraction of a second and sees what training will see.
+Flags do not show it: libraries accept bf16 on every CPU and GPU and emulate it where the hardware lacks it, up to 40
+times slower than fp32. A product in each dtype takes a fraction of a second and sees what training will see.
 """
 
 import time
@@ -16,8 +16,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# A dtype is emulated where its products run below this share of the fastest rate. It separates what was measured with torch 2.13: CPUs
-# with bf16 instructions reach 0.54 of their fp32 rate or more; with AVX-512 but without them 0.2, with AVX2 0.03 to 0.15.
+# A dtype is emulated where its products run below this share of the fastest rate. It separates what was measured with
+# torch 2.13: CPUs with bf16 instructions reach 0.54 of their fp32 rate or more; with AVX-512 but without them 0.2,
+# with AVX2 0.03 to 0.15.
 EMULATED_BELOW = 1 / 3
 # (rows, inputs, outputs) of the product: a small layer for the CPU, enough work to fill a GPU.
 _CPU_SHAPE, _DEVICE_SHAPE = (64, 512, 512), (2048, 2048, 2048)
@@ -36,7 +37,7 @@ class Rates:
         return max(self.gflops.values())
 
     def emulated(self, name: str) -> bool:
-        """Whether the device lacks the dtype: its products run at less than :data:`EMULATED_BELOW` of the fastest rate.
+        """Whether products run at less than :data:`EMULATED_BELOW` of the fastest rate: the device lacks the dtype.
 
         fp32 is never emulated: on a GPU it is slower than 16 bits by design.
         """
@@ -45,7 +46,8 @@ class Rates:
     def recommended(self, among: Collection[str] = tuple(DTYPES)) -> str:
         """bf16 where the device computes it, else fp16 where it does, else fp32; ``among`` always allows fp32.
 
-        bf16 comes first although a CPU may compute fp32 products somewhat faster: it halves the memory of weights and gradients.
+        bf16 comes first although a CPU may compute fp32 products somewhat faster: it halves the memory of weights and
+        gradients.
         """
         computed = (name for name in ("bf16", "fp16") if name in among and name in self.gflops)
         return next((name for name in computed if not self.emulated(name)), "fp32")
@@ -56,14 +58,15 @@ class Rates:
         return figures.replace(" at ", " matrix products at ", 1)
 
     def warning(self, name: str, among: Collection[str] = tuple(DTYPES)) -> str | None:
-        """What to tell a user who asked for ``name``, or None where the device computes it; ``among``: what to use instead."""
+        """A warning with a better dtype of ``among`` if the device emulates ``name``, else None."""
         if not self.emulated(name):
             return None
         better = self.recommended(among)
         if not self.gflops[name]:
             return f"{name} does not work on this device: use {better}"
+        times = self.gflops[better] / self.gflops[name]
         return (
-            f"{name} is emulated on this device: matrix products take {self.gflops[better] / self.gflops[name]:.0f} times as long as in {better} "
+            f"{name} is emulated on this device: matrix products take {times:.0f} times as long as in {better} "
             f"({self.text()}), and steps accordingly; use {better}"
         )
 
@@ -74,7 +77,8 @@ def candidates() -> tuple[str, ...]:
 
 
 def measure(names: Collection[str] = ()) -> Rates:
-    """The rates of :func:`candidates` and of ``names`` on the current device; about half a second, once per process and dtype."""
+    """The rates of :func:`candidates` and of ``names`` on the current device. Each dtype is measured once per
+    process."""
     wanted = {*candidates(), *names}
     return Rates({name: _gflops(name) for name in DTYPES if name in wanted})
 
@@ -86,7 +90,7 @@ def enabled(config: Mapping[str, Any], name: str) -> Any:
 
 
 def warn_if_emulated(name: str, rates: Rates | None = None) -> None:
-    """Log one warning per process if the dtype ``name`` is emulated, by ``rates`` or, without them, by measuring the current device."""
+    """Log one warning per process if the dtype ``name`` is emulated; without ``rates`` the device is measured."""
     if name == "fp32" or name in _WARNED:
         return
     _WARNED.add(name)
@@ -100,12 +104,11 @@ _WARNED: set[str] = set()
 
 @cache
 def _gflops(name: str) -> float:
-    """GFLOP/s of the best of some products ``inputs @ weight.T``, as in ``nn.Linear``; of one core on the CPU; 0 if the device refuses the
-    dtype."""
+    """GFLOP/s of the fastest of some products as in ``nn.Linear``, on the CPU of one core; 0 if the dtype fails."""
     accelerator = get_accelerator()
     on_cpu, device = accelerator.device_name() == "cpu", accelerator.current_device_name()
-    # Other processes on the same cores must not look like emulation: a thread's own time does not run while it waits for a core. But it
-    # does while it waits for other threads of its product.
+    # Other processes on the same cores must not look like emulation: a thread's own time does not run while it waits
+    # for a core. But it does while it waits for other threads of its product.
     clock, threads = time.thread_time if on_cpu else time.perf_counter, torch.get_num_threads()
     rows, inputs, outputs = _CPU_SHAPE if on_cpu else _DEVICE_SHAPE
     torch.set_num_threads(1)

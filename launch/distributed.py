@@ -10,7 +10,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import datasets
 import deepspeed.comm as dist
@@ -20,13 +21,14 @@ from deepspeed.accelerator import get_accelerator
 
 from grass_ds.cluster import placement
 from grass_ds.core import deepspeed_compat
+from grass_ds.core.agreement import RankFailedError, gather_from_ranks
 from grass_ds.doctor.extensions import communication_ready
 
 T = TypeVar("T")
 
 
 class AgreedError(ValueError):
-    """A failure that every rank knows of, with the same message."""
+    """A user's mistake that every rank knows of, with the same message."""
 
 
 def rank() -> int:
@@ -65,7 +67,7 @@ def start(timeout_minutes: float = 30.0) -> None:
 
 def stop() -> None:
     """Leave the process group, if one was joined."""
-    placement.leave()
+    placement.leave_process_group()
 
 
 def barrier() -> None:
@@ -76,85 +78,96 @@ def barrier() -> None:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Each value summed over all ranks, the same on every rank."""
-    if world_size() == 1 or not dist.is_initialized():
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
-    dist.all_reduce(total)
-    return [float(value) for value in total.tolist()]
-
-
-def gather(value: T) -> list[T]:
-    """The ranks' values, in rank order, on every rank; any object that can be pickled."""
-    if world_size() == 1 or not dist.is_initialized():
-        return [value]
-    values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
+    return _all_reduce(values, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(value: float) -> float:
     """The largest of the ranks' values, the same on every rank."""
+    return _all_reduce([value], dist.ReduceOp.MAX)[0]
+
+
+def _all_reduce(values: Sequence[float], op: Any) -> list[float]:
     if world_size() == 1 or not dist.is_initialized():
-        return value
-    largest = torch.tensor([value], dtype=torch.float64, device=get_accelerator().current_device_name())
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest.item())
+        return list(values)
+    reduced = torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
+    dist.all_reduce(reduced, op=op)
+    return [float(value) for value in reduced.tolist()]
+
+
+def gather(task: Callable[[], T]) -> list[T]:
+    """The results of the ranks' `task`s, in rank order, on every rank; any objects that can be pickled.
+
+    Raises:
+        Exception: on every rank if a task fails on any, see `gather_from_ranks`.
+    """
+    return [task()] if world_size() == 1 or not dist.is_initialized() else gather_from_ranks(task)
 
 
 def on_every_rank(action: Callable[[], T], at_once: bool = False) -> T:
-    """Run `action` on every rank; if it fails on any rank, raise on every rank, so that none waits for another.
+    """The result of `action` on this rank; if it fails on any rank, every rank raises, so that none waits for another.
 
-    On each machine local rank 0 goes first: it fills the caches (converted model, tokenized data) for the others. With `at_once`
-    it does not: for what ranks do together, like loading a model of which each keeps a part.
+    On each machine local rank 0 goes first: it fills the caches (converted model, tokenized data) for the others. With
+    `at_once` it does not: for what ranks do together, like loading a model of which each keeps a part.
 
     Raises:
-        AgreedError: with the first failing rank's message.
+        AgreedError: a ValueError or OSError on any rank, with the message of the first.
+        Exception: any other error here; `RankFailedError` on the other ranks.
     """
-    result: T | None = None
+    results: list[T] = []
+
     failure: Exception | None = None
-    for turn in range(1 if at_once else 2):
-        if at_once or (turn == 0) == (local_rank() == 0):
-            try:
-                result = action()
-            except (ValueError, OSError) as error:
-                failure = error
-        messages = gather(f"{failure}" if failure is not None else None)
-        failures = [message for message in messages if message is not None]
-        if failures:
-            raise AgreedError(failures[0]) from failure
-    return result  # type: ignore[return-value]
+
+    def attempt(mine: bool) -> str | None:
+        nonlocal failure
+        try:
+            results.extend([action()] if mine else [])
+        except (ValueError, OSError) as error:
+            failure = error
+        return None if failure is None else f"{failure}"
+
+    first = local_rank() == 0
+    for mine in (True,) if at_once else (first, not first):
+        mistakes = [message for message in gather(partial(attempt, mine)) if message is not None]
+        if mistakes:
+            raise AgreedError(mistakes[0]) from failure
+    return results[0]
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether a collective failed, as it does when a rank at its other end is gone: gloo has no exception of its own."""
-    return (
-        isinstance(error, RuntimeError)
-        and re.search(r"gloo|NCCL|c10d|Connection (reset|closed|refused)", str(error)) is not None
-    )
+    """Whether a collective failed because another rank is gone: gloo has no exception of its own."""
+    signs = r"gloo|NCCL|c10d|Connection (reset|closed|refused)"
+    return isinstance(error, RuntimeError) and re.search(signs, str(error)) is not None
 
 
-_speaks: list[bool] = []
+_first: list[bool] = []
 
 
 def first_to_fail(otherwise: bool = True, seconds: float = 5.0) -> bool:
     """Whether this rank is the first that asks, and so the one that tells the user what went wrong.
 
     Args:
-        otherwise: the answer where the process group's store, which the ranks ask, does not give one within ``seconds``: its host may be gone.
+        otherwise: the answer where the process group's store, which the ranks ask, gives none within `seconds`: its
+            host may be gone.
     """
     if not dist.is_initialized() or world_size() == 1:
         return True
-    if not _speaks:
+    if not _first:
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError):
-                _speaks.append(torch.distributed.distributed_c10d._get_default_store().add("grass_failed", 1) == 1)
+                _first.append(torch.distributed.distributed_c10d._get_default_store().add("grass_failed", 1) == 1)
 
         # A call to a store whose host is gone outlasts any time-out.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(seconds)
-    return _speaks[0] if _speaks else otherwise
+    return _first[0] if _first else otherwise
+
+
+def speaks_of(error: Exception) -> bool:
+    """Whether this rank shows the traceback of `error`: where it began, not where it was heard of."""
+    heard = isinstance(error, RankFailedError)
+    return not heard and first_to_fail(otherwise=not is_communication_error(error))
 
 
 def own_arguments(arguments: Sequence[str]) -> list[str]:

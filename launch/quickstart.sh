@@ -23,7 +23,7 @@ if [ -n "${GRASS_SHARE_CORES:-}" ]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
-# Few rows and steps, at a learning rate that fits them: two CPU cores take minutes. What the user gives comes later and wins.
+# Few rows and steps, at a learning rate that fits them: two CPU cores take minutes. The user's options come later and win.
 config=(--deepspeed "$GRASS_ROOT/ds_configs/quickstart.json")
 small=(--max_steps 50 --per_device_train_batch_size 2 --learning_rate 6e-4 --eval_samples 32)
 for argument in "$@"; do

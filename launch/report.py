@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,51 +10,17 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from grass_ds import GrassCallback
 from launch import distributed
+from launch.arguments import Arguments
+from launch.hf_trainer import GrassTrainer, Stopwatch
+from launch.preparation import Task
 
-_PROC_STATUS = Path("/proc/self/status")
-_PROC_CLEAR = Path("/proc/self/clear_refs")
 _WIDTH = 18
 
 
-def reset_peak_memory() -> None:
-    """Start a new peak: of the accelerator's memory, or of this process's resident memory on the CPU."""
-    if get_accelerator().device_name() != "cpu":
-        get_accelerator().reset_peak_memory_stats()
-        return
-    # Where this is not Linux, or not permitted, the peak is that of the whole run.
-    with contextlib.suppress(OSError):
-        _PROC_CLEAR.write_text("5")
-
-
-def own_peak_memory() -> int:
-    """This rank's peak in bytes since `reset_peak_memory`."""
-    if get_accelerator().device_name() != "cpu":
-        return int(get_accelerator().max_memory_allocated())
-    return _peak_resident()
-
-
-def peak_memory(own: int) -> dict[str, Any]:
-    """The largest rank's peak in bytes, and what was measured.
-
-    Args:
-        own: this rank's, see `own_peak_memory`.
-    """
-    on_device = get_accelerator().device_name() != "cpu"
-    what = "allocated on the device" if on_device else "resident in the process (RSS)"
-    return {"bytes": int(distributed.max_over_ranks(own)), "what": what}
-
-
-def _peak_resident() -> int:
-    if _PROC_STATUS.is_file():
-        for line in _PROC_STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def engine_memory(engine: Any) -> dict[str, dict[str, int]]:
-    """Bytes on this rank by category and place: the engine's own account, or what can be seen of a stock engine."""
+    """Bytes on this rank by category and tier: the engine's own account, or what can be seen of a stock engine."""
     grass = getattr(engine, "grass", None)
     if grass is not None:
         return dict(grass.memory(peak=True))
@@ -67,6 +31,47 @@ def engine_memory(engine: Any) -> dict[str, dict[str, int]]:
     return {
         "weights": {"device": weights, "host": 0},
         "optimizer_state": {"device": sum(tensor.nbytes for tensor in (*shards, *moments)), "host": 0},
+    }
+
+
+def collect(
+    options: Arguments, task: Task, trainer: GrassTrainer, stopwatch: Stopwatch, callback: GrassCallback
+) -> dict[str, Any]:
+    """The numbers of a finished run, but for what was measured around it."""
+    grass = getattr(trainer.deepspeed, "grass", None)
+    stage = options.ds_config.get("zero_optimization", {}).get("stage", 0)
+    training, steps, ranks = options.training, trainer.state.global_step, distributed.world_size()
+    folder = Path(str(training.output_dir)).resolve()
+    return {
+        "model": options.model.model,
+        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+        "data": options.data.data,
+        "train_rows": len(task.train),
+        "tokens": task.token_count,
+        "eval_rows": 0 if task.test is None else len(task.test),
+        "loss_rows": 0 if task.test_tokens is None else len(task.test_tokens),
+        "method": f"{task.grass.sampler if task.grass else 'stock'}, ZeRO-{stage}",
+        "deepspeed": training.deepspeed,
+        "ranks": ranks,
+        "device": get_accelerator().device_name(),
+        "precision": options.precision.as_dict(),
+        "torch_threads": torch.get_num_threads(),
+        "seed": training.seed,
+        "learning_rate": training.learning_rate,
+        "speed": {
+            "steps": steps,
+            "probe_steps": trainer.probe_steps_within(steps),
+            "seconds_per_step": stopwatch.seconds / max(steps - stopwatch.first_step, 1),
+            "tokens_per_second": callback.tokens_per_second or 0.0,
+            "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * ranks,
+        },
+        "memory": engine_memory(trainer.deepspeed),
+        "layers": None if grass is None else list(grass.visits),
+        "files": {
+            "model": str(folder),
+            "plots": [str(path.resolve()) for path in callback.plot_paths],
+            "report": str(folder / "report.json"),
+        },
     }
 
 
@@ -155,11 +160,11 @@ def _left_out(report: Mapping[str, Any]) -> str:
 
 
 def _memory(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
-    names = [name for name in ("device", "host", "nvme") if any(name in places for places in memory.values())]
+    names = [name for name in ("device", "host", "nvme") if any(name in sizes for sizes in memory.values())]
     lines = [_line("bytes on rank 0", "".join(f"{name:>12}" for name in names) + "   (peak)")]
-    for category, places in memory.items():
-        sizes = "".join(f"{_size(places[name]) if name in places else '':>12}" for name in names)
-        lines.append(_line("  " + category.replace("_", " "), sizes.rstrip()))
+    for category, sizes in memory.items():
+        columns = "".join(f"{_size(sizes[name]) if name in sizes else '':>12}" for name in names)
+        lines.append(_line("  " + category.replace("_", " "), columns.rstrip()))
     return lines
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import deepspeed.comm as dist
-
-from grass_ds.checkpoint.folder import listed
+from grass_ds.core.durable_files import listed
 from grass_ds.trainer.checkpoints import explain, newest_complete, problems
 from launch import distributed
 
@@ -21,14 +19,12 @@ def resume_point(wanted: str | None, output_dir: Path) -> str | None:
         AgreedError: on every rank: the folder cannot be continued from, with what is wrong and which can.
     """
     # The others take rank 0's answer: while the first ranks start to train, the folder may change.
-    answer = [distributed.on_every_rank(lambda: _choose(wanted, output_dir) if distributed.rank() == 0 else None)]
-    if distributed.world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    answer = distributed.on_every_rank(lambda: _choose(wanted, output_dir) if distributed.rank() == 0 else None)
+    return distributed.gather(lambda: answer)[0]
 
 
 def wants_to_resume(wanted: str | None) -> bool:
-    """Whether `--resume_from_checkpoint` asks to go on, from a checkpoint or, if there is none yet, from the beginning."""
+    """Whether `--resume_from_checkpoint` asks to continue, if there is a checkpoint."""
     return wanted is not None and wanted.lower() not in ("", "false", "none")
 
 

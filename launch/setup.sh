@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set the project up: its own .venv with pinned dependencies, system packages where allowed, DeepSpeed's C++ code built.
+# Set the project up: its own .venv with pinned dependencies, system packages where allowed, DeepSpeed's C++ code.
 # Run it, or source it from a bash script (it sets -euo pipefail); afterwards the environment is active in that script.
 # Nothing is done twice: a stamp in .venv remembers the versions that were installed.
 #
@@ -78,7 +78,7 @@ grass_install_system_packages() {
     fi
     rm -f "$log"
     case " $(grass_missing_packages "$python")" in *g++* | *gcc*)
-        grass_say "missing: gcc and g++. Without them DeepSpeed cannot compile its C++ code: training on the CPU will not work."
+        grass_say "missing: gcc and g++. Without them DeepSpeed cannot compile its C++ code for training on the CPU."
         ;;
     esac
     case " $(grass_missing_packages "$python")" in *libaio-dev*)
@@ -154,7 +154,7 @@ grass_setup() {
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     fi
     stamp="$GRASS_ROOT/.venv/.grass_setup"
-    key="$(cat "$GRASS_ROOT/pyproject.toml" "$GRASS_ROOT/launch/setup.sh" "$GRASS_ROOT/launch/constraints.txt" | cksum) $GRASS_ROOT"
+    key="$(cd "$GRASS_ROOT" && cat pyproject.toml launch/setup.sh launch/constraints.txt | cksum) $GRASS_ROOT"
     if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$key" ]; then
         python="$(grass_find_python)" || grass_fail "no Python >= 3.10 found; install one, or set PYTHON to its path"
         grass_install_system_packages "$python"

@@ -1,9 +1,10 @@
-"""torchrun for job scripts: it hands SIGUSR1 and SIGTERM on to its ranks, and ends with the exit code of the first that failed.
+"""torchrun for job scripts: it hands SIGUSR1 and SIGTERM to its ranks, and ends with the code of the first that fails.
 
     srun --ntasks-per-node=1 python launch/torchrun.py --nnodes=2 --nproc-per-node=8 ... launch/train.py ...
 
-Most clusters send signals to the processes that srun started and to no others. torchrun itself dies of SIGUSR1, gives its ranks 30 seconds after
-SIGTERM however long they have, and turns every exit code into 1: a job script could not tell a saved run from a failed one.
+Most clusters send signals to the processes that srun started and to no others. torchrun itself dies of SIGUSR1, gives
+its ranks 30 seconds after SIGTERM however long they have, and turns every exit code into 1: a job script could not
+tell a saved run from a failed one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def run() -> int:
         logging.getLogger(f"torch.distributed.elastic.{part}.api").setLevel(logging.CRITICAL)
     for number in HANDED_ON:
         signal.signal(number, hand_on)
-    # Before torch 2.9 it takes SIGTERM for itself, and the ranks have 30 seconds after it. SIGUSR1 is handed on in any case.
+    # Before torch 2.9 it takes SIGTERM for itself, and the ranks have 30 seconds after it.
     choice = "--signals-to-handle"
     known = choice in get_args_parser().format_help()
     try:

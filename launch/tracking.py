@@ -1,15 +1,14 @@
 """Weights & Biases for launch/train.py: one run per job, over requeues, crashes and resumes.
 
-The id of the run is kept in `<output_dir>/wandb_run.json`; WANDB_RUN_ID wins over it. WANDB_RUN_GROUP, WANDB_PROJECT, WANDB_DIR and the
-others are wandb's own. Only global rank 0 talks to wandb, and no failure of wandb ends training or keeps it from saving.
+The id of the run is kept in `<output_dir>/wandb_run.json`; WANDB_RUN_ID wins over it. Only global rank 0 talks to wandb,
+and no failure of wandb ends training or keeps it from saving.
 
-[Note: Steps] After a crash, the steps since the last checkpoint are computed again, bitwise the same. wandb may have stored all of them, or have
-lost the latest: its service collects rows in memory, offline up to 32 KiB of them, and is gone with the job (it also ends on SIGTERM, which some
-clusters send to every process of a job). So on a resume the last step that was stored is asked of the server, or read from the offline files;
-steps up to it are not logged again, and steps after it of which the checkpoint has the logs are logged first. `train/global_step` never goes
-backwards and misses no step. The rows filled in are the Trainer's own (loss, learning rate, ...): the checkpoint has no others.
+[Note: Steps] After a crash, the steps since the last checkpoint are computed again, bitwise the same. wandb has stored
+all of them or lost the latest, which its process keeps in memory (up to 32 KiB offline) and which end with the job. So
+on a resume the last stored step is asked of the server, or read from the offline files: steps up to it are not logged
+again, and later ones of which the checkpoint has the Trainer's log rows are logged first.
 
-[Note: Offline] With WANDB_MODE=offline every start of the job writes a folder of its own, `wandb/offline-run-<time>-<id>`, marked as a
+[Note: Offline] With WANDB_MODE=offline every start writes a folder `wandb/offline-run-<time>-<id>`, marked as a
 continuation: `wandb sync wandb/offline-run-*-<id>` uploads them in the order of their starts, as one run.
 """
 
@@ -31,8 +30,8 @@ from pydantic import ValidationError
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import WandbCallback, rewrite_logs
 
-from grass_ds.checkpoint.folder import replace_file
 from grass_ds.cluster.preemption import PREEMPTED
+from grass_ds.core.durable_files import replace_file
 from launch import distributed
 
 RUN_FILE = "wandb_run.json"
@@ -72,10 +71,13 @@ def check(report_to: Sequence[str]) -> None:
 
 
 def finish(exit_code: int) -> None:
-    """End the run of this process, if there is one; at most half a minute (WANDB_FINISH_TIMEOUT) is given to what is not uploaded yet.
+    """End the run of this process, if there is one.
+
+    At most half a minute (WANDB_FINISH_TIMEOUT) is given to what is not uploaded yet.
 
     Args:
-        exit_code: of the program. wandb shows 0 as finished, `PREEMPTED` as preempted, which a requeued job continues, others as failed.
+        exit_code: of the program. wandb shows 0 as finished, `PREEMPTED` as preempted, which a requeued job continues,
+            others as failed.
     """
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
@@ -89,7 +91,7 @@ def finish(exit_code: int) -> None:
 
 
 def _harmless(event: Callable[..., None]) -> Callable[..., None]:
-    """Turn a failure of wandb in an event of the Trainer into a message: the other ranks do not know of it and go on."""
+    """Turn a failure of wandb in an event of the Trainer into a message: the other ranks go on."""
 
     @functools.wraps(event)
     def guarded(
@@ -167,8 +169,8 @@ class WandbRun(WandbCallback):
 
 def _lost(error: Exception) -> None:
     logger.warning(
-        f"wandb failed ({type(error).__name__}: {error}): the program goes on without it. The next resume from a checkpoint fills in what "
-        "the run misses"
+        f"wandb failed ({type(error).__name__}: {error}): the program goes on without it. The next resume from a "
+        "checkpoint fills in what the run misses"
     )
 
 
@@ -186,7 +188,7 @@ def _last_stored(run: Any) -> int:
 
 
 def _steps(data: bytes) -> Iterator[int]:
-    """The steps in the contents of a .wandb file: protobuf records in the log format of LevelDB, the last perhaps torn. wandb has no reader."""
+    """The steps in a .wandb file: protobuf in LevelDB's log format, the last perhaps torn. wandb has no reader."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     # A record is cut in chunks, each with its checksum, length and kind: 1 whole, 2 first, 3 middle, 4 last.

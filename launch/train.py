@@ -12,164 +12,42 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):
     # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import launch.interrupt  # noqa: I001  # before what takes seconds to import
-import launch.packages  # noqa: F401  # before a name that is not there
-import datasets
 import psutil
-import torch
-from deepspeed.accelerator import get_accelerator
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, set_seed
 from transformers.integrations import WandbCallback
 
 import grass_ds
-from grass_ds.config import GrassConfig, parse_grass_block
-from grass_ds.sampling.controller import Controller
-from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigError
-from grass_ds.validation import check_ds_config, check_model
 from launch import arguments as command_line
-from launch import distributed, inspection, report, tracking
-from launch.callbacks import LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
-from launch.evaluate import choice_accuracy, choose_task, exact_match, mean_loss
-from launch.model import check_saving, check_tokens, largest_token, largest_token_read, load_model, load_tokenizer
+from launch import distributed, peak_memory, report, tracking
+from launch.data import preview
+from launch.data.tokenization import Collator
+from launch.evaluation.measures import choice_accuracy, exact_match, mean_loss
+from launch.hf_trainer import GrassTrainer, LastCheckpoint, Stopwatch, TerminalLines, TerminalProgress
+from launch.preparation import Task, prepare, prepare_model
 from launch.resume import wants_to_resume
-from launch.rows import Rows, load_splits, load_test, summary
-from launch.template import Template
-from launch.tokens import Collator, tokenize
-from launch.trainer import GrassTrainer
 
 UserError = (ValueError, OSError, DeepSpeedConfigError)
 
 
 @dataclass
-class Task:
-    """Everything a run needs beside the model, checked: the tokens to train on and what to measure."""
+class Run:
+    """A run once its Trainer is built."""
 
-    tokenizer: PreTrainedTokenizerBase
-    template: Template
-    train: datasets.Dataset
-    test: Rows | None
-    test_tokens: datasets.Dataset | None
-    measure: str
-    token_count: inspection.TokenCount
-
-
-# ---- preparing ------------------------------------------------------------------------------------------------------
-
-
-def prepare(options: command_line.Arguments) -> Task:
-    """Load and check everything but the model; nothing that a user can get wrong is left for later.
-
-    Raises:
-        ValueError: whatever is wrong with the data or the configuration.
-    """
-    tracking.check(options.training.report_to)
-    config = parse_grass_block(options.ds_config)
-    if config is not None:
-        check_ds_config(options.ds_config)
-    splits = _load_data(options)
-    tokenizer = load_tokenizer(options.model.model)
-    template = Template.choose(tokenizer, options.data.template)
-    train = splits["train"].take(options.data.train_samples)
-    length, on_long_answer = options.data.max_length, options.data.on_long_answer
-    train_tokens = tokenize(train, template, length, on_long_answer, options.data.on_long_row)
-    test = splits["test"].take(options.evaluation.eval_samples) if "test" in splits else None
-    measure = _measure(options.evaluation.eval_task, test)
-    test_tokens = tokenize(test, template, length, "drop") if test is not None and measure != "none" else None
-    ranks, partitioned = distributed.world_size(), options.ds_config.get("zero_optimization", {}).get("stage") == 3
-    if partitioned and measure != "none" and test is not None and len(test) < ranks:
-        raise ValueError(f"{len(test)} test rows for {ranks} ranks: evaluation with ZeRO-3 needs one per rank")
-    count = inspection.count_tokens(train_tokens)
-    return Task(tokenizer, template, train_tokens, test, test_tokens, measure, count)
-
-
-def prepare_model(options: command_line.Arguments, task: Task) -> tuple[PreTrainedModel, Callable[[int], int]]:
-    """The model, and how many of a number of steps only measure it.
-
-    Raises:
-        ValueError: whatever is wrong with the model, and with the folder that it will be saved in.
-    """
-    model = load_model(options.model.model, options.precision.name, task.tokenizer)
-    check_tokens(model, options.model.model, task.tokenizer, _largest_token(task))
-    if distributed.rank() == 0:
-        zero = options.ds_config.get("zero_optimization", {})
-        check_saving(model, task.tokenizer, Path(str(options.training.output_dir)), zero)
-    config = parse_grass_block(options.ds_config)
-    if config is None:
-        return model, lambda steps: 0
-    layers = _check_model(model, config)
-    probe_steps_within = Controller(len(layers.names), **config.policy_arguments()).probe_steps_within
-    steps = options.training.max_steps
-    if 0 < steps == probe_steps_within(steps):
-        raise ValueError(
-            f"--max_steps {steps} leaves nothing to train: the first grass.probe_steps = {config.probe_steps} steps only "
-            "measure; raise --max_steps or lower probe_steps"
-        )
-    return model, probe_steps_within
-
-
-def _load_data(options: command_line.Arguments) -> dict[str, Rows]:
-    data, hold_out = options.data, options.data.eval_data is None and options.evaluation.eval_task != "none"
-    splits = load_splits(data.data, data.data_config, encoding=data.encoding, hold_out=hold_out)
-    if "train" not in splits:
-        raise ValueError(f"--data {data.data}: has test rows only; give a source with training rows")
-    if data.eval_data is not None:
-        if "test" in splits:
-            splits["train"] = splits["train"].leaving(f"{splits['test'].source} (--eval_data takes its place)")
-        splits["test"] = load_test(data.eval_data, data.data_config, encoding=data.encoding)
-    if distributed.rank() == 0:
-        measured = None if options.evaluation.eval_task == "none" else splits.get("test")
-        line = summary(splits["train"], data.train_samples, measured, options.evaluation.eval_samples)
-        print(f"data: {line}", flush=True)
-    return splits
-
-
-def _check_model(model: PreTrainedModel, config: GrassConfig) -> ModelLayers:
-    """Refuse a model that cannot be trained layer by layer; return its layers."""
-    check_model(model)
-    layers = discover_layers(model, config.layers_path)
-    layers.resolve_always_active(config.always_active)
-    return layers
-
-
-def _largest_token(task: Task) -> int:
-    """The largest token that the model will read."""
-    tokens = [largest_token(rows) for rows in (task.train, task.test_tokens) if rows is not None]
-    if task.test is not None:
-        tokens.append(largest_token_read(task.template, task.test, task.measure))
-    return max(*tokens, task.tokenizer.pad_token_id)
-
-
-def _measure(wanted: str, test: Rows | None) -> str:
-    """The task to measure: "exact", "choice", "loss" or "none".
-
-    Raises:
-        ValueError: no test rows, or one that the wanted task cannot be measured on.
-    """
-    if test is None:
-        if wanted not in ("auto", "none"):
-            raise ValueError(f"--eval_task {wanted}: the data has no test rows; name some with --eval_data")
-        return "none"
-    return choose_task(wanted, test)
-
-
-# ---- running --------------------------------------------------------------------------------------------------------
+    options: command_line.Arguments
+    task: Task
+    preemption: grass_ds.Preemption
+    trainer: GrassTrainer
+    stopwatch: Stopwatch
+    callback: grass_ds.GrassCallback
 
 
 def measure(task: Task, model: PreTrainedModel, options: command_line.Arguments) -> dict[str, float]:
@@ -188,12 +66,12 @@ def measure(task: Task, model: PreTrainedModel, options: command_line.Arguments)
 
 
 def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int:
-    """Measure, train, measure, save and report; returns the exit status, `PREEMPTED` if the scheduler ended training before its time."""
+    """Measure, train, measure, save and report; the exit status: `PREEMPTED` if the scheduler ended training early."""
     set_seed(options.training.seed)
-    resuming = wants_to_resume(options.training.resume_from_checkpoint)
     options.precision.announce()
     task = distributed.on_every_rank(lambda: prepare(options))
-    _show_rows(task, options.data.inspect or 1)
+    if distributed.rank() == 0:  # what the model will see and learn, before hours are spent on it
+        print(preview.show(task.tokenizer, task.train, options.data.inspect or 1), flush=True)
     if options.data.inspect is not None:
         return 0
     model, probe_steps_within = distributed.on_every_rank(lambda: prepare_model(options, task), at_once=True)
@@ -201,29 +79,22 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
     stopwatch = Stopwatch(
         lambda: measure(task, model, options), folder / "before.json", save=lambda: trainer.save_model()
     )
-
     grass_ds.enable()
-    callback = grass_ds.GrassCallback()
     trainer = GrassTrainer(
         model=model,
         args=options.training,
         train_dataset=task.train,
         data_collator=Collator(task.tokenizer.pad_token_id),
         processing_class=task.tokenizer,
-        callbacks=[stopwatch, callback, grass_ds.PreemptionCallback(preemption)],
+        callbacks=[stopwatch, grass_ds.PreemptionCallback(preemption)],
         probe_steps_within=probe_steps_within,
     )
-    trainer.remove_callback(PrinterCallback if options.training.disable_tqdm else ProgressCallback)
-    trainer.add_callback(TerminalLines if options.training.disable_tqdm else TerminalProgress)
-    if "wandb" in options.training.report_to:
-        trainer.remove_callback(WandbCallback)
-        trainer.add_callback(tracking.WandbRun(resuming))
-    if resuming:
-        trainer.add_callback(LastCheckpoint)
+    _choose_callbacks(trainer, wants_to_resume(options.training.resume_from_checkpoint))
+    callback = grass_ds.attach(trainer)
     try:
-        return _train_and_report(options, task, trainer, stopwatch, callback, preemption)
+        return _train_and_report(Run(options, task, preemption, trainer, stopwatch, callback))
     except Exception as error:
-        if stopwatch.saved and distributed.first_to_fail(otherwise=not distributed.is_communication_error(error)):
+        if stopwatch.saved and distributed.speaks_of(error):
             print(
                 f"\ntraining is complete, and the trained model is in {folder.resolve()}; what failed came after it",
                 file=sys.stderr,
@@ -231,27 +102,32 @@ def run(options: command_line.Arguments, preemption: grass_ds.Preemption) -> int
         raise
 
 
-def _train_and_report(
-    options: command_line.Arguments,
-    task: Task,
-    trainer: GrassTrainer,
-    stopwatch: Stopwatch,
-    callback: grass_ds.GrassCallback,
-    preemption: grass_ds.Preemption,
-) -> int:
-    """What `run` does once the Trainer stands; the model is saved by the stopwatch, in the last step."""
-    trainer.train(resume_from_checkpoint=options.checkpoint)
-    if preemption.reason:
-        _say_where_to_go_on(preemption, trainer)
-        return grass_ds.PREEMPTED
-    if not stopwatch.saved or options.training.load_best_model_at_end:
-        # Resumed from the last step, there was no step to save in; and the best model is another than that of the last step.
+def _choose_callbacks(trainer: GrassTrainer, resuming: bool) -> None:
+    """The Trainer's own callbacks give way to ours."""
+    quiet = trainer.args.disable_tqdm
+    trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
+    trainer.add_callback(TerminalLines if quiet else TerminalProgress)
+    if "wandb" in trainer.args.report_to:
+        trainer.remove_callback(WandbCallback)
+        trainer.add_callback(tracking.WandbRun(resuming))
+    if resuming:
+        trainer.add_callback(LastCheckpoint)
+
+
+def _train_and_report(run: Run) -> int:
+    """Train and save, then measure and report; the exit status."""
+    training, stopwatch = run.options.training, run.stopwatch
+    run.trainer.train(resume_from_checkpoint=run.options.checkpoint)
+    if run.preemption.reason:
+        return _preempted(run)
+    if not stopwatch.saved or training.load_best_model_at_end:
+        # Resumed from the last step, there was no step to save in; and the best model may not be that of the last
+        # step.
         stopwatch.save()
-    if wants_to_resume(options.training.resume_from_checkpoint) and preemption.agreed():
-        _say_where_to_go_on(preemption, trainer)
-        return grass_ds.PREEMPTED
+    if wants_to_resume(training.resume_from_checkpoint) and run.preemption.agreed():
+        return _preempted(run)
     saved = time.time()
-    after = measure(task, trainer.model, options)
+    after = measure(run.task, run.trainer.model, run.options)
     seconds = {
         "before": stopwatch.before_seconds,
         "training": stopwatch.seconds,
@@ -259,79 +135,29 @@ def _train_and_report(
         "after": time.time() - saved,
     }
     total = time.time() - psutil.Process().create_time()
-
-    numbers = _report(options, task, trainer, stopwatch, callback)
+    numbers = report.collect(run.options, run.task, run.trainer, stopwatch, run.callback)
     numbers["seconds"] = {"total": total, "start": total - sum(seconds.values()), **seconds}
-    numbers |= {"before": stopwatch.before, "after": after, "peak_memory": report.peak_memory(stopwatch.peak_memory)}
-    if trainer.is_world_process_zero():
+    numbers |= {
+        "before": stopwatch.before,
+        "after": after,
+        "peak_memory": peak_memory.over_ranks(stopwatch.peak_memory),
+    }
+    if run.trainer.is_world_process_zero():
         print(report.render(numbers), flush=True)
-        report.save(numbers, Path(str(options.training.output_dir)))
+        report.save(numbers, Path(str(training.output_dir)))
     return 0
 
 
-def _show_rows(task: Task, number: int) -> None:
-    """What the model will see and learn, before hours are spent on it."""
-    if distributed.rank() == 0:
-        print(inspection.show(task.tokenizer, task.train, number), flush=True)
-
-
-def _say_where_to_go_on(preemption: grass_ds.Preemption, trainer: GrassTrainer) -> None:
-    if trainer.is_world_process_zero():
-        folder, step = trainer.args.output_dir, trainer.state.global_step
+def _preempted(run: Run) -> int:
+    """Say where to continue; the exit status."""
+    if run.trainer.is_world_process_zero():
+        folder, step = run.trainer.args.output_dir, run.trainer.state.global_step
         print(
-            f"stopped by {preemption.reason} with checkpoint-{step} in {folder} (exit code {grass_ds.PREEMPTED}); to go on: the same command "
-            "with --resume_from_checkpoint true",
+            f"stopped by {run.preemption.reason} with checkpoint-{step} in {folder} (exit code {grass_ds.PREEMPTED}); "
+            "to go on: the same command with --resume_from_checkpoint true",
             flush=True,
         )
-
-
-def _report(
-    options: command_line.Arguments,
-    task: Task,
-    trainer: GrassTrainer,
-    stopwatch: Stopwatch,
-    callback: grass_ds.GrassCallback,
-) -> dict[str, Any]:
-    """The numbers of the finished run, but for what was measured around it."""
-    config = parse_grass_block(options.ds_config)
-    grass = getattr(trainer.deepspeed, "grass", None)
-    stage = options.ds_config.get("zero_optimization", {}).get("stage", 0)
-    steps = trainer.state.global_step
-    training = options.training
-    folder = Path(str(training.output_dir)).resolve()
-    return {
-        "model": options.model.model,
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
-        "data": options.data.data,
-        "train_rows": len(task.train),
-        "tokens": task.token_count.as_dict(),
-        "eval_rows": 0 if task.test is None else len(task.test),
-        "loss_rows": 0 if task.test_tokens is None else len(task.test_tokens),
-        "method": f"{config.sampler if config else 'stock'}, ZeRO-{stage}",
-        "deepspeed": training.deepspeed,
-        "ranks": distributed.world_size(),
-        "device": get_accelerator().device_name(),
-        "precision": options.precision.as_dict(),
-        "torch_threads": torch.get_num_threads(),
-        "seed": training.seed,
-        "learning_rate": training.learning_rate,
-        "speed": {
-            "steps": steps,
-            "probe_steps": trainer.probe_steps_within(steps),
-            "seconds_per_step": stopwatch.seconds / max(steps - stopwatch.first_step, 1),
-            "tokens_per_second": callback.tokens_per_second or 0.0,
-            "rows_per_step": training.train_batch_size
-            * training.gradient_accumulation_steps
-            * distributed.world_size(),
-        },
-        "memory": report.engine_memory(trainer.deepspeed),
-        "layers": None if grass is None else list(grass.visits),
-        "files": {
-            "model": str(folder),
-            "plots": [str(path.resolve()) for path in callback.plot_paths],
-            "report": str(folder / "report.json"),
-        },
-    }
+    return grass_ds.PREEMPTED
 
 
 def run_watched(preemption: grass_ds.Preemption) -> int:
@@ -353,11 +179,12 @@ def run_watched(preemption: grass_ds.Preemption) -> int:
                         file=sys.stderr,
                         flush=True,
                     )
-                heartbeats[0].wait_for_verdict()
+                heartbeats[0].wait_for_cause()
             raise
         tracking.finish(status)
         if status == grass_ds.PREEMPTED:
-            # Launchers kill the rest as soon as one process has ended with an error, and rank 0 may just have become ready.
+            # Launchers kill the rest as soon as one process has ended with an error, and rank 0 may just have become
+            # ready.
             distributed.barrier()
         return status
 
@@ -372,7 +199,7 @@ def main() -> int:
             traceback.print_exc()
         distributed.report_error(error)
     except Exception as error:
-        if distributed.first_to_fail(otherwise=not distributed.is_communication_error(error)):
+        if distributed.speaks_of(error):
             raise
     finally:
         tracking.finish(status)

@@ -1,38 +1,44 @@
-# Sourced by the .sbatch files: the environment of a job, and a start that survives time limits, preemption and lost machines.
-# Settings are environment variables; give them before sbatch:  MODEL=my_model DATA=my.jsonl sbatch slurm/single_node.sbatch
+# Sourced by the .sbatch files: the environment of a job, and a start that survives time limits, preemption and lost
+# machines. Settings are environment variables before sbatch:  MODEL=my_model DATA=my.jsonl sbatch slurm/single_node.sbatch
 #
-#   CONFIG   DeepSpeed configuration (ds_configs/grass.json)      MODEL, DATA   as --model and --data of launch/train.py
-#   ARGS     further options of launch/train.py without spaces in their values: ARGS="--max_steps 2000 --save_strategy steps --save_steps 200"
+#   CONFIG   DeepSpeed configuration (ds_configs/grass.json)
+#   MODEL, DATA   as --model and --data of launch/train.py
+#   ARGS     further options of launch/train.py without spaces in their values: ARGS="--max_steps 2000 --seed 3"
 #   OUTPUT   output folder on a file system that all machines share (runs/<job name>-<job id>, the same after a requeue)
 #   RANKS    processes per machine (one per GPU that the job was given; without GPUs one per task)
 #   VENV     Python environment (.venv); VENV=none takes python from the PATH
 #   MAX_RESTARTS   how often the job goes back to the queue by itself (100)
 
-# SLURM sends USR1 to this shell before the time limit (--signal=B:USR1@...), and srun hands it to its tasks. The ranks take note, save at the
-# end of the step and exit with 75; with 76 when another machine fell silent.
+# SLURM sends USR1 to this shell before the time limit (--signal=B:USR1@...), and srun hands it to its tasks. The ranks
+# save at the end of the step and exit with 75; they exit with 76 when another machine fell silent.
 asked=0 step=
 trap 'asked=1; echo "time is up: saving"; [ -z "$step" ] || kill -USR1 "$step"' USR1
 
 VENV="${VENV:-.venv}"
 if [ "$VENV" != none ]; then
-    source "$VENV/bin/activate" || { echo "VENV=$VENV: no such environment in $PWD (bash launch/setup.sh makes .venv)" >&2; exit 1; }
+    source "$VENV/bin/activate" || {
+        echo "VENV=$VENV: no such environment in $PWD (bash launch/setup.sh makes .venv)" >&2
+        exit 1
+    }
 fi
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.torch_extensions}" TOKENIZERS_PARALLELISM=false
-# More threads help on CPU ranks only; the other CPUs of a task are for loading data and writing checkpoints.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it from the job
+# More threads help on CPU ranks only; the other CPUs of a task are for loading data and writing checkpoints. srun does
+# not take the number of CPUs from the job.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 RANKS="${RANKS:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}"
 OUTPUT="${OUTPUT:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}"
 
-# --resume_from_checkpoint true: from the newest complete checkpoint in $OUTPUT, or from the beginning if there is none.
+# Resume from the newest complete checkpoint in $OUTPUT, or start if there is none.
 read -ra more <<<"${ARGS:-}"
-TRAIN=(launch/train.py --deepspeed "${CONFIG:-ds_configs/grass.json}" --output_dir "$OUTPUT" --resume_from_checkpoint true
-    --disable_tqdm true ${MODEL:+--model "$MODEL"} ${DATA:+--data "$DATA"} "${more[@]}")
+TRAIN=(launch/train.py --deepspeed "${CONFIG:-ds_configs/grass.json}" --output_dir "$OUTPUT"
+    --resume_from_checkpoint true --disable_tqdm true ${MODEL:+--model "$MODEL"} ${DATA:+--data "$DATA"} "${more[@]}")
 # One process per GPU, each a task of SLURM. Whichever fails, the others are ended.
 SRUN=(srun --kill-on-bad-exit=1 --ntasks="$((SLURM_NNODES * RANKS))" --ntasks-per-node="$RANKS")
 
 newest_checkpoint() { ls -d "$OUTPUT"/checkpoint-* 2>/dev/null | sort -V | tail -n 1; }
 
-# Start the ranks, and go back to the queue when they have saved or lost a machine, or when the signal came before Python could take note (138).
+# Start the ranks; go back to the queue when they have saved or lost a machine, or when the signal came before Python
+# could handle it (138).
 run_and_requeue() {
     local code=138 before
     before="$(newest_checkpoint)"

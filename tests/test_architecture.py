@@ -17,7 +17,7 @@ from grass_ds.core import deepspeed_compat
 
 PACKAGE = Path(grass_ds.__file__).resolve().parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-MAX_LINES = 400
+MAX_LINES, MAX_COLUMNS = 350, 119
 COMPAT = "core/deepspeed_compat.py"
 
 
@@ -139,10 +139,8 @@ def test_importing_the_library_needs_no_plotting() -> None:
 
 def test_deepspeeds_abstractions_and_logger_are_used() -> None:
     def found(name: str) -> set[str]:
-        if name in ("doctor/rendezvous.py", COMPAT):
-            # The ranks meet in the one before there is a process group, for which DeepSpeed has nothing; the other stands in for
-            # methods that the accelerators of older releases lack.
-            return set()
+        if name == COMPAT:
+            return set()  # it stands in for methods that the accelerators of older releases lack
         names = {ast.unparse(node) for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)}
         direct = {n for n in names | imports(name) if n.startswith(("torch.cuda", "torch.distributed"))}
         if name.startswith("doctor/") or name == "__main__.py":
@@ -153,10 +151,14 @@ def test_deepspeeds_abstractions_and_logger_are_used() -> None:
     assert violations(found) == {}
 
 
+# Files that are still longer: the number that each has now.
+LONGER = {"offload/nvme.py": 360, "checkpoint/folder.py": 355}
+
+
 def test_modules_are_short_licensed_and_explained() -> None:
     def found(name: str) -> list[str]:
         lines = MODULES[name].read_text().splitlines()
-        faults = [f"{len(lines)} lines"] if len(lines) > MAX_LINES else []
+        faults = [f"{len(lines)} lines"] if len(lines) > LONGER.get(name, MAX_LINES) else []
         if lines and lines[0] != "# SPDX-License-Identifier: Apache-2.0":
             faults.append("no licence")
         if lines and not ast.get_docstring(tree(name)):
@@ -164,6 +166,88 @@ def test_modules_are_short_licensed_and_explained() -> None:
         return faults
 
     assert violations(found) == {}
+
+
+DEFINITIONS = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+WRAPPED = ("core", "zero")  # rooms whose docstrings fit the line
+
+
+def test_docstrings_fit_the_line() -> None:
+    """The formatter wraps code; docstrings are wrapped by hand."""
+
+    def found(name: str) -> set[int]:
+        documented = [
+            node for node in ast.walk(tree(name)) if isinstance(node, DEFINITIONS) and ast.get_docstring(node)
+        ]
+        lines = MODULES[name].read_text().splitlines()
+        texts = [node.body[0] for node in documented]
+        numbers = {number for text in texts for number in range(text.lineno, (text.end_lineno or 0) + 1)}
+        return {number for number in numbers if len(lines[number - 1]) > MAX_COLUMNS}
+
+    assert violations(found, [name for name in MODULES if ROOM[name] in WRAPPED]) == {}
+
+
+HIDDEN_WAYS = {
+    "currentframe",
+    "_getframe",
+    "getouterframes",
+    "inspect.stack",
+    "f_back",
+    "f_locals",
+    "__closure__",
+    "cell_contents",
+}
+STACK_READERS = {"trainer/callback.py"}  # being mended
+
+
+def test_no_module_looks_into_its_callers_or_into_closures() -> None:
+    def found(name: str) -> set[str]:
+        nodes = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute | ast.Name)]
+        names = {ast.unparse(node) for node in nodes} | {
+            node.attr for node in nodes if isinstance(node, ast.Attribute)
+        }
+        return (names | {i.rpartition(".")[2] for i in imports(name)}) & HIDDEN_WAYS
+
+    assert violations(found, MODULES.keys() - STACK_READERS) == {}
+
+
+ALTERING = {"trainer/retention.py", "trainer/checkpoints.py"}  # being mended
+
+
+def test_the_users_training_arguments_are_not_altered() -> None:
+    def found(name: str) -> set[str]:
+        nodes = [node for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute)]
+        stored = [node for node in nodes if isinstance(node.ctx, ast.Store | ast.Del)]
+        return {ast.unparse(node) for node in stored if re.search(r"(^|\.)_?args$", ast.unparse(node.value))}
+
+    assert violations(found).keys() <= ALTERING
+
+
+def test_what_looks_into_deepspeeds_closure_is_in_compat() -> None:
+    def found(name: str) -> bool:
+        return any(node.attr == "getclosurevars" for node in ast.walk(tree(name)) if isinstance(node, ast.Attribute))
+
+    assert violations(found).keys() == {COMPAT}
+
+
+# Words of an earlier vocabulary, each with several meanings or none in the field.
+VAGUE_WORDS = {"settle", "settled", "standings", "contest", "lineup", "keeper", "meters", "aims", "worth", "floor"}
+CLEARED = ("core", "zero")  # rooms in which no name has them
+
+
+def test_names_are_the_fields_words() -> None:
+    def found(name: str) -> set[str]:
+        defined = {node.name for node in ast.walk(tree(name)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        assigned = {node.id for node in ast.walk(tree(name)) if isinstance(node, ast.Name)}
+        attributes = {
+            node.attr
+            for node in ast.walk(tree(name))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        }
+        names = defined | assigned | attributes
+        return {each for each in names if VAGUE_WORDS & {*re.findall(r"[A-Z]?[a-z]+", each), each.lower()}}
+
+    assert violations(found, [name for name in MODULES if ROOM[name] in CLEARED]) == {}
 
 
 # ---- private names of DeepSpeed ------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def training_steps(case: Case, num_layers: int) -> int:
     config = grass_config(case)
     if config is None:
         return case.steps
-    return case.steps - Controller(num_layers, **config.policy_arguments()).probe_steps_within(case.steps)
+    return case.steps - Controller(num_layers, **config.controller_arguments()).probe_steps_within(case.steps)
 
 
 def trainable_numel(engine: Any) -> int:

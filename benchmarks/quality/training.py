@@ -12,8 +12,8 @@ from benchmarks.quality.layer_ablation import train_each_layer
 from benchmarks.quality.scores import REPROBE_BATCHES, ScoreProbe
 from benchmarks.tasks import TASKS, Exam
 from launch import distributed
-from launch.template import Template
-from launch.tokens import Collator
+from launch.data.chat_template import Template
+from launch.data.tokenization import Collator
 
 REPROBE_SEED = 77  # of batches that no run trains on in this order
 

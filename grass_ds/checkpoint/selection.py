@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the checkpoint to load: intact, and fit for this run, before anything of the run is touched. Alike on every rank."""
+"""Selects the checkpoint to load, before the run changes: intact, fit for this run, and the same on every rank."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +9,9 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import folder as folders
-from grass_ds.checkpoint.folder import Part, listed
+from grass_ds.checkpoint.part import Part
 from grass_ds.core.agreement import gather_from_ranks
+from grass_ds.core.durable_files import listed
 from grass_ds.core.units import Unit, whole_shape
 
 
@@ -23,82 +24,79 @@ def layout(units: Sequence[Unit]) -> list[Any]:
 
 
 def choose(folder: Path, tag: str | None, group: Any) -> str | None:
-    """The tag to load: ``tag``, or the newest checkpoint that is intact. Called on every rank; each reads its share of the files.
+    """The tag to load: ``tag``, or else the newest intact checkpoint. Collective; each rank reads its share of files.
 
     Returns:
         None if ``folder`` holds no checkpoint and no ``tag`` was asked for.
 
     Raises:
-        ValueError: on every rank: the checkpoint that was asked for, or every one, is damaged.
+        ValueError: on every rank: the checkpoint ``tag``, or without a ``tag`` every one, is damaged.
     """
-    tags = [tag] if tag is not None else _from_first(lambda: folders.candidates(folder), group)
+    tags = [tag] if tag is not None else _from_first_rank(lambda: folders.candidates(folder), group)
     damage: dict[str, list[str]] = {}
     for name in tags:
         found = _problems(folder / name, group)
         if not found:
             if dist.get_rank(group=group) == 0:
-                _report(folder, damage, name, asked=tag is not None)
+                _warn(folder, damage, name, asked=tag is not None)
             return name
         damage[name] = found
     if not damage:
         return None
-    others = (
-        [] if tag is None else [name for name in folders.candidates(folder) if not folders.problems(folder / name)]
-    )
+    others = [] if tag is None else folders.candidates(folder)
+    others = [name for name in others if not folders.problems(folder / name)]
     remedy = f"load another: {', '.join(others)}" if others else "there is no other checkpoint in this folder"
-    raise ValueError(
-        f"{folder}: {'; '.join(f'{_called(folder, n)} is damaged: {listed(d)}' for n, d in damage.items())}; {remedy}"
-    )
+    raise ValueError(f"{folder}: {'; '.join(_damage(folder, name, damage[name]) for name in damage)}; {remedy}")
 
 
-def _from_first(look: Callable[[], list[str]], group: Any) -> list[str]:
-    """What rank 0 found: a folder may change while ranks look into it.
+def _from_first_rank(look: Callable[[], list[str]], group: Any) -> list[str]:
+    """What ``look`` returns on rank 0: a folder may change while ranks look into it.
 
     Raises:
         ValueError: on every rank, if rank 0 could not look.
     """
 
-    def look_if_first() -> list[str]:
+    def task() -> list[str]:
         try:
             return look() if dist.get_rank(group=group) == 0 else []
         except (OSError, ValueError) as error:
-            raise ValueError(f"the checkpoints cannot be looked at: {error}") from error
+            raise ValueError(f"the checkpoints cannot be read: {error}") from error
 
-    return gather_from_ranks(look_if_first, group)[0]
+    return gather_from_ranks(task, group)[0]
 
 
 def _problems(checkpoint: Path, group: Any) -> list[str]:
-    """What is wrong with it; names and lengths first, then contents, of which every rank reads its share."""
+    """Problems of a checkpoint: names and lengths first, then contents, of which every rank reads its share."""
     rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
-    missing = _from_first(lambda: _structure(checkpoint), group)
-    if missing:
+
+    def look() -> list[str]:
+        folders.restore_replaced(checkpoint)
+        return folders.problems(checkpoint)
+
+    if missing := _from_first_rank(look, group):
         return missing
     share = [r for r in folders.ranks_of(checkpoint) if r % world == rank]
     found = gather_from_ranks(lambda: folders.corrupt(checkpoint, share), group)
     return [text for texts in found for text in texts]
 
 
-def _structure(checkpoint: Path) -> list[str]:
-    folders.restore_replaced(checkpoint)
-    return folders.problems(checkpoint)
-
-
 def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone: bool) -> None:
-    """Refuse a checkpoint that this run cannot go on from. Of one without parts only the weights may fit.
+    """Refuse a checkpoint that this run cannot resume from. Of one without parts only the weights can be loaded.
 
     Args:
-        world: ranks of this run.
-        weights_alone: optimizer states stay behind, so only the parameters have to be alike.
+        world: number of ranks of this run.
+        weights_alone: optimizer states are not loaded, so only the parameters have to agree.
 
     Raises:
-        ValueError: it is of plain DeepSpeed, other ranks, another model or other param groups, naming the difference and the remedy.
+        ValueError: it is of plain DeepSpeed, another number of ranks, another model or other param groups; the message
+            names the difference and the remedy.
     """
     part = Part.read(checkpoint, 0)
     if part is None:
         if not weights_alone:
             raise ValueError(
-                f"the checkpoint {checkpoint.name} was not written by grass_ds (it has no {Part.name(0)}), so its optimizer state has "
-                "another layout; load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
+                f"the checkpoint {checkpoint.name} was not written by grass_ds (it has no {Part.name(0)}), so its optimizer "
+                "state has another layout; load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
             )
         return
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
@@ -107,10 +105,10 @@ def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone
 
 
 def check_layout(what: str, units: Sequence[Unit], saved: list[Any], weights_alone: bool = False) -> None:
-    """Compare the :func:`layout` of this run with that of ``what``; with ``weights_alone`` the parameters only.
+    """Compare the :func:`layout` of this run with the one ``saved`` in ``what``, or with ``weights_alone`` the shapes.
 
     Raises:
-        ValueError: they differ, naming where.
+        ValueError: they differ; the message names where.
     """
     here = layout(units)
     ours, theirs = _named(here, weights_alone), _named(saved, weights_alone)
@@ -123,7 +121,7 @@ def check_layout(what: str, units: Sequence[Unit], saved: list[Any], weights_alo
 
 
 def _named(units: list[Any], weights_alone: bool) -> dict[str, Any]:
-    """Name -> what there is to compare: units with their parameters, or the parameters' shapes."""
+    """What is compared: unit name -> parameters, or with ``weights_alone`` parameter name -> shape."""
     if weights_alone:
         return dict(sorted((name, shape) for _, params in units for name, shape in params))
     return {name: dict(map(tuple, params)) for name, params in units}
@@ -141,13 +139,14 @@ def _differences(here: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool = False) -> None:
-    """Refuse a checkpoint of ZeRO-3 on another stage or the reverse: DeepSpeed would look for files that are not there.
+    """Refuse a checkpoint of ZeRO-3 on another stage, or the reverse: DeepSpeed would not find its files.
 
     Args:
         tag: None for the one that ``latest_universal`` names.
+        universal: a universal checkpoint is to be loaded.
 
     Raises:
-        ValueError: the stages differ, or it is to be a ``universal`` one and is no checkpoint at all.
+        ValueError: the stages differ, or a ``universal`` checkpoint is expected and there is none.
     """
     if tag is None:
         tag = folders.named_latest(Path(folder), "latest_universal")
@@ -157,35 +156,40 @@ def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool
     replicated = any(Path(folder, str(tag)).glob("mp_rank_*_model_states.pt"))
     if universal and not partitioned and not replicated:
         raise ValueError(
-            f"{Path(folder, str(tag))} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load a "
-            'checkpoint as it was saved without "checkpoint": {"load_universal": true}'
+            f"{Path(folder, str(tag))} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load "
+            'a checkpoint as it was saved, without "checkpoint": {"load_universal": true}'
         )
     if partitioned != replicated and partitioned != (stage == 3):
         raise ValueError(
-            f"the checkpoint {tag} was saved with ZeRO stage {'3' if partitioned else '1 or 2'} and this run has stage {stage}, which "
-            "cuts weights into other shards; set zero_optimization.stage as it was, or start from its weights: zero_to_fp32.py in "
-            f"the {'folder that it was converted from' if universal else 'checkpoint folder'} writes them for any run"
+            f"the checkpoint {tag} was saved with ZeRO stage {'3' if partitioned else '1 or 2'} and this run has stage {stage}, "
+            "which cuts weights into other shards; set zero_optimization.stage as it was, or start from its weights: "
+            f"zero_to_fp32.py in the {'folder that it was converted from' if universal else 'checkpoint folder'} writes them "
+            "for any run"
         )
 
 
 def _convert(checkpoint: Path, saved: int, here: int) -> str:
     universal = f"{checkpoint}_universal"
     return (
-        f"the checkpoint {checkpoint.name} was saved by {saved} ranks and this run has {here}, whose shards are cut elsewhere; convert "
-        f"it once with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint} "
-        f'--output_folder {universal}`, then load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
+        f"the checkpoint {checkpoint.name} was saved by {saved} ranks and this run has {here}, whose shards are cut elsewhere; "
+        f"convert it once with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint} --output_folder "
+        f'{universal}`, then load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
     )
 
 
-def _report(folder: Path, damage: dict[str, list[str]], used: str, asked: bool) -> None:
-    """Warn of what is used instead of what."""
-    instead = f"{_called(folder, used)} is used instead"
+def _warn(folder: Path, damage: dict[str, list[str]], used: str, asked: bool) -> None:
+    """Warn of every damaged checkpoint and of a missing ``latest``; name the checkpoint that is used instead."""
+    instead = f"{_name(folder, used)} is used instead"
     for name, found in damage.items():
-        logger.warning(f"grass_ds: {_called(folder, name)} is damaged: {listed(found)}; {instead}")
+        logger.warning(f"grass_ds: {_damage(folder, name, found)}; {instead}")
     if not asked and folders.named_latest(folder) is None:
         logger.warning(f"grass_ds: {folder} has no readable {folders.LATEST}; {instead}")
 
 
-def _called(folder: Path, tag: str) -> str:
+def _damage(folder: Path, tag: str, found: list[str]) -> str:
+    return f"{_name(folder, tag)} is damaged: {listed(found)}"
+
+
+def _name(folder: Path, tag: str) -> str:
     step = folders.step_of(folder / tag)
     return f"checkpoint {tag}" + ("" if step is None else f" (step {step})")

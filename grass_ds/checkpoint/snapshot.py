@@ -10,16 +10,16 @@ from torch import nn
 
 
 def snapshot(value: Any) -> Any:
-    """Copy ``value`` with all that it holds; its tensors in host memory.
+    """Copy ``value`` and everything in it, tensors to host memory.
 
-    What is shared in it, objects and storages alike, is shared in the copy, and whole storages are copied, as ``torch.save`` writes
-    them: the file of the copy is that of the original, byte for byte. Peak: one more copy of every storage.
+    Objects and storages that are shared in ``value`` are shared in the copy, and storages are copied as a whole, as
+    ``torch.save`` writes them. So both give the same file, byte for byte. Memory: one more copy of every storage.
     """
     return _Copier().copy(value)
 
 
 class _Copier:
-    """One snapshot: what was copied so far, by what it is a copy of."""
+    """Copies each object and each storage once."""
 
     def __init__(self) -> None:
         self._objects: dict[int, Any] = {}
@@ -58,5 +58,5 @@ class _Copier:
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:
-    """Whether its values are not those of its storage."""
+    """Whether its values differ from those in its storage."""
     return tensor.is_conj() or tensor.is_neg() or tensor.is_quantized

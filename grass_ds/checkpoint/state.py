@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State dict of the ZeRO wrapper: DeepSpeed's own schema of the stage, one flat group per unit, plus one key of ours.
+"""State dict of the ZeRO wrapper: DeepSpeed's own schema, with one flat group per unit, and the key ``"grass"``.
 
-DeepSpeed's tools (``zero_to_fp32.py``, ``ds_to_universal.py``) read the stock keys; ``"grass"`` holds what they do not know: which units
-have state, and the sampler. The tools want state of every unit. Those that were never stepped have zero moments in the files, of which
-each is one stored number, repeated by a stride of 0; their fp32 weights are the low-precision ones.
+DeepSpeed's tools (``zero_to_fp32.py``, ``ds_to_universal.py``) read the stock keys. ``"grass"`` holds what they do not
+know: which units have state, and the sampler. The tools expect state of every unit. A unit that was never stepped gets
+zero moments, each stored as one number with a stride of 0, and its low-precision weights as fp32.
 """
 
 import copy
@@ -30,7 +30,11 @@ _REPLICATED_KEYS = (keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GRO
 
 
 class ShardedOptimizer(Protocol):
-    """The part of the ZeRO wrapper that its state dict is made of; ``skips``: steps without an update in a row."""
+    """The attributes of the ZeRO wrapper that are saved.
+
+    Attributes:
+        skips: number of consecutive steps without an update.
+    """
 
     units: list[Unit]
     store: StateStore
@@ -46,11 +50,11 @@ class ShardedOptimizer(Protocol):
     device: torch.device
 
     def refresh_fp32_params(self) -> None:
-        """Take the master weights from the low-precision ones."""
+        """Set the master weights to the low-precision ones."""
 
 
 def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
-    """This rank's part of the optimizer, in host or device memory as it lies; shards without their padding."""
+    """State dict of this rank. Tensors stay on their devices; shards come without padding."""
     get_accelerator().synchronize()
     optimizer.store.flush()
     units = optimizer.units
@@ -58,12 +62,12 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     base = {
         "state": {
-            unit.index: _lean_state(unit, states[unit]) if unit in states else _idle_state(unit, optimizer.store)
+            unit.index: _saved_state(unit, states[unit]) if unit in states else _initial_state(unit, optimizer.store)
             for unit in units
         },
         "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
     }
-    masters = [_lean(unit, states[unit].master) if unit in states else _idle_master(unit) for unit in units]
+    masters = [_unpadded(unit, states[unit].master) if unit in states else _initial_master(unit) for unit in units]
     stage = optimizer.stage
     return {
         keys.ZERO_STAGE: stage,
@@ -84,7 +88,7 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
 
 
 def _replicated(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
-    """What stages 1 and 2 call it."""
+    """Keys of stages 1 and 2."""
     return {
         keys.BASE_OPTIMIZER_STATE: base,
         keys.SINGLE_PARTITION_OF_FP32_GROUPS: masters,
@@ -95,7 +99,7 @@ def _replicated(base: dict[str, Any], masters: list[torch.Tensor], units: list[U
 
 
 def _partitioned(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
-    """What stage 3 calls it."""
+    """Keys of stage 3."""
     return {
         keys.OPTIMIZER_STATE_DICT: base,
         keys.FP32_FLAT_GROUPS: masters,
@@ -111,29 +115,30 @@ def load(
     checkpoint_folder: str | None = None,
     **_: Any,
 ) -> None:
-    """Restore what :func:`save` wrote. The active set follows at the end of the load.
+    """Restore the state dict of :func:`save`. The engine restores the active set afterwards.
 
     Args:
-        state_dict_list: of a run with the same number of ranks; only this rank's is looked at.
-        load_optimizer_states: otherwise the weights alone.
-        load_from_fp32_weights: otherwise master weights are taken from the low-precision ones; not of a universal checkpoint.
-        checkpoint_folder: a universal checkpoint, saved by any number of ranks, to be loaded instead.
+        state_dict_list: one per rank, of a run with the same number of ranks; only this rank's is read.
+        load_optimizer_states: False loads the weights alone.
+        load_from_fp32_weights: False sets master weights to the low-precision ones; ignored for a universal
+            checkpoint.
+        checkpoint_folder: a universal checkpoint, saved by any number of ranks, to load instead.
 
     Raises:
-        ValueError: a checkpoint of plain DeepSpeed, one of other layers, naming the difference, or a damaged universal one.
+        ValueError: the checkpoint is of plain DeepSpeed or of other layers, or a damaged universal one.
     """
     if checkpoint_folder is not None:
         _load_universal(optimizer, UniversalCheckpoint(Path(checkpoint_folder)), load_optimizer_states)
         return
     assert state_dict_list is not None
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
-    ours = _ours(saved)
+    ours = _grass_entry(saved)
     check_layout("the checkpoint", optimizer.units, ours["layout"])
     stage = optimizer.stage
     base, masters = (keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS) if stage == 3 else _REPLICATED_KEYS
-    if stage == 3:  # the only place where the weights are saved
+    if stage == 3:  # its checkpoints hold no other weights
         for unit, master in zip(optimizer.units, saved[masters], strict=True):
-            _lean(unit, unit.shard).copy_(master)
+            _unpadded(unit, unit.shard).copy_(master)
     if not load_optimizer_states:
         optimizer.store.clear()
         return
@@ -149,20 +154,20 @@ def load(
 
 
 def _load_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
-    """Take this rank's part of everything. A file may be broken where one rank alone reads, so all ranks meet at the end.
+    """Load this rank's shards. All ranks raise together, since a file may be damaged where only one rank reads it.
 
-    The weights go into this rank's shard of the low-precision ones; the engine lets the model see them.
+    Weights go into this rank's shard of the low-precision ones; the engine copies them to the model.
     """
     with raise_on_all_ranks(optimizer.dp_process_group, optimizer.device):
-        _take_universal(optimizer, checkpoint, with_states)
+        _load_shards(optimizer, checkpoint, with_states)
 
 
-def _take_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
+def _load_shards(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
     units, store = optimizer.units, optimizer.store
     saved = checkpoint.common() if with_states else {}
     stepped: dict[str, Any] = {}
     if with_states:
-        ours = _ours(saved)
+        ours = _grass_entry(saved)
         check_layout(f"the checkpoint {checkpoint.folder.name}", units, ours["layout"])
         stepped = ours["stepped"]
     moments = {unit: store.template(unit).moments if unit.name in stepped else () for unit in units}
@@ -179,22 +184,23 @@ def _take_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint
             unit.shard.copy_(checkpoint.shard(unit, WEIGHTS))
 
 
-def _ours(saved: dict[str, Any]) -> dict[str, Any]:
-    """Our entry of a state dict.
+def _grass_entry(saved: dict[str, Any]) -> dict[str, Any]:
+    """The entry ``"grass"`` of a state dict.
 
     Raises:
         ValueError: there is none.
     """
     if GRASS not in saved:
         raise ValueError(
-            "the checkpoint was not written by grass_ds, so its optimizer state has another layout and no sampler; load the weights "
-            "alone with load_checkpoint(..., load_optimizer_states=False), or load_module_only=True if it is a universal one"
+            "the checkpoint was not written by grass_ds, so its optimizer state has another layout and no sampler; load the "
+            "weights alone with load_checkpoint(..., load_optimizer_states=False), or load_module_only=True if it is a "
+            "universal one"
         )
     return saved[GRASS]
 
 
 def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
-    """Everything but weights and states: loss scale, sampler, hyper-parameters."""
+    """Restore loss scale, sampler and hyper-parameters."""
     ours = saved[GRASS]
     optimizer.controller.load_state_dict(ours["controller"])
     optimizer.loss_scaler = saved[keys.LOSS_SCALER]
@@ -205,21 +211,22 @@ def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> Non
         group.update(values)
 
 
-def _lean(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
+def _unpadded(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()[: unit.saved_numel]
 
 
-def _lean_state(unit: Unit, state: UnitState) -> dict[str, Any]:
-    return {**state.scalars, **{k: _lean(unit, t) for k, t in state.moments.items()}}
+def _saved_state(unit: Unit, state: UnitState) -> dict[str, Any]:
+    return {**state.scalars, **{k: _unpadded(unit, t) for k, t in state.moments.items()}}
 
 
-def _idle_master(unit: Unit) -> torch.Tensor:
-    """A copy: a view of fp32 weights would be saved with all that it is a view of, which is every rank's shard."""
-    return _lean(unit, unit.shard).to(torch.float32, copy=True)
+def _initial_master(unit: Unit) -> torch.Tensor:
+    """Master weights of a unit that was never stepped."""
+    # A copy: a view of fp32 weights would be saved with the whole storage, which holds the shards of all ranks.
+    return _unpadded(unit, unit.shard).to(torch.float32, copy=True)
 
 
-def _idle_state(unit: Unit, store: StateStore) -> dict[str, Any]:
-    """What a unit that was never stepped would start from."""
+def _initial_state(unit: Unit, store: StateStore) -> dict[str, Any]:
+    """State of a unit that was never stepped."""
     template = store.template(unit)
     zeros = torch.zeros(()).expand(unit.saved_numel)
     return {**copy.deepcopy(dict(template.start or {})), **dict.fromkeys(template.moments, zeros)}
@@ -235,6 +242,6 @@ def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> Un
 
 
 def _slices(unit: Unit) -> "OrderedDict[str, fragment_address]":
-    """Parameter name -> place in this rank's shard, for the parameters that have one."""
-    places = ((name, unit.overlap(slot)) for slot, name in enumerate(unit.param_names))
-    return OrderedDict((name, fragment_address(numel=n, start=start)) for name, (_, start, n) in places if n)
+    """Parameter name -> its slice of this rank's shard, for the parameters that have one."""
+    overlaps = ((name, unit.overlap(slot)) for slot, name in enumerate(unit.param_names))
+    return OrderedDict((name, fragment_address(numel=n, start=start)) for name, (_, start, n) in overlaps if n)

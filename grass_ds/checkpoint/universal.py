@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Universal checkpoints: what DeepSpeed's ``ds_to_universal.py`` makes of ours, to go on with another number of ranks.
+"""Universal checkpoints: the output of DeepSpeed's ``ds_to_universal.py``, to resume with another number of ranks.
 
-Every tensor is a file of its own, ``zero/<parameter>/<fp32 | exp_avg | exp_avg_sq>.pt``, whole: flat if it comes from ZeRO-3, else in its
-shape and with how to cut it for tensor parallelism. ``zero/optimizer_state.pt`` is what is left of rank 0's state dict, in ZeRO-3 all of
-it. So files are mapped rather than read, and a rank reads the part that it owns.
+Each tensor has a file of its own, ``zero/<parameter>/<fp32 | exp_avg | exp_avg_sq>.pt``, and is not sharded. From
+ZeRO-3 it is flat; from other stages it has its shape, and the file says how to cut it for tensor parallelism.
+``zero/optimizer_state.pt`` holds the rest of rank 0's state dict, after ZeRO-3 all of it. Files are memory-mapped, so
+that a rank reads only the part that it owns.
 """
 
 import pickle
@@ -30,7 +31,7 @@ class UniversalCheckpoint:
     folder: Path
 
     def common(self) -> dict[str, Any]:
-        """What belongs to no single parameter: rank 0's state dict of the optimizer; tensors are mapped from the file.
+        """Rank 0's state dict of the optimizer, for what belongs to no single parameter; tensors are memory-mapped.
 
         Raises:
             ValueError: the file is missing or cannot be read.
@@ -38,17 +39,17 @@ class UniversalCheckpoint:
         return _read(self._common_file, weights_only=False)  # it holds a loss scaler
 
     def check(self, moments: Mapping[Unit, Sequence[str]]) -> None:
-        """Look for every file that will be read: the weights of all units, and these ``moments`` of each.
+        """Check that every file exists that will be read: the weights of all units, and these ``moments`` of each.
 
         Raises:
-            ValueError: a file is missing, or the optimizer keeps moments that the converter leaves behind.
+            ValueError: a file is missing, or the optimizer keeps moments that the converter drops.
         """
         left = {name for names in moments.values() for name in names} - set(MOMENT_KEYS)
         if left:
             raise ValueError(
                 f"universal checkpoints hold {' and '.join(MOMENT_KEYS)}, but this optimizer also keeps {', '.join(sorted(left))}, "
-                "which the converter left behind; resume with as many ranks as saved the checkpoint, or load the weights alone "
-                "with load_checkpoint(..., load_module_only=True)"
+                "which the converter drops; resume with as many ranks as saved the checkpoint, or load the weights alone with "
+                "load_checkpoint(..., load_module_only=True)"
             )
         files = (
             self._file(n, key) for unit, keep in moments.items() for n in unit.param_names for key in (WEIGHTS, *keep)
@@ -61,7 +62,7 @@ class UniversalCheckpoint:
             )
 
     def shard(self, unit: Unit, key: str) -> torch.Tensor:
-        """This rank's shard of one tensor of all the unit's parameters: float32, [shard_numel], on the host, padded with zeros.
+        """This rank's shard of one state of the unit: float32, [shard_numel], in host memory, padded with zeros.
 
         Raises:
             ValueError: a file cannot be read, or holds another number of elements.
@@ -78,13 +79,13 @@ class UniversalCheckpoint:
         """This rank's state of the unit."""
         return UnitState(self.shard(unit, WEIGHTS), {key: self.shard(unit, key) for key in moments}, dict(scalars))
 
-    # ---- what no optimizer has ------------------------------------------------------------------------------------------
+    # ---- parameters without optimizer state -------------------------------------------------------------------------
 
     def restore_untrained(self, module: nn.Module, owned: Collection[str], rank: int) -> None:
-        """Load parameters that are not ``owned`` by the optimizer (the user froze them) and buffers, which DeepSpeed passes over.
+        """Load what DeepSpeed skips: buffers, and parameters not ``owned`` by the optimizer (the user froze them).
 
-        They are in the model files as the ranks of then saved them. What was left out there (``exclude_frozen_parameters``) stays as
-        it is. In ZeRO-3 all parameters must be partitioned.
+        They are in the model files, as the saving ranks wrote them. Parameters that are not in those files
+        (``exclude_frozen_parameters``) keep their values. In ZeRO-3 all parameters must be partitioned.
 
         Args:
             rank: of the data-parallel group.
@@ -96,19 +97,19 @@ class UniversalCheckpoint:
         with torch.no_grad():
             for name, param in module.named_parameters():
                 if name not in owned and (whole := _assembled(saved, name, whole_numel(param))) is not None:
-                    _put(param, whole, rank)
+                    _copy_into(param, whole, rank)
             for name, buffer in module.named_buffers():
                 if name in saved[0]["module"]:
                     buffer.copy_(saved[0]["module"][name])
 
-    # ---- files ----------------------------------------------------------------------------------------------------------
+    # ---- files ------------------------------------------------------------------------------------------------------
 
     @property
     def _common_file(self) -> Path:
         return self.folder / "zero" / "optimizer_state.pt"
 
     def _model_files(self) -> list[Path]:
-        """Of every rank in ZeRO-3, else one."""
+        """One per saving rank in ZeRO-3, else one."""
         found = self.folder.glob("*mp_rank_00_model_states.pt")
         return sorted(found, key=lambda path: (len(path.name), path.name))  # rank 10 after rank 9
 
@@ -127,7 +128,7 @@ class UniversalCheckpoint:
 
 
 def _assembled(saved: Sequence[dict[str, Any]], name: str, numel: int) -> torch.Tensor | None:
-    """A parameter that the user froze, flat, of what each model file has of it; None if they have nothing."""
+    """A frozen parameter, flat, put together from the model files; None if they do not hold it."""
     parts = [(content.get(keys.FROZEN_PARAM_FRAGMENTS) or content["module"]).get(name) for content in saved]
     if not all(isinstance(part, torch.Tensor) and part.numel() for part in parts):  # left out, or an empty stand-in
         return None
@@ -137,7 +138,7 @@ def _assembled(saved: Sequence[dict[str, Any]], name: str, numel: int) -> torch.
     return whole[:numel]
 
 
-def _put(param: nn.Parameter, whole: torch.Tensor, rank: int) -> None:
+def _copy_into(param: nn.Parameter, whole: torch.Tensor, rank: int) -> None:
     partition = getattr(param, "ds_tensor", None)
     if partition is None:
         param.data.copy_(whole.view(param.shape))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing checkpoints: durable, visible only when complete, and in the background if wished. See [Note: Publication]."""
+"""Writes checkpoints, in the background if asked. See [Note: Publication] in :mod:`~grass_ds.checkpoint.folder`."""
 
 import math
 import threading
@@ -14,26 +14,26 @@ import torch
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import folder as folders
-from grass_ds.checkpoint.folder import Part, SummedFile
+from grass_ds.checkpoint.part import Part, SummedFile
 from grass_ds.checkpoint.snapshot import snapshot
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import gather_from_ranks, raise_on_all_ranks
+from grass_ds.core.durable_files import sync_folder
 
-# Seconds that a checkpoint written in the background waits for another rank's part before it is given up.
-PATIENCE = 600.0
-# The same once the engine is destroyed.
-LAST_PATIENCE = 60.0
-_POLL = 0.05
+# Seconds that rank 0 waits for the parts of other ranks; the second once the engine is destroyed.
+PART_TIMEOUT = 600.0
+LAST_PART_TIMEOUT = 60.0
+_POLL_SECONDS = 0.05
 
 
 @dataclass
 class SaveReport:
-    """The last checkpoint of this rank.
+    """Size and times of the last checkpoint.
 
     Attributes:
-        bytes: written by this rank.
-        stall_seconds: that training stood still.
-        seconds: until this rank's files were on disk; None while they are being written.
+        bytes: written by this rank so far.
+        stall_seconds: time that training stood still.
+        seconds: time until this rank's files were on disk; None before that.
     """
 
     tag: str
@@ -50,17 +50,25 @@ class SaveReport:
 
 @dataclass
 class _Save:
-    """One checkpoint on its way: what this rank has still to write, and what became of it."""
+    """One checkpoint until it is published.
+
+    Attributes:
+        queue: contents that this rank has still to write, and their paths.
+        error: the first error of this rank while DeepSpeed handed over the contents.
+        aborted: set to stop waiting for the parts of other ranks.
+        deadline: the end of that waiting (``time.monotonic``).
+        written, published: results of :meth:`write_queue` and :meth:`publish`.
+    """
 
     folder: Path
     tag: str
     latest: bool
     part: Part
     report: SaveReport
-    began: float = field(default_factory=time.perf_counter)
-    waiting: list[tuple[Any, Path]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    queue: list[tuple[Any, Path]] = field(default_factory=list)
     error: BaseException | None = None
-    given_up: threading.Event = field(default_factory=threading.Event)
+    aborted: threading.Event = field(default_factory=threading.Event)
     deadline: float = math.inf
     written: "Future[None] | None" = None
     published: "Future[None] | None" = None
@@ -73,104 +81,105 @@ class _Save:
         with SummedFile(path) as file:
             try:
                 torch.save(content, cast(IO[bytes], file), _use_new_zipfile_serialization=zipped)
-            except RuntimeError as error:  # what torch makes of an error in the file
+            except RuntimeError as error:  # torch hides the OSError of the file
                 raise file.error or error from None
         self.part.files[path.relative_to(self.path).as_posix()] = file.sums
         self.report.bytes += file.bytes
 
-    def write_waiting(self, zipped: bool) -> None:
-        """Write what waits, then the part that says so."""
-        while self.waiting:
-            content, path = self.waiting.pop(0)
+    def write_queue(self, zipped: bool) -> None:
+        """Write all queued files, then this rank's part, which makes them count."""
+        while self.queue:
+            content, path = self.queue.pop(0)
             self.write(content, path, zipped)
-            del content
-        folders.sync_folder(self.path)
+            del content  # frees the copy before the next file is written
+        sync_folder(self.path)
         self.part.write(self.path)
-        self.report.seconds = time.perf_counter() - self.began
+        self.report.seconds = time.perf_counter() - self.started
 
     def publish(self) -> None:
-        """On rank 0: make it visible once all parts are there."""
+        """Make the checkpoint visible once all parts are there. On rank 0."""
         assert self.written is not None
-        if self.written.exception() is not None:  # on this rank: its part will not come
+        if self.written.exception() is not None:  # this rank's part is missing for good
             return
         missing = list(range(self.part.world_size))
-        self.deadline = min(self.deadline, time.monotonic() + PATIENCE)
+        self.deadline = min(self.deadline, time.monotonic() + PART_TIMEOUT)
         while missing := [rank for rank in missing if not (self.path / Part.name(rank)).exists()]:
-            if self.given_up.wait(_POLL):
+            if self.aborted.wait(_POLL_SECONDS):
                 return
             if time.monotonic() > self.deadline:
                 raise TimeoutError(f"checkpoint {self.tag}: rank {missing[0]} has not written its part")
         folders.publish(self.folder, self.tag, self.latest)
 
-    def give_up(self) -> None:
-        """Stop waiting for parts; on rank 0 the place is cleared."""
-        self.given_up.set()
+    def abort(self) -> None:
+        """Stop waiting for parts; rank 0 removes the folder."""
+        self.aborted.set()
         if self.part.rank == 0:
             if self.published is not None:
                 self.published.exception()
-            folders.give_up(self.folder, self.tag)
+            folders.discard(self.folder, self.tag)
 
 
 class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
     """DeepSpeed's checkpoint engine of a layer-sampled run.
 
-    The engine calls :meth:`begin`, has DeepSpeed save into :func:`~grass_ds.checkpoint.folder.saving_path`, which ends in
-    :meth:`commit`, and calls :meth:`end` if that failed. All of these are called on every rank.
+    On every rank, the engine calls :meth:`start`, then DeepSpeed's ``save_checkpoint``, which calls :meth:`save` per
+    file and :meth:`commit` at its end, then :meth:`abort_unfinished`.
 
     Args:
         config: the DeepSpeed config.
-        group, device: for the ranks' agreement.
-        background: ``"checkpoint": {"async": true}``: :meth:`save` copies, a thread writes and publishes.
+        group, device: process group and device of collectives.
+        background: ``"checkpoint": {"async": true}``: :meth:`save` copies; a thread writes and publishes.
 
     Attributes:
-        report: on the last checkpoint; None before the first.
+        report: size and times of the last checkpoint; None before the first.
     """
 
     def __init__(self, config: Any, group: Any, device: torch.device, background: bool):
         super().__init__(config)
         self._group, self._device = group, device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grass_ds checkpoint") if background else None
-        self._open: _Save | None = None  # DeepSpeed is saving into it
-        self._underway: _Save | None = None  # being written and published
+        self._open: _Save | None = None  # DeepSpeed hands over its contents
+        self._committed: _Save | None = None  # is written and published
         self.report: SaveReport | None = None
 
-    # ---- what the engine calls ------------------------------------------------------------------------------------------
+    # ---- what the engine calls --------------------------------------------------------------------------------------
 
-    def begin(self, folder: Path, tag: str, latest: bool, part: Part) -> SaveReport:
-        """Make the place for a checkpoint, once the one before is done.
+    def start(self, folder: Path, tag: str, latest: bool, part: Part) -> SaveReport:
+        """Wait for the checkpoint before, then make the folder of this one.
 
         Raises:
-            Exception: on every rank: that one failed, the ranks mean different places, or the place cannot be made. Published checkpoints
+            ValueError: on every rank: a bad tag, or the ranks were given different folders.
+            Exception: on every rank: the checkpoint before failed, or the folder cannot be made. Published checkpoints
                 are untouched.
         """
         self.wait()
-        self._check_same_place(folder / tag)
+        self._check_same_folder(folder / tag)
         folders.check_tag(tag)
         with raise_on_all_ranks(self._group, self._device):
             if part.rank == 0:
-                folders.begin(folder, tag)
+                folders.prepare(folder, tag)
         self.report = SaveReport(tag)
         self._open = _Save(folder, tag, latest, part, self.report)
         return self.report
 
-    def note(self, error: Exception) -> None:
-        """What this rank could not hand over; told in :meth:`commit`, where all ranks are."""
+    def add_error(self, error: Exception) -> None:
+        """Keep an error of this rank until :meth:`commit`, which raises it on all ranks."""
         assert self._open is not None
         self._open.error = self._open.error or error
 
-    def end(self) -> None:
-        """Give up the checkpoint that DeepSpeed did not come to an end with, if there is one."""
+    def abort_unfinished(self) -> None:
+        """Remove a checkpoint that was started and not committed, if there is one."""
         if self._open is not None:
-            self._open.give_up()
+            self._open.abort()
             self._open = None
 
     def wait(self) -> None:
-        """Block until the checkpoint under way is published.
+        """Block until the committed checkpoint is published.
 
         Raises:
-            Exception: on every rank, what went wrong on one; the checkpoint is gone then, earlier ones are as they were.
+            Exception: on every rank, if one failed. That checkpoint is removed; earlier ones are untouched.
         """
-        save, self._underway = self._underway, None
+        save, self._committed = self._committed, None
         if save is None:
             return
         try:
@@ -183,31 +192,31 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
                 if save.published is not None:
                     save.published.result()
         except BaseException:
-            save.give_up()
+            save.abort()
             raise
 
     def close(self) -> None:
-        """Finish what is under way, without the other ranks; what goes wrong is logged. Idempotent."""
-        self.end()
-        save, self._underway = self._underway, None
+        """Finish the committed checkpoint without collectives; errors are logged. Idempotent."""
+        self.abort_unfinished()
+        save, self._committed = self._committed, None
         if save is not None:
-            save.deadline = min(save.deadline, time.monotonic() + LAST_PATIENCE)
+            save.deadline = min(save.deadline, time.monotonic() + LAST_PART_TIMEOUT)
         if self._pool is not None:
             self._pool.shutdown()
         if save is not None and any(task is not None and task.exception() for task in (save.written, save.published)):
-            save.give_up()
+            save.abort()
 
-    # ---- what DeepSpeed calls -------------------------------------------------------------------------------------------
+    # ---- what DeepSpeed calls ---------------------------------------------------------------------------------------
 
     def create(self, info: Any) -> None:
-        """Nothing: see :meth:`begin`."""
+        """Does nothing, see :meth:`start`."""
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         if self._open is None:
             super().makedirs(path, exist_ok)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write a file, or copy its content to write it later. What goes wrong is told in :meth:`commit`, where all ranks are."""
+        """Write a file, or copy its content to write it later. :meth:`commit` raises the errors."""
         save = self._open
         if save is None:  # save_16bit_model
             super().save(state_dict, path)
@@ -216,30 +225,30 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             if self._pool is None:
                 save.write(state_dict, Path(path), self.zipfile_serialization)
             else:
-                save.waiting.append((snapshot(state_dict), Path(path)))
+                save.queue.append((snapshot(state_dict), Path(path)))
         except Exception as error:
-            self.note(error)
+            self.add_error(error)
 
     def commit(self, info: Any) -> bool:
-        """The last file was handed over: publish, or begin to."""
+        """Publish, or start to, after the last :meth:`save`."""
         save = self._open
         if save is None:
             return True
         with raise_on_all_ranks(self._group, self._device):
             if save.error is not None:
                 raise save.error
-        save.written = self._run(lambda: save.write_waiting(self.zipfile_serialization))
+        save.written = self._run(lambda: save.write_queue(self.zipfile_serialization))
         if self._pool is not None and save.part.rank == 0:
             save.published = self._run(save.publish)
-        self._open, self._underway = None, save
+        self._open, self._committed = None, save
         if self._pool is None:
             self.wait()
         return True
 
-    # ---- inside ---------------------------------------------------------------------------------------------------------
+    # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _run(self, task: Callable[[], None]) -> "Future[None]":
-        """Do it in the background, or at once."""
+        """Run ``task`` in the background thread if there is one, else here."""
         if self._pool is not None:
             future = self._pool.submit(task)
             future.add_done_callback(_log_failure)
@@ -252,17 +261,17 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             done.set_exception(error)
         return done
 
-    def _check_same_place(self, checkpoint: Path) -> None:
-        places = gather_from_ranks(lambda: str(checkpoint), self._group)
-        for rank, place in enumerate(places):
-            if place != places[0]:
+    def _check_same_folder(self, checkpoint: Path) -> None:
+        paths = gather_from_ranks(lambda: str(checkpoint), self._group)
+        for rank, path in enumerate(paths):
+            if path != paths[0]:
                 raise ValueError(
-                    f"rank 0 saves a checkpoint to {places[0]} and rank {rank} to {place}; call save_checkpoint() with the same save_dir "
-                    "and tag on every rank"
+                    f"rank 0 saves a checkpoint to {paths[0]} and rank {rank} to {path}; call save_checkpoint() with the "
+                    "same save_dir and tag on every rank"
                 )
 
 
 def _log_failure(task: "Future[None]") -> None:
-    """At once: training goes on, and the error is raised only when all ranks meet for the next checkpoint."""
+    """Log an error when it happens; it is raised only at the next checkpoint, on all ranks."""
     if (error := task.exception()) is not None:
-        logger.error(f"grass_ds: the checkpoint under way will not be published: {type(error).__name__}: {error}")
+        logger.error(f"grass_ds: the checkpoint will not be published: {type(error).__name__}: {error}")

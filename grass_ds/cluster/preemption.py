@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stopping without loss when the scheduler asks for it.
 
-[Note: Preemption] A scheduler that wants a machine back sends a signal and kills some time later. It may reach one rank or all, once or
-several times, and at different steps of different ranks: a rank that acted on it alone would leave the others waiting. So the handler only
-takes note. At the end of each step the ranks compare notes, in one all-reduce of one number, and all of them act in the same step: save, and
-exit with :data:`PREEMPTED`, by which a job script knows that the run is to be queued again.
+[Note: Preemption] A scheduler that wants a machine back sends a signal and kills some time later. The signal may reach
+one rank or all, once or several times, and at different steps of different ranks: if one rank acted on it alone, the
+others would wait for it. So the handler only remembers it. At the end of each step the ranks compare what they
+received, in one all-reduce of one number, and all act in the same step: save, and exit with :data:`PREEMPTED`, which
+tells a job script to queue the run again.
 
-Schedulers send their signals to helper processes as well, whose death would end the step at once: see :func:`shielded`.
+Schedulers send their signals to helper processes as well, whose death would end the step at once: see
+:func:`ignore_signals`.
 """
 
 import os
@@ -20,11 +22,13 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 
 PREEMPTED = 75
-"""Exit code of a run that has saved a checkpoint because it was asked to stop (EX_TEMPFAIL of sysexits.h: try again)."""
+"""Exit code of a run that saved a checkpoint because it was asked to stop (EX_TEMPFAIL of sysexits.h: try again)."""
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preemption:
-    """Takes note of the scheduler's signals from its construction on; make one per process, in the main thread.
+    """Remembers the scheduler's signals from its construction on; make one per process, in the main thread.
 
         preemption = grass_ds.Preemption()
         for batch in batches:
@@ -37,95 +41,87 @@ class Preemption:
         sys.exit(preemption.end())
 
     Args:
-        signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which ``scancel``, ``scontrol
-            requeue``, preemption and most other schedulers send.
+        signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which
+            ``scancel``, ``scontrol requeue``, preemption and most other schedulers send.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGUSR1, signal.SIGTERM)) -> None:
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
         self.received: signal.Signals | None = None
         self._agreed: signal.Signals | None = None
         self._process = os.getpid()
-        self._previous: dict[signal.Signals, Any] = {}
-        for number in signals:
-            self._previous[number] = signal.signal(number, self._note)
+        self._previous: dict[signal.Signals, Any] = {
+            number: signal.signal(number, self._on_signal) for number in signals
+        }
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop by now: the same answer on every rank. Call it on all ranks, after a step.
+        """Whether any rank was asked to stop by now: the same answer on every rank.
 
-        One all-reduce of one int64; none once the answer is yes, or with one rank.
+        Call it on all ranks, after a step. One all-reduce of one int64; none once the answer is yes, or with one rank.
         """
         if self._agreed is None:
-            self._agreed = self._largest()
+            self._agreed = self._received_by_any_rank()
             if self._agreed is not None and self.received is None:
-                self._say(self._agreed)  # another rank's signal
+                self._announce(self._agreed)
         return self._agreed is not None
 
     @property
     def reason(self) -> str:
-        """The signal that all ranks act on, by name; empty while there is none."""
+        """The name of the signal that all ranks act on; empty while there is none."""
         return "" if self._agreed is None else self._agreed.name
 
     def end(self) -> int:
-        """The last thing a program does: returns its exit code, :data:`PREEMPTED` or 0, and lets no signal change it any more.
+        """Return the exit code, :data:`PREEMPTED` or 0, and ignore all signals from now on.
 
-        The first rank that ends makes launchers send SIGTERM to the others, and Python gives handlers up long before a process is gone.
+        This is the last call of a program. The first rank that ends makes launchers send SIGTERM to the others, and
+        Python removes handlers long before a process is gone.
         """
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
         return PREEMPTED if self.reason else 0
 
     def close(self) -> None:
-        """Give the signals back to those who handled them before."""
+        """Restore the previous signal handlers."""
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _largest(self) -> signal.Signals | None:
+    def _received_by_any_rank(self) -> signal.Signals | None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_distributed()  # takes over a process group that is not DeepSpeed's
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return self.received
         device = get_accelerator().current_device_name()
-        note = torch.tensor([self.received or 0], dtype=torch.int64, device=device)
-        dist.all_reduce(note, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(note.item())) if note.item() else None
+        largest = torch.tensor([self.received or 0], dtype=torch.int64, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return signal.Signals(int(largest.item())) if largest.item() else None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            _as_child(number)
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked process, which inherited the handler
+            if number == signal.SIGTERM:  # its parent ends it in this way, and waits
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
         elif self.received is None:
             self.received = signal.Signals(number)
-            self._say(self.received)
+            self._announce(self.received)
 
     @staticmethod
-    def _say(received: signal.Signals) -> None:
-        """On rank 0, for all. Not by a logger: a signal interrupts the program anywhere, perhaps inside the logger."""
+    def _announce(received: signal.Signals) -> None:
+        """On rank 0. Not by a logger: a signal interrupts the program anywhere, perhaps inside the logger."""
         if os.environ.get("RANK", "0") == "0":
-            text = f"grass_ds: {received.name} received: saving and stopping at the end of this step\n"
-            os.write(2, text.encode())
+            os.write(2, f"grass_ds: {received.name} received: saving and stopping at the end of this step\n".encode())
 
 
-def _as_child(number: int) -> None:
-    """A forked process has inherited the handler. Its parent ends it by SIGTERM, and waits for that; the rest is not meant for it."""
-    if number == signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+def ignore_signals(worker: int, init: Callable[[int], None] | None = None) -> None:
+    """A ``worker_init_fn`` of a `torch.utils.data.DataLoader` for training.
 
-
-class shielded:
-    """A ``worker_init_fn`` of a `torch.utils.data.DataLoader` for training, whose workers survive the signals: the step they load for is still to be done.
-
-    torch lets workers die of a SIGTERM that is not their parent's, and the parent of that. They end with their parent anyway.
+    The step that the workers load for is still to be done. torch lets workers die of a SIGTERM that is not their
+    parent's, and the parent of that. They end with their parent anyway.
 
     Args:
-        init: the ``worker_init_fn`` to call besides, if any.
+        worker: index of the worker.
+        init: another ``worker_init_fn`` to call.
     """
-
-    def __init__(self, init: Callable[[int], None] | None = None) -> None:
-        self._init = init
-
-    def __call__(self, worker: int) -> None:
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        if self._init is not None:
-            self._init(worker)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)

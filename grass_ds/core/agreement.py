@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making sure that all ranks decided alike.
+"""Ranks decide alike, and fail together.
 
-Ranks that train different layers mix their gradients without any error from the communication library. So what a decision was made of
-is compared across ranks before it is acted on, and every rank stops when it differs anywhere.
+Ranks that train different layers mix their gradients, and the communication library reports no error. So the inputs of
+a decision are compared across ranks before it takes effect, and every rank stops if they differ. An error on one rank
+is raised on every rank, or the others would wait for it in their next collective.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 class RankDivergenceError(RuntimeError):
-    """Ranks of one run came to different decisions."""
+    """Ranks of one run made different decisions."""
 
 
 def digest(*values: object) -> int:
@@ -40,10 +41,11 @@ def check_ranks_agree(
     largest, smallest = mine[: len(fingerprint)].tolist(), (-mine[len(fingerprint) :]).tolist()
     if largest != smallest:
         differing = [name for name, low, high in zip(fields, smallest, largest, strict=False) if low != high]
+        names = f" ({', '.join(differing)})" if differing else ""
         raise RankDivergenceError(
-            f"ranks disagree on {what}{' (' + ', '.join(differing) + ')' if differing else ''}; no layer was switched and training stops on every rank. Ranks must run the same code with the "
-            f'same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; over all ranks the values '
-            f"range from {smallest} to {largest}."
+            f"ranks disagree on {what}{names}; no layer was switched and training stops on every rank. Ranks must run the "
+            f'same code with the same "grass" block and seed. This rank (rank {dist.get_rank()}) holds {list(fingerprint)}; '
+            f"over all ranks the values range from {smallest} to {largest}."
         )
 
 
@@ -52,7 +54,7 @@ class RankFailedError(RuntimeError):
 
 
 class Fallible(Protocol):
-    """What moves state, in threads of its own too."""
+    """Something that moves state, also in threads of its own."""
 
     @property
     def fallible(self) -> bool:
@@ -60,22 +62,22 @@ class Fallible(Protocol):
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong in a thread so far."""
+        """The first error of a thread so far."""
 
 
 @contextmanager
 def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible | None = None) -> Iterator[None]:
-    """Do what may fail on one rank alone inside, without collectives: if it does, every rank raises at the end.
+    """If the block fails on any rank, raise on every rank at its end. The block must not contain collectives.
 
-    Nobody waits in a collective for a rank that has given up. One all-reduce of one int64; the messages are exchanged only if a rank failed.
+    One all-reduce of one int64. Messages are exchanged only if a rank failed.
 
     Args:
-        source: what has failed in a thread counts, too; and if it cannot fail on one rank alone, nothing crosses ranks.
+        source: its threads' errors count, too. Without collectives if it says that no rank can fail alone.
 
     Raises:
-        Exception: the error itself, on a rank that holds one.
-        ValueError: elsewhere, if it is one: a user's mistake.
-        RankFailedError: elsewhere.
+        Exception: on a rank that failed, its own error.
+        ValueError: on other ranks, if the lowest failed rank's error is a ValueError, which is a user's mistake.
+        RankFailedError: on other ranks otherwise.
     """
     error: BaseException | None = None
     try:
@@ -93,7 +95,7 @@ def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible 
 
 
 def gather_from_ranks(task: Callable[[], T], group: Any = None) -> list[T]:
-    """The result of every rank's ``task``, in rank order, on every rank; any objects that can be pickled.
+    """The results of ``task`` on all ranks, in rank order, on every rank. They must be picklable.
 
     Raises:
         Exception: as :func:`raise_on_all_ranks`.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every private name of DeepSpeed that grass_ds relies on, checked at import; and what differs between its releases.
+"""All private names of DeepSpeed that grass_ds uses, checked at import, and the differences between its releases.
 
-DeepSpeed has no hook for another ZeRO optimizer wrapper, so a few undocumented names are used. They are listed here and
-nowhere else; ``tests/core/test_deepspeed_compat.py`` checks what they do. When a release changes one, importing ``grass_ds`` says which.
+DeepSpeed has no public way to add a ZeRO optimizer, so grass_ds uses undocumented names. They are listed here and
+nowhere else, and ``tests/core/test_deepspeed_compat.py`` checks what they do. If a release lacks one, importing
+``grass_ds`` names it.
 
-Modules of grass_ds import from ``deepspeed`` itself only what its documentation shows: ``initialize``, ``comm``,
+Other modules import from ``deepspeed`` only what its documentation shows: ``initialize``, ``comm``,
 ``get_accelerator``, ``logger`` and ``log_dist``.
 """
 
@@ -80,9 +81,9 @@ HOOK_STATE = (
     "register_grad_acc_post_hook",
     "_max_expected_hooks_seen",
 )
-# What DeepSpeed looks up on a ZeRO optimizer or on its parameters, and ours provide.
+# What DeepSpeed reads of a ZeRO optimizer or of its parameters, and ours provide.
 PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping", "_z3_optimizer")
-# ZeRO-3: what gathers and releases weights, its attributes, and the coordinator that it does it by.
+# ZeRO-3: the class that gathers and releases weights, its attributes, and its coordinator.
 OFFLOAD_METHODS = (
     "_register_deepspeed_module",
     "destroy",
@@ -92,10 +93,10 @@ OFFLOAD_METHODS = (
     "release_backward_leftovers",  # since 0.19.3; for older releases see docs/compatibility.md
 )
 OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
-# ZeRO-3: what it leaves on every module, see remove_zero3_hooks().
+# ZeRO-3: attributes that it leaves on every module, see remove_zero3_hooks().
 LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
 COORDINATOR = (
-    "_PartitionedParameterCoordinator__params_to_release",  # a private method behind a cache, see forget_releases()
+    "_PartitionedParameterCoordinator__params_to_release",  # private and cached, see clear_release_cache()
     "_clear_trace_structures",
     "_invalidate_trace",
     "is_complete_trace",
@@ -103,7 +104,7 @@ COORDINATOR = (
 )
 # ZeRO-3: how several weights are gathered at once, see waits_for_all_gathers().
 GATHERING = ("_allgather_params_coalesced",)
-# ZeRO-3: what DeepSpeed puts on a parameter that it partitions.
+# ZeRO-3: attributes of a partitioned parameter.
 PARTITIONED_PARAMETER = (
     "all_gather_coalesced",
     "ds_active_sub_modules",
@@ -155,9 +156,9 @@ MODULE_NAMES = {
 
 
 def silence_renamed_collectives() -> None:
-    """Keep torch from warning every user of two collectives that DeepSpeed calls: torch 2.13 and 2.14 call their names deprecated.
+    """Filter torch's warnings (2.13 and 2.14) that two collectives have deprecated names.
 
-    DeepSpeed 0.19.8 knows no other names, and users cannot choose one.
+    DeepSpeed 0.19.8 calls them by these names, and users cannot change that.
     """
     names = "all_gather_into_tensor|reduce_scatter_tensor"
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
@@ -192,14 +193,14 @@ def assigned_by(cls: type) -> set[str]:
 
 
 def _missing_in_zero3() -> list[str]:
-    """Of the names that ZeRO-3 needs, those that its classes do not have, or do not set on what they make."""
+    """Names of ZeRO-3 that its classes do not have, or do not set on modules and parameters."""
     from deepspeed.runtime.zero import parameter_offload as offload
     from deepspeed.runtime.zero import partition_parameters as parameters
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     hooks = offload.DeepSpeedZeRoOffload
     if missing := [f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_METHODS if not hasattr(hooks, name)]:
-        return missing  # some of them are looked into next
+        return missing  # the code of some is inspected next
     missing = [
         f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_ATTRIBUTES if name not in hooks.__init__.__code__.co_names
     ]
@@ -218,33 +219,33 @@ def check() -> None:
     if missing := missing_names():
         wanted = f"deepspeed{RANGES['deepspeed']}"
         raise ImportError(
-            f"grass_ds needs names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. They are in {wanted}: "
-            f"pip install '{wanted}'"
+            f"grass_ds needs names that deepspeed {deepspeed.__version__} does not have: {', '.join(missing)}. "
+            f"They are in {wanted}: pip install '{wanted}'"
         )
 
 
 check()
 
-from deepspeed.checkpoint import constants as checkpoint_keys  # noqa: E402
-from deepspeed.pipe import PipelineModule  # noqa: E402
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine  # noqa: E402
-from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
-from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
-from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler  # noqa: E402
-from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT  # noqa: E402
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
-from deepspeed.runtime.utils import count_used_parameters_in_backward  # noqa: E402
-from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # noqa: E402
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
-from deepspeed.utils import zero_to_fp32  # noqa: E402
-from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size  # noqa: E402
-from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
-from deepspeed.utils.torch import register_grad_hook  # noqa: E402
+# Imported after the check. Other modules import these names from here.
+from deepspeed.checkpoint import constants as checkpoint_keys
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler as create_loss_scaler
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from deepspeed.runtime.utils import count_used_parameters_in_backward
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import zero_to_fp32
+from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size
+from deepspeed.utils.tensor_fragment import fragment_address
+from deepspeed.utils.torch import register_grad_hook
 
-# ---- what older releases lack -------------------------------------------------------------------------------------------
-
+# ---- differences between releases -----------------------------------------------------------------------------------
 
 try:
     from deepspeed.utils.pin_memory import get_native_pinned_memory
@@ -257,7 +258,7 @@ except ModuleNotFoundError as error:
 def register_host_memory(address: int, nbytes: int) -> bool:
     """Page-lock ``nbytes`` bytes at ``address`` for copies to and from the device.
 
-    The accelerator has the method since DeepSpeed 0.19.6; before, this is what it does on CUDA, and nothing elsewhere.
+    Accelerators have this method since DeepSpeed 0.19.6. Before, this does the same on CUDA only.
 
     Returns:
         Whether it is page-locked.
@@ -284,44 +285,46 @@ def unregister_host_memory(address: int) -> None:
 
 
 def waits_for_all_gathers() -> bool:
-    """Whether ``GatheredParameters`` hands out weights that have arrived.
+    """Whether ``GatheredParameters`` waits until all weights have arrived.
 
-    Before 0.19.8 it waits for the last of its gathers alone. On a device stream the others are done by then; over gloo they need not be,
-    and what is read (``save_16bit_model()`` reads so) may be garbage. The code is asked, since releases can be patched.
+    Before 0.19.8 it waits for its last gather only. On a device stream the others are complete by then. Over gloo they
+    may not be, and the weights that ``save_16bit_model()`` reads may be garbage. This looks at the code rather than at
+    the version, because releases can be patched.
     """
     if get_accelerator().device_name() != "cpu":
         return True
     return "launch_handles[-1].wait()" not in inspect.getsource(Init._allgather_params_coalesced)
 
 
-# ---- tricks -------------------------------------------------------------------------------------------------------------
+# ---- workarounds ----------------------------------------------------------------------------------------------------
 
 
-def forget_releases() -> None:
-    """Let ZeRO-3 decide anew which weights to release after which module.
+def clear_release_cache() -> None:
+    """Clear ZeRO-3's cache of which weights to release after which module.
 
-    It decides by the trace of modules, but remembers every decision for the life of the process, whatever becomes of that trace.
+    The cache belongs to the class. After a new trace its entries are wrong, and they keep models alive for the life of
+    the process. DeepSpeed wraps the cached method without ``functools.wraps``: only the wrapper's variables have it.
     """
-    decide = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    for cell in decide.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+    wrapper = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for value in inspect.getclosurevars(wrapper).nonlocals.values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
-def untraced(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
-    """Another coordinator of the same weights, which has seen no pass yet. Weights on their way belong to both."""
+def without_trace(coordinator: PartitionedParameterCoordinator) -> PartitionedParameterCoordinator:
+    """Another coordinator of the same weights, without a trace. Gathers in flight belong to both."""
     fresh = copy.copy(coordinator)
     if not fresh.is_invalid_trace():
-        fresh._invalidate_trace()  # which waits for what is on its way, too
-    fresh._clear_trace_structures()  # the lists of the other would grow with its own
+        fresh._invalidate_trace()  # also waits for gathers in flight
+    fresh._clear_trace_structures()  # or both would append to the same lists
     return fresh
 
 
 def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
-    """Take ZeRO-3's hooks off the model.
+    """Remove ZeRO-3's hooks from the model.
 
-    Its own ``destroy()`` leaves two functions on every module, which the next engine on this model takes for its own: the backward
-    pass would gather by the coordinator of the engine that is gone.
+    DeepSpeed's own ``destroy()`` leaves two functions on every module. The next engine on this model would use them,
+    and gather by the coordinator of the engine that is gone.
     """
     offload.destroy()
     for module in offload.module.modules():
@@ -330,36 +333,5 @@ def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
 
 
 def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
-    """Tell ``engine`` that its model is compiled, as its own ``compile()`` does: ``is_compiled`` answers by it."""
+    """Set the attributes that ``engine.compile()`` sets and ``engine.is_compiled`` reads."""
     engine._is_compiled, engine._compile_mode, engine._compile_kwargs = True, "model", dict(compile_kwargs)
-
-
-__all__ = [
-    "AIO_DEFAULT_DICT",
-    "BFLOAT16",
-    "ZERO_OPTIMIZATION",
-    "DeepSpeedConfigError",
-    "DeepSpeedConfigModel",
-    "DeepSpeedEngine",
-    "DeepSpeedZeRoOffload",
-    "PipelineModule",
-    "TorchCheckpointEngine",
-    "ZeROOptimizer",
-    "ZeroParamStatus",
-    "checkpoint_keys",
-    "count_used_parameters_in_backward",
-    "create_loss_scaler",
-    "forget_releases",
-    "fragment_address",
-    "get_native_pinned_memory",
-    "load_ds_config",
-    "mark_compiled",
-    "register_grad_hook",
-    "register_host_memory",
-    "remove_zero3_hooks",
-    "sequence_parallel_size",
-    "unregister_host_memory",
-    "untraced",
-    "waits_for_all_gathers",
-    "zero_to_fp32",
-]

@@ -43,5 +43,7 @@ def judge_precision(
         if warning is None:
             yield Finding("config", OK, f"{config} asks for {name}, which this device computes")
         else:
-            remedy = f'{{"{name}": {{"enabled": "auto"}}}} under launch/train.py or the Trainer; in an own loop without the block'
+            remedy = (
+                f'"{name}": {{"enabled": "auto"}} under launch/train.py or the Trainer; no such block in your own loop'
+            )
             yield Finding("config", FAIL, f"{config}: {warning}", remedy)

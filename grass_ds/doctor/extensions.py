@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's C++ extensions: compiled, to be compiled at the first use, or not possible. Nothing is compiled here.
+"""DeepSpeed's C++ extensions: compiled, to be compiled when first used, or impossible. Nothing is compiled here.
 
-[Note: Locks of torch's builds] torch compiles an extension under a file ``lock`` in its folder and removes it afterwards. A build that
-was killed leaves it behind, and every later start waits for it for ever, without a word.
+[Note: Build locks] torch compiles an extension under a file ``lock`` in its folder and removes it afterwards. A build
+that was killed leaves it behind, and every later start waits for it for ever, without a message.
 """
 
 import os
@@ -16,18 +16,21 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-from grass_ds.core import deepspeed_compat
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 
 SHARED_MEMORY = "deepspeed_shm_comm"
-"""What ranks on the CPU talk through; every start loads it."""
-LOCK_SECONDS = 60
-_COMPILER = "install a C++ compiler (apt-get install g++, module load gcc)"
-_NINJA = "activate the virtual environment, whose bin folder has to be in PATH, or pip install ninja"
+"""The extension through which ranks on the CPU communicate; every start loads it."""
+OPS = (
+    (SHARED_MEMORY, FAIL, "apt-get install g++ or module load gcc; pip install ninja, and activate its environment"),
+    ("async_io", WARN, 'the same; grass.offload.io = "auto" uses posix without it'),
+)
+"""Name, status where it is impossible, remedy."""
+STALE_SECONDS = 600
+"""A lock in a folder in which nothing has changed for so long belongs to no build."""
 
 
 def extensions_root() -> Path:
-    """The folder of torch's compiled extensions, one folder in it for each."""
+    """The folder in which torch keeps one folder per compiled extension."""
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         return Path(os.environ["TORCH_EXTENSIONS_DIR"])
     hip, cuda = torch.version.hip, torch.version.cuda
@@ -37,89 +40,41 @@ def extensions_root() -> Path:
 
 
 def is_built(name: str) -> bool:
-    """Whether the extension ``name`` has been compiled."""
+    """Whether the extension ``name`` is compiled."""
     return (extensions_root() / name / f"{name}.so").exists()
 
 
 def communication_ready() -> bool:
-    """Whether a process group can be joined without compiling, or waiting for it."""
+    """Whether this rank can join a process group without compiling, or waiting for another process that compiles."""
     locked = (extensions_root() / SHARED_MEMORY / "lock").exists()
     return get_accelerator().device_name() != "cpu" or (is_built(SHARED_MEMORY) and not locked)
 
 
 def check_extensions() -> Iterator[Finding]:
-    """The compiler, and the extensions that training may load."""
+    """The extensions that the library uses on this accelerator."""
     cpu = get_accelerator().device_name() == "cpu"
-    name = cpp_extension.get_cxx_compiler()
-    compiler, ninja = shutil.which(name), cpp_extension.is_ninja_available()
-    needed = cpu and not is_built(SHARED_MEMORY)
-    if compiler:
-        yield Finding("compiler", OK, compiler)
-    else:
-        yield Finding("compiler", FAIL if needed else WARN, f"no {name} in PATH", _COMPILER)
-    if not ninja:
-        # It is run even when there is nothing left to compile.
-        yield Finding("ninja", FAIL if cpu else WARN, "not in PATH", _NINJA)
-    if cpu:
-        yield _state(SHARED_MEMORY, None if compiler and ninja else "see above", FAIL, "")
-    yield _state(
-        "async_io", _async_io_obstacle(bool(compiler and ninja)), WARN, 'or leave it: grass.offload.io = "posix" works'
-    )
+    for name, status, remedy in OPS if cpu else OPS[1:]:
+        # ninja is run even when there is nothing left to compile.
+        tools = ["ninja"] if is_built(name) else ["ninja", cpp_extension.get_cxx_compiler()]
+        missing = [tool for tool in tools if not shutil.which(tool)]
+        if missing:
+            yield Finding(name, status, f"not in PATH: {', '.join(missing)}", remedy)
+        elif is_built(name):
+            yield Finding(name, OK, f"compiled in {extensions_root() / name}")
+        else:
+            yield Finding(
+                name, OK, "will be compiled when it is first used, in a few minutes; `ds_report` shows if it can"
+            )
 
 
 def check_locks(root: Path) -> Iterator[Finding]:
-    """See [Note: Locks of torch's builds]."""
+    """See [Note: Build locks]."""
     locks = sorted(root.glob("*/lock"))
     for lock in locks:
-        idle = time.time() - max(path.lstat().st_mtime for path in lock.parent.iterdir())
-        if holder := _holder(lock):
-            yield Finding("build lock", OK, f"{lock.parent} is being compiled by process {holder}")
-        elif idle < LOCK_SECONDS:
-            yield Finding(
-                "build lock",
-                WARN,
-                f"{lock.parent}: being compiled elsewhere, or interrupted just now",
-                "try again in a minute",
-            )
-        else:
-            yield Finding(
-                "build lock",
-                FAIL,
-                f"{lock} is held by no process of yours on this machine, and nothing has changed there for {idle / 60:.0f} minutes. "
-                "Every start waits for it, silently and for ever",
-                f"unless another machine is compiling into this folder: rm {lock}",
-            )
+        minutes = (time.time() - max(path.lstat().st_mtime for path in lock.parent.iterdir())) / 60
+        text = f"{lock}: nothing has changed there for {minutes:.0f} minutes, and every start waits while it exists"
+        stale = minutes * 60 >= STALE_SECONDS
+        remedy = f"rm {lock}" if stale else f"wait; if nothing is being compiled: rm {lock}"
+        yield Finding("build lock", FAIL if stale else WARN, text, remedy)
     if not locks:
         yield Finding("build lock", OK, f"none in {root}")
-
-
-def _state(name: str, obstacle: str | None, status: str, remedy: str) -> Finding:
-    if is_built(name):
-        return Finding(name, OK, f"compiled in {extensions_root() / name}")
-    if obstacle is None:
-        return Finding(name, OK, "will be compiled when it is first used, which takes a few minutes")
-    return Finding(name, status, f"cannot be compiled: {obstacle}", remedy)
-
-
-def _async_io_obstacle(can_compile: bool) -> str | None:
-    if not can_compile:
-        return "no compiler or no ninja"
-    if get_accelerator().device_name() == "cuda" and cpp_extension.CUDA_HOME is None and torch.version.cuda:
-        return "no CUDA toolkit (set CUDA_HOME, module load cuda)"
-    if deepspeed_compat.get_native_pinned_memory is None:
-        return "this DeepSpeed has no page-locked memory that all AIO handles know (pip install 'deepspeed>=0.19.6,<0.20')"
-    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
-    if builder is None or not builder.is_compatible(verbose=False):
-        return "libaio or its header is missing (apt-get install libaio-dev)"
-    return None
-
-
-def _holder(lock: Path) -> int | None:
-    """The process that has the lock open, as the one that compiles does; of those that this user may look into."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.path.samestat(link.stat(), lock.stat()):
-                return int(link.parts[2])
-        except OSError:
-            continue
-    return None

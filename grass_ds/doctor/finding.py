@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one check found, and a table of them for a terminal or a log file."""
+"""What the checks found, and the report of it."""
 
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TextIO
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
-WIDTH = 118
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``status`` is :data:`OK`, :data:`WARN` (training works, though not as well as it could) or :data:`FAIL` (it would not start)."""
+    """``status``: :data:`OK`, :data:`WARN` (training works, but not as well as it could), :data:`FAIL`."""
 
     check: str
     status: str
@@ -21,41 +21,49 @@ class Finding:
 
 
 def examine(name: str, check: Callable[..., Iterable[Finding]], *arguments: Any) -> list[Finding]:
-    """What ``check`` finds; a check that breaks down is a finding too, and hides none of the others."""
+    """All findings of ``check``. An exception in it is a finding, too, and hides none of the others."""
     found: list[Finding] = []
     try:
         found.extend(check(*arguments))
-    except Exception as error:  # whatever is broken on this machine is what the user wants to hear of
+    except Exception as error:  # whatever is broken on this machine, the user wants to know
         found.append(Finding(name, FAIL, f"{type(error).__name__}: {error}".rstrip(": ")))
     return found
 
 
-def worst(findings: Iterable[Finding]) -> str:
-    """The status that counts for all of them."""
-    return max((finding.status for finding in findings), key=(OK, WARN, FAIL).index, default=OK)
+@dataclass
+class Report:
+    """All findings, and a row with the placement of each rank. Rank 0 writes them to ``stream``."""
 
+    stream: TextIO
+    as_json: bool = False
+    findings: list[Finding] = field(default_factory=list)
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    rank: int = 0
 
-def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """A table with the remedy below what it is for, no line longer than :data:`WIDTH` unless a word is."""
-    indent = max(len("check"), *(len(finding.check) for finding in findings))
-    lines = [f"{'check':<{indent}}  status  finding", "-" * WIDTH]
-    for finding in findings:
-        text = _wrapped(finding.finding, WIDTH - indent - 10)
-        if finding.remedy:
-            text += _wrapped(f"remedy: {finding.remedy}", WIDTH - indent - 10)
-        lines.append(f"{finding.check:<{indent}}  {finding.status:<6}  {text[0]}")
-        lines += [f"{'':<{indent + 10}}{line}" for line in text[1:]]
-    return lines
+    @property
+    def status(self) -> str:
+        """The most severe status of all findings."""
+        return max((finding.status for finding in self.findings), key=(OK, WARN, FAIL).index, default=OK)
 
+    def write(self) -> int:
+        """Write the report; returns the exit code, 1 if a check failed."""
+        if self.rank == 0:
+            print(self._json() if self.as_json else self._text(), file=self.stream, flush=True)
+        elif not self.ranks:  # the ranks did not meet, so rank 0 does not know these
+            failed = [finding for finding in self.findings if finding.status == FAIL]
+            lines = [f"rank {self.rank}: {finding.check}: {finding.finding}\n" for finding in failed]
+            sys.stderr.write("".join(lines))
+        return int(self.status == FAIL)
 
-def row_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of ``rows``, which have the same keys."""
-    cells = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    def _json(self) -> str:
+        findings = [asdict(finding) for finding in self.findings]
+        return json.dumps({"status": self.status, "findings": findings, "ranks": self.ranks}, indent=2)
 
-
-def _wrapped(text: str, width: int) -> list[str]:
-    # A path is copied from here, so it must not be cut.
-    lines = [textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()]
-    return [part for line in lines for part in line] or [""]
+    def _text(self) -> str:
+        # Lines are not wrapped: a path must not be cut.
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.status:<6}{finding.check:<20}{finding.finding}")
+            lines += [f"{'':<26}remedy: {finding.remedy}"] if finding.remedy else []
+        lines += ["  ".join(f"{key}: {value}" for key, value in row.items()) for row in self.ranks]
+        return "\n".join([*lines, "not ready to train" if self.status == FAIL else "training can start"])

@@ -1,86 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of this machine, its memory, and the limits that a cluster puts on it."""
+"""The devices of this machine, its memory, and the limits that a cluster sets."""
 
 import os
 import resource
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
-from grass_ds.doctor.rendezvous import backend_available
 
 GIB = 2**30
-# What the host buffers of grass.offload.device = "nvme" take at most by default; RDMA registers about as much.
+# The default of "host_buffers" with grass.offload.device = "nvme" takes at most this; RDMA registers about as much.
 MEMLOCK_BYTES = 4 * GIB
-# A rank on the CPU takes 66 MB of it, NCCL and the workers of a data loader some more. Containers start with 64 MB.
+# A rank on the CPU uses 66 MB, NCCL and data loader workers some more. Containers start with 64 MB.
 SHM_BYTES = GIB
 _CAP_IPC_LOCK = 14
-_UNLIMITED = 2**60  # what version 1 of cgroups says without a limit is a little less than 2^63
+_UNLIMITED = 2**60  # control groups of version 1 show "no limit" as a little less than 2^63
+_NO_GPU = "ask SLURM for GPUs (--gpus-per-node), look at CUDA_VISIBLE_DEVICES, install a torch built for the GPU"
 
 
 def check_accelerator() -> Iterator[Finding]:
-    """What training would run on."""
+    """The devices that training would use."""
     accelerator = get_accelerator()
     kind, count = accelerator.device_name(), accelerator.device_count()
     if kind == "cpu":
         yield Finding("accelerator", OK, f"cpu, {len(os.sched_getaffinity(0))} cores for this process")
         if Path("/proc/driver/nvidia/version").exists() and os.environ.get("DS_ACCELERATOR") != "cpu":
-            remedy = (
-                "install a torch built for CUDA, ask SLURM for GPUs (--gpus-per-node), look at CUDA_VISIBLE_DEVICES"
-            )
-            yield Finding(
-                "accelerator", WARN, f"there is an NVIDIA driver, but torch {torch.__version__} sees no GPU", remedy
-            )
+            yield Finding("accelerator", WARN, f"NVIDIA driver, but torch {torch.__version__} sees no GPU", _NO_GPU)
     elif count == 0:
-        yield Finding(
-            "accelerator",
-            FAIL,
-            f"{kind}, no device",
-            "ask SLURM for GPUs (--gpus-per-node), look at CUDA_VISIBLE_DEVICES",
-        )
+        yield Finding("accelerator", FAIL, f"{kind}, no device", _NO_GPU)
     else:
         devices = Counter(device_text(index) for index in range(count))
         yield Finding("accelerator", OK, f"{kind}: " + ", ".join(f"{n} x {text}" for text, n in devices.items()))
-    backend = accelerator.communication_backend_name()
-    if backend_available(backend):
-        yield Finding("backend", OK, backend)
-    else:
-        yield Finding(
-            "backend",
-            FAIL,
-            f"torch {torch.__version__} is built without {backend}",
-            "install the torch for this accelerator",
-        )
-
-
-def properties(index: int) -> Any:
-    """What torch knows of the device ``index``: an object that may have ``name``, ``total_memory`` (bytes) and ``uuid``; None on the CPU."""
-    kind = get_accelerator().device_name()
-    return None if kind == "cpu" else torch.get_device_module(kind).get_device_properties(index)
 
 
 def device_text(index: int) -> str:
-    """Name and memory of a device."""
-    found = properties(index)
-    if found is None:
-        return "cpu"
-    memory = get_accelerator().total_memory(index)
-    return f"{getattr(found, 'name', 'device')} ({memory / GIB:.0f} GiB)"
+    """Name and memory of a device; "cpu" on the CPU."""
+    accelerator = get_accelerator()
+    kind = accelerator.device_name()
+    if kind == "cpu":
+        return kind
+    name = getattr(torch.get_device_module(kind).get_device_properties(index), "name", kind)
+    return f"{name} ({accelerator.total_memory(index) / GIB:.0f} GiB)"
 
 
 def check_memory() -> Iterator[Finding]:
-    """Host memory, what of it may be page-locked, and shared memory."""
-    memory = {
-        line.split(":")[0]: 1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()
-    }
-    text = f"{_gib(memory['MemTotal'])}, {_gib(memory['MemAvailable'])} available"
+    """Host memory, how much of it may be page-locked, and shared memory."""
+    memory = psutil.virtual_memory()
+    text = f"{_gib(memory.total)}, {_gib(memory.available)} available"
     limit = cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    if limit is not None and limit < memory["MemTotal"]:
+    if limit is not None and limit < memory.total:
         text += f"; this job may use {_gib(limit)} (--mem of SLURM, or the container)"
     yield Finding("host memory", OK, text)
     yield judge_memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], _may_exceed_memlock())
@@ -89,17 +62,16 @@ def check_memory() -> Iterator[Finding]:
 
 
 def judge_memlock(limit: int, privileged: bool) -> Finding:
-    """``limit``: bytes, or -1."""
-    if limit == resource.RLIM_INFINITY:
-        return Finding("page-locking", OK, "unlimited")
-    if privileged or limit >= MEMLOCK_BYTES:
-        return Finding("page-locking", OK, f"limit {_gib(limit)}" + " (does not hold for this process)" * privileged)
-    return Finding(
-        "page-locking",
-        WARN,
-        f'limit {_gib(limit)}: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix',
-        "ulimit -l unlimited; in SLURM jobs PropagateResourceLimitsExcept=MEMLOCK and LimitMEMLOCK=infinity of slurmd",
+    """``limit``: bytes that may be page-locked, or -1; ``privileged``: the process may exceed it."""
+    if limit == resource.RLIM_INFINITY or privileged:
+        return Finding("memlock", OK, "unlimited")
+    if limit >= MEMLOCK_BYTES:
+        return Finding("memlock", OK, _gib(limit))
+    text = f'{_gib(limit)}: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix'
+    remedy = (
+        "ulimit -l unlimited; for SLURM PropagateResourceLimitsExcept=MEMLOCK, and LimitMEMLOCK=infinity of slurmd"
     )
+    return Finding("memlock", WARN, text, remedy)
 
 
 def judge_shm(nbytes: int) -> Finding:
@@ -110,11 +82,11 @@ def judge_shm(nbytes: int) -> Finding:
 
 
 def cgroup_limit(membership: Path, root: Path) -> int | None:
-    """The smallest memory limit (bytes) on the way to this process, None if there is none.
+    """The smallest memory limit (bytes) of this process's control group and the groups above it; None without a limit.
 
     Args:
         membership: /proc/self/cgroup.
-        root: where the control groups are mounted.
+        root: where control groups are mounted.
     """
     limits = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
@@ -123,7 +95,7 @@ def cgroup_limit(membership: Path, root: Path) -> int | None:
             continue
         base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
         group = base / path.lstrip("/")
-        for folder in (group, *group.parents):  # in a container the way may begin outside of what is mounted
+        for folder in (group, *group.parents):  # in a container the first ones may be outside of the mount
             file = folder / name
             if folder.is_relative_to(base) and file.exists() and (text := file.read_text().strip()).isdecimal():
                 limits.append(int(text))

@@ -3,21 +3,21 @@
 
 An object does one request after another: for overlap, make one per direction and use each from one thread.
 
-[Note: What AIO does not say] DeepSpeed's ``aio_handle`` never looks at the result of a request: a transfer that failed, or ended
-early, counts as done. It aborts the process when asked to read beyond the end of a file, to wait for nothing, or to go away while
-requests are pending; memory that is not page-locked it copies through a locked buffer, whose allocation aborts at the limit of
-locked memory. So :class:`AioIO` asks for none of these, and finds out by itself what came of a request:
+[Note: Errors of AIO] DeepSpeed's ``aio_handle`` ignores the result of a request: a transfer that failed, or ended
+early, counts as done. It aborts the process when it reads beyond the end of a file, waits for nothing, or is deleted
+while requests are pending. Memory that is not page-locked goes through a locked buffer, whose allocation aborts at the
+limit of locked memory. :class:`AioIO` avoids all of these, and verifies requests itself:
 
-* Before a read, a bit pattern is written into the first and last word of every page of the target, and none of them may be left
-  afterwards. A request that fails leaves all of its pages as they were, one that ends early the last of them. The pattern is a
-  signalling NaN, which no arithmetic produces; filling and looking take 1 % of the time of the read.
-* After a write, the last page of every block (what AIO submits as one request) is read back. That takes a quarter of the time of
-  the write, so it is done when a place is written for the first time, which is when a disk turns out to be smaller than it claims
-  (thin provisioning, quotas, limits); afterwards only for the last block, which fails with all others when the filesystem turns
-  read-only. That leaves the loss of a single later block, on a disk which then delivers the old contents without an error:
-  ``"checksum": true`` finds it when the state is read.
+* Before a read, it writes a bit pattern into the first and last word of every page of the target; afterwards none may
+  be left. A request that fails leaves all of its pages as they were, one that ends early its last pages. The pattern
+  is a signalling NaN, which no arithmetic produces; this takes 1 % of the time of the read.
+* After a write, it reads back the last page of every block (what AIO submits as one request). That takes a quarter of
+  the time of the write, so it is done when a range is written for the first time: then a disk turns out to be smaller
+  than it claims (thin provisioning, quotas, limits). Later writes verify the last block only, which fails with all
+  others when the filesystem turns read-only. A single later block that is lost, on a disk which then delivers the old
+  contents without an error, is found by ``"checksum": true`` when the state is read.
 
-The page at which something was found is then transferred by an ordinary call, for the cause.
+A page that fails is transferred once more by an ordinary call, whose error tells the cause.
 """
 
 import ctypes
@@ -38,16 +38,15 @@ from grass_ds.config import GrassConfigError
 from grass_ds.core import deepspeed_compat
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFile
 
-# Requests of PosixIO under way at a time. One keeps a disk busy for about three quarters of the time, two are enough here; four for
-# disks that are faster than a copy in memory.
 POSIX_THREADS = 4
+"""Requests of PosixIO under way at a time. Two keep an SSD busy; four are for faster disks."""
 _PATTERN = 0x7FB5A5E37FB9C6D7  # two fp32 signalling NaNs
 _WORDS = ALIGNMENT // 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous run of bytes: ``tensor`` (1-D, page-aligned, whole pages, host memory) and where it is in the file.
+    """Contiguous bytes: ``tensor`` (1-D, whole pages of host memory, page-aligned) and their ``offset`` in the file.
 
     Raises:
         ValueError: an address, a length or an offset that is not a multiple of :data:`ALIGNMENT`, or no bytes at all.
@@ -62,7 +61,8 @@ class Piece:
             raise ValueError(f"not a run of bytes in host memory: shape {tuple(tensor.shape)} on {tensor.device}")
         if tensor.data_ptr() % ALIGNMENT or tensor.nbytes % ALIGNMENT or self.offset % ALIGNMENT or self.offset < 0:
             raise ValueError(
-                f"address {tensor.data_ptr():#x}, length {tensor.nbytes} and offset {self.offset} must be multiples of {ALIGNMENT}"
+                f"address {tensor.data_ptr():#x}, length {tensor.nbytes} and offset {self.offset} must be multiples "
+                f"of {ALIGNMENT}"
             )
 
     @property
@@ -78,7 +78,7 @@ class BlockIO(Protocol):
     """Whole requests: when a call returns, every byte has been transferred.
 
     Raises:
-        OffloadError: naming the file, the place in it and the cause. The contents of the pieces (of the file) are then undefined.
+        OffloadError: naming the file, the offset and the cause; what was read (or the file) is then undefined.
         ValueError: a piece beyond the end of the file.
     """
 
@@ -92,7 +92,7 @@ class BlockIO(Protocol):
 
 @dataclass(frozen=True)
 class AioSettings:
-    """DeepSpeed's ``"aio"`` block. ``block_size`` (bytes) and ``intra_op_parallelism`` (threads) hold for both kinds."""
+    """DeepSpeed's ``"aio"`` block; ``block_size`` (bytes) and ``intra_op_parallelism`` (threads) apply to both."""
 
     block_size: int
     queue_depth: int
@@ -105,12 +105,10 @@ class AioSettings:
         """Missing keys have DeepSpeed's defaults.
 
         Raises:
-            GrassConfigError: a value that AIO would not survive.
+            GrassConfigError: a value with which AIO would abort the process.
         """
-        values = {
-            key: value if block.get(key) is None else block[key]
-            for key, value in deepspeed_compat.AIO_DEFAULT_DICT.items()
-        }
+        defaults = deepspeed_compat.AIO_DEFAULT_DICT
+        values = {**defaults, **{key: block[key] for key in defaults if block.get(key) is not None}}
         for key, least in (("block_size", ALIGNMENT), ("queue_depth", 1), ("intra_op_parallelism", 1)):
             value = values[key]
             if type(value) is not int or not least <= value < 2**31 or value % least:
@@ -120,8 +118,8 @@ class AioSettings:
                 )
         if values.pop("use_gds"):
             raise GrassConfigError(
-                "aio.use_gds = true: GPUDirect storage is not used for the optimizer state, which passes through host buffers; set it "
-                "to false"
+                "aio.use_gds = true: GPUDirect storage is not used for the optimizer state, which passes through host "
+                "buffers; set it to false"
             )
         return cls(**values)
 
@@ -152,10 +150,10 @@ class PosixIO:
 
 
 class AioIO:
-    """DeepSpeed's ``aio_handle``, see [Note: What AIO does not say]. Pieces must be page-locked.
+    """DeepSpeed's ``aio_handle``, see [Note: Errors of AIO]. Pieces must be page-locked.
 
-    With ``intra_op_parallelism`` above 1 a request is divided evenly among the threads; the pages that cannot be are transferred by
-    an ordinary call.
+    With ``intra_op_parallelism`` above 1 a request is divided evenly among the threads; an ordinary call transfers the
+    pages that remain.
     """
 
     def __init__(self, op: Any, settings: AioSettings):
@@ -168,9 +166,7 @@ class AioIO:
         )
         self._threads = settings.intra_op_parallelism
         self._block_size = settings.block_size
-        self._proven: set[tuple[Path, int, int]] = (
-            set()
-        )  # file, offset and length of the writes that were checked block by block
+        self._verified: set[tuple[Path, int, int]] = set()  # file, offset and length of writes verified block by block
         self._page = torch.frombuffer(mmap.mmap(-1, ALIGNMENT), dtype=torch.uint8)
 
     def read(self, file: StateFile, pieces: Sequence[Piece]) -> None:
@@ -189,10 +185,10 @@ class AioIO:
         _check_request(file, pieces)
         self._run(self._handle.async_pwrite, _write_block, file, pieces)
         for piece in pieces:
-            place = (file.path, piece.offset, piece.tensor.nbytes)
-            for page in self._last_pages(piece)[-1 if place in self._proven else 0 :]:
-                self._prove(file, page)
-            self._proven.add(place)
+            written = (file.path, piece.offset, piece.tensor.nbytes)
+            for page in self._last_pages(piece)[-1 if written in self._verified else 0 :]:
+                self._verify(file, page)
+            self._verified.add(written)
 
     def close(self) -> None:
         self._handle = None
@@ -206,7 +202,7 @@ class AioIO:
     ) -> None:
         if not all(self._handle.is_pinned(piece.tensor) for piece in pieces):
             raise ValueError("AIO needs page-locked memory")
-        path = f"/proc/self/fd/{file.fd}"  # it opens by name; this one also leads to a file that was deleted
+        path = f"/proc/self/fd/{file.fd}"  # AIO opens by name; this name also works for a file that was deleted
         submitted = completed = 0
         try:
             for piece in pieces:
@@ -215,7 +211,7 @@ class AioIO:
                     raise _failure("open", file, piece, "AIO could not open it")
                 submitted += bool(even)
         finally:
-            if submitted:  # neither may be left pending, nor waited for in vain: both abort the process
+            if submitted:  # requests left pending abort the process, and so does waiting for none
                 completed = self._handle.wait()
         if completed != submitted:
             raise _failure("transfer", file, pieces[0], f"AIO completed {completed} of {submitted} requests")
@@ -225,18 +221,18 @@ class AioIO:
                 transfer(file, piece.part(even, piece.tensor.nbytes - even))
 
     def _even_bytes(self, piece: Piece) -> int:
-        """Bytes from the start of the piece that make a run of whole pages for every thread."""
+        """Bytes from the start of the piece that are equally many whole pages for every thread."""
         grain = self._threads * ALIGNMENT
         return piece.tensor.nbytes // grain * grain
 
     def _last_pages(self, piece: Piece) -> list[Piece]:
-        """The last page of each block, a block being what one thread submits at a time."""
+        """The last page of each block, which is what one thread submits at a time."""
         share = self._even_bytes(piece) // self._threads
         threads = [piece.part(thread * share, share) for thread in range(self._threads if share else 0)]
         blocks = [block for thread in threads for block in _split(thread, self._block_size)]
         return [block.part(block.tensor.nbytes - ALIGNMENT, ALIGNMENT) for block in blocks]
 
-    def _prove(self, file: StateFile, page: Piece) -> None:
+    def _verify(self, file: StateFile, page: Piece) -> None:
         _read_block(file, Piece(self._page, page.offset))
         if not torch.equal(self._page, page.data):
             _write_block(file, page)
@@ -244,16 +240,16 @@ class AioIO:
 
 
 def open_io(kind: str, aio: Mapping[str, Any], direct: bool, locked: bool) -> Callable[[], BlockIO]:
-    """How to make a :class:`BlockIO`; one is wanted per direction.
+    """A function that makes a :class:`BlockIO`, of which each direction needs one.
 
     Args:
-        kind: ``aio``, ``posix``, or ``auto``: AIO where it can be had.
+        kind: ``aio``, ``posix``, or ``auto``: AIO where it is available.
         aio: DeepSpeed's ``"aio"`` block.
-        direct: whether the files are open for direct I/O, without which AIO has no use.
-        locked: whether the staging memory is page-locked, without which AIO would copy, and may abort the process.
+        direct: whether the files are open for direct I/O, without which AIO is of no use.
+        locked: whether the host buffers are page-locked, without which AIO would copy, and might abort the process.
 
     Raises:
-        GrassConfigError: ``aio`` was asked for and cannot be had, or a value in ``aio`` is wrong.
+        GrassConfigError: ``kind`` is ``aio``, which is not available, or a value in ``aio`` is wrong.
     """
     settings = AioSettings.parse(aio)
     if kind != "posix":
@@ -267,18 +263,19 @@ def open_io(kind: str, aio: Mapping[str, Any], direct: bool, locked: bool) -> Ca
 
 
 class _Unavailable(RuntimeError):
-    """Why AIO cannot be had, and what would help."""
+    """Why AIO is not available, and the remedy."""
 
 
 def _load_aio(settings: AioSettings, direct: bool, locked: bool) -> Any:
-    """DeepSpeed's AIO extension, compiled now if it never was."""
+    """DeepSpeed's AIO extension, which is compiled at its first use."""
     if not direct:
         raise _Unavailable("the filesystem of grass.offload.nvme_path has no direct I/O; choose a local disk")
     if not os.path.exists("/proc/self/fd"):
         raise _Unavailable("/proc is not mounted; mount it")
     if deepspeed_compat.get_native_pinned_memory is None:
         raise _Unavailable(
-            "the installed deepspeed has no page-locked memory that all AIO handles know; pip install 'deepspeed>=0.19.6,<0.20'"
+            "the installed deepspeed has no page-locked memory that all AIO handles know; "
+            "pip install 'deepspeed>=0.19.6,<0.20'"
         )
     try:
         op = get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
@@ -288,20 +285,22 @@ def _load_aio(settings: AioSettings, direct: bool, locked: bool) -> Any:
         ) from error
     if not locked:
         raise _Unavailable(
-            "its memory cannot be page-locked; raise the limit (ulimit -l) or lower grass.offload.chunk_numel or host_buffers"
+            "its memory cannot be page-locked; raise the limit (ulimit -l) or lower grass.offload.chunk_numel or "
+            "host_buffers"
         )
     _check_contexts(op, settings)
     return op
 
 
 def _check_contexts(op: Any, settings: AioSettings) -> None:
-    """Try what two handles will do without looking at the result: set up the kernel's queues."""
+    """Set up the kernel's queues for a trial: two handles will do so, and ignore the result."""
     library, queue = ctypes.CDLL(op.__file__), ctypes.c_void_p()
     requests = 2 * (settings.intra_op_parallelism + 1) * settings.queue_depth
     error = library.io_queue_init(requests, ctypes.byref(queue))
     if error:
         raise _Unavailable(
-            f"the kernel refuses queues for {requests} requests ({os.strerror(-error)}); lower aio.queue_depth or raise fs.aio-max-nr"
+            f"the kernel refuses queues for {requests} requests ({os.strerror(-error)}); lower aio.queue_depth or "
+            "raise fs.aio-max-nr"
         )
     library.io_queue_release(queue)
 

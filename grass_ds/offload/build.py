@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put the parts of the offload scheduler together, as the ``offload`` block asks."""
+"""Build the state store that the ``offload`` block asks for."""
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +13,13 @@ from deepspeed.utils import logger
 from grass_ds.config import OffloadConfig
 from grass_ds.core.units import Unit
 from grass_ds.offload.block_io import open_io
-from grass_ds.offload.chunks import ELEMENT, effective_chunk_numel, largest_active_set
+from grass_ds.offload.chunk_files import ChunkFiles, file_bytes
+from grass_ds.offload.chunks import StateLayout, effective_chunk_numel, round_up
 from grass_ds.offload.copies import Copies, copies_for
-from grass_ds.offload.device_buffers import Window
+from grass_ds.offload.device_buffers import DeviceBuffers
 from grass_ds.offload.host import HostTier
-from grass_ds.offload.layout import file_bytes
 from grass_ds.offload.nvme import SPARE_BUFFERS, NvmeTier
-from grass_ds.offload.pinned_memory import StagingMemory
+from grass_ds.offload.pinned_memory import BufferMemory
 from grass_ds.offload.state_files import StateFiles, resolve_path
 from grass_ds.offload.state_template import StateTemplate
 from grass_ds.offload.store import StateStore
@@ -29,104 +27,83 @@ from grass_ds.offload.tier import Tier
 from grass_ds.offload.trace import Trace
 
 DEFAULT_HOST_BYTES = 4 * 2**30
-"""Host buffers of ``nvme`` take no more than this unless asked to."""
+"""Host buffers of ``nvme`` take at most this by default."""
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What the store has to know of the run.
+def open_store(
+    config: OffloadConfig,
+    units: Sequence[Unit],
+    templates: Sequence[StateTemplate],
+    *,
+    num_active_layers: int,
+    device: torch.device,
+    rank: int,
+    aio: Mapping[str, Any],
+) -> StateStore:
+    """The state store of this rank; takes disk space and host buffers, if any, and nothing on the device.
 
-    Attributes:
+    Args:
+        templates: what the optimizer keeps, per param group.
         num_active_layers: gamma.
         device: of the model.
         rank: of this process in the whole job; its files are named by it.
         aio: DeepSpeed's ``"aio"`` block.
-    """
-
-    num_active_layers: int
-    device: torch.device
-    rank: int
-    aio: Mapping[str, Any]
-
-
-def open_store(
-    config: OffloadConfig, units: Sequence[Unit], templates: Sequence[StateTemplate], surroundings: Surroundings
-) -> StateStore:
-    """The state store of this rank; takes disk space and host buffers, if any, and nothing on the device.
 
     Raises:
         GrassConfigError: the disk cannot be used, see :class:`~grass_ds.offload.state_files.StateFiles`.
     """
-    trace = Trace(config.trace, surroundings.rank)
-    copies = copies_for(surroundings.device, trace)
-    chunk_numel = effective_chunk_numel(config.chunk_numel, units)
-    eager = config.prefetch == "backward"
-
-    def planes_of(unit: Unit) -> int:
-        return templates[unit.group].planes
-
-    max_planes = max(template.planes for template in templates)
+    copies = copies_for(device, Trace(config.trace, rank))
+    if config.device == "none":
+        chunk_numel = round_up(max(unit.shard_numel for unit in units))  # one chunk per unit
+    else:
+        chunk_numel = effective_chunk_numel(config.chunk_numel, units)
+    layout = StateLayout(tuple(template.planes for template in templates), chunk_numel)
     tier: Tier | None = None
     if config.device == "cpu":
         tier = HostTier(copies, config.pin_memory)
     elif config.device == "nvme":
-        buffer_bytes = chunk_numel * max_planes * ELEMENT
-        count = _host_buffers(config, surroundings.num_active_layers, units, chunk_numel, buffer_bytes)
-        make = partial(NvmeTier, planes_of=planes_of, max_planes=max_planes, chunk_numel=chunk_numel)
-        sizes = {unit.name: file_bytes(unit, planes_of(unit)) for unit in units if unit.ever_active}
-        tier = _open_nvme(config, surroundings, copies, trace, sizes, count, buffer_bytes, make)
-    window = Window(
-        tier,
-        copies,
-        surroundings.device,
-        planes_of=planes_of,
-        max_planes=max_planes,
-        residency="none" if tier is None else config.residency,
-        buffers=config.device_buffers,
-        chunk_numel=chunk_numel,
-        eager=eager,
-    )
-    return StateStore(tier, window, templates, chunk_numel=chunk_numel, eager=eager, trace=trace)
+        count = _host_buffers(config, layout, units, num_active_layers)
+        tier = _open_nvme(config, layout, units, copies, count, rank, aio)
+    buffers = DeviceBuffers(tier, copies, device, layout, config)
+    return StateStore(tier, buffers, templates, layout, copies.trace)
 
 
 def _open_nvme(
     config: OffloadConfig,
-    surroundings: Surroundings,
+    layout: StateLayout,
+    units: Sequence[Unit],
     copies: Copies,
-    trace: Trace,
-    sizes: Mapping[str, int],
-    buffers: int,
-    buffer_bytes: int,
-    make: Callable[..., NvmeTier],
+    count: int,
+    rank: int,
+    aio: Mapping[str, Any],
 ) -> NvmeTier:
-    """Files first: they are what fails; what was made before a failure is released."""
+    """The NVMe tier with ``count`` host buffers. If a part cannot be made, those made before it are closed."""
+    sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
     with ExitStack() as undo:
-        files = StateFiles(resolve_path(str(config.nvme_path)), surroundings.rank, _job(), sizes)
+        files = StateFiles(resolve_path(str(config.nvme_path)), rank, _job(), sizes)
         undo.callback(files.close)
-        memory = StagingMemory(buffers, buffer_bytes, pin=config.pin_memory, lock=config.io != "posix")
+        memory = BufferMemory(count, layout.buffer_bytes, pin=config.pin_memory, lock=config.io != "posix")
         undo.callback(memory.close)
-        open_one = open_io(config.io, surroundings.aio, files.direct, memory.locked)
-        tier = make(files, open_one, memory, copies, trace, checksum=config.checksum)
+        make_io = open_io(config.io, aio, files.direct, memory.locked)
+        tier = NvmeTier(ChunkFiles(files, make_io, config.checksum, copies.trace), memory, copies, layout)
         undo.pop_all()
-    if surroundings.rank == 0:
+    if rank == 0:
         logger.info(
-            f"grass_ds: optimizer state in {config.nvme_path}: {files.nbytes / 1e9:.2f} GB of files and {buffers} host buffers of "
-            f"{buffer_bytes / 1e6:.1f} MB per rank"
+            f"grass_ds: optimizer state in {config.nvme_path}: {files.nbytes / 1e9:.2f} GB of files and {count} host "
+            f"buffers of {layout.buffer_bytes / 1e6:.1f} MB per rank"
         )
     return tier
 
 
-def _host_buffers(
-    config: OffloadConfig, num_active_layers: int, units: Sequence[Unit], chunk_numel: int, buffer_bytes: int
-) -> int:
-    """``host_buffers``, or what suits."""
+def _host_buffers(config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int) -> int:
+    """``host_buffers`` of the config or by default."""
     least = config.device_buffers + SPARE_BUFFERS
     if config.host_buffers is not None:
         return config.host_buffers
     if config.residency == "period":
         return max(least, 4)
-    wanted = largest_active_set(units, num_active_layers, chunk_numel) + SPARE_BUFFERS
-    return max(least, min(wanted, DEFAULT_HOST_BYTES // buffer_bytes))
+    wanted = layout.largest_active_set(units, num_active_layers) + SPARE_BUFFERS
+    return max(least, min(wanted, DEFAULT_HOST_BYTES // layout.buffer_bytes))
 
 
 def _job() -> str:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks: the grain at which optimizer state crosses between device, host and disk, and at which it is stepped.
+"""Chunks: the pieces in which optimizer state moves between device, host and disk, and in which it is stepped.
 
-A unit can be as large as the head of a 128k vocabulary; a chunk is as large as the device window allows, whatever the unit.
+A unit can be as large as the head of a 128k vocabulary; a chunk has at most as many elements as a device buffer,
+whatever the unit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,13 +13,14 @@ import torch
 from grass_ds.core.units import Unit
 
 ELEMENT = 4  # bytes: all state is fp32
-# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O wants, and a multiple of every vector width, so that
-# vectorised optimizers treat an element alike in whichever chunk it is and results do not depend on the chunk size.
+# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O needs, and a multiple of every
+# vector width, so that vectorised optimizers treat an element alike in every chunk and results do not depend on the
+# chunk size.
 GRAIN = 1024
 
 
 def round_up(numel: int, grain: int = GRAIN) -> int:
-    """The smallest multiple of ``grain`` that is not below ``numel``."""
+    """The smallest multiple of ``grain`` that is at least ``numel``."""
     return -(-numel // grain) * grain
 
 
@@ -39,26 +41,51 @@ class Chunk:
         return f"{self.unit.name}[{self.start}:{self.start + self.numel}]"
 
 
-def chunks_of(unit: Unit, chunk_numel: int) -> list[Chunk]:
-    """The unit's shard in order, in pieces of at most ``chunk_numel`` elements (a multiple of :data:`GRAIN`)."""
-    total = unit.shard_numel
-    starts = range(0, total, chunk_numel)
-    return [Chunk(unit, start, min(chunk_numel, total - start), last=start + chunk_numel >= total) for start in starts]
+@dataclass(frozen=True)
+class StateLayout:
+    """How the state of units is divided: into planes (fp32 master weights, then one per moment), and these into
+    chunks.
 
+    Attributes:
+        planes: number of planes, per param group.
+        chunk_numel: most elements of a chunk, a multiple of :data:`GRAIN`.
+    """
 
-def largest_active_set(units: Iterable[Unit], num_active_layers: int, chunk_numel: int) -> int:
-    """Chunks of the largest set that can train at a time: the always-active units and the ``num_active_layers`` largest layers."""
-    always, layers = 0, dict[int, int]()
-    for unit in units:
-        count = -(-unit.shard_numel // chunk_numel)
-        if unit.always:
-            always += count
-        elif unit.layer is not None:
-            layers[unit.layer] = layers.get(unit.layer, 0) + count
-    return always + sum(sorted(layers.values(), reverse=True)[:num_active_layers])
+    planes: tuple[int, ...]
+    chunk_numel: int
+
+    @property
+    def max_planes(self) -> int:
+        return max(self.planes)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of a buffer that any chunk fits into."""
+        return self.max_planes * self.chunk_numel * ELEMENT
+
+    def planes_of(self, unit: Unit) -> int:
+        return self.planes[unit.group]
+
+    def chunks(self, unit: Unit) -> list[Chunk]:
+        """The unit's shard in order."""
+        total, step = unit.shard_numel, self.chunk_numel
+        return [
+            Chunk(unit, start, min(step, total - start), last=start + step >= total) for start in range(0, total, step)
+        ]
+
+    def largest_active_set(self, units: Iterable[Unit], num_active_layers: int) -> int:
+        """Most chunks that train at a time: always-active units and the ``num_active_layers`` largest layers."""
+        always, layers = 0, dict[int, int]()
+        for unit in units:
+            count = len(self.chunks(unit))
+            if unit.always:
+                always += count
+            elif unit.layer is not None:
+                layers[unit.layer] = layers.get(unit.layer, 0) + count
+        return always + sum(sorted(layers.values(), reverse=True)[:num_active_layers])
 
 
 def effective_chunk_numel(asked: int, units: Sequence[Unit]) -> int:
-    """``asked`` rounded up to :data:`GRAIN`, but not above the largest shard that can ever train: buffers are of this size."""
-    largest = max((u.shard_numel for u in units if u.ever_active), default=GRAIN)
+    """``asked`` rounded up to :data:`GRAIN`, but at most the largest shard that can ever train."""
+    largest = max((unit.shard_numel for unit in units if unit.ever_active), default=GRAIN)
     return min(round_up(asked), round_up(largest))

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copies between host and device, on streams of their own where the accelerator has streams.
 
-[Note: Ordering] Three streams touch a device buffer: loads (host to device), compute, stores (device to host). Each copy waits for the
-events it is given and ends with an event; nothing else orders them. ``join`` lets the compute stream wait, ``mark`` is the event of
-what the compute stream was given so far. Memory allocated under the compute stream and used by another one is told to the
-allocator (``record_stream``), which otherwise would hand it out again while a copy still runs.
+[Note: Ordering] Three streams touch a device buffer: loads (host to device), compute, stores (device to host). Each
+copy waits for the events it is given and ends with an event; nothing else orders them. The allocator is told of memory
+that was allocated under the compute stream and is used by another one (``record_stream``): otherwise it would hand out
+that memory again while a copy still runs.
 
-A synchronous accelerator (the CPU) takes the same path with ``None`` for events.
+On a synchronous accelerator (the CPU) events are ``None``, and the path is the same.
 """
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,34 +22,34 @@ Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Copies:
-    """Copies that are done when the call returns; given events are waited for on the host."""
+    """Copies that are done when the call returns; the host waits for the events they are given."""
 
     def __init__(self, trace: Trace):
-        self._trace = trace
+        self.trace = trace
 
     def load(self, pairs: Pairs, after: Sequence[Any], name: str) -> Any:
         """Host to device; returns the event it ends with."""
-        return self._now(pairs, after, "load", name)
+        return self._copy(pairs, after, "load", name)
 
     def store(self, pairs: Pairs, after: Sequence[Any], name: str) -> Any:
         """Device to host; returns the event it ends with."""
-        return self._now(pairs, after, "store", name)
+        return self._copy(pairs, after, "store", name)
 
-    def join(self, event: Any) -> None:
+    def compute_waits_for(self, event: Any) -> None:
         """What is computed from here on comes after ``event``."""
 
-    def mark(self) -> Any:
+    def compute_event(self) -> Any:
         """The event of everything computed so far."""
         return None
 
     def enter_thread(self) -> None:
-        """To be called first in a thread that issues copies."""
+        """Every thread that issues copies calls this first."""
 
-    def _now(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Any:
+    def _copy(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Any:
         for event in after:
             if event is not None:
                 event.synchronize()
-        with self._trace.span(lane, name):
+        with self.trace.span(lane, name):
             for target, source in pairs:
                 target.copy_(source)
         return None
@@ -62,19 +61,13 @@ class StreamCopies(Copies):
     def __init__(self, trace: Trace, device: torch.device):
         super().__init__(trace)
         self._device = device
-        self._loads, self._stores = get_accelerator().Stream(), get_accelerator().Stream()
+        self._streams = {lane: get_accelerator().Stream() for lane in ("load", "store")}
 
-    def load(self, pairs: Pairs, after: Sequence[Any], name: str) -> Any:
-        return self._on(self._loads, pairs, after, "load", name)
-
-    def store(self, pairs: Pairs, after: Sequence[Any], name: str) -> Any:
-        return self._on(self._stores, pairs, after, "store", name)
-
-    def join(self, event: Any) -> None:
+    def compute_waits_for(self, event: Any) -> None:
         if event is not None:
             get_accelerator().current_stream().wait_event(event)
 
-    def mark(self) -> Any:
+    def compute_event(self) -> Any:
         event = get_accelerator().Event()
         event.record(get_accelerator().current_stream())
         return event
@@ -82,8 +75,9 @@ class StreamCopies(Copies):
     def enter_thread(self) -> None:
         get_accelerator().set_device(self._device.index or 0)
 
-    def _on(self, stream: Any, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Any:
-        with get_accelerator().stream(stream), self._device_span(stream, lane, name):
+    def _copy(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Any:
+        stream = self._streams[lane]
+        with get_accelerator().stream(stream), self.trace.device_span(lane, name, stream):
             for event in after:
                 if event is not None:
                     stream.wait_event(event)
@@ -93,9 +87,6 @@ class StreamCopies(Copies):
             event = get_accelerator().Event()
             event.record(stream)
         return event
-
-    def _device_span(self, stream: Any, lane: str, name: str) -> AbstractContextManager[None]:
-        return self._trace.device_span(lane, name, stream)
 
 
 def copies_for(device: torch.device, trace: Trace) -> Copies:

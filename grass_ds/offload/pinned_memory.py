@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Page-aligned host memory: exactly as much as is asked for, page-locked where that helps, and given back when told to.
+"""Page-aligned host memory: exactly as much as is asked for, page-locked where that helps, and freed by ``close``.
 
-[Note: Page-locking] torch's pinned allocator rounds every block up to a power of two and keeps what was freed; states are large, and
-long-lived. So memory is mapped here and registered with the device (``register_host_memory``), which makes copies as fast and as
-asynchronous. The mapping is shared, not private: a forked data loader would otherwise make pages copy-on-write under a transfer.
+[Note: Page-locking] torch's pinned allocator rounds every block up to a power of two and keeps what was freed; states
+are large and long-lived. So memory is mapped here and registered with the device (``register_host_memory``), which
+makes copies as fast and as asynchronous. The mapping is shared, not private: a forked data loader would otherwise make
+pages copy-on-write under a transfer.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ class HostMemory:
     """``nbytes`` bytes of page-aligned host memory.
 
     Args:
-        pin: register it with the device. Where that fails (a limit, a driver) copies are slower and do not overlap: one warning.
+        pin: register it with the device. Where that fails (a limit, a driver) there is one warning, and copies are
+            slower and do not overlap.
 
     Attributes:
         data: uint8 [nbytes], zeros.
@@ -41,18 +43,18 @@ class HostMemory:
             self._unregister.atexit = False  # the device may be gone by then, and everything goes anyway
 
     def close(self) -> None:
-        """Let go of it: the device at once, the memory with the last view. Copies must be over. Idempotent."""
+        """Unregister it; it is freed with its last view. Copies must be over. Idempotent."""
         if self._unregister is not None:
             self._unregister()
         self.data = torch.empty(0, dtype=torch.uint8)
 
 
-class StagingMemory:
-    """``count`` buffers of ``nbytes`` bytes, all of one kind.
+class BufferMemory:
+    """Memory of ``count`` host buffers of ``nbytes`` bytes each.
 
     Args:
         pin: page-lock them for copies to and from the device; no effect on the CPU accelerator.
-        lock: page-lock them for AIO where they are not pinned, if the process may: otherwise it has to do without.
+        lock: page-lock them for AIO where they are not pinned, if the process is allowed to.
 
     Attributes:
         buffers: uint8 [nbytes] each, page-aligned, zeros.
@@ -61,7 +63,7 @@ class StagingMemory:
 
     def __init__(self, count: int, nbytes: int, pin: bool, lock: bool):
         if nbytes <= 0 or nbytes % ALIGNMENT:
-            raise ValueError(f"buffers of {nbytes} bytes; a positive multiple of {ALIGNMENT} is wanted")
+            raise ValueError(f"buffers of {nbytes} bytes; a positive multiple of {ALIGNMENT} is needed")
         self._pinned: list[HostMemory] = []
         pin = pin and get_accelerator().device_name() != "cpu"
         if not pin and lock and _may_lock(count, nbytes):
@@ -80,7 +82,7 @@ class StagingMemory:
         return iter(self.buffers)
 
     def close(self) -> None:
-        """Let go of the memory: it is freed with the last view of it. Idempotent."""
+        """Unregister the memory; it is freed with its last view. Idempotent."""
         for memory in self._pinned:
             memory.close()
         self.buffers, self._pinned = [], []
@@ -101,10 +103,10 @@ def _unregister(address: int) -> None:
 
 
 def _locked(nbytes: int) -> torch.Tensor:
-    """Locked by DeepSpeed, which remembers it; freed with the last view.
+    """Locked by DeepSpeed, whose AIO handles know it; freed with the last view.
 
-    The rest of a page behind a chunk's end goes to the file as it is. It must not be what was in the heap: that may be the pattern by which
-    AioIO tells that a read delivered nothing.
+    Zeros, since the rest of a page behind a chunk's end goes to the file as it is: what was in the heap may be the
+    pattern by which AioIO tells that a read delivered nothing.
     """
     assert deepspeed_compat.get_native_pinned_memory is not None  # see _may_lock
     return deepspeed_compat.get_native_pinned_memory().pin_empty(torch.empty(0, dtype=torch.uint8), (nbytes,)).zero_()
@@ -115,9 +117,10 @@ def _pageable(nbytes: int) -> torch.Tensor:
 
 
 def _may_lock(count: int, nbytes: int) -> bool:
-    """Whether DeepSpeed will be able to lock that much: it can be loaded, and the kernel allows it.
+    """Whether DeepSpeed can be loaded and the kernel lets it lock that much.
 
-    It is tried, since the limit depends on privileges and on what is locked already, and DeepSpeed aborts the process beyond it.
+    A trial, since the limit depends on privileges and on what is locked already, and DeepSpeed aborts the process
+    beyond it.
     """
     if deepspeed_compat.get_native_pinned_memory is None:
         return False
@@ -125,7 +128,7 @@ def _may_lock(count: int, nbytes: int) -> bool:
         deepspeed_compat.get_native_pinned_memory()
         lock = ctypes.CDLL(None, use_errno=True).mlock2
     except (RuntimeError, AttributeError) as error:
-        logger.info(f"Staging memory is not page-locked: {error}")
+        logger.info(f"Host buffers are not page-locked: {error}")
         return False
     total = count * -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     trial = _pageable(total)

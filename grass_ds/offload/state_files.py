@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """This rank's state files on a local disk: one preallocated file per unit, in a directory that no other job can take.
 
-[Note: The lock] ``grass_ds_rank<n>.lock`` beside the directory is held by ``flock`` for as long as the files exist. The kernel lets
-go of it when the process ends, however it ends, so that what a killed run left behind is replaced without asking. The lock file
-is removed at the end, and whoever had opened it before then would hold the lock of a file that nobody else sees. Hence two rules:
-only its holder removes it, and a lock counts only if the path still leads to the file that was locked.
+[Note: The lock] ``grass_ds_rank<n>.lock`` beside the directory is held by ``flock`` for as long as the files exist.
+The kernel releases it when the process ends, however it ends, so the next run replaces what a killed run left behind.
+The lock file is removed at the end. A process that had opened it before then would lock a file that no other process
+sees. Hence two rules: only its holder removes it, and a lock counts only if the path still leads to the file that was
+locked.
 """
 
 import contextlib
@@ -27,21 +28,21 @@ from deepspeed.utils import logger
 from grass_ds.config import GrassConfigError
 
 ALIGNMENT = 4096
-"""Bytes. What O_DIRECT wants of offsets, lengths and addresses on every disk."""
+"""Bytes. Offsets, lengths and addresses that are multiples of it suit O_DIRECT on every disk."""
 
 _KEY = "grass.offload.nvme_path"
 IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class OffloadError(RuntimeError):
-    """Optimizer state could not be moved to or from the disk: what is in memory or in the file cannot be relied upon."""
+    """Optimizer state could not be moved to or from the disk; memory and file cannot be relied upon."""
 
 
 def resolve_path(path: str) -> Path:
     """``path`` as an absolute path, with ``~`` and environment variables put in.
 
     Raises:
-        GrassConfigError: a variable that is not set, or is empty: the path would silently be another one.
+        GrassConfigError: a variable that is not set, or is empty.
     """
     names = [braced or bare for braced, bare in re.findall(r"\$(?:\{(\w+)\}|(\w+))", path)]
     unset = [name for name in names if not os.environ.get(name)]
@@ -70,8 +71,8 @@ class StateFile:
             raise OffloadError(f"{self.path}: {error.strerror}") from error
         if found != self.nbytes:
             raise OffloadError(
-                f"{self.path} has {found} bytes instead of {self.nbytes}: something else has truncated or written it, and the "
-                "optimizer state in it is lost. Resume from a checkpoint"
+                f"{self.path} has {found} bytes instead of {self.nbytes}: something else has truncated or written it, "
+                "and the optimizer state in it is lost. Resume from a checkpoint"
             )
 
 
@@ -83,15 +84,15 @@ class StateFiles:
     Args:
         root: an existing directory on a local disk.
         rank: distinguishes the ranks that share the directory.
-        job: told to whoever finds the directory taken.
+        job: name of this job, for the error of a second job that is given the directory.
         sizes: unit name -> bytes, a multiple of :data:`ALIGNMENT`.
 
     Attributes:
         direct: whether transfers bypass the page cache (O_DIRECT).
 
     Raises:
-        GrassConfigError: the directory is missing, cannot be written, has too little space, or is used by another job. Whatever
-            had been made by then is removed.
+        GrassConfigError: the directory is missing, cannot be written, has too little space, or is used by another job.
+            No file is left behind.
         ValueError: a size that is not a positive multiple of :data:`ALIGNMENT`.
     """
 
@@ -104,7 +105,7 @@ class StateFiles:
         self._files: dict[str, StateFile] = {}
         self._process = os.getpid()
         try:
-            self._enter(job)
+            self._open_directory(job)
             self._check_space(sum(sizes.values()))
             for name, size in sizes.items():
                 self.add(name, size)
@@ -131,7 +132,7 @@ class StateFiles:
             ValueError: a size that is not a positive multiple of :data:`ALIGNMENT`, or another than the file has.
         """
         if nbytes <= 0 or nbytes % ALIGNMENT:
-            raise ValueError(f"{name}: {nbytes} bytes; a positive multiple of {ALIGNMENT} is wanted")
+            raise ValueError(f"{name}: {nbytes} bytes; a positive multiple of {ALIGNMENT} is needed")
         if name in self._files:
             if self._files[name].nbytes != nbytes:
                 raise ValueError(f"{self._files[name].path} has {self._files[name].nbytes} bytes, asked for {nbytes}")
@@ -145,7 +146,7 @@ class StateFiles:
             raise self._explained(error, self.nbytes + nbytes) from error
 
     def close(self) -> None:
-        """Close and remove the files, the directory and the lock. Idempotent; what is gone already is no error."""
+        """Close and remove the files, the directory and the lock. Idempotent; those removed by others are no error."""
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 os.close(file.fd)
@@ -158,12 +159,12 @@ class StateFiles:
         os.close(self._lock)
         self._lock = None
 
-    def _enter(self, job: str) -> None:
-        """Take the directory, and empty it."""
+    def _open_directory(self, job: str) -> None:
+        """Lock the directory, and empty it."""
         if not self._root.is_dir():
             raise GrassConfigError(
-                f'{_KEY} = "{self._root}": no such directory. It must exist and is not created, so that a disk that is not '
-                "mounted is noticed: mount the disk or create the directory"
+                f'{_KEY} = "{self._root}": no such directory. It must exist and is not created, so that a disk '
+                "that is not mounted is noticed: mount the disk or create the directory"
             )
         self._lock = self._take_lock(job)
         self._directory.mkdir(exist_ok=True)
@@ -193,8 +194,8 @@ class StateFiles:
                 holder = _read_holder(lock)
                 os.close(lock)
                 raise GrassConfigError(
-                    f'{_KEY} = "{self._root}" is in use: {self._lock_path.name} is held by {holder}. Give every job a path of '
-                    'its own, for example with "$SLURM_JOB_ID" in it'
+                    f'{_KEY} = "{self._root}" is in use: {self._lock_path.name} is held by {holder}. Give every job a '
+                    'path of its own, for example with "$SLURM_JOB_ID" in it'
                 ) from None
             except BaseException:
                 os.close(lock)
@@ -206,7 +207,8 @@ class StateFiles:
         if available < needed:
             raise GrassConfigError(
                 f'{_KEY} = "{self._root}": this rank needs {_gigabytes(needed)} for optimizer state, but only '
-                f'{_gigabytes(available)} are free. Free some space, choose another disk, or set grass.offload.device = "cpu"'
+                f"{_gigabytes(available)} are free. Free some space, choose another disk, or set "
+                'grass.offload.device = "cpu"'
             )
 
     def _remove(self, path: Path) -> None:
@@ -223,8 +225,8 @@ class StateFiles:
         where = f" ({error.filename})" if error.filename else ""
         need = f"; this rank needs {_gigabytes(needed)} so far" if needed else ""
         return GrassConfigError(
-            f'{_KEY} = "{self._root}": no state file can be made in {self._directory}: {error.strerror}{where}{need}. It must be '
-            "a writable directory on a local disk with space for the optimizer state"
+            f'{_KEY} = "{self._root}": no state file can be made in {self._directory}: {error.strerror}{where}{need}. '
+            "It must be a writable directory on a local disk with space for the optimizer state"
         )
 
 
@@ -281,7 +283,7 @@ def _read_holder(lock: int) -> str:
         holder = json.loads(os.pread(lock, ALIGNMENT, 0))
         return "job {job} (process {pid} on {host}, since {since})".format_map(holder)
     except (ValueError, KeyError, TypeError):
-        return "another process, which has not signed it yet"
+        return "another process, which has not written its name yet"
 
 
 def _gigabytes(nbytes: int) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What state the client's optimizer keeps, found out by letting it take a step on a few numbers."""
+"""What state the client's optimizer keeps, learnt from a step on a few numbers."""
 
 import copy
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ class StateTemplate:
 
     Attributes:
         moments: names of what is kept per element (``exp_avg``, ``exp_avg_sq``).
-        start: what is kept per tensor before the first step (``step``: 0), if moments of zeros and this are a fresh state; None if
-            only the optimizer itself can make one.
+        start: what is kept per tensor before the first step (``step``: 0), if moments of zeros and this are a fresh
+            state; None if only the optimizer itself can make one.
     """
 
     moments: tuple[str, ...]
@@ -43,7 +43,8 @@ def learn_template(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], d
     """Step a parameter of 8 elements with the group's hyper-parameters; the optimizer is left as it was.
 
     Raises:
-        GrassConfigError: an optimizer that cannot step a parameter it was not built with, or that counts steps per group.
+        GrassConfigError: an optimizer that cannot step a parameter it was not built with, or that counts steps per
+            group.
     """
     weights, state = _one_step(optimizer, group, device, None)
     moments = tuple(name for name, value in state.items() if _per_element(value))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer states of all units, wherever they are.
+"""The optimizer states of all units, on the device, in host memory or on disk.
 
-State is made when a unit is stepped for the first time: the fp32 master shard is then copied from the low-precision weights, which
-have not moved until then, so nothing is lost and a layer that was never drawn costs nothing.
+State is made when a unit is stepped for the first time: the fp32 master shard is then copied from the low-precision
+weights, which have not changed until then. So nothing is lost, and a layer that was never drawn costs nothing.
 
-[Note: Errors] A transfer can fail on one rank alone, whose peers must hear of it where all of them are: in ``step`` and what else is
-called on every rank (``agreement.raise_on_all_ranks``). What is done in backward or between steps is not such a place; it says nothing
-and leaves the tier's ``error``, with which the next step ends.
+[Note: Errors] A transfer can fail on one rank alone. Its peers can only hear of it in calls that every rank makes:
+``step`` and some others (``agreement.raise_on_all_ranks``). Backward, and what is done between steps, therefore raise
+no ``OffloadError``: the tier keeps its ``error``, and the next step raises it on every rank.
 """
 
 import copy
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from grass_ds.core.units import Unit
-from grass_ds.offload.chunks import Chunk, chunks_of
-from grass_ds.offload.device_buffers import Window
+from grass_ds.offload.chunks import Chunk, StateLayout
+from grass_ds.offload.device_buffers import DeviceBuffers
 from grass_ds.offload.state_files import OffloadError
 from grass_ds.offload.state_template import StateTemplate
-from grass_ds.offload.tier import Planes, Tier
+from grass_ds.offload.tier import Tier
 from grass_ds.offload.trace import Trace
 
 
@@ -34,7 +34,7 @@ class UnitState:
     Attributes:
         master: fp32 weights, [shard_numel].
         moments: what the optimizer keeps per element (``exp_avg``, ``exp_avg_sq``), each [shard_numel].
-        scalars: what it keeps per tensor (``step``): the unit's own step count, which is what bias correction needs.
+        scalars: what it keeps per tensor (``step``): the unit's own step count, which bias correction needs.
     """
 
     master: torch.Tensor
@@ -47,58 +47,57 @@ class UnitState:
 
 
 class StateStore:
-    """Optimizer states of all units that were ever stepped: a device window over a tier on the host or on disk.
+    """Optimizer states of all units that were ever stepped: device buffers over a tier on the host or on disk.
 
     Args:
-        tier: where states rest; None: on the device.
+        tier: where states are kept; None: on the device.
         templates: what the optimizer keeps, per param group.
-        chunk_numel: elements that are moved and stepped at a time, a multiple of the chunks' grain.
-        eager: transfers may begin in backward; otherwise only in the step.
     """
 
     def __init__(
         self,
         tier: Tier | None,
-        window: Window,
+        buffers: DeviceBuffers,
         templates: Sequence[StateTemplate],
-        *,
-        chunk_numel: int,
-        eager: bool,
+        layout: StateLayout,
         trace: Trace,
     ):
         self.trace = trace
-        self.chunk_numel = chunk_numel
-        self._tier, self._window, self._templates, self._eager = tier, window, templates, eager
+        self.chunk_numel = layout.chunk_numel
+        self._tier, self._buffers, self._templates, self._layout = tier, buffers, templates, layout
         self._scalars: dict[Unit, dict[str, Any]] = {}
-        self._chunks: dict[Unit, list[Chunk]] = {}
-        self._planned: frozenset[Unit] = frozenset()
 
     def __contains__(self, unit: Unit) -> bool:
         return unit in self._scalars
 
     def __getitem__(self, unit: Unit) -> UnitState:
-        """The unit's state, to be read only: :meth:`put` changes it. On the host, or on the device if it rests there."""
+        """The unit's state, read-only: :meth:`put` changes it. On the host, or on the device without a tier."""
         if self._tier is None:
-            planes = self._window.resting(unit, self.chunks(unit))
+            planes = self._buffers.read(unit)
         else:
-            self._window.flush()
-            planes = self._tier.fetch(unit)
-        return UnitState(planes[0], dict(zip(self._moments(unit), planes[1:], strict=True)), self._scalars[unit])
+            self._buffers.flush()
+            planes = self._tier.read(unit)
+        moments = dict(zip(self.template(unit).moments, planes[1:], strict=True))
+        return UnitState(planes[0], moments, self._scalars[unit])
 
     def template(self, unit: Unit) -> StateTemplate:
         """What the optimizer keeps for the unit."""
         return self._templates[unit.group]
 
-    # ---- memory ---------------------------------------------------------------------------------------------------------
+    def chunks(self, unit: Unit) -> list[Chunk]:
+        """The pieces in which the unit is stepped, in order."""
+        return self._layout.chunks(unit)
+
+    # ---- memory -----------------------------------------------------------------------------------------------------
 
     @property
     def device_bytes(self) -> int:
         """Bytes on the device now, buffers included."""
-        return self._window.nbytes
+        return self._buffers.nbytes
 
     @property
     def peak_device_bytes(self) -> int:
-        return self._window.peak_bytes
+        return self._buffers.peak_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -113,66 +112,62 @@ class StateStore:
     @property
     def fallible(self) -> bool:
         """Whether states pass through files, which can fail on one rank alone."""
-        return self._tier is not None and self._tier.nvme_bytes > 0
+        return self.nvme_bytes > 0
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong in an I/O thread."""
+        """What failed in an I/O thread."""
         return None if self._tier is None else self._tier.error
 
-    # ---- what is coming -------------------------------------------------------------------------------------------------
+    # ---- before a step ----------------------------------------------------------------------------------------------
 
     def plan(self, units: Sequence[Unit]) -> None:
         """The coming steps step ``units``, in this order."""
-        self._planned = frozenset(units)
         with suppress(OffloadError):
-            self._window.plan([chunk for unit in units for chunk in self.chunks(unit)], self._scalars.keys())
+            self._buffers.plan([chunk for unit in units for chunk in self.chunks(unit)], self._scalars.keys())
 
     def prefetch(self, unit: Unit) -> None:
-        """The unit's gradient is there, so it will be stepped soon."""
-        if self._eager and unit in self._planned:
-            with suppress(OffloadError):
-                self._window.prefetch(self.chunks(unit))
+        """The unit's gradient is reduced, so it will be stepped soon."""
+        with suppress(OffloadError):
+            self._buffers.prefetch(self.chunks(unit))
 
     def prepare(self, units: Sequence[Unit]) -> None:
         """These units will probably be planned next."""
-        if self._eager:
-            with suppress(OffloadError):
-                self._window.prepare([chunk for unit in units if unit in self for chunk in self.chunks(unit)])
+        with suppress(OffloadError):
+            self._buffers.prepare([chunk for unit in units for chunk in self.chunks(unit)])
 
-    # ---- a step ---------------------------------------------------------------------------------------------------------
-
-    def chunks(self, unit: Unit) -> list[Chunk]:
-        """The pieces in which the unit is stepped, in order."""
-        if unit not in self._chunks:
-            numel = self.chunk_numel if self._tier is not None else unit.shard_numel
-            self._chunks[unit] = chunks_of(unit, numel)
-        return self._chunks[unit]
+    # ---- in a step --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def on_loan(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-        """Bring the chunk's state to the device, hand it to ``optimizer`` under the yielded master [chunk.numel], and take it back.
+    def on_device(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+        """Hold the chunk's state on the device, as ``optimizer``'s state of the yielded master [chunk.numel].
 
-        All chunks of a unit must be borrowed, in order: their common scalars (the step count) move on with the last one.
+        All chunks of a unit must be stepped, in order: the scalars they share (the step count) advance with the last
+            one.
+
+        Raises:
+            OffloadError: a transfer failed, now or since the last step.
         """
         if self.error is not None:
             raise self.error
-        unit = chunk.unit
-        template = self.template(unit)
-        planes = self._window.take(chunk)
-        scalars: Any = self._scalars.get(unit, template.start)
+        unit, template = chunk.unit, self.template(chunk.unit)
+        planes = self._buffers.acquire(chunk)
         if unit not in self:
             planes[0].copy_(chunk.of(unit.shard))
             for plane in planes[1:]:
                 plane.zero_()
-        master = nn.Parameter(planes[0])
+        master, moments = nn.Parameter(planes[0]), dict(zip(template.moments, planes[1:], strict=True))
+        scalars: Any = self._scalars.get(unit, template.start)
         if scalars is not None and not template.keeps_nothing:
-            optimizer.state[master] = {**copy.deepcopy(dict(scalars)), **self._named(unit, planes)}
+            optimizer.state[master] = {**copy.deepcopy(dict(scalars)), **moments}
         try:
             yield master
-            self._take_back(chunk, planes, optimizer.state.get(master, {}))
+            scalars = _take_state(unit, optimizer.state.get(master, {}), moments)
+            self._buffers.release(chunk)
+            if chunk.last:
+                self._scalars[unit] = scalars
         except BaseException:
-            self._window.forget(unit)  # half stepped
+            self._buffers.discard(unit)  # half stepped
             raise
         finally:
             optimizer.state.pop(master, None)
@@ -180,12 +175,12 @@ class StateStore:
     def end_step(self) -> None:
         """The step is over, whether it changed anything or not."""
         with suppress(OffloadError):
-            self._window.end_step()
+            self._buffers.end_step()
 
-    # ---- from outside a step --------------------------------------------------------------------------------------------
+    # ---- between steps ----------------------------------------------------------------------------------------------
 
     def put(self, unit: Unit, state: UnitState) -> None:
-        """Set the state of a unit (a checkpoint, or a user's own value). Moments that it lacks start at zero.
+        """Set the state of a unit (from a checkpoint, or a user's own value). Moments that it lacks start at zero.
 
         Raises:
             ValueError: a moment that the optimizer does not keep, or none where it cannot start at zero.
@@ -194,18 +189,14 @@ class StateStore:
         unknown = state.moments.keys() - set(template.moments)
         if unknown:
             raise ValueError(f"{unit.name}: the optimizer keeps no {sorted(unknown)}, only {list(template.moments)}")
-        complete = bool(state.scalars) or len(state.moments) == len(template.moments)
-        scalars = state.scalars if complete else template.start
-        if scalars is None or (template.start is None and len(state.moments) < len(template.moments)):
+        complete = len(state.moments) == len(template.moments)
+        scalars = state.scalars if complete or state.scalars else template.start
+        if scalars is None or (template.start is None and not complete):
             raise ValueError(f"{unit.name}: state of this optimizer cannot be set before the first step of the layer")
         zeros = torch.zeros((), device=state.master.device).expand(unit.shard_numel)
         planes = [state.master, *(state.moments.get(name, zeros) for name in template.moments)]
-        self._window.forget(unit)
-        if self._tier is None:
-            for chunk in self.chunks(unit):
-                self._window.adopt(chunk, [chunk.of(plane) for plane in planes])
-        else:
-            self._tier.place(unit, planes)
+        self._buffers.discard(unit)
+        (self._buffers if self._tier is None else self._tier).write(unit, planes)
         self._scalars[unit] = copy.deepcopy(dict(scalars))
 
     def ensure(self, unit: Unit) -> UnitState:
@@ -215,55 +206,43 @@ class StateStore:
         return self[unit]
 
     def drop(self, unit: Unit) -> None:
-        """Forget the unit's state; it is rebuilt from the weights at its next step."""
+        """Delete the unit's state, if any; it is made from the weights again at the unit's next step."""
         if self._scalars.pop(unit, None) is None:
             return
         with suppress(OffloadError):
-            self._window.forget(unit)
+            self._buffers.discard(unit)
         if self._tier is not None:
             self._tier.drop(unit)
 
     def clear(self) -> None:
-        """Forget all states."""
+        """Delete all states."""
         for unit in list(self._scalars):
             self.drop(unit)
 
     def flush(self) -> None:
-        """Block until every state is where it rests; raise what went wrong on the way."""
-        self._window.flush()
+        """Block until no transfer is under way and every state is where it is kept; raise what failed."""
         if self._tier is not None:
+            self._buffers.flush()
             self._tier.flush()
 
     def close(self) -> None:
         """Release device memory, host memory, threads and files; write the trace. Idempotent."""
         self._scalars.clear()
         try:
-            self._window.close()
+            self._buffers.close()
         finally:
             if self._tier is not None:
                 self._tier.close()
             self.trace.write()
 
-    # ---- inside ---------------------------------------------------------------------------------------------------------
 
-    def _moments(self, unit: Unit) -> tuple[str, ...]:
-        return self.template(unit).moments
-
-    def _named(self, unit: Unit, planes: Planes) -> dict[str, torch.Tensor]:
-        return dict(zip(self._moments(unit), planes[1:], strict=True))
-
-    def _take_back(self, chunk: Chunk, planes: Planes, left: dict[str, Any]) -> None:
-        """Sort what the optimizer left behind into moments and scalars, and let the chunk go."""
-        moments = self._named(chunk.unit, planes)
-        for name, plane in moments.items():
-            if left[name] is not plane:  # the optimizer made its own, as at a first step
-                plane.copy_(left[name])
-        scalars = {name: value for name, value in left.items() if name not in moments}
-        grown = [k for k, v in scalars.items() if torch.is_tensor(v) and v.numel() > 1]
-        if grown:
-            raise RuntimeError(
-                f"{chunk.unit.name}: the optimizer began to keep {grown}, which it did not at the start"
-            )
-        self._window.give(chunk)
-        if chunk.last:
-            self._scalars[chunk.unit] = scalars
+def _take_state(unit: Unit, state: dict[str, Any], moments: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Copy the moments that a step replaced into the buffers; returns the scalars."""
+    for name, plane in moments.items():
+        if state[name] is not plane:  # the optimizer made its own, as at a first step
+            plane.copy_(state[name])
+    scalars = {name: value for name, value in state.items() if name not in moments}
+    grown = [name for name, value in scalars.items() if torch.is_tensor(value) and value.numel() > 1]
+    if grown:
+        raise RuntimeError(f"{unit.name}: the optimizer began to keep {grown}, which it did not at the start")
+    return scalars

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies below the device window: the interface of the host and the NVMe tier."""
+"""What lies below the device buffers: the interface of the host and the NVMe tier.
 
-import threading
+[Note: Futures and events] A copy has two ends. The host only waits until it has been *issued*, perhaps by an I/O
+thread that must read a file first: that is the :class:`~concurrent.futures.Future`. Streams wait until it is *over*:
+that is the device event, the future's result. A future that stood for the event itself would need a thread to block on
+the device for every copy.
+"""
+
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -13,71 +19,46 @@ from grass_ds.offload.chunks import Chunk
 Planes = list[torch.Tensor]
 """A chunk's or a unit's state: fp32 master weights, then the moments in the optimizer's order; all of one length."""
 
+Transfer = Future[Any]
+"""A copy between a tier and the device; its result is the event that it ends with, None for a synchronous copy."""
 
-class Ticket:
-    """A copy between a tier and the device that was asked for, perhaps of a thread.
 
-    ``wait`` blocks the host until the copy has been *issued* and returns the device event that it ends with (None where copies
-    are synchronous); it raises what went wrong in the thread.
-    """
-
-    def __init__(self) -> None:
-        self._settled = threading.Event()
-        self._event: Any = None
-        self._error: BaseException | None = None
-
-    @classmethod
-    def issued(cls, event: Any) -> "Ticket":
-        """A ticket of a copy that has been issued already."""
-        ticket = cls()
-        ticket.settle(event)
-        return ticket
-
-    def settle(self, event: Any = None, error: BaseException | None = None) -> None:
-        """Called once, by whoever did the work."""
-        self._event, self._error = event, error
-        self._settled.set()
-
-    @property
-    def settled(self) -> bool:
-        return self._settled.is_set()
-
-    def wait(self) -> Any:
-        self._settled.wait()
-        if self._error is not None:
-            raise self._error
-        return self._event
+def issued(event: Any) -> Transfer:
+    """A copy that has been issued already."""
+    transfer: Transfer = Future()
+    transfer.set_result(event)
+    return transfer
 
 
 class Tier(Protocol):
-    """Where state rests below the device window. Copies are ordered by the events they are given and those they return."""
+    """Keeps state that is not on the device. Copies are ordered by the events that they take and return."""
 
     error: BaseException | None
-    """What went wrong in a thread of the tier; from then on nothing can be relied upon."""
+    """What failed in a thread of the tier; from then on no state can be relied upon."""
 
-    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
-        """Copy the chunk to ``target`` (device) when the events of ``after`` have passed. It must have been stored before."""
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
+        """Copy the chunk to ``target`` (device) after the events of ``after``. It must have been stored before."""
 
-    def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Ticket:
-        """Copy the chunk from ``source`` (device) when the events of ``after`` have passed."""
+    def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Transfer:
+        """Copy the chunk from ``source`` (device) after the events of ``after``."""
 
-    def expect(self, chunks: Sequence[Chunk]) -> None:
+    def plan(self, chunks: Sequence[Chunk]) -> None:
         """The coming steps use these chunks and no others."""
 
     def read_ahead(self, chunks: Iterable[Chunk]) -> None:
-        """These will be loaded next, in this order: get hold of as many as there is room for."""
+        """These chunks will be loaded next, in this order: read as many into host memory as there is room for."""
 
-    def fetch(self, unit: Unit) -> Planes:
+    def read(self, unit: Unit) -> Planes:
         """The unit's state in host memory, each plane [shard_numel], read-only; blocks until it is there."""
 
-    def place(self, unit: Unit, planes: Planes) -> None:
-        """Set the unit's state from tensors on any device, each [shard_numel]; blocks until it can be fetched."""
+    def write(self, unit: Unit, planes: Planes) -> None:
+        """Set the unit's state from tensors on any device, each [shard_numel]; blocks until it can be read."""
 
     def drop(self, unit: Unit) -> None:
-        """Forget the unit."""
+        """Delete the unit's state."""
 
     def flush(self) -> None:
-        """Block until everything stored is where it rests; raise what went wrong."""
+        """Block until no transfer is under way and everything stored is where it is kept; raise what failed."""
 
     def close(self) -> None:
         """Release memory, threads and files. Idempotent."""

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The controller: counts steps, keeps the scores and says which layers are active; equal on all ranks."""
+"""The controller counts steps, keeps the scores and decides which layers are active, equally on all ranks."""
 
 import hashlib
-import math
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from grass_ds.sampling.importance import Importance
-from grass_ds.sampling.samplers import SAMPLERS, Sampler, SamplerSettings, check_choice
+from grass_ds.sampling.samplers import SAMPLERS, SamplerSettings
 from grass_ds.sampling.schedule import Phase, Schedule
 
 FINGERPRINT_FIELDS = ("phase", "step", "probe_step", "active_layers", "scores", "sampler")
-"""What each number of :meth:`Controller.fingerprint` stands for, in order."""
+"""The fields of :meth:`Controller.fingerprint`, in order."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +26,10 @@ class Switch:
 class Controller:
     """Decides which layers train. Pure bookkeeping: equal inputs on two ranks give equal decisions.
 
+    The arguments are keys of the ``"grass"`` block, whose ranges :class:`grass_ds.config.GrassConfig` has checked.
+
     Args:
-        num_layers: L, decoder blocks of the model.
+        num_layers: L, decoder blocks of the model, at least 1.
         sampler: a name of :data:`grass_ds.sampling.samplers.SAMPLERS`.
         num_active_layers: gamma. gamma >= L acts as the ``full`` sampler: no probing, no draws, no scores.
         probe_steps: T_p; ignored by samplers without scores.
@@ -44,16 +42,13 @@ class Controller:
         cyclic_order: ``random``, ``ascending`` or ``descending``; used by the ``cyclic`` sampler only.
         seed: of the private CPU generator; the global torch generators are neither read nor advanced.
 
-    Raises:
-        ValueError: a value is out of range; the message names the key.
-
     Attributes:
         phase: :class:`Phase` of the coming step.
         active_layers: ascending indices of the layers the coming step trains; all of them while probing.
         visits: applied train steps per layer.
         step: applied train steps.
-        probe_step: counted probe steps of the probing under way, or of the last one.
-        draws: active sets drawn by this object; tells a caller that :meth:`end_step` drew, if only the same set again.
+        probe_step: counted probe steps of the current or last probing.
+        draws: active sets drawn by this object. It grows also when :meth:`end_step` draws the same set again.
     """
 
     def __init__(
@@ -72,29 +67,12 @@ class Controller:
         cyclic_order: str,
         seed: int,
     ) -> None:
-        check_choice("sampler", sampler, tuple(SAMPLERS))
-        if not (math.isfinite(ema_alpha) and 0.0 < ema_alpha <= 1.0):
-            raise ValueError(
-                f"grass.ema_alpha = {ema_alpha!r} is not allowed: expected a number in (0, 1]; "
-                'to keep the probed scores use "sampler": "static"'
-            )
-        schedule = Schedule(probe_steps, sample_period, refresh_period, reprobe_period)
-        settings = SamplerSettings(
-            num_layers,
-            num_active_layers,
-            temperature,
-            score_normalization,
-            cyclic_order,
-            seed,
-        )
         self._name = sampler if num_active_layers < num_layers else "full"
-        self._sampler: Sampler = SAMPLERS[self._name](settings)
-        self._schedule = schedule if self._sampler.adaptive else replace(schedule, reprobe_period=0)
-        if self._sampler.needs_scores and probe_steps == 0:
-            raise ValueError(
-                f'grass.probe_steps = 0 is not allowed with "sampler": "{sampler}": expected an integer >= 1, since '
-                'its first draw needs measured scores; to train without probing use "sampler": "uniform"'
-            )
+        self._sampler = SAMPLERS[self._name](
+            SamplerSettings(num_layers, num_active_layers, temperature, score_normalization, cyclic_order, seed)
+        )
+        reprobe_period = reprobe_period if self._sampler.adaptive else 0
+        self._schedule = Schedule(probe_steps, sample_period, refresh_period, reprobe_period)
         self._num_layers = num_layers
         self._ema_alpha = ema_alpha
         self._importance = Importance(num_layers)
@@ -113,7 +91,8 @@ class Controller:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """m_l per layer (gradient RMS, float64); None before the first probing is done and for samplers without scores."""
+        """m_l per layer (gradient RMS, float64); None before the first probing ends and for samplers without
+        scores."""
         return self._importance.scores if self._sampler.needs_scores else None
 
     @property
@@ -124,7 +103,7 @@ class Controller:
 
     @property
     def measuring(self) -> bool:
-        """Whether :meth:`end_step` wants the gradient RMS of every active layer for the step under way."""
+        """Whether :meth:`end_step` needs the gradient RMS of every active layer for the current step."""
         return self.phase is Phase.PROBE or self._sampler.adaptive
 
     def end_step(self, rms: Mapping[int, float] | None) -> Switch | None:
@@ -135,61 +114,62 @@ class Controller:
                 gradient averaged over ranks, unscaled and before clipping; otherwise ignored.
 
         Returns:
-            The change of the active set that holds from the next step on, None when it stays.
+            The change of the active set from the next step on, None when it stays.
 
         Raises:
-            ValueError: an RMS is not finite (names the layer) or is missing, or all were 0 in a whole probing; the step was not
-                counted then.
+            ValueError: an RMS is not finite (names the layer) or is missing, or all were 0 in a whole probing. The
+                step is then not counted.
         """
         if self.measuring:
-            self._importance.measure(rms, self.active_layers)
+            self._importance.add_measurements(rms, self.active_layers)
         active = self._end_probe_step() if self.phase is Phase.PROBE else self._end_train_step()
         return None if active is None else self._switch_to(active)
 
     def _end_probe_step(self) -> tuple[int, ...] | None:
-        """Count a probe step; after the last one, the set to train."""
+        """Count a probe step; return the set to train after the last one, else None."""
         last = self._schedule.probing_done(self.probe_step + 1)
-        if last and self._importance.silent:
+        if last and self._importance.all_zero:
             raise ValueError(
-                f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not depend on the "
-                "layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer of zeros"
+                f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not "
+                "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer "
+                "of zeros"
             )
         self.probe_step += 1
         if not last:
             return None
-        self._importance.settle(1.0)  # what was measured now, and on all layers, replaces what was measured before
+        self._importance.update_scores(1.0)  # a probing measures all layers anew: nothing of the old scores remains
         self.phase = Phase.TRAIN
         return self._next_active()
 
     def _end_train_step(self) -> tuple[int, ...] | None:
-        """Count a train step, and refresh the scores if that is due; the set that comes next, None if nothing is due."""
+        """Count a train step and refresh the scores if due; return the next set if a draw or a probing is due."""
         self.step += 1
         active = set(self.active_layers)
         self.visits = tuple(n + (layer in active) for layer, n in enumerate(self.visits))
         if self._schedule.reprobes_after(self.step):
             return self._probe()
         if self._sampler.adaptive and self._schedule.refreshes_after(self.step):
-            self._importance.settle(self._ema_alpha)
+            self._importance.update_scores(self._ema_alpha)
         return self._next_active() if self._draws_after(self.step) else None
 
     def _draws_after(self, step: int) -> bool:
         return self._sampler.draws and self._schedule.draws_after(step)
 
     def _probe(self) -> tuple[int, ...]:
-        """Enter the probing phase; its set, all layers."""
+        """Enter the probing phase; return its set, all layers."""
         self.phase, self.probe_step = Phase.PROBE, 0
-        self._importance.discard()
+        self._importance.drop_measurements()
         return tuple(range(self._num_layers))
 
     def _next_active(self) -> tuple[int, ...]:
-        """Draw: the only place that advances the sampler."""
+        """Draw; nothing else advances the sampler."""
         self.draws += 1
         return self._sampler.draw(self.scores)
 
     def upcoming(self) -> tuple[int, ...] | None:
-        """The set that is drawn after the coming step, if one is and as far as can be told now; nothing is decided by asking.
+        """The set that will be drawn after the coming step, None if none will; the controller does not change.
 
-        It is what the next draw gives with the scores of now: certain, but where scores are refreshed at the same boundary.
+        The draw itself may differ only where the scores are refreshed at the same boundary.
         """
         coming = self.step + 1
         if self.phase is not Phase.TRAIN or self._schedule.reprobes_after(coming) or not self._draws_after(coming):
@@ -201,11 +181,12 @@ class Controller:
             self._sampler.load_state_dict(state)
 
     def probe_steps_within(self, steps: int) -> int:
-        """Of the first ``steps`` steps of a run, of either kind and none skipped, those that probe: they move no weight."""
+        """The number of probe steps, which update no weight, among a run's first ``steps`` steps if none is
+        skipped."""
         return self._schedule.probe_steps_within(steps) if self._sampler.needs_scores else 0
 
     def _switch_to(self, active: tuple[int, ...]) -> Switch | None:
-        """Make ``active`` the active set."""
+        """Make ``active`` the active set; return the change, None if it is the same set."""
         old, new = set(self.active_layers), set(active)
         self.active_layers = active
         return Switch(active, tuple(sorted(new - old)), tuple(sorted(old - new))) if new != old else None
@@ -213,17 +194,18 @@ class Controller:
     def fingerprint(self) -> tuple[int, ...]:
         """One integer in [0, 2**62) per field of :data:`FINGERPRINT_FIELDS`, to compare ranks at a switch.
 
-        Two controllers agree in a number iff they agree in the field (up to a 62-bit hash collision): scores and
-        pending measurements bit by bit, ``sampler`` by name, generator state and place in the cycle.
+        Two controllers agree in a number iff they agree in the field (up to a hash collision): scores and measurements
+        bit by bit, ``sampler`` by name, generator state and position in the cycle.
         """
-        importance = self._importance.state_dict()
+        importance, sampler = self._importance.state_dict(), self._sampler.state_dict()
+        sampler["generator"] = sampler["generator"].tolist()  # repr shortens tensors
         return (
             list(Phase).index(self.phase),
             self.step,
             self.probe_step,
-            _digest(list(self.active_layers)),
-            _digest([importance["scores"], importance["sums"], importance["counts"]]),
-            _digest([self._name, *self._sampler.state_dict().values()]),
+            _digest(self.active_layers),
+            _digest(importance),
+            _digest((self._name, sampler)),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,25 +245,11 @@ class Controller:
             self.active_layers = tuple(state["active_layers"])
             self._sampler.load_state_dict(state["sampler_state"])
         else:
-            self._change_method(state)
-
-    def _change_method(self, state: Mapping[str, Any]) -> None:
-        """Take over counters and scores of a run that used another sampler."""
-        self.probe_step = state["probe_step"]
-        self._importance.discard()
-        self._begin()
+            self.probe_step = state["probe_step"]
+            self._importance.drop_measurements()
+            self._begin()
 
 
-def _digest(value: Any) -> int:
-    """A 62-bit hash of nested lists of ints, floats (bitwise), strings, None and uint8 tensors."""
-    return int.from_bytes(hashlib.sha256(_encode(value)).digest()[:8], "big") >> 2
-
-
-def _encode(value: Any) -> bytes:
-    if isinstance(value, list):
-        return b"[%d:" % len(value) + b"".join(map(_encode, value)) + b"]"
-    if isinstance(value, torch.Tensor):
-        return b"t" + bytes(value.tolist())
-    if isinstance(value, float):
-        return b"f" + struct.pack(">d", value)
-    return repr(value).encode() + b";"
+def _digest(value: object) -> int:
+    """A 62-bit hash of nested containers of ints, floats, strings and None. ``repr`` tells floats apart bit by bit."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2

@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NORMALIZATIONS = ("mean", "none")
-
 
 def softmax(logits: Sequence[float]) -> tuple[float, ...]:
     """Softmax in float64; safe for any finite or ``-inf`` logits as long as one is finite."""
@@ -30,7 +28,7 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
         ValueError: a score is NaN, infinite or negative; it is never replaced by a uniform distribution.
     """
     for layer, score in enumerate(scores):
-        check_measurement("score", layer, score)
+        _check_measurement("score", layer, score)
     top = max(scores)
     if normalization == "none" or top == 0.0:
         return tuple((m - top) / temperature for m in scores)
@@ -44,19 +42,11 @@ def probabilities(scores: Sequence[float], temperature: float, normalization: st
     return softmax(sampling_logits(scores, temperature, normalization))
 
 
-def check_measurement(what: str, layer: int, value: float) -> None:
-    """Raise ``ValueError`` naming the layer unless ``value`` is finite and not negative."""
-    if not (math.isfinite(value) and value >= 0.0):
-        raise ValueError(
-            f"the {what} of layer {layer} is {value!r}: expected a finite number >= 0. Layers are not drawn from "
-            "broken gradients: lower the learning rate, clip gradients, or look for broken samples in the data"
-        )
-
-
 class Importance:
-    """The score m_l of every layer and the measurements that will go into it.
+    """The score m_l of every layer and the measurements since its last update.
 
-    ``scores`` is None until the first :meth:`settle`. A measurement is one step's sqrt(||g_l||^2 / N_l), float64.
+    ``scores`` is None before the first :meth:`update_scores`. A measurement is one step's sqrt(||g_l||^2 / N_l),
+    float64.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -65,11 +55,11 @@ class Importance:
         self._counts = [0] * num_layers
 
     @property
-    def silent(self) -> bool:
-        """Whether every measurement not yet folded in is 0."""
+    def all_zero(self) -> bool:
+        """Whether every measurement since the last update is 0."""
         return not any(self._sums)
 
-    def measure(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
+    def add_measurements(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
         """Add one step's gradient RMS for each layer of ``expected``.
 
         Raises:
@@ -79,29 +69,28 @@ class Importance:
         if set(measured) != set(expected):
             raise ValueError(f"gradient RMS is wanted for layers {list(expected)}, got layers {sorted(measured)}")
         for layer, value in measured.items():
-            check_measurement("gradient RMS", layer, value)
+            _check_measurement("gradient RMS", layer, value)
         for layer, value in measured.items():
             self._sums[layer] += value
             self._counts[layer] += 1
 
-    def settle(self, alpha: float) -> None:
-        """Fold the measurements into the scores and start anew: m_l <- alpha * mean + (1 - alpha) * m_l.
+    def update_scores(self, alpha: float) -> None:
+        """Move the scores towards the mean of the measurements, and drop these: m_l += alpha * (mean - m_l).
 
-        Layers without a measurement keep their score. The first call, at the end of probing, takes the plain means, as do those with
-        alpha = 1.
+        Layers without a measurement keep their score. The first update takes the plain means, as does alpha = 1.
         """
         means = [s / n if n else None for s, n in zip(self._sums, self._counts, strict=True)]
-        old = self.scores
-        if old is None:
-            self.scores = tuple(0.0 if mean is None else mean for mean in means)
+        if self.scores is None:
+            self.scores = tuple(mean or 0.0 for mean in means)
         else:
             self.scores = tuple(
-                m if mean is None else alpha * mean + (1.0 - alpha) * m for m, mean in zip(old, means, strict=True)
+                m if mean is None else alpha * mean + (1.0 - alpha) * m
+                for m, mean in zip(self.scores, means, strict=True)
             )
-        self.discard()
+        self.drop_measurements()
 
-    def discard(self) -> None:
-        """Drop the measurements not yet folded in."""
+    def drop_measurements(self) -> None:
+        """Forget the measurements since the last update."""
         self._sums = [0.0] * len(self._sums)
         self._counts = [0] * len(self._counts)
 
@@ -114,3 +103,12 @@ class Importance:
         """Restore what :meth:`state_dict` gave for the same number of layers."""
         self.scores = None if state["scores"] is None else tuple(state["scores"])
         self._sums, self._counts = list(state["sums"]), list(state["counts"])
+
+
+def _check_measurement(what: str, layer: int, value: float) -> None:
+    """Raise ``ValueError`` naming the layer unless ``value`` is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0.0):
+        raise ValueError(
+            f"the {what} of layer {layer} is {value!r}: expected a finite number >= 0. Layers are not drawn from "
+            "broken gradients: lower the learning rate, clip gradients, or look for broken samples in the data"
+        )

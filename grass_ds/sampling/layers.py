@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the decoder blocks of a model and name every parameter's place, by structure alone."""
+"""Find the decoder blocks of a model and the kinds of all other parameters, by structure alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import nn
 
 OUTSIDE_KINDS = ("embed", "norm", "head", "other", "tower")
-ALWAYS_ACTIVE_KINDS = ("embed", "norm", "head", "other")  # what grass.always_active may name; "other" includes "tower"
-DOMINANCE = 3  # a stack is taken over another without further evidence if it holds this many times its parameters
+DOMINANCE = 3  # the largest stack is taken if it holds at least this many times the parameters of the second
 
 
 class LayerDiscoveryError(ValueError):
-    """The block stack cannot be told; the message lists the candidates."""
+    """The block stack cannot be found; the message lists the candidates."""
 
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """Where every parameter of a model belongs. Names are those of ``model.named_parameters()``, each listed once.
+    """The blocks of a model and the kinds of its other parameters, by the names of ``model.named_parameters()``.
 
     Attributes:
         path: of the block stack, for example ``model.layers``.
         names: of the blocks, in module order.
         block_params: parameter names of each block.
-        outside: parameter names by kind; an empty kind is missing. ``embed``: embeddings. ``norm``: the final norm. ``head``: output
-            layers, which are the projection to the vocabulary or, in a model without one, everything above the blocks (a
-            classifier, a reward model's score). ``tower``: other model parts with blocks of their own (an encoder beside
-            the decoder, a vision tower). ``other``: the rest (a value head beside the vocabulary's, a projector).
+        outside: parameter names by kind; an empty kind is missing. ``embed``: embeddings. ``norm``: the final norm.
+            ``head``: output layers, which are the projection to the vocabulary or, in a model without one, everything
+            above the blocks (a classifier, a reward model's score). ``tower``: other model parts with blocks of their
+            own (an encoder beside the decoder, a vision tower). ``other``: the rest (a value head beside the
+            vocabulary's, a projector).
         below: kinds of ``outside`` of which something lies below the blocks, so that its gradient passes all of them.
         vocabulary_head: ``head`` projects to the vocabulary; if it is tied, too.
         tied: the head shares a parameter with the embeddings; all of both is then listed under ``embed``.
@@ -44,33 +44,30 @@ class ModelLayers:
     def resolve_always_active(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
         """The keys of ``outside`` that ``kinds`` stand for, each once, in order.
 
-        ``head`` stands for ``embed`` when they are tied, and ``other`` also for ``tower``. None is the default: everything but the
-        embeddings, the projection to the vocabulary and towers, since what is left may be new and random.
+        ``head`` stands for ``embed`` when they are tied, and ``other`` also for ``tower``. None is the default: all
+        but the embeddings, the projection to the vocabulary and towers, since the rest may be new and randomly
+        initialized.
 
         Raises:
-            ValueError: an unknown kind, or one that this model has no parameters of.
+            ValueError: this model has no parameters of a kind.
         """
         if kinds is None:
             default = ("norm", "other") if self.vocabulary_head else ("norm", "head", "other")
             return tuple(kind for kind in default if kind in self.outside)
         resolved: dict[str, None] = {}
         for kind in kinds:
-            if kind not in ALWAYS_ACTIVE_KINDS:
-                raise ValueError(
-                    f"grass.always_active has {kind!r}: expected any of {', '.join(map(repr, ALWAYS_ACTIVE_KINDS))}"
-                )
             meant = ("embed",) if kind == "head" and self.tied else ("other", "tower") if kind == "other" else (kind,)
             found = [name for name in meant if name in self.outside]
             if not found:
                 raise ValueError(
-                    f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. It has: "
-                    f"{self.describe()}. Name some of these, or leave always_active out for the default"
+                    f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. "
+                    f"It has: {self.describe()}. Name some of these, or leave always_active out for the default"
                 )
             resolved.update(dict.fromkeys(found))
         return tuple(resolved)
 
     def describe(self) -> str:
-        """What is in every kind: up to three parameter names each."""
+        """Every kind with up to three of its parameter names."""
 
         def listed(names: Sequence[str]) -> str:
             return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -81,9 +78,9 @@ class ModelLayers:
 def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLayers:
     """Find the decoder stack, the embeddings, the final norm, the head and their ties.
 
-    The stack is the ``nn.ModuleList`` of same-typed, parameter-holding blocks with the most parameters, looked for
-    inside ``get_decoder()`` where the model has one. ``requires_grad`` plays no part; parameters that ZeRO-3 has
-    partitioned count with their full size.
+    The stack is the ``nn.ModuleList`` with the most parameters whose blocks have one type and all hold parameters. It
+    is searched inside ``get_decoder()`` where the model has that method. ``requires_grad`` does not matter. Parameters
+    that ZeRO-3 has partitioned count with their full size.
 
     Args:
         model: any module; wrappers that add a name prefix are fine.
@@ -91,26 +88,15 @@ def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLa
 
     Raises:
         LayerDiscoveryError: no stack, several alike, a wrong ``layers_path``, or blocks that share parameters.
-        ValueError: the model is wrapped by PEFT.
     """
-    _refuse_adapters(model)
     candidates = _stack_candidates(model)
     path = _best_stack(model, candidates) if layers_path is None else _explicit_stack(model, layers_path, candidates)
     stack = model.get_submodule(path)
     names = tuple(f"{path}.{child}" for child, _ in stack.named_children())
     block_params = _block_parameters(model, names)
-    sorter = _Outside(model, path, candidates, {name for block in block_params for name in block})
-    outside, tied = sorter.sort()
-    return ModelLayers(path, names, block_params, outside, sorter.below(outside), sorter.has_vocabulary_head, tied)
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    adapted = any(hasattr(module, "peft_config") for module in model.modules())
-    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError(
-            "the model is wrapped by PEFT (it has adapter parameters): GRASS is full-parameter training. Pass the "
-            'plain model, for example peft_model.merge_and_unload(), or drop the "grass" block to train the adapter'
-        )
+    rest = _Outside(model, path, candidates, {name for block in block_params for name in block})
+    outside = rest.names_by_kind()
+    return ModelLayers(path, names, block_params, outside, rest.below(outside), bool(rest.vocabulary_heads), rest.tied)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -172,7 +158,7 @@ def _explain(problem: str, candidates: dict[str, nn.ModuleList]) -> str:
 
 
 def _from_first(model: nn.Module, getter: str) -> nn.Module | None:
-    """What ``getter`` gives on the outermost module that has it: a wrapper hides the methods of the model inside."""
+    """The result of ``getter`` on the outermost module that has it: a wrapper has no methods of the model inside."""
     for module in model.modules():
         method = getattr(module, getter, None)
         if callable(method):
@@ -185,142 +171,142 @@ def _from_first(model: nn.Module, getter: str) -> nn.Module | None:
 
 
 def _block_parameters(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Parameter names of each block; a parameter with a second home outside its block is an error."""
+    """Parameter names of each block; a parameter that is shared beyond its block is an error."""
     canonical = {parameter: name for name, parameter in model.named_parameters()}
-    homes: dict[nn.Parameter, str] = {}
+    owners: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        home = next((block for block in names if _inside(name, block)), "the modules outside the blocks")
-        if homes.setdefault(parameter, home) != home:
+        owner = next((block for block in names if _inside(name, block)), "the modules outside the blocks")
+        if owners.setdefault(parameter, owner) != owner:
             raise LayerDiscoveryError(
-                f"parameter {name!r} is shared by {homes[parameter]} and {home}: GRASS trains layers independently of "
-                "each other, so it cannot train a model whose blocks share parameters. Untie them first"
+                f"parameter {name!r} is shared by {owners[parameter]} and {owner}: GRASS trains layers independently "
+                "of each other, so it cannot train a model whose blocks share parameters. Untie them first"
             )
     return tuple(tuple(canonical[p] for p in model.get_submodule(block).parameters()) for block in names)
 
 
 class _Outside:
-    """Sorts the parameters outside the blocks into embeddings, head, final norm and the rest."""
+    """The parameters outside the blocks, and the modules that tell their kinds.
+
+    Attributes:
+        vocabulary_heads: modules that project hidden states to the vocabulary.
+        tied: one of them shares a parameter with the embeddings.
+    """
 
     def __init__(
         self, model: nn.Module, stack: str, candidates: dict[str, nn.ModuleList], in_blocks: set[str]
     ) -> None:
         self._model, self._stack = model, stack
-        self._paths = {path: position for position, (path, _) in enumerate(model.named_modules())}
-        self._foreign = tuple(self._towers(candidates))
-        self.has_vocabulary_head = False
-        self._name_of = {p: name for name, p in model.named_parameters() if name not in in_blocks}
-        self._hidden = {_shape(p)[0] for p in model.get_submodule(stack).parameters() if len(_shape(p)) == 1}
-        self._kind: dict[str, str] = {}
+        self._names = {p: name for name, p in model.named_parameters() if name not in in_blocks}
+        self._positions = {path: position for position, (path, _) in enumerate(model.named_modules())}
+        self._towers = tuple(self._find_towers(candidates))
+        self._modules = dict(self._find_modules())
+        self._embeddings = self._find_embeddings()
+        tables = [_shape(p) for module in self._embeddings for p in module.parameters() if len(_shape(p)) == 2]
+        vectors = [_shape(p) for p in model.get_submodule(stack).parameters() if len(_shape(p)) == 1]
+        self._widths = {shape[-1] for shape in (*tables, *vectors)}
+        # The tokens' embedding comes first. A table of positions or token types may be as large as a classifier.
+        self.vocabulary_heads = self._find_vocabulary_heads(tables[0] if tables else None)
+        embedded = {p for module in self._embeddings for p in module.parameters()} & self._names.keys()
+        self.tied = any(p in embedded for head in self.vocabulary_heads for p in head.parameters())
 
-    def sort(self) -> tuple[dict[str, tuple[str, ...]], bool]:
-        """Parameter names by kind, in model order, and whether the head is tied to the embeddings."""
-        embeddings = self._embeddings()
-        shapes = [_shape(p) for module in embeddings for p in module.parameters() if len(_shape(p)) == 2]
-        self._hidden |= {shape[1] for shape in shapes}
-        for module in embeddings:
-            self._assign(module, "embed")
-        # The tokens' embeddings come first. A table of positions or token types may be as large as a classifier.
-        tied = self._assign_heads(shapes[0] if shapes else None, set(embeddings))
-        for path, module in self._own_modules():
+    def names_by_kind(self) -> dict[str, tuple[str, ...]]:
+        """Parameter names by kind, in model order; without empty kinds."""
+        kinds: dict[nn.Parameter, str] = {}
+        for kind, parameters in self._kinds():
+            for parameter in parameters:
+                kinds.setdefault(parameter, kind)
+        found = {kind: [n for p, n in self._names.items() if kinds.get(p, "other") == kind] for kind in OUTSIDE_KINDS}
+        return {kind: tuple(names) for kind, names in found.items() if names}
+
+    def _kinds(self) -> Iterator[tuple[str, Iterable[nn.Parameter]]]:
+        """Kinds with parameters of theirs. The first kind of a parameter counts; without one it is ``other``."""
+        for module in self._embeddings:
+            yield "embed", module.parameters()
+        for module in self.vocabulary_heads:
+            yield "embed" if self.tied else "head", module.parameters()
+        for path, module in self._modules.items():
             if self._is_norm(path, module):
-                self._assign(module, "embed" if self._says_embedding(path) else "norm")
-            elif not self.has_vocabulary_head and self._above(path):
-                self._assign(module, "head")
-        for name in self._name_of.values():
-            if any(_inside(name, root) for root in self._foreign):
-                self._kind.setdefault(name, "tower")
-            elif self._says_embedding(name) and not self._above(name.rpartition(".")[0]):
-                self._kind.setdefault(
-                    name, "embed"
-                )  # a table of positions, a mask's vector, a projection of the embeddings
-        by_kind = {
-            kind: tuple(n for n in self._name_of.values() if self._kind.get(n, "other") == kind)
-            for kind in OUTSIDE_KINDS
-        }
-        return {kind: names for kind, names in by_kind.items() if names}, tied
+                yield "embed" if self._says_embedding(path) else "norm", module.parameters()
+            elif not self.vocabulary_heads and self._above(path):
+                yield "head", module.parameters()
+        for parameter, name in self._names.items():
+            if any(_inside(name, root) for root in self._towers):
+                yield "tower", [parameter]
+            elif self._says_embedding(name) and not self._above(_parent(name)):
+                yield "embed", [parameter]  # a table of positions, a mask's vector, a projection of the embeddings
 
-    def below(self, outside: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        """Embeddings, and kinds with a parameter in a module that was registered before the stack: a projector, an encoder."""
+    def below(self, outside: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+        """``embed``, and kinds with a parameter in a module that was registered before the stack (an encoder)."""
 
-        def is_below(name: str) -> bool:
-            return not self._above(name.rpartition(".")[0])
+        def reaches_below(kind: str, names: Sequence[str]) -> bool:
+            return kind == "embed" or not all(self._above(_parent(name)) for name in names)
 
-        parts = {kind: names for kind, names in outside.items() if kind not in ("norm", "head")}
-        return tuple(kind for kind, names in parts.items() if kind == "embed" or any(map(is_below, names)))
+        return tuple(
+            kind for kind, names in outside.items() if kind not in ("norm", "head") and reaches_below(kind, names)
+        )
 
     def _says_embedding(self, path: str) -> bool:
-        """Whether a name says so, in what follows the part that it shares with the stack's: a model may be called "ensemble"."""
+        """Whether the name says so, below what it has in common with the stack's: a model may be called "ensemble"."""
         parts, stack = path.lower().split("."), self._stack.lower().split(".")
-        shared = next(
-            (i for i, (one, other) in enumerate(zip(parts, stack, strict=False)) if one != other), len(stack)
-        )
-        return any("emb" in part for part in parts[shared:])
+        return any("emb" in part for part in parts[_shared(parts, stack) :])
 
     def _above(self, path: str) -> bool:
-        """Whether a module was registered after the stack, as models do with what they compute after their blocks."""
-        return self._paths[path] > self._paths[self._stack]
+        """Whether a module was registered after the stack: models apply their modules in the order of registration."""
+        return self._positions[path] > self._positions[self._stack]
 
-    def _towers(self, candidates: dict[str, nn.ModuleList]) -> Iterator[str]:
-        """Subtrees with a stack of their own. A list above the blocks that is smaller than one of them holds heads, not blocks."""
+    def _find_towers(self, candidates: dict[str, nn.ModuleList]) -> Iterator[str]:
+        """Subtrees with a stack of their own. A list above the blocks and smaller than one of them holds heads."""
         block = _numel(self._model.get_submodule(self._stack)[0])  # type: ignore[index]
         for path, blocks in candidates.items():
-            if path != self._stack and _tower(blocks) and not (self._above(path) and _numel(blocks) < block):
-                yield _foreign_root(self._stack, path)
+            compound = next(iter(blocks[0].children()), None) is not None
+            heads = self._above(path) and _numel(blocks) < block
+            if compound and not heads and not _inside(self._stack, path):
+                parts = path.split(".")
+                yield ".".join(parts[: _shared(parts, self._stack.split(".")) + 1])
 
-    def _own_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules outside the blocks and outside other towers (a vision encoder) that hold parameters themselves."""
+    def _find_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules outside the blocks and the towers that hold parameters themselves, by path."""
         for path, module in self._model.named_modules():
-            elsewhere = _inside(path, self._stack) or any(_inside(path, root) for root in self._foreign)
+            elsewhere = any(_inside(path, root) for root in (self._stack, *self._towers))
             if not elsewhere and next(module.parameters(recurse=False), None) is not None:
                 yield path, module
 
-    def _embeddings(self) -> list[nn.Module]:
+    def _find_embeddings(self) -> list[nn.Module]:
         """The tokens' embedding first: the named one, else the largest."""
         named = _from_first(self._model, "get_input_embeddings")
-        own: list[nn.Module] = [module for _, module in self._own_modules() if isinstance(module, nn.Embedding)]
+        found: list[nn.Module] = [module for module in self._modules.values() if isinstance(module, nn.Embedding)]
         if named is None:
-            return sorted(own, key=lambda module: -_numel(module))
-        return [named, *(module for module in own if module is not named)]
+            return sorted(found, key=lambda module: -_numel(module))
+        return [named, *(module for module in found if module is not named)]
 
-    def _assign_heads(self, vocabulary: tuple[int, ...] | None, embeddings: set[nn.Module]) -> bool:
-        """Assign every module that maps hidden states to the vocabulary; whether one shares the embeddings' weight."""
-        named = _from_first(self._model, "get_output_embeddings")
-        heads = [] if named is None else [named]
-        for _, module in self._own_modules():
+    def _find_vocabulary_heads(self, vocabulary: tuple[int, ...] | None) -> list[nn.Module]:
+        """The named output embedding, and modules whose weight has the shape of the tokens' embedding."""
+
+        def projects(module: nn.Module) -> bool:
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and _shape(weight) == vocabulary and module not in embeddings:
-                heads.append(module)
-        self.has_vocabulary_head = bool(heads)
-        tied = any(self._kind.get(self._name_of.get(p, "")) == "embed" for head in heads for p in head.parameters())
-        for head in heads:
-            self._assign(head, "embed" if tied else "head")
-        return tied
+            return isinstance(weight, nn.Parameter) and _shape(weight) == vocabulary
+
+        named = _from_first(self._model, "get_output_embeddings")
+        heads = [module for module in self._modules.values() if projects(module) and module not in self._embeddings]
+        return heads if named is None else [named, *(module for module in heads if module is not named)]
 
     def _is_norm(self, path: str, module: nn.Module) -> bool:
-        """Whether it holds vectors of the hidden size and nothing else, and lies beside the stack or an ancestor of it.
+        """Whether it holds vectors of the hidden size only, and lies beside the stack or an ancestor of it.
 
         An embedding norm may lie anywhere.
         """
         if next(module.children(), None) is not None:
             return False
-        parent, _, name = path.rpartition(".")
-        shapes = [_shape(p) for p in module.parameters(recurse=False)]
-        vectors = all(len(shape) == 1 and shape[0] in self._hidden for shape in shapes) and len(set(shapes)) == 1
-        return bool(name) and vectors and (_inside(self._stack, parent) or self._says_embedding(path))
-
-    def _assign(self, module: nn.Module, kind: str) -> None:
-        for parameter in module.parameters():
-            if parameter in self._name_of:
-                self._kind.setdefault(self._name_of[parameter], kind)
+        shapes = {_shape(p) for p in module.parameters(recurse=False)}
+        vectors = len(shapes) == 1 and all(len(shape) == 1 and shape[0] in self._widths for shape in shapes)
+        return bool(path) and vectors and (_inside(self._stack, _parent(path)) or self._says_embedding(path))
 
 
-def _tower(blocks: nn.ModuleList) -> bool:
-    """Whether the list holds compound blocks, so that what surrounds it is another model part."""
-    return next(iter(blocks[0].children()), None) is not None
+def _parent(name: str) -> str:
+    """The path of the module that holds a parameter or a module."""
+    return name.rpartition(".")[0]
 
 
-def _foreign_root(stack: str, other: str) -> str:
-    """The largest subtree that holds ``other`` but not ``stack``."""
-    parts, own = other.split("."), stack.split(".")
-    shared = next(i for i, part in enumerate(parts) if i >= len(own) or part != own[i])
-    return ".".join(parts[: shared + 1])
+def _shared(parts: Sequence[str], stack: Sequence[str]) -> int:
+    """The number of leading parts that a path has in common with the stack's."""
+    return next((i for i, (one, other) in enumerate(zip(parts, stack, strict=False)) if one != other), len(stack))

@@ -1,48 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the active set is drawn: one class per method, and the table that names them.
 
-A new method is a class with the :class:`Sampler` interface and an entry in :data:`SAMPLERS`.
+A new method is a subclass of :class:`Sampler` and an entry in :data:`SAMPLERS`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
-from grass_ds.sampling.importance import NORMALIZATIONS, sampling_logits, softmax
-from grass_ds.sampling.schedule import check_integer
-
-CYCLIC_ORDERS = ("random", "ascending", "descending")
+from grass_ds.sampling.importance import sampling_logits, softmax
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """What a sampler may need: gamma = ``num_active_layers`` of L = ``num_layers``, tau = ``temperature``."""
+    """gamma = ``num_active_layers`` of L = ``num_layers``, tau = ``temperature``, as in the ``"grass"`` block."""
 
     num_layers: int
     num_active_layers: int
-    temperature: float = 1.0
-    score_normalization: str = "mean"
-    cyclic_order: str = "random"
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        check_integer("num_layers", self.num_layers, 1, "the model must have decoder blocks")
-        check_integer("num_active_layers", self.num_active_layers, 1, "set how many layers to train at a time")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"grass.seed = {self.seed!r} is not allowed: expected an integer in [0, 2**63)")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"grass.temperature = {self.temperature!r} is not allowed: expected a finite number > 0")
-        check_choice("score_normalization", self.score_normalization, NORMALIZATIONS)
-        check_choice("cyclic_order", self.cyclic_order, CYCLIC_ORDERS)
-
-
-def check_choice(key: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` naming ``key`` and the allowed values unless ``value`` is one of them."""
-    if value not in allowed:
-        raise ValueError(f"grass.{key} = {value!r} is not allowed: expected one of {', '.join(map(repr, allowed))}")
+    temperature: float
+    score_normalization: str
+    cyclic_order: str
+    seed: int
 
 
 def draw_without_replacement(logits: Sequence[float], count: int, generator: torch.Generator) -> list[int]:
@@ -71,34 +51,15 @@ def _locate(weights: Sequence[float], point: float) -> int:
     return last
 
 
-class Sampler(Protocol):
-    """Draws active sets. ``scores`` is the importance of every layer, None for samplers that do not need it."""
+class Sampler:
+    """Draws active sets: gamma layers, each equally likely, unless a subclass has other logits or another order.
 
-    needs_scores: ClassVar[bool]  # probe before the first draw
-    adaptive: ClassVar[bool]  # keep measuring the active layers and refresh the scores
-    draws: ClassVar[bool]  # False: the active set never changes
+    ``scores`` is the importance of every layer, None for samplers that do not need it.
+    """
 
-    def __init__(self, settings: SamplerSettings) -> None: ...
-
-    def probabilities(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        """Sum 1; the chance of each layer to be picked first in the next draw."""
-
-    def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
-        """The next active set: distinct layer indices, ascending. Advances the sampler's own state."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that decides the coming draws, besides settings and scores."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-
-
-class UniformSampler:
-    """LISA: gamma layers, each equally likely."""
-
-    needs_scores: ClassVar[bool] = False
-    adaptive: ClassVar[bool] = False
-    draws: ClassVar[bool] = True
+    needs_scores: ClassVar[bool] = False  # probe before the first draw
+    adaptive: ClassVar[bool] = False  # keep measuring the active layers and refresh the scores
+    draws: ClassVar[bool] = True  # False: the active set never changes
 
     def __init__(self, settings: SamplerSettings) -> None:
         self.settings = settings
@@ -108,16 +69,16 @@ class UniformSampler:
         return (0.0,) * self.settings.num_layers
 
     def probabilities(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        """1 / L each."""
+        """Chance of each layer to be picked first in the next draw; sums to 1."""
         return softmax(self._logits(scores))
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
-        """gamma distinct layers, ascending."""
+        """The next active set: distinct layer indices, ascending. Advances the sampler's own state."""
         count = min(self.settings.num_active_layers, self.settings.num_layers)
         return tuple(sorted(draw_without_replacement(self._logits(scores), count, self._generator)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The private generator's state (uint8 tensor)."""
+        """The private generator's state (uint8 tensor): with settings and scores it decides the coming draws."""
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,7 +86,11 @@ class UniformSampler:
         self._generator.set_state(state["generator"].cpu())  # a checkpoint may be loaded onto the device
 
 
-class GrassSampler(UniformSampler):
+class UniformSampler(Sampler):
+    """LISA: gamma layers, each equally likely."""
+
+
+class GrassSampler(Sampler):
     """GRASS: gamma layers by softmax(m / tau), scores refreshed while training."""
 
     needs_scores = True
@@ -150,7 +115,7 @@ class StaticSampler(GrassSampler):
     adaptive = False
 
 
-class CyclicSampler(UniformSampler):
+class CyclicSampler(Sampler):
     """BAdam: every layer once per cycle, in ascending, descending or newly shuffled order.
 
     ``probabilities`` are 1 / L: a layer's share of a cycle. The order of the next draw itself is fixed, not random.
@@ -163,7 +128,7 @@ class CyclicSampler(UniformSampler):
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """The next gamma layers of the cycle, ascending.
 
-        A draw that reaches into a new cycle skips the layers it already has; they stay first in the queue.
+        A draw that begins a new cycle skips the layers it already has; they stay first in the queue.
         """
         drawn: list[int] = []
         while len(drawn) < min(self.settings.num_active_layers, self.settings.num_layers):
@@ -180,7 +145,7 @@ class CyclicSampler(UniformSampler):
         return list(range(count)) if self.settings.cyclic_order == "ascending" else list(reversed(range(count)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state and what is left of the cycle."""
+        """The generator's state and the rest of the cycle."""
         return {**super().state_dict(), "queue": list(self._queue)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,7 +154,7 @@ class CyclicSampler(UniformSampler):
         self._queue = list(state["queue"])
 
 
-class FullSampler(UniformSampler):
+class FullSampler(Sampler):
     """Plain training of every layer. ``probabilities`` are 1 / L by convention: nothing is ever drawn."""
 
     draws = False

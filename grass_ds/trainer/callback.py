@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GrassCallback`: metrics, history and plots of a GRASS run under the HF Trainer (and TRL's trainers).
+"""`GrassCallback` and `attach`: metrics, history, plots and safe checkpoints under the HF Trainer, TRL's included.
 
-The sampling itself happens in the engine; the callback only watches, so a run without it trains the same. This is the
-only module of the library that imports transformers.
+The engine samples; the callback only watches, so a run without it trains the same.
 """
 
+import copy
 import importlib.util
-import inspect
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed  # noqa: F401  # before transformers: some of their releases import each other in a circle
 from accelerate.state import AcceleratorState, is_initialized
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
-from transformers.trainer_callback import CallbackHandler
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from grass_ds.cluster.preemption import Preemption, shielded
 from grass_ds.config import GrassConfig, parse_grass_block
-from grass_ds.trainer.metrics import History, HistoryRow, Throughput, grass_metrics, grass_summary
+from grass_ds.trainer import dashboards, retention
+from grass_ds.trainer.history import History, HistoryRow
+from grass_ds.trainer.metrics import grass_metrics, grass_summary
 from grass_ds.trainer.plots import save_plots
-from grass_ds.trainer.retention import CheckpointKeeper
-from grass_ds.trainer.token_counter import TokenCounter
+from grass_ds.trainer.seal import seal_checkpoint
+from grass_ds.trainer.throughput import Throughput, TokenCounter
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.get_logger(__name__)
 
@@ -32,53 +33,84 @@ HISTORY_FILE = "grass_history.jsonl"
 PLOTS_FOLDER = "plots"
 
 
-class GrassCallback(TrainerCallback):
-    """Report a GRASS run through the HF Trainer.
+def attach(trainer: "Trainer") -> "GrassCallback":
+    """Add a `GrassCallback` to a Trainer before `trainer.train()`, ahead of the callbacks that report to dashboards.
 
         grass_ds.enable()
-        trainer = Trainer(model, args, callbacks=[GrassCallback()], ...)
+        trainer = Trainer(model, args, ...)
+        callback = grass_ds.attach(trainer)
+
+    Beyond `callbacks=[GrassCallback()]`:
+
+    - Every dashboard sees the summary in the log lines, and TensorBoard the values of each layer. Without `attach` the
+      callbacks that the Trainer puts before it do not; the console and wandb do.
+    - The callback keeps `save_total_limit` itself and counts complete checkpoints only, so every limit is safe. For
+      that, `trainer.args` becomes a copy of your arguments in which it is None; the object that you passed does not
+      change. In a hyperparameter search all checkpoints then stay.
+
+    Returns:
+        The callback: the Trainer's own if it has one, else a new one.
+    """
+    own = trainer.pop_callback(GrassCallback)
+    callback = own if isinstance(own, GrassCallback) else GrassCallback()
+    callbacks = trainer.callback_handler.callbacks
+    flow = [index for index, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
+    callbacks.insert(max(flow, default=-1) + 1, callback)  # after the one that decides what is logged
+    callback._callbacks = callbacks
+    limit = trainer.args.save_total_limit
+    if limit and not trainer.args.save_only_model and _grass_config(trainer.args) is not None:
+        callback._limit = limit
+        trainer.args = copy.copy(trainer.args)
+        trainer.args.save_total_limit = None
+    return callback
+
+
+class GrassCallback(TrainerCallback):
+    """Report a GRASS run through the HF Trainer, and make its checkpoints safe; added by `attach` or `callbacks=[...]`.
 
     - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
       is not a `GrassEngine`: the block would be ignored and every layer trained.
-    - Every training log gets the few values of `grass_summary` and `tokens_per_second`. The callback moves itself to the
-      front of the Trainer's callbacks, so that wandb, TensorBoard and the console all see them (the HF integrations
-      prefix them with `train/`).
-    - wandb and TensorBoard get all values of `grass_metrics` besides, three or four per layer, under the same prefix. A
-      failure there is said once, and training goes on.
+    - Every training log gets the few values of `grass_summary` and `tokens_per_second`; the callbacks that run before
+      this one do not see them (see `attach`).
+    - wandb gets all values of `grass_metrics` in the row of the same step, three or four per layer, under the prefix
+      `train/`. TensorBoard gets them after `attach`. A failure there is logged once, and training goes on.
     - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
-      rows after it; a file that cannot be continued is set aside as `grass_history.jsonl.old`.
-    - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete
-      one from what a killed job left. `save_total_limit` counts complete checkpoints only, so that it never removes the
-      only good one: the callback keeps it in the Trainer's place, and `args.save_total_limit` is None while training
-      runs (and after a `train()` that failed, until the next). With `save_only_model` and in a hyperparameter search
-      both are left to the Trainer.
-    - Training ends when the checkpoint under way, if there is one, is published.
+      rows after it; a file that cannot be continued is renamed to `grass_history.jsonl.old`.
+    - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a
+      complete one from what a killed job left.
+    - A killed job always has a complete checkpoint. `save_total_limit=1` would break that, since the Trainer removes
+      the old checkpoint before the new one is complete: it is a `ValueError` when training begins, unless `attach` has
+      taken it over.
+    - Training ends when the last checkpoint is published.
     - When training ends, `<output_dir>/plots/*.png` are drawn on global rank 0 and sent to wandb if a run is active.
 
     Without DeepSpeed or without a `"grass"` block only `tokens_per_second` is reported, so one script serves every
-    method that is to be compared.
+    method that is to be compared. With `save_only_model` and in a hyperparameter search, no checkpoint is sealed.
 
     `tokens_per_second` counts the input tokens of all ranks over training time (no evaluation, no saving). With
     `TrainingArguments(include_num_input_tokens_seen="non_padding" | "all")` it uses the Trainer's own count. Without,
     it counts the tokens, padding included, that this rank's model reads, and multiplies by the number of ranks: no
     synchronisation, and exact when all ranks have batches of the same shape.
 
-    Pickling or copying keeps none of the run's objects: the copy is as good as new. It is not an `ExportableState`:
-    what a resume needs is in the engine's checkpoint and in the history file, and the Trainer would replace the
-    user's instance by a new one.
+    Pickling or copying keeps none of the run's objects: the copy is as good as new, and not attached. The callback is
+    not an `ExportableState`: a resume needs only the engine's checkpoint and the history file, and the Trainer would
+    replace the user's instance by a new one.
 
     Attributes:
-        history: the recorded steps on global rank 0 of a GRASS run, else None.
+        history: the steps so far on global rank 0 of a GRASS run, else None.
         plot_paths: the PNG files, once drawn.
     """
 
     def __init__(self) -> None:
         self.history: History | None = None
         self.plot_paths: list[Path] = []
-        self._details_failed = False
-        self._handle: Any = None
-        self._keeper: CheckpointKeeper | None = None
+        self._callbacks: list[TrainerCallback] = []  # of the Trainer, once attached
+        self._limit: int | None = None  # complete checkpoints to keep, once attached
+        self._grass: Any = None  # engine.grass
+        self._seals = False
+        self._dashboards_failed = False
         self._row: HistoryRow | None = None
+        self._summary: dict[str, float | str] | None = None  # of the step that just ended
         self._throughput: Throughput | None = None
         self._token_counter: TokenCounter | None = None
 
@@ -90,6 +122,8 @@ class GrassCallback(TrainerCallback):
         """Average over the run so far, all ranks together; None before the first step."""
         return None if self._throughput is None else self._throughput.average
 
+    # ---- events of the Trainer --------------------------------------------------------------------------------------
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -97,47 +131,56 @@ class GrassCallback(TrainerCallback):
 
         Raises:
             RuntimeError: the config asks for GRASS and the engine does not do it.
+            ValueError: `save_total_limit` could leave a killed job without a checkpoint.
         """
         self._release()
-        self._handle = _find_handle(kwargs.get("model"), kwargs.get("optimizer"))
+        self._grass = _find_grass(kwargs.get("model"), kwargs.get("optimizer"))
         config = _grass_config(args)
-        if config is not None and self._handle is None:
+        if config is not None and self._grass is None:
             raise RuntimeError(
                 'the DeepSpeed config has an enabled "grass" block, but the engine in use is not a GrassEngine and '
                 "would train every layer at every step; call grass_ds.enable() before building the Trainer, or remove "
                 "the block"
             )
-        self._move_to_front()
-        if self._handle is not None and not args.save_only_model and not state.is_hyper_param_search:
-            self._keeper = CheckpointKeeper(args)
+        self._seals = self._grass is not None and not args.save_only_model and not state.is_hyper_param_search
+        if self._seals and args.save_total_limit:
+            retention.prepare_for_trainer(args, state.global_step)
         self._token_counter = TokenCounter(kwargs.get("model"), state, args)
         self._throughput = Throughput()
         self.history = None
         self.plot_paths = []
         if config is not None and state.is_world_process_zero:
-            path = Path(str(args.output_dir)) / HISTORY_FILE
-            self.history = _open_history(self._handle, config, path, state.global_step)
-            if importlib.util.find_spec("matplotlib") is None:
-                logger.warning("matplotlib is not installed: no plots will be drawn at the end of training")
+            self.history = _open_history(self._grass, config, Path(str(args.output_dir)), state.global_step)
+            self._warn_of_what_is_missing(args)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what this step trains, before the engine draws the next set at its end."""
+        """Read what this step trains: at its end the engine draws the next layers."""
+        self._summary = None
         if self._throughput is not None and self._throughput.average is None:
             self._throughput.start()  # a resumed run may have spent minutes on skipping data
         if self.history is not None:
-            self._row = HistoryRow.observe(self._handle, state.global_step + 1)
+            self._row = HistoryRow.observe(self._grass, state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the step. An accumulation window is one step."""
+        """Add the step to the history. All micro-batches of an accumulation are one step."""
         if self._throughput is not None and self._token_counter is not None:
             self._throughput.step(self._token_counter.take(state))
         if self.history is not None and self._row is not None:
             self.history.append(self._row)
             self._row = None
+        if control.should_log:
+            self._log_to_wandb(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log to wandb if the Trainer logs at the end of epochs."""
+        if control.should_log:
+            self._log_to_wandb(args, state)
 
     def on_log(
         self,
@@ -150,162 +193,111 @@ class GrassCallback(TrainerCallback):
         """Add to the training logs; evaluation logs and the closing summary stay as they are."""
         if logs is None or "loss" not in logs or self._throughput is None:
             return
-        rate = self._throughput.interval()
-        if rate is not None:
-            logs["tokens_per_second"] = rate
-        if self._handle is not None:
-            logs.update(grass_summary(self._handle))
-            if state.is_world_process_zero:
-                details = {key: value for key, value in grass_metrics(self._handle).items() if key not in logs}
-                self._log_details(details, args, state, control)
+        logs.update(self._summarize())
+        if self._callbacks and self._grass is not None and state.is_world_process_zero:
+            values = {key: value for key, value in grass_metrics(self._grass).items() if key not in logs}
+            self._try(dashboards.log_to_tensorboard, self._callbacks, values, args, state, control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluation is not training time."""
-        self._resume_clock()
+        self._restart_clock()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal the checkpoint and remove old ones. Saving is not training time.
 
         Raises:
-            OSError: on every rank, if a file of the checkpoint could not be put on disk on one.
+            OSError: a file of the checkpoint could not be put on disk; `RankFailedError` on the other ranks.
         """
-        if self._keeper is not None:
-            self._keeper.seal(state.global_step)
-            self._keeper.tidy(state.global_step, state.best_model_checkpoint)
-        self._resume_clock()
+        if self._seals:
+            seal_checkpoint(args, state.global_step)
+            retention.remove_surplus(args, self._limit, state.global_step, state.best_model_checkpoint)
+        self._restart_clock()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wait for the checkpoint under way, draw the plots and let go of the engine.
+        """Wait until the last checkpoint is published, draw the plots and release the engine.
 
         Raises:
-            Exception: on every rank, what went wrong with that checkpoint.
+            Exception: on every rank, if that checkpoint failed on one.
         """
         try:
-            if self._handle is not None:
-                self._handle.wait_for_checkpoint()
-            if self._keeper is not None:
-                self._keeper.tidy(state.global_step, state.best_model_checkpoint, at_end=True)
+            if self._grass is not None:
+                self._grass.wait_for_checkpoint()
+            if self._seals:
+                best = state.best_model_checkpoint
+                retention.remove_surplus(args, self._limit, state.global_step, best, at_end=True)
         finally:
             self._release()
         if self.history is not None and importlib.util.find_spec("matplotlib") is not None:
             try:
                 self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
-                _log_to_wandb(self.plot_paths)
+                dashboards.log_plots_to_wandb(self.plot_paths)
             except Exception as error:
                 # The trained weights are not saved yet and the other ranks wait for this one to save them.
                 logger.warning(f"could not draw or upload the plots ({error!r}); training itself is complete")
 
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
     def _release(self) -> None:
-        """Let go of the engine: a second `train()` builds another, and both would not fit."""
-        if self._keeper is not None:
-            self._keeper.close()
-        self._handle = self._row = self._keeper = None
+        """Drop the engine: a second `train()` builds another, and both would not fit."""
+        self._grass = self._row = self._summary = None
         if self._token_counter is not None:
             self._token_counter.remove()
             self._token_counter = None
 
-    def _log_details(
-        self, details: dict[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
-    ) -> None:
-        """Send what does not belong into a log line to the dashboards that the Trainer reports to."""
-        handler = None if self._details_failed else _calling_handler()
-        for callback in handler.callbacks if handler is not None else ():
-            try:
-                if isinstance(callback, TensorBoardCallback):
-                    callback.on_log(args, state, control, logs=details)
-                elif isinstance(callback, WandbCallback):
-                    _add_to_wandb_row(details)
-            except Exception as error:
-                self._details_failed = True
-                logger.warning(
-                    f"could not report the values of each layer ({error!r}); they are in {HISTORY_FILE} alone"
-                )
-
-    def _resume_clock(self) -> None:
+    def _restart_clock(self) -> None:
         if self._throughput is not None:
             self._throughput.start()
 
-    def _move_to_front(self) -> None:
-        """Run before the reporting integrations, which the Trainer puts ahead of the user's callbacks."""
-        handler = _calling_handler()
-        if handler is None or self not in handler.callbacks:
-            logger.warning("GrassCallback is not in a Trainer's callback list: callbacks before it miss its metrics")
+    def _summarize(self) -> dict[str, float | str]:
+        """The values for the log line of this step; computed once, since the rate is that since the line before."""
+        if self._summary is None:
+            rate = None if self._throughput is None else self._throughput.interval()
+            self._summary = {} if rate is None else {"tokens_per_second": rate}
+            if self._grass is not None:
+                self._summary |= grass_summary(self._grass)
+        return self._summary
+
+    def _log_to_wandb(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Add to the row that the Trainer's wandb callback logs next, wherever that callback is in the order."""
+        if state.is_world_process_zero and "wandb" in (args.report_to or ()):
+            values = {} if self._grass is None else grass_metrics(self._grass)
+            self._try(dashboards.add_to_wandb_row, {**values, **self._summarize()})
+
+    def _try(self, log: Callable[..., None], *values: Any) -> None:
+        """Call `log`, until it fails once."""
+        if self._dashboards_failed:
             return
-        # Safe inside the handler's loop over this list: only callbacks that were already called move back.
-        handler.callbacks.remove(self)
-        handler.callbacks.insert(0, self)
+        try:
+            log(*values)
+        except Exception as error:
+            self._dashboards_failed = True
+            logger.warning(f"could not log the values of each layer ({error!r}); they are in {HISTORY_FILE} alone")
+
+    def _warn_of_what_is_missing(self, args: TrainingArguments) -> None:
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.warning("matplotlib is not installed: no plots will be drawn at the end of training")
+        if not self._callbacks and (others := set(args.report_to or ()) - {"wandb"}):
+            logger.warning(
+                f"{', '.join(sorted(others))} will not show the metrics of GrassCallback: after building the Trainer, "
+                "call grass_ds.attach(trainer)"
+            )
 
 
-class PreemptionCallback(TrainerCallback):
-    """Save and end training in the step in which the ranks agree that one of them was asked to stop, see `Preemption`.
-
-        preemption = grass_ds.Preemption()
-        trainer = Trainer(model, args, callbacks=[GrassCallback(), PreemptionCallback(preemption)], ...)
-        trainer.train(resume_from_checkpoint=grass_ds.last_checkpoint(args.output_dir))
-        if preemption.reason:
-            sys.exit(preemption.end())
-
-    The checkpoint is written whatever `save_strategy` is, and published when `train()` returns. An evaluation due in the same step is left out:
-    there may be no time for it. In the last step nothing is asked: training is over in any case.
-    """
-
-    def __init__(self, preemption: Preemption) -> None:
-        self.preemption = preemption
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Keep the signals from the processes that load training data (`dataloader_num_workers`)."""
-        loader = kwargs.get("train_dataloader")
-        if loader is not None:
-            loader.worker_init_fn = shielded(loader.worker_init_fn)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask, at the boundary of an optimizer step. It runs after the Trainer's own callback, which decides what else is due."""
-        if state.global_step < state.max_steps and self.preemption.agreed():
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The Trainer ends the epoch all the same: what is due then is saved already."""
-        if self.preemption.reason:
-            control.should_save = control.should_evaluate = False
-
-
-def _calling_handler() -> CallbackHandler | None:
-    """The handler that is running the current event.
-
-    A callback is handed no reference to the Trainer or to its callback list, and cannot be given one and stay
-    picklable, so the handler is taken from the call stack.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-def _find_handle(model: Any, optimizer: Any) -> Any:
+def _find_grass(model: Any, optimizer: Any) -> Any:
     """`engine.grass` of the engine in use, or None.
 
     The Trainer hands its callbacks neither the engine nor the accelerator, but the engine's optimizer inside
-    accelerate's wrapper, and that carries the handle too. A hand-written loop may pass the engine as `model`.
+    accelerate's wrapper, which has the attribute too. A hand-written loop may pass the engine as `model`.
     """
     for owner in (model, optimizer):
         while owner is not None:
-            handle = getattr(owner, "grass", None)
-            if hasattr(handle, "active_layers"):
-                return handle
+            grass = getattr(owner, "grass", None)
+            if hasattr(grass, "active_layers"):
+                return grass
             owner = getattr(owner, "optimizer", None)
     return None
 
@@ -318,8 +310,8 @@ def _grass_config(args: TrainingArguments) -> GrassConfig | None:
     return None if source is None else parse_grass_block(source.config)
 
 
-def _open_history(handle: Any, config: GrassConfig, path: Path, step: int) -> History:
-    layers = handle.layers
+def _open_history(grass: Any, config: GrassConfig, folder: Path, step: int) -> History:
+    layers, path = grass.layers, folder / HISTORY_FILE
     gamma = len(layers) if config.sampler == "full" else min(config.num_active_layers, len(layers))
     if step:
         try:
@@ -330,21 +322,3 @@ def _open_history(handle: Any, config: GrassConfig, path: Path, step: int) -> Hi
             logger.warning(f"{error}; it is kept as {aside.name} and a new one is started")
             os.replace(path, aside)
     return History.create(path, layers=layers, sampler=config.sampler, num_active_layers=gamma)
-
-
-def _wandb() -> Any:
-    """The module wandb if it has an active run, else None; it is never imported for this."""
-    wandb = sys.modules.get("wandb")
-    return None if wandb is None or wandb.run is None else wandb
-
-
-def _add_to_wandb_row(values: dict[str, float]) -> None:
-    """Put values into the row that the Trainer's wandb callback is about to log: one row per step holds everything."""
-    if (wandb := _wandb()) is not None:
-        wandb.log(rewrite_logs(values), commit=False)
-
-
-def _log_to_wandb(paths: list[Path]) -> None:
-    """Add the pictures to the active wandb run, if there is one."""
-    if paths and (wandb := _wandb()) is not None:
-        wandb.log({f"grass/{path.stem}": wandb.Image(os.fspath(path)) for path in paths})

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grass_ds.trainer.metrics import History
+from grass_ds.trainer.history import History
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,12 +27,12 @@ def save_plots(history: History, folder: str | Path) -> list[Path]:
     """Draw the run as PNG files.
 
     Args:
-        history: the recorded steps.
+        history: the steps to draw.
         folder: created if missing.
 
     Returns:
         `layers.png` (heatmap of layers x steps) and `probabilities.png` (p_l over time); an empty list
-        if no step was recorded.
+        if it has no step.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -133,7 +133,7 @@ def _layer_ticks(num_layers: int, most: int = 40) -> list[int]:
 
 
 def _heatmap_image(history: History) -> "tuple[np.ndarray, int, int]":
-    """RGB float array (layers, columns, 3) and the first and last step; steps without a record stay white.
+    """RGB float array (layers, columns, 3) and the first and last step; steps that are not in the history stay white.
 
     Runs of more than `MAX_COLUMNS` steps are binned, and a column shows the mean colour of its steps: a layer trained
     in half of them is half blue, so that no step is lost between pixels.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation checkpointing beside layers that do not train.
+"""Activation checkpointing in a model with layers that do not train.
 
-Reentrant checkpointing runs each block as one autograd function that backward enters only if an *input* of it requires a gradient; below
-the embeddings of a frozen model nothing does, and the active layers silently stay put. Hugging Face models answer that with a hook that
-makes the embeddings' output require a gradient. Non-reentrant checkpointing does not need the hook, and with it backward runs down to the
-embeddings instead of stopping at the lowest active layer. So: hook on for reentrant, off for non-reentrant, when embeddings do not train.
+Reentrant checkpointing runs each block as one autograd function. Backward enters it only if an *input* requires a
+gradient. Below embeddings that do not train no input does, so the active layers would get no gradient. Hugging Face
+models solve this by a hook that makes the embeddings' output require a gradient. Non-reentrant checkpointing does not
+need the hook, and with it backward would run down to the embeddings instead of stopping at the lowest active layer. So
+when the embeddings do not train, the hook is set for reentrant checkpointing and removed for non-reentrant.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ def _checkpointing_modes(model: nn.Module) -> set[bool]:
 
 
 def inputs_require_gradients(model: Any) -> bool:
-    """Whether ``enable_input_require_grads`` is in force: transformers 5 keeps a list of its hooks, transformers 4 the last one."""
+    """Whether ``enable_input_require_grads`` was called; transformers 5 keeps all its hooks, 4 the last."""
     last = getattr(model, "_require_grads_hook", None)
     if last is not None:
         return last.id in model.get_input_embeddings()._forward_hooks
@@ -32,12 +33,12 @@ def inputs_require_gradients(model: Any) -> bool:
 
 
 def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
-    """Make the model's embedding output require a gradient exactly when activation checkpointing needs it.
+    """Make the embeddings' output require a gradient exactly when activation checkpointing needs it.
 
-    Does nothing for models that do not follow Hugging Face's convention, or when embeddings train or nothing is checkpointed.
+    Does nothing without checkpointing, if the embeddings train, or outside Hugging Face's convention.
 
     Returns:
-        Whether backward runs down to the embeddings, rather than to the lowest active layer.
+        Whether backward runs down to the embeddings rather than to the lowest active layer.
     """
     modes = _checkpointing_modes(model)
     if embeddings_train or not modes or not hasattr(model, "enable_input_require_grads"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of the engine that saves and loads checkpoints."""
+"""Saving and loading checkpoints: the base class of the engine."""
 
 import time
 from collections.abc import Mapping
@@ -10,7 +10,8 @@ from deepspeed import comm as dist
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import selection
-from grass_ds.checkpoint.folder import Part, saving_tag
+from grass_ds.checkpoint.folder import saving_tag
+from grass_ds.checkpoint.part import Part
 from grass_ds.checkpoint.universal import UniversalCheckpoint
 from grass_ds.checkpoint.writer import CheckpointWriter
 from grass_ds.core import deepspeed_compat
@@ -23,20 +24,20 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     """DeepSpeedEngine that saves inactive layers like active ones, completely or not at all, and checks what it loads.
 
     Attributes:
-        grass: :class:`~grass_ds.zero.handle.GrassHandle`; None without a ``"grass"`` block, and then all of it is stock.
+        grass: :class:`~grass_ds.zero.handle.GrassHandle`; None without a ``"grass"`` block: all is stock.
     """
 
     grass: GrassHandle | None = None
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's; ``exclude_frozen_parameters`` leaves out what the user froze, never a layer that is merely inactive."""
+        """As DeepSpeed's. ``exclude_frozen_parameters`` leaves out what the user froze, but no inactive layer."""
         if self.grass is None:
             return super().module_state_dict(*args, **kwargs)
         with self.optimizer.all_trainable():
             return super().module_state_dict(*args, **kwargs)
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's (``save_16bit_model``, Trainer's final save), in the same sense."""
+        """As :meth:`module_state_dict`, for ``save_16bit_model`` and the Trainer's final save."""
         if self.grass is None:
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
         with self.optimizer.all_trainable():
@@ -57,15 +58,16 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Any:
-        """As DeepSpeed's, with inactive layers saved like active ones; and what is killed on the way leaves no checkpoint.
+        """As DeepSpeed's, with inactive layers saved like active ones. An interrupted save leaves no checkpoint.
 
-        It is written to ``<save_dir>/.saving.<tag>`` and becomes ``<save_dir>/<tag>`` when it is complete and on disk; ``latest``
-        follows. With ``"checkpoint": {"async": true}`` the call returns once everything is copied, and a thread does the rest.
+        The checkpoint is written to ``<save_dir>/.saving.<tag>`` and renamed to ``<save_dir>/<tag>`` when it is
+        complete and on disk; then ``latest`` is updated. With ``"checkpoint": {"async": true}`` the call returns once
+        everything is copied, and a thread writes.
 
         Raises:
-            ValueError: parameters were given other weights by ``param.data = ...``, which training does not hold.
-            Exception: on every rank, what went wrong on one, here or with the asynchronous save before; checkpoints that were published
-                are as they were.
+            ValueError: parameters were given other weights by ``param.data = ...``, which training does not use.
+            Exception: on every rank, an error of any rank, in this save or in the asynchronous save before. Published
+                checkpoints are unchanged.
         """
         if self.grass is None:
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
@@ -75,7 +77,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         self.optimizer.check_weights()
         self.optimizer.flush()
         writer = self.checkpoint_engine
-        report = writer.begin(folder, tag, save_latest, self._part())
+        report = writer.start(folder, tag, save_latest, self._part())
         try:
             with self.optimizer.all_trainable():
                 saved = super().save_checkpoint(
@@ -86,14 +88,14 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
                     exclude_frozen_parameters,
                 )
         finally:
-            writer.end()
+            writer.abort_unfinished()
         report.stall_seconds = time.perf_counter() - began
         if self.global_rank == 0:
             logger.info(f"grass_ds: {report.sentence()}")
         return saved
 
     def _copy_recovery_script(self, save_path: Any) -> None:
-        """As DeepSpeed's, which writes them anew in place: on a full disk that would spoil those that are there."""
+        """As DeepSpeed's, unless the scripts are there already: overwriting them on a full disk would destroy them."""
         pairs = [
             (Path(deepspeed_compat.zero_to_fp32.__file__).with_name(name), Path(save_path, name))
             for name in _RECOVERY_SCRIPTS
@@ -102,26 +104,26 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
             super()._copy_recovery_script(save_path)
 
     def _save_zero_checkpoint(self, save_path: Any, tag: Any) -> None:
-        """As DeepSpeed's; collectives follow it, so what goes wrong on one rank alone is told in the writer's commit()."""
+        """As DeepSpeed's. Collectives follow, so an error of one rank is kept for the writer's commit() to raise."""
         if self.grass is None:
             super()._save_zero_checkpoint(save_path, tag)
             return
         try:
             super()._save_zero_checkpoint(save_path, tag)
         except Exception as error:
-            self.checkpoint_engine.note(error)
+            self.checkpoint_engine.add_error(error)
 
     def wait_for_checkpoint(self) -> None:
         """Block until an asynchronous save is published. Call it on every rank.
 
         Raises:
-            Exception: on every rank, what went wrong on one: that checkpoint does not exist.
+            Exception: on every rank, an error of any rank; that checkpoint does not exist.
         """
         if self.grass is not None:
             self.checkpoint_engine.wait()
 
     def _universal_info(self) -> dict[str, Any]:
-        """What ``ds_to_universal.py`` asks for in stages 1 and 2: that the model knows of universal checkpoints."""
+        """Entry that ``ds_to_universal.py`` needs in stages 1 and 2: the model supports universal checkpoints."""
         keys = deepspeed_compat.checkpoint_keys
         version = {keys.UNIVERSAL_CHECKPOINT_VERSION_KEY: keys.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         return {keys.UNIVERSAL_CHECKPOINT_INFO: getattr(self.module, keys.UNIVERSAL_CHECKPOINT_INFO, version)}
@@ -142,17 +144,24 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> Any:
-        """As DeepSpeed's; the sampler continues where it was saved, whatever this engine's active set is.
+        """As DeepSpeed's. The sampler continues from its saved state, whatever layers are active in this engine.
 
-        Without a ``tag`` a damaged checkpoint is passed over for the newest intact one in ``load_dir``, with a warning.
+        Without a ``tag`` it loads the newest intact checkpoint in ``load_dir``, and warns of newer damaged ones.
 
         Raises:
-            ValueError: on every rank, before anything of this run is changed: the checkpoint is damaged, or of another model, other param
-                groups, another number of ranks or another ZeRO stage; with the difference and the remedy.
+            ValueError: on every rank, before anything of this run is changed: the checkpoint is damaged, or of another
+                model, other param groups, another number of ranks or another ZeRO stage. Names the difference and the
+                remedy.
         """
-        what = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn)
+        options = (
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+            custom_load_fn,
+        )
         if self.grass is None:
-            return super().load_checkpoint(load_dir, tag, *what)
+            return super().load_checkpoint(load_dir, tag, *options)
         weights_alone = load_module_only or not load_optimizer_states
         self.wait_for_checkpoint()
         if self.load_universal_checkpoint():
@@ -162,11 +171,11 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
             if tag is not None:
                 selection.check_stage(load_dir, tag, self.zero_optimization_stage())
                 selection.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
-        self.optimizer.drop_assigned()
+        self.optimizer.undo_assignments()
         with self.optimizer.all_trainable():
-            result = super().load_checkpoint(load_dir, tag, *what)
-            lacking = self.zero_optimization_stage() == 3 and not self.load_universal_checkpoint()
-            if weights_alone and lacking and result[0] is not None:
+            result = super().load_checkpoint(load_dir, tag, *options)
+            stage3 = self.zero_optimization_stage() == 3
+            if weights_alone and stage3 and not self.load_universal_checkpoint() and result[0] is not None:
                 self._load_weights(load_dir, tag)
             if self.load_universal_checkpoint() and result[0] is not None:
                 self._load_untrained(Path(result[0]).parent)
@@ -175,7 +184,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         return result
 
     def _load_untrained(self, folder: Path) -> None:
-        """What belongs to no unit, of a universal checkpoint: DeepSpeed loads no module then."""
+        """Weights outside all units, of a universal checkpoint: DeepSpeed does not load the module then."""
         owned = {name for unit in self.optimizer.units for name in unit.param_names}
         stage3 = self.zero_optimization_stage() == 3
         if stage3:
@@ -186,14 +195,19 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
             self.optimizer.checkpoint_event_epilogue()
 
     def _load_checkpoint(
-        self, load_dir: Any, tag: Any, load_module_strict: bool = True, load_optimizer_states: bool = True, **what: Any
+        self,
+        load_dir: Any,
+        tag: Any,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        **options: Any,
     ) -> Any:
-        """As DeepSpeed's. Of ZeRO-3 without optimizer states it would load the weights that ``latest`` names, whatever the tag."""
-        asked = load_optimizer_states or (self.grass is not None and self.zero_optimization_stage() == 3)
-        return super()._load_checkpoint(load_dir, tag, load_module_strict, asked, **what)
+        """As DeepSpeed's, whose ZeRO-3 without optimizer states would load what ``latest`` names, not ``tag``."""
+        load_states = load_optimizer_states or (self.grass is not None and self.zero_optimization_stage() == 3)
+        return super()._load_checkpoint(load_dir, tag, load_module_strict, load_states, **options)
 
     def _load_weights(self, load_dir: Any, tag: Any) -> None:
-        """The weights of ZeRO-3, which DeepSpeed loads with the optimizer states only."""
+        """The weights of ZeRO-3 alone: DeepSpeed loads them only together with the optimizer states."""
         weights = deepspeed_compat.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(load_dir, tag)
         self.optimizer.checkpoint_event_prologue()
         self.load_module_state_dict({"module": weights}, fetch_z3_params=True)

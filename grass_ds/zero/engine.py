@@ -2,7 +2,6 @@
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,15 +9,16 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.config import GrassConfig
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
-from grass_ds.core.units import Unit, UnitPlan, build_units, whole_numel
-from grass_ds.offload.build import Surroundings, open_store
+from grass_ds.core.unit_plan import UnitPlan
+from grass_ds.core.units import Unit, whole_numel
+from grass_ds.offload.build import open_store
 from grass_ds.offload.state_template import learn_template
 from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import Controller
-from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers, discover_layers
+from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
 from grass_ds.zero.checkpointing import CheckpointingEngine
 from grass_ds.zero.gradients import ReduceSettings
@@ -26,11 +26,11 @@ from grass_ds.zero.handle import GrassHandle
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 from grass_ds.zero.stage3 import GrassZero3Optimizer
 from grass_ds.zero.stage12 import GrassZero12Optimizer
-from grass_ds.zero.stepping import StepSettings
+from grass_ds.zero.step import StepSettings
 
 
 def _optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
-    """See :class:`~grass_ds.zero.stepping.StepSettings`. Blocks and the final norm always need a gradient."""
+    """See :class:`~grass_ds.zero.step.StepSettings`. Blocks and the final norm always need a gradient."""
     if config.missing_gradients == "zero":
         return None
     by_default = config.always_active is None or config.sampler == "full"
@@ -38,78 +38,97 @@ def _optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
 
 
 class GrassEngine(CheckpointingEngine):
-    """DeepSpeedEngine whose ZeRO optimizer trains a few layers at a time.
+    """DeepSpeedEngine whose ZeRO optimizer trains a few layers at a time. Build it with :func:`grass_ds.initialize`.
 
-    Without an enabled ``"grass"`` block, or without an optimizer, it is the stock engine. Build it with :func:`grass_ds.initialize`.
+    Without an enabled ``"grass"`` block, or without an optimizer, it behaves as the stock engine.
+
+    Args:
+        grass_config: the block; None: the stock engine.
+        layers: those of the model; needed with ``grass_config``.
+        *args, **kwargs: of ``DeepSpeedEngine``.
 
     Attributes:
         grass: :class:`~grass_ds.zero.handle.GrassHandle`, or None without a block.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(
+        self, *args: Any, grass_config: GrassConfig | None = None, layers: ModelLayers | None = None, **kwargs: Any
+    ):
+        self._grass_config, self._layers = grass_config, layers
         deepspeed_compat.silence_renamed_collectives()
         try:
             super().__init__(*args, **kwargs)
         except BaseException:
-            if self.grass is not None:  # what failed came later, and the caller has nothing to call destroy() on
+            if self.grass is not None:  # the caller gets no engine to call destroy() on
                 self.optimizer.destroy()
             self._leave_model()
             raise
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> Any:
         wrapper = super()._do_optimizer_sanity_check(basic_optimizer)
-        # bf16 with fp32 accumulation on stage 1 would get BF16_Optimizer, which is no ZeRO wrapper that we can stand in for.
-        if wrapper == deepspeed_compat.BFLOAT16 and parse_grass_block(self.config) is not None:
+        # bf16 with fp32 accumulation on stage 1 would get BF16_Optimizer, which is not a ZeRO optimizer.
+        if wrapper == deepspeed_compat.BFLOAT16 and self._grass_config is not None:
             return deepspeed_compat.ZERO_OPTIMIZATION
         return wrapper
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
-        config = parse_grass_block(self.config) if optimizer is not None else None
+        config, layers = self._grass_config, self._layers
         if (
-            config is None or optimizer is None
-        ):  # without an optimizer nothing trains: a reference model, or an evaluation
+            config is None or layers is None or optimizer is None
+        ):  # nothing trains: a reference model, or an evaluation
             return super()._configure_zero_optimizer(optimizer)
         group = self.seq_data_parallel_group
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
-        layers = discover_layers(self.module, config.layers_path)
         always = OUTSIDE_KINDS if config.sampler == "full" else layers.resolve_always_active(config.always_active)
         stage3 = self.zero_optimization_stage() == 3
         plan = UnitPlan(
             layers, always, dist.get_world_size(group=group), dist.get_rank(group=group), partitioned=stage3
         )
-        units = build_units(optimizer.param_groups, self.param_names, plan)
-        _check_coverage(units, layers)
-        controller = Controller(len(layers.names), **config.policy_arguments())
-        embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
-        full_backward = fit_input_gradients(self.module, embeddings_train) or any(
-            unit.always and unit.kind in layers.below for unit in units
-        )
+        units = plan.build(optimizer.param_groups, self.param_names)
+        controller = Controller(len(layers.names), **config.controller_arguments())
+        full_backward = self._fit_backward(layers, units)
         store = self._open_store(config, optimizer, units)
         parts = (optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
-        with ExitStack() as undo:
-            undo.callback(store.close)
-            if stage3:  # without an optimizer DeepSpeed sets up the hooks on the weights alone
-                offload = super()._configure_zero_optimizer(None)
-                undo.callback(deepspeed_compat.remove_zero3_hooks, offload)
-                zero: GrassZeroOptimizer = GrassZero3Optimizer(
-                    *parts, parameter_offload=offload, full_backward=full_backward
-                )
-            else:
-                zero = GrassZero12Optimizer(*parts)
-            undo.pop_all()
-        # accelerate and HF callbacks are handed the optimizer rather than the engine: it carries the handle too
-        self.grass = zero.grass = GrassHandle(layers, controller, zero, self.module)
+        try:
+            zero = self._build_zero3(*parts, full_backward=full_backward) if stage3 else GrassZero12Optimizer(*parts)
+        except BaseException:
+            store.close()
+            raise
+        # accelerate and HF callbacks have the optimizer rather than the engine
+        self.grass = zero.grass = GrassHandle(config, layers, controller, zero, self.module)
         self._announce(config, layers, units)
         return zero
 
+    def _fit_backward(self, layers: ModelLayers, units: Sequence[Unit]) -> bool:
+        """Fit activation checkpointing to what trains. Whether every backward runs down to the embeddings."""
+        embeddings_train = any(unit.always for unit in units if unit.kind == "embed")  # not those that the user froze
+        below_train = any(unit.always and unit.kind in layers.below for unit in units)
+        return fit_input_gradients(self.module, embeddings_train) or below_train
+
+    def _build_zero3(self, *parts: Any, full_backward: bool) -> GrassZeroOptimizer:
+        # Without an optimizer DeepSpeed only sets up the hooks that gather weights.
+        offload = super()._configure_zero_optimizer(None)
+        try:
+            return GrassZero3Optimizer(*parts, parameter_offload=offload, full_backward=full_backward)
+        except BaseException:
+            deepspeed_compat.remove_zero3_hooks(offload)
+            raise
+
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
         """This rank's state store, once every rank has one."""
-        surroundings = Surroundings(config.num_active_layers, self.device, self.global_rank, self.aio_config())
         store = None
         try:
             with raise_on_all_ranks(self.seq_data_parallel_group, self.device):
                 templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
-                store = open_store(config.offload, units, templates, surroundings)
+                store = open_store(
+                    config.offload,
+                    units,
+                    templates,
+                    num_active_layers=config.num_active_layers,
+                    device=self.device,
+                    rank=self.global_rank,
+                    aio=self.aio_config(),
+                )
         except BaseException:
             if store is not None:
                 store.close()
@@ -145,7 +164,7 @@ class GrassEngine(CheckpointingEngine):
         )
 
     def _announce(self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit]) -> None:
-        """One line on rank 0, at the level that DeepSpeed shows: what trains, what never does, and the clip in force."""
+        """One warning on rank 0: which modules train, which never do, and the norm at which gradients are clipped."""
         if self.global_rank != 0:
             return
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
@@ -153,18 +172,19 @@ class GrassEngine(CheckpointingEngine):
         trained = {name for unit in units if unit.always for name in unit.param_names}
         kinds = {"part of the layers": [name for names in layers.block_params for name in names], **layers.outside}
 
-        def listed(chosen: Callable[[str, str], bool], note: str = "") -> list[str]:
+        def shares(chosen: Callable[[str, str], bool], remark: str = "") -> list[str]:
             counts = {kind: sum(sizes[n] for n in names if chosen(kind, n)) for kind, names in kinds.items()}
             whole = max(sum(sizes.values()), 1)
-            return [f"{kind} ({count / whole:.2%} of the weights{note})" for kind, count in counts.items() if count]
+            return [f"{kind} ({count / whole:.2%} of the weights{remark})" for kind, count in counts.items() if count]
 
         gamma = len(layers.names) if config.sampler == "full" else min(config.num_active_layers, len(layers.names))
-        on = listed(lambda kind, name: name in trained)
-        off = listed(lambda kind, name: kind in layers.outside and name in owned - trained)
-        off += listed(lambda kind, name: name not in owned, ", frozen or not in the optimizer")
+        on = shares(lambda kind, name: name in trained)
+        off = shares(lambda kind, name: kind in layers.outside and name in owned - trained)
+        off += shares(lambda kind, name: name not in owned, ", frozen or not in the optimizer")
         logger.warning(
-            f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time; always active: "
-            f"{', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; {self._clip_in_force()}"
+            f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time; "
+            f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
+            f"{self._clip_in_force()}"
         )
 
     def _clip_in_force(self) -> str:
@@ -179,11 +199,11 @@ class GrassEngine(CheckpointingEngine):
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         super()._take_model_step(*args, **kwargs)
         if self.grass is not None:
-            self.optimizer.advance()
-            self.optimizer.prepare_switch()
+            self.optimizer.advance_schedule()
+            self.optimizer.prefetch_next_layers()
 
     def zero_grad(self) -> None:
-        """As DeepSpeed's; and discard what this accumulation window has collected, which is no longer on the parameters."""
+        """As DeepSpeed's; also discard the gradients of this accumulation window, which are not on the parameters."""
         super().zero_grad()
         if self.grass is not None:
             self.optimizer.zero_grad()
@@ -195,19 +215,20 @@ class GrassEngine(CheckpointingEngine):
         schedule: Any = None,
         compiled_autograd_enabled: bool = False,
     ) -> None:
-        """As DeepSpeed's, but one decoder block at a time rather than the model as a whole.
+        """As DeepSpeed's, but compile one decoder block at a time rather than the whole model.
 
-        A graph is bound to which of its weights require a gradient. That of the model would be compiled anew for every set of active
-        layers. Blocks share theirs: whatever is drawn, there is one for each of active or not, with or without an input gradient. Set
-        ``model.config.use_cache = False``: the cache of keys and values would bind graphs to the block's number.
+        A graph depends on which of its weights require a gradient. A graph of the whole model would be compiled anew
+        for every set of active layers. Blocks share at most four graphs: active or not, with or without an input
+        gradient. Set ``model.config.use_cache = False``: with a cache of keys and values a graph depends on the
+        block's index.
 
         Args:
             backend: of ``torch.compile``; None: the accelerator's.
-            compile_kwargs: its other arguments. ``{"dynamic": True}`` where rows differ in length, or each new length counts towards
-                torch's limit of recompilations.
+            compile_kwargs: its other arguments. Set ``{"dynamic": True}`` where rows differ in length: each new length
+                counts towards torch's limit of recompilations otherwise.
 
         Raises:
-            ValueError: ``compiled_autograd_enabled``; it records the hooks by which gradients are collected.
+            ValueError: ``compiled_autograd_enabled``, which would record the hooks that collect gradients.
         """
         backend = get_accelerator().get_compile_backend() if backend is None else backend
         kwargs = dict(compile_kwargs or {})
@@ -223,7 +244,7 @@ class GrassEngine(CheckpointingEngine):
         deepspeed_compat.mark_compiled(self, kwargs)
 
     def destroy(self) -> None:
-        """As DeepSpeed's; and take its hooks off the model, which would otherwise keep this engine and its buffers alive."""
+        """As DeepSpeed's; also remove the engine's hooks, which would keep the engine and its buffers alive."""
         if self.grass is not None:
             self.checkpoint_engine.close()
         super().destroy()
@@ -235,15 +256,3 @@ class GrassEngine(CheckpointingEngine):
             if name in vars(self):  # construction may have failed before
                 getattr(self, name).remove()
         self.grass = None
-
-
-def _check_coverage(units: list[Any], layers: ModelLayers) -> None:
-    """Every layer must have something to train: the sampler draws from all of them."""
-    covered = {unit.layer for unit in units if unit.layer is not None}
-    missing = [name for i, name in enumerate(layers.names) if i not in covered]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(layers.names)} layers have no trainable parameter in the optimizer: {', '.join(missing[:4])}. "
-            "Leave requires_grad on in all decoder blocks and hand all parameters to the optimizer; if this model was trained by "
-            "another engine before, call engine.destroy() on that one first."
-        )

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the active units: collected flat, reduce-scattered once per unit, measured, kept as shards or dropped.
+"""Gradients of the active units: collected in flat buffers, reduce-scattered once per unit, measured, kept or dropped.
 
-[Note: Order of the reductions] Every rank must issue the same collectives in the same order, or they mix up silently. A unit is
-complete when all its parameters have a gradient, but *when* that happens may differ between ranks (a module that one rank's batch
-does not use). So units are reduced in their fixed order, each as soon as it and all before it are complete; what backward leaves
-over is padded with zeros and reduced at the end of the micro-step. On an ordinary model backward completes units in that very order
-and nothing waits.
+[Note: Order of the reductions] Every rank must issue the same collectives in the same order, or they mix without an
+error. A unit is complete when all its parameters have a gradient. When that happens may differ between ranks, for
+example if one rank's batch does not use a module. So units are reduced in their fixed order, each as soon as it and
+all before it are complete. Units that backward leaves incomplete are padded with zeros and reduced at the end of the
+micro-step. On an ordinary model backward completes units in that very order, and no unit waits.
 
-[Note: Side stream] With ``overlap_comm`` the collective, the measurement and the accumulation run on one side stream, so that
-backward goes on meanwhile. The side stream waits for the compute stream before each reduction, the compute stream waits for the side
-stream once, at the end of the micro-step; the flat buffer is allocated on the compute stream and read on the side stream, hence
-``record_stream``.
+[Note: Side stream] With ``overlap_comm`` the collective, the measurement and the accumulation run on one side stream,
+while backward goes on. The side stream waits for the compute stream before each reduction. The compute stream waits
+for the side stream once, at the end of the micro-step. The flat buffer is allocated on the compute stream and read on
+the side stream, hence ``record_stream``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +32,8 @@ class ReduceSettings:
 
     Attributes:
         group: process group of the reduction.
-        divisor: local gradients are divided by it before the sum: the group's size for a mean (over the sequence-parallel
-            size, whose ranks hold parts of one sample), 1 for a sum.
+        divisor: local gradients are divided by it before the sum: the group's size for a mean (over the
+            sequence-parallel size, whose ranks hold parts of one sample), 1 for a sum.
         comm_dtype: dtype on the wire.
         flat_dtype: dtype of the local flat buffers; wider than the wire where they accumulate over micro-steps.
         accum_dtype: dtype of the reduced shards, which accumulate over micro-steps.
@@ -74,12 +74,12 @@ class GradientReducer:
 
     Attributes:
         shards: unit -> averaged gradient summed over micro-steps, [shard_numel], ``accum_dtype``; empty while probing.
-        squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged gradient,
-            float32 scalar.
+        squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged
+            gradient, float32 scalar.
         micro_steps: backward passes since :meth:`clear`.
-        discarded: backward passes that :meth:`discard` has forgotten since then.
+        discarded: backward passes since then whose gradients :meth:`discard` dropped.
         arrived: units that got a gradient on this rank since then.
-        warned: units of which the user was told that they got none.
+        warned: units with a warning that they got none.
         peak_bytes: high-water mark of gradient memory held here.
     """
 
@@ -99,18 +99,22 @@ class GradientReducer:
         self._next = 0
 
     def track(self, units: Sequence[Unit], keep: bool) -> None:
-        """Follow these units (reduction order) from the next step on; ``keep`` False measures their gradients and drops them."""
+        """Collect the gradients of these units, in reduction order, from now on.
+
+        Args:
+            keep: keep the reduced shards; False: measure and drop them.
+        """
         self._units, self._keep = list(units), keep
         self.clear()
 
     def clear(self) -> None:
-        """Forget every gradient, and begin a new accumulation window: after a step, or instead of one."""
+        """Discard all gradients and start a new accumulation window."""
         self._pending = {unit: _Pending() for unit in self._units}
         self.shards, self.squares, self.arrived = {}, {}, set()
         self.micro_steps = self.discarded = self._next = 0
 
     def discard(self) -> None:
-        """Forget every gradient of this accumulation window, which goes on."""
+        """Discard all gradients, and stay in this accumulation window."""
         discarded = self.discarded + self.micro_steps
         self.clear()
         self.discarded = discarded
@@ -121,18 +125,18 @@ class GradientReducer:
         flats = sum(p.flat.nbytes for p in self._pending.values() if p.flat is not None)
         return flats + sum(shard.nbytes for shard in self.shards.values())
 
-    def arrive(self, unit: Unit, slot: int, param: nn.Parameter, reduce_now: bool) -> None:
+    def add_gradient(self, unit: Unit, slot: int, param: nn.Parameter, reduce_now: bool) -> None:
         """Move ``param.grad`` into its unit's flat buffer, then reduce what is complete if ``reduce_now``."""
         grad, param.grad = param.grad, None
         pending = self._pending.get(unit)
-        if pending is None or grad is None:  # a layer that is not tracked: nobody asked for its gradient
+        if pending is None or grad is None:  # an inactive layer
             return
         if pending.flat is None:
             pending.flat = torch.empty(unit.padded_numel, dtype=self.settings.flat_dtype, device=grad.device)
             pending.filled.clear()
-            self._note_peak()
+            self._update_peak()
         # Filled already: by an earlier micro-step, or by a first firing in this backward (reentrant checkpointing).
-        unit.write(pending.flat, slot, grad, accumulate=slot in pending.filled)
+        unit.write_gradient(pending.flat, slot, grad, accumulate=slot in pending.filled)
         pending.filled.add(slot)
         pending.arrived.add(slot)
         self.arrived.add(unit)
@@ -182,7 +186,7 @@ class GradientReducer:
 
     def _accept(self, unit: Unit, shard: torch.Tensor, in_flight: int) -> None:
         """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""
-        self._note_peak(in_flight + shard.nbytes)
+        self._update_peak(in_flight + shard.nbytes)
         square = torch.linalg.vector_norm(shard, dtype=torch.float32).square()
         self.squares[unit] = self.squares[unit] + square if unit in self.squares else square
         if not self._keep:
@@ -191,14 +195,14 @@ class GradientReducer:
             self.shards[unit].add_(shard)
             return
         self.shards[unit] = kept = shard.to(self.settings.accum_dtype)
-        self._note_peak(in_flight + (0 if kept is shard else shard.nbytes))
+        self._update_peak(in_flight + (0 if kept is shard else shard.nbytes))
 
     def _take_flat(self, unit: Unit, pending: _Pending) -> torch.Tensor:
         """The unit's flat gradient, with zeros where this rank has none."""
         flat, pending.flat = pending.flat, None
         if flat is None:
             return torch.zeros(unit.padded_numel, dtype=self.settings.flat_dtype, device=unit.device)
-        unit.blank(flat, pending.filled)
+        unit.zero_unwritten(flat, pending.filled)
         return flat
 
     @contextmanager
@@ -213,5 +217,5 @@ class GradientReducer:
             yield
         flat.record_stream(stream)
 
-    def _note_peak(self, in_flight: int = 0) -> None:
+    def _update_peak(self, in_flight: int = 0) -> None:
         self.peak_bytes = max(self.peak_bytes, self.nbytes + in_flight)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``engine.grass``: what a layer-sampled run can be asked."""
+"""``engine.grass``: the state of a layer-sampled run."""
 
 from typing import Any
 
 from torch import nn
 
 from grass_ds.checkpoint.writer import CheckpointWriter, SaveReport
+from grass_ds.config import GrassConfig
 from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.layers import ModelLayers
 from grass_ds.zero.optimizer import GrassZeroOptimizer
@@ -15,12 +16,21 @@ class GrassHandle:
     """Read-only view of the sampler, of memory and of checkpoints, plus the sampler's state.
 
     Attributes:
+        config: the ``"grass"`` block of the run.
         writer: of the engine's checkpoints; the engine sets it.
     """
 
     writer: CheckpointWriter | None = None
 
-    def __init__(self, layers: ModelLayers, controller: Controller, optimizer: GrassZeroOptimizer, module: nn.Module):
+    def __init__(
+        self,
+        config: GrassConfig,
+        layers: ModelLayers,
+        controller: Controller,
+        optimizer: GrassZeroOptimizer,
+        module: nn.Module,
+    ):
+        self.config = config
         self._layers, self._controller, self._optimizer, self._module = layers, controller, optimizer, module
 
     @property
@@ -54,13 +64,13 @@ class GrassHandle:
         return self._controller.visits
 
     def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
-        """Bytes on this rank by category and place: ``{"weights" | "gradients" | "optimizer_state": {"device", "host"}}``, and
-        ``"nvme"`` for optimizer state in files.
+        """Bytes on this rank by category and device: ``{"weights" | "gradients" | "optimizer_state": {"device",
+        "host"}}``, and ``"nvme"`` for optimizer state in files.
 
         Args:
-            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of optimizer
-                state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel`` with Adam) or, with
-                ``residency: period``, that of the active layers.
+            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of
+                optimizer state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel``
+                with Adam) or, with ``residency: period``, that of the active layers.
         """
         weights = self._weights()
         store, reducer = self._optimizer.store, self._optimizer.reducer
@@ -90,7 +100,7 @@ class GrassHandle:
         return None if self.writer is None else self.writer.report
 
     def wait_for_checkpoint(self) -> None:
-        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for those who are handed the optimizer alone."""
+        """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for code that has the optimizer only."""
         if self.writer is not None:
             self.writer.wait()
 

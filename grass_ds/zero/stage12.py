@@ -14,12 +14,12 @@ from grass_ds.zero.optimizer import GrassZeroOptimizer
 class GrassZero12Optimizer(GrassZeroOptimizer):
     """One all-gather per active unit brings the updated weights to all ranks.
 
-    Stage 1 differs from stage 2 in one thing: over an accumulation window it sums full local gradients of the active units and reduces
-    once, at the boundary, except while layer importance is measured. Importance is the root mean square over micro-batches, so that it
-    means the same in probing and training and does not depend on the accumulation length; that needs every micro-batch reduced.
+    Stage 1 differs from stage 2 in one way: it sums the full local gradients of the active units over an accumulation
+    window and reduces them once, at the boundary. While layer importance is measured it reduces every micro-batch, as
+    stage 2 does: importance is the root mean square over micro-batches, whatever their number.
 
     Attributes:
-        gathered_calls, gathered_bytes: all-gathers of weights issued by this rank so far, and bytes of their outputs.
+        gathered_calls, gathered_bytes: number of all-gathers of weights on this rank, and bytes of their outputs.
     """
 
     gathered_calls = gathered_bytes = 0
@@ -28,7 +28,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         return self.settings.stage == 2 or self.controller.measuring or self.settings.at_boundary()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """Stage 1's hook of the engine at the boundary: after backward, or in ``step()`` when the caller owns the boundary."""
+        """Stage 1: called by the engine at the boundary, after backward or in ``step()`` if the caller sets it."""
         if not self.reducer.shards:
             self.reducer.reduce_remaining()
 
@@ -37,7 +37,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
         return [unit.params for unit in self.units]
 
-    def _publish(self, units: Sequence[Unit]) -> None:
+    def _sync_weights(self, units: Sequence[Unit]) -> None:
         for unit in units:
             assert isinstance(unit, ReplicatedUnit)
             if unit.world > 1:
@@ -45,12 +45,12 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
                 self.gathered_calls += 1
                 self.gathered_bytes += unit.flat.nbytes
 
-    def drop_assigned(self) -> None:
+    def undo_assignments(self) -> None:
         for unit in self.units:
-            unit.reclaim()
+            unit.rebind()
 
-    def _expose(self, param: nn.Parameter, fragment: ParamFragment) -> None:
+    def _register_fragment(self, param: nn.Parameter, fragment: ParamFragment) -> None:
         fragment.attach(param)
 
-    def _conceal(self, param: nn.Parameter) -> None:
+    def _unregister_fragment(self, param: nn.Parameter) -> None:
         ParamFragment.detach(param)

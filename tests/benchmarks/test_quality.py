@@ -28,8 +28,8 @@ from benchmarks.quality import (
 from benchmarks.quality.suite import COMPARED, GRID, RATES, SETTINGS, STEPS, TUNING_SEED
 from benchmarks.suite import Request
 from benchmarks.tasks import TASKS, Exam
+from launch.data.chat_template import Template
 from launch.model import load_tokenizer
-from launch.template import Template
 
 TASK = "arithmetic"
 

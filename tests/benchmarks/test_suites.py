@@ -29,8 +29,8 @@ from benchmarks.tasks import TASKS, Exam
 from benchmarks.worker import MEASUREMENTS
 from grass_ds.config import GrassConfig, OffloadConfig
 from grass_ds.precision import Rates
+from launch.data.chat_template import Template
 from launch.model import load_tokenizer
-from launch.template import Template
 
 TINY = "llama-tiny-random"
 FROM_GIT = {"commit": "0123abc", "jobs": 1}

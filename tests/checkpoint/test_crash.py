@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.campaign import Campaign, nursery, plan
+from helpers.campaign import Campaign, campaigns, plan
 from helpers.crash import Run
 from helpers.models import ds_config, grass_block
 
@@ -38,27 +38,27 @@ def run_of(case: str, folder: Path) -> Run:
 
 @pytest.mark.slow
 def test_killed_runs_are_the_run_that_was_left_alone(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    kills = int(os.environ.get("GRASS_DS_KILLS", ALL_KILLS if request.config.getoption("all") else KILLS))
+    number = int(os.environ.get("GRASS_DS_KILLS", ALL_KILLS if request.config.getoption("all") else KILLS))
     seed = random.randrange(10**6)
-    blows = plan(kills, seed)
-    with nursery() as campaign:
+    kills = plan(number, seed)
+    with campaigns() as campaign:
         reports: dict[str, Campaign] = {
-            case: campaign(run_of(case, tmp_path / case), blows[place :: len(CASES)], seed + place)
-            for place, case in enumerate(CASES)
+            case: campaign(run_of(case, tmp_path / case), kills[index :: len(CASES)], seed + index)
+            for index, case in enumerate(CASES)
         }
     wrong = [f"{case}: {text}" for case, report in reports.items() for text in report.wrong]
     assert not wrong, f"seed {seed}:\n" + "\n".join(wrong)
     assert all(report.finished for report in reports.values())
 
-    deaths = [death for report in reports.values() for death in report.deaths]
-    assert sorted((death.moment, death.victims) for death in deaths) == sorted(blows)
+    results = [result for report in reports.values() for result in report.results]
+    assert sorted((result.moment, result.victims) for result in results) == sorted(kills)
     hit = {
-        "inside save_checkpoint": sum(death.saving is not None for death in deaths),
-        "a checkpoint under way": sum(death.underway for death in deaths),
-        "fell back": sum(death.resumed < death.saving for death in deaths if death.saving is not None),
+        "inside save_checkpoint": sum(result.saving is not None for result in results),
+        "a checkpoint unfinished": sum(result.unfinished for result in results),
+        "fell back": sum(result.resumed < result.saving for result in results if result.saving is not None),
     }
     print({case: round(report.seconds, 1) for case, report in reports.items()}, hit)
-    # Each comes of half or more of the kills that follow the word "saving". So 14 of these all miss it once in 16,000 runs; fewer
-    # may well miss it.
-    if sum(blow.moment == "saving" for blow in blows) >= 14:
+    # Each comes of half or more of the kills that follow the event "saving". So 14 of these all miss it once in 16,000
+    # runs; fewer may well miss it.
+    if sum(kill.moment == "saving" for kill in kills) >= 14:
         assert all(hit.values()), (seed, hit)

@@ -23,7 +23,7 @@ OLD, NEW = "step2", "step4"
 OPTIM = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
-# ---- damaged files -----------------------------------------------------------------------------------------------------
+# ---- damaged files --------------------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -33,8 +33,8 @@ def truncate(path: Path) -> None:
 def flip(path: Path) -> None:
     """One bit in the middle: of a part, in a digit of the first checksum."""
     content = bytearray(path.read_bytes())
-    place = content.index(b'"crc32": ') + len(b'"crc32": 1') if path.suffix == ".json" else len(content) // 2
-    content[place] ^= 1
+    position = content.index(b'"crc32": ') + len(b'"crc32": 1') if path.suffix == ".json" else len(content) // 2
+    content[position] ^= 1
     path.write_bytes(content)
 
 
@@ -79,7 +79,7 @@ def warnings_of_library() -> Iterator[list[str]]:
 
 
 def load_damaged(config: dict[str, Any], folder: Path, names: list[str]) -> dict[str, Any]:
-    """(file, damage) -> what loading said with and without the tag, and whether the run became what it was at the step before."""
+    """(file, damage) -> messages of loading with and without the tag, and whether the run fell back to the step before."""
     with engine_of(config) as engine:
         seen = {}
         for tag in (OLD, NEW):
@@ -164,7 +164,7 @@ def test_a_lost_or_wrong_latest_is_no_loss(two_ranks: Any, tmp_path: Path) -> No
         assert OLD in everything and NEW in everything and OPTIM in everything
 
 
-# ---- disks that are full or read-only ------------------------------------------------------------------------------------
+# ---- disks that are full or read-only -------------------------------------------------------------------------------
 
 PAGE = 4096  # what a disk in memory is given out in
 # How much of what a checkpoint takes is left: nothing, some, all but its last file, all but the new ``latest``.
@@ -259,7 +259,7 @@ def test_disks_that_take_no_more(two_ranks: Any, stage: int, background: bool, t
     asynchronous = {"checkpoint": {"async": True}} if background else {}
     config = ds_config(dtype="bf16", stage=stage, grass=grass_block(sampler="grass"), **asynchronous)
     with mounted(tmp_path / "disk", 8 << 20) as disk:
-        reports = two_ranks.run(survive_disks, config=config, disk=disk, timeout=60.0)
+        reports = two_ranks.run(survive_disks, config=config, disk=disk, timeout=240.0)
     for report in reports:
         for name, attempt in report["attempts"].items():
             reason = "Read-only file system" if name == "read-only" else "No space left on device"

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ import pytest
 import torch
 
 from grass_ds.checkpoint import folder as folders
-from grass_ds.checkpoint.folder import FileSum, Part, SummedFile
+from grass_ds.checkpoint import part as parts
+from grass_ds.checkpoint.part import FileSum, Part, SummedFile
+from grass_ds.core.durable_files import sync_folder
 
 WORLD = 2
 
@@ -29,8 +32,8 @@ def fsync() -> Iterator[mock.Mock]:
 
 
 def fill(folder: Path, tag: str, step: int) -> None:
-    """Make the place of a checkpoint and write all there is in it."""
-    folders.begin(folder, tag)
+    """Prepare a checkpoint and write all its files."""
+    folders.prepare(folder, tag)
     aside = folders.saving_path(folder, tag)
     for rank in range(WORLD):
         part = Part(rank, WORLD, 2, step)
@@ -61,7 +64,7 @@ def loadable(folder: Path) -> tuple[str, int]:
     return tag, step
 
 
-# ---- publication ---------------------------------------------------------------------------------------------------------
+# ---- publication ----------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -98,7 +101,7 @@ def killed_before(count: int) -> Iterator[None]:
         try:
             yield
         except Killed:
-            folders._underway.clear()  # it was this process that knew
+            folders._being_written.clear()  # it was this process that knew
         finally:
             for patch in patches:
                 patch.stop()
@@ -137,7 +140,7 @@ def test_latest_is_left_alone_if_it_is_not_to_be_written(tmp_path: Path) -> None
 
 def test_what_a_cut_off_replacement_moved_away_comes_back(tmp_path: Path) -> None:
     os.rename(save(tmp_path, "one", 1), tmp_path / ".replaced.one")
-    folders.begin(tmp_path, "two")  # must not take it for litter
+    folders.prepare(tmp_path, "two")  # must not take it for litter
     assert loadable(tmp_path) == ("one", 1)
 
 
@@ -148,7 +151,7 @@ def test_a_tag_may_name_a_folder_in_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))
 
 
-# ---- parts and what they tell -----------------------------------------------------------------------------------------------
+# ---- parts and what they tell ---------------------------------------------------------------------------------------
 
 
 def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -241,7 +244,7 @@ def test_candidates_are_the_latest_and_then_the_newest(tmp_path: Path) -> None:
     assert folders.candidates(tmp_path) == ["gone", "b", "a", "c"]
 
 
-# ---- files that know their sum -----------------------------------------------------------------------------------------------
+# ---- files that know their sum --------------------------------------------------------------------------------------
 
 
 class Slow(io.FileIO):
@@ -255,13 +258,15 @@ def test_a_file_that_is_taken_in_small_bites_is_whole(tmp_path: Path, fsync: moc
     content = {"a": torch.arange(50.0), "b": [1, 2]}
     torch.save(content, tmp_path / "whole.pt")
     with (
-        mock.patch.object(folders, "open", lambda path, *_, **__: Slow(path, "wb"), create=True),
+        mock.patch.object(parts, "open", lambda path, *_, **__: Slow(path, "wb"), create=True),
         SummedFile(tmp_path / "bites.pt") as file,
     ):
         torch.save(content, file)  # type: ignore[arg-type]
     fsync.assert_called_once()
     assert torch.equal(torch.load(tmp_path / "bites.pt")["a"], content["a"])
-    assert file.sums == FileSum((tmp_path / "bites.pt").stat().st_size, folders._checksum(tmp_path / "bites.pt"))
+    assert file.sums == FileSum(
+        (tmp_path / "bites.pt").stat().st_size, zlib.crc32((tmp_path / "bites.pt").read_bytes())
+    )
 
 
 def test_the_first_error_of_a_file_is_kept_and_nothing_is_called_written(fsync: mock.Mock) -> None:
@@ -277,7 +282,9 @@ def test_a_part_says_what_can_be_read_by_others(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, "one", 7)
     content = json.loads((checkpoint / "grass_rank_1.json").read_text())
     size = (checkpoint / "rank1.pt").stat().st_size
-    assert content["files"] == {"rank1.pt": {"bytes": size, "crc32": folders._checksum(checkpoint / "rank1.pt")}}
+    assert content["files"] == {
+        "rank1.pt": {"bytes": size, "crc32": zlib.crc32((checkpoint / "rank1.pt").read_bytes())}
+    }
     assert (content["rank"], content["world_size"], content["step"]) == (1, WORLD, 7)
 
 
@@ -304,4 +311,4 @@ def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "no")
 
     with mock.patch.object(os, "open", refused):
-        folders.sync_folder(tmp_path)
+        sync_folder(tmp_path)

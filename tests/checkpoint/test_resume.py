@@ -14,8 +14,9 @@ from helpers.tiered import tiered
 pytestmark = pytest.mark.dist
 
 STEPS, OVERFLOW, MORE = 12, 7, 4
-# With 2 probe steps, a draw every 3 and a step that is lost: in the probe, on a switch, within a period, right after the overflow, on a
-# switch that also refreshes the scores. From each MORE steps are made, which bring a switch, and from the first three the overflow.
+# With 2 probe steps, a draw every 3 and a step that is lost: in the probe, on a switch, within a period, right after
+# the overflow, on a switch that also refreshes the scores. From each MORE steps are made, which bring a switch, and
+# from the first three the overflow.
 SAVED_AFTER = {"mid-probe": 1, "switch": 5, "mid-period": 6, "overflow": OVERFLOW, "switch and refresh": 9}
 SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_num_steps": 20, "warmup_max_lr": 1e-2}}
 BACKGROUND = {"checkpoint": {"async": True}}
@@ -33,7 +34,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sampler": "static", "state_on_switch": "reset", "offload": {"device": "none"}, "always_active": []},
     ),
     "grass-bf16-zero2-cpu": ({"dtype": "bf16"}, {"sampler": "grass", "num_active_layers": 2}),
-    # saved amid the first probing, where the second begins, amid it, right after the overflow in it, and one step after it
+    # saved amid the first probing, where the second begins, amid it, right after the overflow in it, and one step
+    # after it
     "grass-bf16-zero2-cpu-reprobe": ({"dtype": "bf16"}, {"reprobe_period": 3, "state_on_switch": "reset"}),
     "uniform-fp32-zero2-nvme-gas2": ({"gas": 2}, {"sampler": "uniform", "always_active": ["embed", "head"]}),
     "grass-fp16-zero2-cpu-scaled": (
@@ -63,19 +65,19 @@ def overflow(engine: Any) -> None:
 
 
 def straight_and_resumed(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One straight run that saves on the way; from each checkpoint a fresh engine with other weights and another seed."""
+    """A straight run that saves on the way; from each checkpoint a fresh engine with other weights and seed."""
     with fp16_allowed():
         history: list[dict[str, Any]] = []
         with engine_of(copy.deepcopy(config)) as engine:
             overflow(engine)
 
-            def note(step: int) -> None:
+            def after_step(step: int) -> None:
                 for tag, after in SAVED_AFTER.items():
                     if step + 1 == after:
                         engine.save_checkpoint(folder, tag=tag)
                 history.append(observe(engine))
 
-            losses = train(engine, STEPS, after_step=note)
+            losses = train(engine, STEPS, after_step=after_step)
         report: dict[str, Any] = {key: [seen[key] for seen in history] for key in ("active", "phase")}
         skipped = pairwise([0, *(seen["steps"][1] for seen in history)])
         report["lost"] = [step for step, (before, after) in enumerate(skipped, 1) if after > before]

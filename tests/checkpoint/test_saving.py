@@ -18,7 +18,7 @@ from helpers.observed import difference, observe
 
 from grass_ds.checkpoint import folder as folders
 from grass_ds.checkpoint import writer
-from grass_ds.checkpoint.folder import Part, SummedFile
+from grass_ds.checkpoint.part import Part, SummedFile
 
 pytestmark = pytest.mark.dist
 
@@ -54,7 +54,7 @@ def saved_bytes(checkpoint: Path, rank: int) -> int:
 
 
 def save_and_go_on(config: dict[str, Any], folder: Path, other: dict[str, Any]) -> dict[str, Any]:
-    """Save "one", "two", "three" and "four", training on at once; in the background "two" and "four" cannot be written for a while."""
+    """Save "one" to "four", training on at once; in the background "two" and "four" cannot be written for a while."""
     from deepspeed.utils import logger
 
     seen: dict[str, Any] = {}
@@ -103,11 +103,11 @@ def differing_bytes(one: Path, other: Path) -> int:
 @pytest.mark.parametrize("case", ["zero2-cpu", "zero3-nvme"])
 def test_in_the_background_as_at_once(two_ranks: Any, case: str, tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    places = {
+    offloads = {
         "cpu": {"device": "cpu"},
         "nvme": {"device": "nvme", "io": "posix", "nvme_path": str(tmp_path / "state")},
     }
-    grass = grass_block(num_active_layers=2, offload=places[case.split("-")[1]])
+    grass = grass_block(num_active_layers=2, offload=offloads[case.split("-")[1]])
     plain = ds_config(dtype="bf16", lr=1e-2, stage=int(case[4]), grass=grass, checkpoint={"async": False})
     background = {**plain, "checkpoint": {"async": True}}
     reports = {}
@@ -153,7 +153,7 @@ def test_in_the_background_as_at_once(two_ranks: Any, case: str, tmp_path: Path)
     assert "it is being written" in later
 
 
-# ---- tags -------------------------------------------------------------------------------------------------------------------
+# ---- tags -----------------------------------------------------------------------------------------------------------
 
 
 def save_under_tags(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def save_under_tags(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             return latest(folder), names
 
         seen["number"] = save(tag=7)
-        seen["again"] = (*save(tag=7, client_state={"note": 3}), folders.step_of(folder / "7"))
+        seen["again"] = (*save(tag=7, client_state={"answer": 3}), folders.step_of(folder / "7"))
         seen["none"] = save()
         seen["aside"] = save(tag="x", save_latest=False)
         seen["apart"] = said(lambda: engine.save_checkpoint(folder, tag=f"rank{engine.global_rank}"))
@@ -183,7 +183,7 @@ def save_under_tags(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         comm.barrier()
         seen["after others"] = save(tag="y")
         _, client = engine.load_checkpoint(folder, tag=7)
-        seen["client"] = (client["note"], engine.global_steps)
+        seen["client"] = (client["answer"], engine.global_steps)
         engine.load_checkpoint(folder, tag="x")
         seen["restored"] = (engine.global_steps, (folder / "x").exists())
     return seen
@@ -204,7 +204,7 @@ def test_tags(two_ranks: Any, background: bool, tmp_path: Path) -> None:
         assert seen["restored"] == (4, True)
 
 
-# ---- size --------------------------------------------------------------------------------------------------------------------
+# ---- size -----------------------------------------------------------------------------------------------------------
 
 
 def save_sized(config: dict[str, Any], folder: Path) -> dict[str, int]:
@@ -242,11 +242,11 @@ def test_layers_that_were_never_drawn_have_no_moments_on_disk(two_ranks: Any, st
     assert size("grass", "grass_rank_*.json") < 0.01 * size("grass", "*")
 
 
-# ---- what goes wrong behind the caller's back ----------------------------------------------------------------------------------
+# ---- what goes wrong behind the caller's back -----------------------------------------------------------------------
 
 
 def lose_and_save_again(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Rank 1 cannot write "lost" in the background; the engine is destroyed without anybody asking. The next one saves "lost", too."""
+    """Rank 1 cannot write "lost" in the background, and the engine is destroyed; the next engine saves "lost", too."""
     from deepspeed import comm as dist
     from deepspeed.utils import logger
 
@@ -258,7 +258,7 @@ def lose_and_save_again(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     write = broken if dist.get_rank() == 1 else SummedFile.write
     with (
         mock.patch.object(SummedFile, "write", write),
-        mock.patch.object(writer, "LAST_PATIENCE", 0.2),
+        mock.patch.object(writer, "LAST_PART_TIMEOUT", 0.2),
         mock.patch.object(logger, "error") as error,
     ):
         with engine_of(config) as engine:
@@ -287,7 +287,7 @@ def test_a_save_that_fails_unseen_is_told_and_leaves_nothing(two_ranks: Any, tmp
 
 
 def save_and_leave(config: dict[str, Any], folder: Path) -> str:
-    """A relative folder means the place where the call was made."""
+    """A relative folder is relative to the working directory of the call."""
     home = Path.cwd()
     try:
         with gate() as passes, engine_of(config) as engine:

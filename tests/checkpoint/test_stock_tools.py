@@ -147,7 +147,7 @@ def test_exclude_frozen_drops_what_the_user_froze_and_nothing_else(
         assert report["unfrozen"] == sorted(report["frozen"])  # also after the engine is gone
 
 
-# ---- a plain DeepSpeed engine --------------------------------------------------------------------------------------------------
+# ---- a plain DeepSpeed engine ---------------------------------------------------------------------------------------
 
 
 def save(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:

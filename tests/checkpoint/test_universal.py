@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Universal checkpoints: what DeepSpeed's converter makes of ours goes on with another number of ranks, to the last bit."""
+"""Universal checkpoints: DeepSpeed's converter, then a run with another number of ranks goes on, bit for bit."""
 
 import argparse
 import copy
@@ -21,7 +21,8 @@ SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 4, "total_n
 FROZEN = ("model.layers.1.mlp.down_proj.weight", "model.layers.2.mlp.up_proj.bias")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# name -> (ds_config arguments, grass settings); no scores are refreshed after the load, since other ranks measure other gradients
+# name -> (ds_config arguments, grass settings); no scores are refreshed after the load, since other ranks measure
+# other gradients
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grass-bf16-zero1-host": (
         {"dtype": "bf16", "stage": 1, "clip": 0.5},
@@ -40,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def model_of(seed: int) -> Any:
-    """With shards and partitions that do not divide evenly, weights that the user froze, and a buffer that is saved."""
+    """With uneven shards and partitions, weights that the user froze, and a buffer that is saved."""
     model = tiny_llama(seed=seed, bias=True)
     for name in FROZEN:
         model.get_parameter(name).requires_grad_(False)
@@ -72,7 +73,7 @@ def whole(engine: Any) -> dict[str, Any]:
 def straight(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"active": []}
 
-    def note(step: int) -> None:
+    def after_step(step: int) -> None:
         report["active"].append(engine.grass.active_layers)
         if step + 1 == SAVED_AFTER:
             engine.save_checkpoint(folder, tag="two")
@@ -80,7 +81,7 @@ def straight(config: dict[str, Any], folder: Path) -> dict[str, Any]:
             report["units"] = {unit.name: (unit.layer, unit.param_names) for unit in engine.optimizer.units}
 
     with engine_of(config, model_of(seed=0)) as engine:
-        train(engine, STEPS, after_step=note)
+        train(engine, STEPS, after_step=after_step)
     return report
 
 
@@ -166,7 +167,7 @@ def test_two_ranks_then_one_then_four(
     assert len(set(run["active"][SAVED_AFTER:])) > 1  # draws were compared
 
 
-# ---- what the native files hold -----------------------------------------------------------------------------------------
+# ---- what the native files hold -------------------------------------------------------------------------------------
 
 
 def save(config: dict[str, Any], folder: Path, layers: int = LAYERS) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in tensors(item)]
 
 
-# ---- weights alone, and what is refused ---------------------------------------------------------------------------------
+# ---- weights alone, and what is refused -----------------------------------------------------------------------------
 
 
 def load(config: dict[str, Any], folder: Path, layers: int = LAYERS, tag: Any = "here_universal", **how: Any) -> Any:

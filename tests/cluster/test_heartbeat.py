@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Silent ranks: found within the stated time and named; nobody is accused who left, or while the job was suspended."""
+"""Silent ranks are found and named in time. No rank is accused that left, or while the job was suspended."""
 
 import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,24 @@ from typing import Any
 import pytest
 from deepspeed import comm as dist
 
-from grass_ds.cluster.heartbeat import FAREWELL, RANK_LOST, Heartbeat, Line, Silence, bound_socket
+from grass_ds.cluster.channel import Channel, bound_socket
+from grass_ds.cluster.heartbeat import LEAVE_SECONDS, RANK_LOST, Heartbeat, Silence
 
 LIMIT, INTERVAL, WORLD = 1.5, 0.25, 3
 SLACK = 10.0  # processors may be busy with other tests; nobody waits for it who is in time
 
 
-# ---- the decision --------------------------------------------------------------------------------------------------------
+# ---- the decision ---------------------------------------------------------------------------------------------------
 
 
-def test_silence_is_counted_from_the_last_sign_and_in_rounds() -> None:
-    silence = Silence(peers=[1, 2, 3, 4], rounds=3)
+def test_silence_is_counted_in_rounds_from_the_last_sign() -> None:
+    silence = Silence(peers=[1, 2, 3, 4], limit=3)
     for rank in (1, 2, 3):
         silence.heard(rank)
     assert silence.end_round() == []
     silence.heard(2)
     silence.left(3)
-    silence.heard(3)  # overtaken by the farewell
+    silence.heard(3)  # arrives after the message that it leaves
     assert [silence.end_round(), silence.end_round()] == [[], []]
     silence.heard(2)
     assert silence.end_round() == [1]  # not 3, which left, nor 4, which never came
@@ -36,7 +38,7 @@ def test_silence_is_counted_from_the_last_sign_and_in_rounds() -> None:
 
 
 def test_ranks_that_died_together_are_named_together() -> None:
-    silence = Silence(peers=[1, 2, 3], rounds=3)
+    silence = Silence(peers=[1, 2, 3], limit=3)
     silence.heard(2)
     silence.end_round()
     silence.heard(1)  # its last beat came just after the end of the round
@@ -59,21 +61,21 @@ def test_times_out_of_range(arguments: dict[str, float], message: str) -> None:
         Heartbeat(**arguments)
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------------
+# ---- processes ------------------------------------------------------------------------------------------------------
 
 
-def _rank(line: Line, stderr: Path) -> None:
+def _rank(channel: Channel, stderr: Path) -> None:
     """A rank whose main thread hangs, until it is told to finish by a signal."""
     os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     heartbeat = Heartbeat(LIMIT, INTERVAL)
-    heartbeat.listen(line)
+    heartbeat.start(channel)
     signal.sigwait([signal.SIGUSR1])
     heartbeat.stop()
 
 
 class Ranks:
-    """Forked, so that they cost no import; they only talk over their lines."""
+    """Forked, so that they cost no import; they communicate over their channels only."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -83,8 +85,8 @@ class Ranks:
         self.stderr = [folder / f"{rank}.err" for rank in range(WORLD)]
         self.processes: list[Any] = []
         for rank in range(WORLD):
-            line = Line(rank, WORLD, address, "token", own if rank == 0 else None)
-            self.processes.append(context.Process(target=_rank, args=(line, self.stderr[rank]), daemon=True))
+            channel = Channel(rank, WORLD, address, "token", own if rank == 0 else None)
+            self.processes.append(context.Process(target=_rank, args=(channel, self.stderr[rank]), daemon=True))
             self.processes[-1].start()
         own.close()
 
@@ -139,7 +141,7 @@ def test_survivors_stop_in_time_and_name_the_lost_rank(ranks: Any) -> None:
 
 
 @pytest.mark.dist
-def test_nobody_is_accused_who_was_suspended_with_all_or_has_left(ranks: Any) -> None:
+def test_no_rank_is_accused_that_was_suspended_with_all_or_left(ranks: Any) -> None:
     group, nothing_happens = ranks(), LIMIT + 2 * INTERVAL
     time.sleep(2 * INTERVAL)
     group.signal(signal.SIGSTOP, 0, 1, 2)
@@ -147,7 +149,7 @@ def test_nobody_is_accused_who_was_suspended_with_all_or_has_left(ranks: Any) ->
     group.signal(signal.SIGCONT, 1, 0, 2)
     for leaves in (1, 0, 2):  # also rank 0 before another
         group.signal(signal.SIGUSR1, leaves)
-        assert group.exit_codes(FAREWELL, leaves) == [0]  # heard at once, not by the end of the patience
+        assert group.exit_codes(LEAVE_SECONDS, leaves) == [0]  # confirmed at once
         if leaves != 2:
             time.sleep(nothing_happens)
     assert [file.read_text() for file in group.stderr] == ["", "", ""]
@@ -155,10 +157,9 @@ def test_nobody_is_accused_who_was_suspended_with_all_or_has_left(ranks: Any) ->
 
 def meet_and_leave(first: int) -> float:
     """Seconds that leaving took."""
-    from deepspeed import comm as dist
-
-    with Heartbeat(LIMIT, INTERVAL) as heartbeat:
-        assert (heartbeat._thread is None) == (dist.get_world_size() == 1)
+    with Heartbeat(LIMIT, INTERVAL):
+        running = "grass_ds heartbeat" in [thread.name for thread in threading.enumerate()]
+        assert running == (dist.get_world_size() > 1)
         if dist.get_rank() != first:
             time.sleep(2 * INTERVAL)
         left = time.monotonic()
@@ -167,7 +168,7 @@ def meet_and_leave(first: int) -> float:
 
 @pytest.mark.dist
 def test_ranks_of_a_process_group_meet(two_ranks: Any) -> None:
-    assert max(two_ranks.run(meet_and_leave, first=0)) < FAREWELL
+    assert max(two_ranks.run(meet_and_leave, first=0)) < LEAVE_SECONDS
 
 
 @pytest.mark.dist
@@ -175,7 +176,7 @@ def test_one_rank_needs_no_heartbeat(one_rank: Any) -> None:
     one_rank.run(meet_and_leave, first=0)
 
 
-def ask_for_a_verdict(leaving: int) -> float:
+def seconds_to_cause(leaving: int) -> float:
     """Seconds until a rank whose collective failed knows that no rank is lost, since the one that failed has left."""
     heartbeat = Heartbeat(limit=6.0, interval=0.5)
     with heartbeat:
@@ -183,11 +184,11 @@ def ask_for_a_verdict(leaving: int) -> float:
             time.sleep(1.0)  # all have been heard
             return 0.0
         start = time.monotonic()
-        heartbeat.wait_for_verdict()
+        heartbeat.wait_for_cause()
         return time.monotonic() - start
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("leaving", [0, 1])
 def test_an_error_of_a_rank_that_is_not_lost_is_soon_known(two_ranks: Any, leaving: int) -> None:
-    assert 0.5 < max(two_ranks.run(ask_for_a_verdict, leaving=leaving)) < 4.0
+    assert 0.5 < max(two_ranks.run(seconds_to_cause, leaving=leaving)) < 4.0

@@ -1,44 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each launcher leaves in the environment, taken from real ones, and what is made of it."""
+"""The environments of real launchers, and the placements that are read from them."""
 
+import multiprocessing
 import os
 import socket
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 from grass_ds.cluster import placement
 from grass_ds.cluster.placement import Placement, PlacementError, find
 
-MASTER = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-RANK_3_OF_4 = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", **MASTER}
-TORCHRUN = {
-    **RANK_3_OF_4,
-    "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "1",
-    "GROUP_WORLD_SIZE": "2",
-    "TORCHELASTIC_RUN_ID": "7",
-}
-DEEPSPEED = {**RANK_3_OF_4, "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2"}
+
+def variables(text: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in text.split())
+
+
+MASTER = variables("MASTER_ADDR=n1 MASTER_PORT=29500")
+RANK_3_OF_4 = variables("RANK=3 LOCAL_RANK=1 WORLD_SIZE=4") | MASTER
+TORCHRUN = RANK_3_OF_4 | variables("LOCAL_WORLD_SIZE=2 GROUP_RANK=1 GROUP_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=7")
+DEEPSPEED = RANK_3_OF_4 | variables("LOCAL_SIZE=2 CROSS_RANK=1 CROSS_SIZE=2")
 # As in the batch script of a job of 2 machines x 2 tasks, and in its second task on the second machine.
-BATCH = {
-    "SLURM_JOB_ID": "123", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "4", "SLURM_NNODES": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_TASKS_PER_NODE": "2(x2)",
-}  # fmt: skip
-SRUN = {
-    **BATCH, "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
-}  # fmt: skip
-PER_MACHINE = {
-    **SRUN,
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-}
-ONE_TASK = {
-    **SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
-    "SLURM_STEP_NODELIST": "gpu07", "SLURM_STEP_TASKS_PER_NODE": "1",
-}  # fmt: skip
+BATCH = variables(
+    "SLURM_JOB_ID=123 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_NTASKS=4 SLURM_NNODES=2 "
+    "SLURM_JOB_NODELIST=gpu[07-08] SLURM_TASKS_PER_NODE=2(x2)"
+)
+SRUN = BATCH | variables(
+    "SLURM_STEP_ID=1 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NODELIST=gpu[07-08] SLURM_STEP_TASKS_PER_NODE=2(x2) "
+    "SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NODEID=1"
+)
+PER_MACHINE = SRUN | variables("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=1 SLURM_LOCALID=0 SLURM_STEP_TASKS_PER_NODE=1(x2)")
+ONE_TASK = SRUN | variables(
+    "SLURM_STEP_NUM_TASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_STEP_NODELIST=gpu07 "
+    "SLURM_STEP_TASKS_PER_NODE=1"
+)
 SLURM_PORT = 20000 + 16 * 123 + 1
 
 FOUND = {
@@ -113,8 +110,15 @@ def test_contradictions_show_what_was_seen(case: str) -> None:
 
 @pytest.mark.parametrize(
     ("nodelist", "host"),
-    [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[07-09,12],big1", "gpu07"), ("big1,gpu[07-09]", "big1"), ("r[1-2]n[03,05]", "r1n03"), ("a-[2]b", "a-2b")],
-)  # fmt: skip
+    [
+        ("n1", "n1"),
+        ("n[1-2]", "n1"),
+        ("gpu[07-09,12],big1", "gpu07"),
+        ("big1,gpu[07-09]", "big1"),
+        ("r[1-2]n[03,05]", "r1n03"),
+        ("a-[2]b", "a-2b"),
+    ],
+)
 def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
     assert placement.first_host(nodelist) == host
 
@@ -135,22 +139,18 @@ def test_ranks_that_share_too_few_devices_are_refused() -> None:
         Placement(2, 2, 4, 4, "n1", 1, "torchrun").device_index(2)
 
 
-class OneDevice:
-    def device_name(self) -> str:
-        return "cuda"
+def export_where_one_device_is_visible(environ: dict[str, str]) -> tuple[list[str | None], Placement]:
+    """What is exported, and what :func:`find` says afterwards."""
+    device = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 1)
+    with mock.patch.object(placement, "get_accelerator", return_value=device):
+        find(environ).export()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    return [os.environ.get(name) for name in names], find()
 
-    def device_count(self) -> int:
-        return 1
 
-
-def test_where_each_task_sees_one_device_local_rank_becomes_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate and DeepSpeed take LOCAL_RANK for the device; who asks for the local rank still gets it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-    monkeypatch.setattr(placement, "_exported", [])
-    monkeypatch.setattr(placement, "get_accelerator", OneDevice)
-    found = find(SRUN)
-    found.export()
-    said = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
-    assert list(said.values()) == ["3", "0", "4", "2", "gpu07"]
-    assert find() == found
+def test_where_each_task_sees_one_device_local_rank_becomes_its_index() -> None:
+    """accelerate and DeepSpeed use LOCAL_RANK as the device; :func:`find` still returns the local rank."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:  # which exports to itself alone
+        exported, found = process.submit(export_where_one_device_is_visible, SRUN).result()
+    assert exported == ["3", "0", "4", "2", "gpu07"]
+    assert found == find(SRUN)

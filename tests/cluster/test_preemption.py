@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals are noted, and acted on by all ranks in the same step."""
+"""Signals are remembered, and all ranks act on them in the same step."""
 
 import multiprocessing
 import os

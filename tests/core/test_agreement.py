@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that would decide differently stop, all of them, at the start or at the next draw, before anything is switched."""
+"""Ranks fail together: when one of them fails, and when they would decide differently, before anything is switched."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.traffic import Collectives
 from torch import nn
 
-from grass_ds.core.agreement import RankDivergenceError, check_ranks_agree, digest
+from grass_ds.core.agreement import (
+    RankDivergenceError,
+    RankFailedError,
+    check_ranks_agree,
+    digest,
+    gather_from_ranks,
+    raise_on_all_ranks,
+)
 
 HANG = 60.0  # seconds
 
@@ -18,7 +28,7 @@ def rank() -> int:
     return torch.distributed.get_rank()
 
 
-# ---- the check itself -----------------------------------------------------------------------------------------------------
+# ---- the check itself -----------------------------------------------------------------------------------------------
 
 
 def test_digest_tells_values_apart_and_fits_the_comparison() -> None:
@@ -60,7 +70,99 @@ def test_one_rank_agrees_with_itself(one_rank: Any) -> None:
     assert one_rank.run(compare, values=[[7]], timeout=HANG) == [None]
 
 
-# ---- at the start ---------------------------------------------------------------------------------------------------------
+# ---- failing together -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """Something that moves state in threads."""
+
+    fallible: bool = True
+    error: BaseException | None = None
+
+
+def outcome(action: Callable[[], Any]) -> Any:
+    """What ``action`` returns, or the type and message of what it raises; and the number of collectives."""
+    with Collectives() as sent:
+        try:
+            result = action()
+        except Exception as error:
+            result = (type(error), str(error))
+    return result, len(sent.calls)
+
+
+def fail_inside(failing: dict[int, Exception], source: Source | None) -> Any:
+    def action() -> str:
+        with raise_on_all_ranks(None, "cpu", source):
+            if rank() in failing:
+                raise failing[rank()]
+        return "done"
+
+    return outcome(action)
+
+
+def fail_in_thread(failing: int) -> Any:
+    source = Source(error=OSError("disk") if rank() == failing else None)
+    return fail_inside({}, source)
+
+
+def gather(failing: dict[int, Exception]) -> Any:
+    def task() -> dict[str, Any]:
+        if rank() in failing:
+            raise failing[rank()]
+        return {"rank": rank(), "tensor": torch.full((rank(),), 1.0)}
+
+    return outcome(lambda: gather_from_ranks(task))
+
+
+FAIL = {"block": fail_inside, "gather": gather}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("way", FAIL)
+@pytest.mark.parametrize(
+    ("error", "elsewhere"), [(OSError("disk"), RankFailedError), (ValueError("a mistake"), ValueError)]
+)
+def test_an_error_of_one_rank_is_raised_on_all(two_ranks: Any, way: str, error: Exception, elsewhere: type) -> None:
+    more = {"source": None} if way == "block" else {}
+    for failing in (0, 1):
+        results = two_ranks.run(FAIL[way], failing={failing: error}, timeout=HANG, **more)
+        assert results[failing][0] == (type(error), str(error))
+        assert results[1 - failing][0] == (elsewhere, f"rank {failing} failed: {error}")
+
+
+@pytest.mark.dist
+def test_of_several_errors_each_rank_raises_its_own_and_others_the_lowest_ranks(four_ranks: Any) -> None:
+    failing = {1: OSError("one"), 3: ValueError("three")}
+    own = {number: (type(error), str(error)) for number, error in failing.items()}
+    expected = [own.get(number, (RankFailedError, "rank 1 failed: one")) for number in range(4)]
+    for way, more in (("block", {"source": None}), ("gather", {})):
+        results = four_ranks.run(FAIL[way], failing=failing, timeout=HANG, **more)
+        assert [result for result, _ in results] == expected
+
+
+@pytest.mark.dist
+def test_an_error_in_a_thread_counts(two_ranks: Any) -> None:
+    first, second = two_ranks.run(fail_in_thread, failing=1, timeout=HANG)
+    assert (first[0], second[0]) == ((RankFailedError, "rank 1 failed: disk"), (OSError, "disk"))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("source", "collectives"), [(None, 1), (Source(), 1), (Source(fallible=False), 0)])
+def test_success_costs_one_all_reduce_where_a_rank_can_fail_alone(
+    two_ranks: Any, source: Source | None, collectives: int
+) -> None:
+    assert two_ranks.run(fail_inside, failing={}, source=source, timeout=HANG) == [("done", collectives)] * 2
+
+
+@pytest.mark.dist
+def test_results_are_gathered_in_rank_order(four_ranks: Any) -> None:
+    for result, _ in four_ranks.run(gather, failing={}, timeout=HANG):
+        assert [each["rank"] for each in result] == [0, 1, 2, 3]
+        assert [each["tensor"].tolist() for each in result] == [[1.0] * number for number in range(4)]
+
+
+# ---- at the start ---------------------------------------------------------------------------------------------------
 
 
 def refused_at_start(config: dict[str, Any], model: nn.Module | None = None, **arguments: Any) -> str:
@@ -83,53 +185,53 @@ def test_another_grass_block_on_one_rank_stops_all_ranks_at_the_start(two_ranks:
         assert '"grass" block' in message
 
 
-def start_with_other_groups(how: str) -> str:
-    """One param group on rank 0; on rank 1 two of them, or one in another order, or one parameter frozen."""
-    model = tiny_llama()
+def start_with_other_model(how: str) -> str:
+    """On rank 1 the parameters are in two groups or in another order, one is frozen, or two matrices swap their
+    shapes.
+
+    The shapes have as many elements, so that only the comparison of the layout can tell.
+    """
+    model, split = tiny_llama(), 0
+    if rank() == 1 and how == "shapes":
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj, mlp.down_proj = mlp.down_proj, mlp.gate_proj
     parameters = list(model.parameters())
     if rank() == 1 and how == "order":
         parameters.reverse()
     if rank() == 1 and how == "frozen":
         model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
-    cut = 5 if rank() == 1 and how == "groups" else 0
-    groups = [{"params": parameters[cut:]}] + ([{"params": parameters[:cut]}] if cut else [])
+    if rank() == 1 and how == "groups":
+        split = 5
+    groups = [{"params": parameters[split:]}] + ([{"params": parameters[:split]}] if split else [])
     return refused_at_start(ds_config(grass=grass_block()), model, model_parameters=groups)
-
-
-def start_with_other_shapes() -> str:
-    """As many elements, in two matrices of other shape, so that only the comparison of the layout can tell."""
-    model = tiny_llama()
-    if rank() == 1:
-        mlp = model.model.layers[1].mlp
-        mlp.gate_proj, mlp.down_proj = mlp.down_proj, mlp.gate_proj
-    return refused_at_start(ds_config(grass=grass_block()), model)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("how", ["groups", "order", "frozen", "shapes"])
 def test_another_model_or_other_param_groups_on_one_rank_stop_all_ranks_at_the_start(two_ranks: Any, how: str) -> None:
-    arguments = {} if how == "shapes" else {"how": how}
-    function = start_with_other_shapes if how == "shapes" else start_with_other_groups
-    for message in two_ranks.run(function, timeout=HANG, **arguments):
+    for message in two_ranks.run(start_with_other_model, how=how, timeout=HANG):
         assert "the layers and param groups" in message
 
 
-# ---- while training -------------------------------------------------------------------------------------------------------
+# ---- while training -------------------------------------------------------------------------------------------------
 
 
 def nudge(controller: Any, what: str) -> None:
-    """Change what a decision is made of, as little as possible."""
-    importance = controller._importance
+    """Change the input of a decision, as little as possible."""
+    state = controller.state_dict()
+    importance, sampler = state["importance"], state["sampler_state"]
     if what == "scores":
-        importance.scores = (math.nextafter(importance.scores[0], 1.0), *importance.scores[1:])
+        first, *others = importance["scores"]
+        importance["scores"] = (math.nextafter(first, 1.0), *others)
     elif what == "measurements":
-        importance._sums[1] += 1e-6  # the last bit would be lost in the sum with the next measurement
+        importance["sums"][1] += 1e-6  # the last bit would be lost in the sum with the next measurement
     elif what == "generator":
-        torch.rand((), generator=controller._sampler._generator)
+        generator = torch.Generator().set_state(sampler["generator"])
+        torch.rand((), generator=generator)
+        sampler["generator"] = generator.get_state()
     elif what == "queue":
-        controller._sampler._queue.reverse()
-    else:
-        raise KeyError(what)
+        sampler["queue"].reverse()
+    controller.load_state_dict(state)
 
 
 def diverge(config: dict[str, Any], what: str, after: int, steps: int) -> dict[str, Any]:

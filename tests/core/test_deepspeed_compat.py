@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every private name of DeepSpeed in ``core/deepspeed_compat.py`` does for us, so that a release that changes one is noticed."""
+"""The private names of DeepSpeed in ``core/deepspeed_compat.py`` do what grass_ds expects of them."""
 
 import importlib
 import inspect
@@ -28,7 +28,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-# ---- the check ----------------------------------------------------------------------------------------------------------
+# ---- the check ------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_missing() -> None:
@@ -37,7 +37,7 @@ def test_nothing_is_missing() -> None:
 
 
 def warnings_of_collectives() -> dict[str, list[str]]:
-    """What torch says of the names by which DeepSpeed calls collectives: to those who call them, and in a run of ours."""
+    """torch's warnings of the collectives' names that DeepSpeed uses: of a direct call, and in a run of ours."""
     from deepspeed import comm as dist
 
     whole, part = torch.zeros(2 * dist.get_world_size()), torch.zeros(2)
@@ -199,7 +199,7 @@ def test_the_releases_that_wait_for_all_gathers_are_known() -> None:
         assert deepspeed_compat.waits_for_all_gathers() == (Version(deepspeed.__version__) >= Version("0.19.8"))
 
 
-# ---- names that need no ranks -------------------------------------------------------------------------------------------
+# ---- names that need no ranks ---------------------------------------------------------------------------------------
 
 
 def test_methods_that_are_overridden_take_what_we_pass_on() -> None:
@@ -328,7 +328,7 @@ def test_hook_state_ignores_a_backward_that_the_engine_did_not_start() -> None:
     assert wrapper.epilogues == 0
 
 
-# ---- names that need an engine ------------------------------------------------------------------------------------------
+# ---- names that need an engine --------------------------------------------------------------------------------------
 
 
 def calls_of_a_run(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every private name of DeepSpeed's ZeRO-3 in ``core/deepspeed_compat.py`` does for us, on stock DeepSpeed alone."""
+"""The private names of ZeRO-3 in ``core/deepspeed_compat.py`` do what grass_ds expects, on stock DeepSpeed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,7 +122,7 @@ def run_through() -> None:
         assert coordinator.is_invalid_trace()
         lists = "_PartitionedParameterCoordinator__submodule_order"
         before = getattr(coordinator, lists)
-        assert getattr(deepspeed_compat.untraced(coordinator), lists) is not before
+        assert getattr(deepspeed_compat.without_trace(coordinator), lists) is not before
         coordinator._clear_trace_structures()  # makes new lists, the old ones stay as they are
         assert getattr(coordinator, lists) is not before
         forward(model).backward()
@@ -138,7 +138,7 @@ def run_through() -> None:
         forward(model).backward()
         assert ahead == [False, True, True]
         hooks.release_backward_leftovers()
-        hooks.param_coordinator = other = deepspeed_compat.untraced(coordinator)
+        hooks.param_coordinator = other = deepspeed_compat.without_trace(coordinator)
         assert other.is_invalid_trace() and coordinator.is_complete_trace()
         for _ in range(2):
             forward(model).backward()
@@ -184,7 +184,7 @@ def test_hooks_come_and_go(two_ranks: Any) -> None:
     two_ranks.run(come_and_go)
 
 
-def test_what_is_released_is_remembered_until_forgotten() -> None:
+def test_release_decisions_are_cached_until_cleared() -> None:
     decide = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     coordinator, module = mock.MagicMock(), nn.Linear(2, 2, bias=False)
     coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for.__getitem__.return_value = -1
@@ -193,7 +193,7 @@ def test_what_is_released_is_remembered_until_forgotten() -> None:
     assert decide(coordinator, module, 0) == {5}
     module.weight.ds_persist = True  # type: ignore[attr-defined]
     assert decide(coordinator, module, 0) == {5}
-    deepspeed_compat.forget_releases()
+    deepspeed_compat.clear_release_cache()
     assert decide(coordinator, module, 0) == set()
 
 

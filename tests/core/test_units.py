@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Geometry of the units, in one process: a reduce-scatter of flat gradients must give every rank the gradient of its own weights.
+"""Geometry of the units, in one process: a reduce-scatter of flat gradients must give every rank the gradient of its
+own weights.
 
-The reference cuts whole tensors itself: ZeRO-1/2 the concatenation of a unit into ``world`` aligned parts, ZeRO-3 (DeepSpeed) every
-parameter into ``world`` parts of ceil(size / world), of which the last ones are short or empty.
+The reference cuts whole tensors itself: ZeRO-1/2 the concatenation of a unit into ``world`` aligned parts, ZeRO-3
+(DeepSpeed) every parameter into ``world`` parts of ceil(size / world), of which the last ones are short or empty.
 """
 
 from typing import Any
@@ -46,7 +47,7 @@ def shards_of(kind: type[Unit], wholes: list[torch.Tensor], world: int) -> list[
 
 
 def unit_of(kind: type[Unit], wholes: list[torch.Tensor], world: int, rank: int) -> Any:
-    """A claimed unit of one rank; ZeRO-3's padding is whatever was in memory."""
+    """A flattened unit of one rank; ZeRO-3's padding is whatever was in memory."""
     params = []
     for whole in wholes:
         param = nn.Parameter(whole.clone().view(-1, 1))
@@ -59,7 +60,7 @@ def unit_of(kind: type[Unit], wholes: list[torch.Tensor], world: int, rank: int)
         params.append(param)
     names = [f"p{slot}" for slot in range(len(wholes))]
     unit = kind("layer/0", "block", 0, 0, params, names, world, rank, always=False)
-    unit.claim()
+    unit.flatten_weights()
     return unit
 
 
@@ -72,7 +73,7 @@ geometry = {
 
 @settings(max_examples=150, deadline=None)
 @given(**geometry)
-def test_every_rank_claims_its_own_weights(kind: type[Unit], sizes: list[int], world: int) -> None:
+def test_every_rank_has_its_own_weights(kind: type[Unit], sizes: list[int], world: int) -> None:
     wholes = [values(size, slot) for slot, size in enumerate(sizes)]
     found: list[torch.Tensor] = [torch.full_like(whole, torch.nan) for whole in wholes]
     for rank, expected in enumerate(shards_of(kind, wholes, world)):
@@ -107,20 +108,20 @@ def test_reduce_scatter_of_flat_gradients_is_the_shard_of_the_sum(
             for slot, size in enumerate(sizes):
                 if micro < times[slot]:
                     gradient = values(size, 100 * rank + 10 * slot + micro)
-                    unit.write(flat, slot, gradient.view(-1, 1), accumulate=slot in filled)
+                    unit.write_gradient(flat, slot, gradient.view(-1, 1), accumulate=slot in filled)
                     filled.add(slot)
                     total[slot] += gradient
-        unit.blank(flat, filled)
+        unit.zero_unwritten(flat, filled)
         reduced = reduced + flat
     for mine, expected in zip(reduced.view(world, -1), shards_of(kind, total, world), strict=True):
         assert torch.equal(mine, expected)  # padding too: no NaN of the buffer is left
 
 
 @pytest.mark.parametrize("part", [3, 5])
-def test_claim_refuses_partitions_of_another_world(part: int) -> None:
+def test_partitions_of_another_world_are_refused(part: int) -> None:
     unit = unit_of(PartitionedUnit, [values(8, 0)], world=2, rank=0)
     unit.params[0].ds_tensor = torch.zeros(part)
     with pytest.raises(
         RuntimeError, match=rf"p0: {part} elements of torch.float32 on this rank, not 4 of torch.float32"
     ):
-        unit.claim()
+        unit.flatten_weights()

@@ -105,10 +105,11 @@ TESTS = (
 # The callback's own, where launch/, whose Trainer has it too, does not run.
 CALLBACK_TESTS = ("tests/trainer/test_callback.py",)
 LAUNCH_TESTS = (
-    "tests/launch/test_tokens.py",
-    "tests/launch/test_rows.py",
+    "tests/launch/data/test_tokenization.py",
+    "tests/launch/data/test_sources.py",
     "tests/launch/test_model.py",
     "tests/launch/test_dtype.py",
+    "tests/launch/test_saving.py",
 )
 GOOD = ("ok", "-")  # "-": this check is not meant for these versions
 

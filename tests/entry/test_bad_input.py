@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work is refused at the door: before any process group, with key, value and remedy, alike on every rank."""
+"""Mistakes are refused before there is a process group, with key, value and remedy, alike on every rank."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from torch import nn
 
 import grass_ds
 from grass_ds import validation
-from grass_ds.config import GrassConfigError
+from grass_ds.config import GrassConfig, GrassConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def refusal(config: dict[str, Any], model: nn.Module | None = None, **arguments:
     return messages[0]
 
 
-# ---- the DeepSpeed config -----------------------------------------------------------------------------------------------
+# ---- the DeepSpeed config -------------------------------------------------------------------------------------------
 
 
 def with_value(path: str, value: Any, stage: int = 2) -> dict[str, Any]:
@@ -120,12 +120,12 @@ REFUSED = {
 
 
 def test_every_refused_setting_is_tested() -> None:
-    assert set(REFUSED) == {path for path, *_ in validation._REFUSED}
+    assert set(REFUSED) == {path for path, *_ in validation.REFUSED_SETTINGS}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_refused_settings_are_named_with_value_and_remedy(stage: int) -> None:
-    remedies = {name: why for name, _, why in validation._REFUSED}
+    remedies = {name: why for name, _, why in validation.REFUSED_SETTINGS}
     messages = {}
     for path, value in REFUSED.items():
         try:
@@ -159,7 +159,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize(("path", "value"), HARMLESS.items(), ids=HARMLESS.keys())
 def test_values_that_ask_for_nothing_are_no_mistake(path: str, value: Any) -> None:
-    validation.check_ds_config(with_value(path, value, stage=3))
+    validation.check_ds_config(with_value(path, value, stage=3), GrassConfig())
 
 
 def test_all_refused_settings_are_listed_at_once() -> None:
@@ -188,7 +188,7 @@ def test_an_aio_block_that_would_not_work(key: str, value: Any, remedy: str) -> 
 
 
 def test_the_aio_block_is_no_concern_of_other_offloads() -> None:
-    validation.check_ds_config(ds_config(grass=grass_block(), aio={"block_size": 1000}))
+    validation.check_ds_config(ds_config(aio={"block_size": 1000}), GrassConfig())
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,7 @@ def test_every_way_to_hand_over_the_config_is_checked(tmp_path: Path) -> None:
         ((), {"model": model, "config": str(path)}),
         ((), {"model": model, "config_params": str(path)}),
         ((), {"model": model, "args": SimpleNamespace(deepspeed_config=str(path))}),
+        ((), {"model": model, "args": SimpleNamespace(deepspeed_config=None, deepscale_config=str(path))}),
         ((SimpleNamespace(deepspeed_config=str(path)), model), {}),
     ]
     for positional, named in ways:
@@ -229,7 +230,7 @@ def test_a_missing_config_file(tmp_path: Path) -> None:
         grass_ds.initialize(model=nn.Linear(2, 2), config=str(tmp_path / "nowhere.json"))
 
 
-# ---- the model ----------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------------------
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -252,11 +253,23 @@ def without_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrap", [lora, added_adapter, without_lora], ids=lambda wrap: wrap.__name__)
+def wrapped_lora(model: nn.Module) -> nn.Module:
+    wrapper = nn.Module()
+    wrapper.module = lora(model)
+    return wrapper
+
+
+def lora_unwrapped(model: nn.Module) -> nn.Module:
+    return lora(model).base_model.model  # type: ignore[return-value, union-attr]
+
+
+@pytest.mark.parametrize(
+    "wrap", [lora, added_adapter, without_lora, wrapped_lora, lora_unwrapped], ids=lambda wrap: wrap.__name__
+)
 def test_peft_models(wrap: Any) -> None:
     message = refusal(ds_config(grass=grass_block()), wrap(tiny_llama()))
     assert "PEFT" in message
-    assert "remove the block" in message
+    assert "merge_and_unload()" in message and "remove the block" in message
 
 
 def test_moe_experts() -> None:
@@ -287,7 +300,7 @@ def test_a_wrong_layers_path_lists_the_candidates() -> None:
         grass_ds.initialize(model=tiny_llama(), config=ds_config(grass=block))
 
 
-# ---- what is not a mistake, and does as documented ----------------------------------------------------------------------
+# ---- what is not a mistake, and does as documented ------------------------------------------------------------------
 
 
 def runs_as_full(config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -321,7 +334,7 @@ def test_as_many_active_layers_as_there_are_trains_them_all(
         assert len({name.split(".")[2] for name in report["moved"] if ".layers." in name}) == layers
 
 
-# ---- on every rank ------------------------------------------------------------------------------------------------------
+# ---- on every rank --------------------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "block": (ds_config(grass={"num_active_layers": 0}), "GrassConfigError: (?s:.*)grass.num_active_layers: got 0"),

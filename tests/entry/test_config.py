@@ -30,7 +30,8 @@ MISTAKES = [
     ("num_active_layers", "two", "integer"),
     ("num_active_layers", [2], "integer"),
     ("num_active_layers", True, "integer"),
-    ("probe_steps", 0, "greater than or equal to 1"),
+    ("probe_steps", 0, 'greater than or equal to 1; to train without probing use "sampler": "uniform"'),
+    ("probe_steps", 2.5, "integer"),
     ("sample_period", 0, "greater than or equal to 1"),
     ("refresh_period", 0, "greater than or equal to 1"),
     ("reprobe_period", -1, "greater than or equal to 0"),
@@ -40,7 +41,7 @@ MISTAKES = [
     ("temperature", math.inf, "finite"),
     ("temperature", math.nan, ""),
     ("temperature", "hot", "number"),
-    ("ema_alpha", 0, "greater than 0"),
+    ("ema_alpha", 0, 'greater than 0; to keep the probed scores use "sampler": "static"'),
     ("ema_alpha", 1.5, "less than or equal to 1"),
     ("ema_alpha", math.nan, ""),
     ("score_normalization", "max", "'mean' or 'none'"),
@@ -51,6 +52,7 @@ MISTAKES = [
     ("cyclic_order", "up", "'random', 'ascending' or 'descending'"),
     ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**63, "less than"),
+    ("seed", 1.5, "integer"),
     ("state_on_switch", "drop", "'keep' or 'reset'"),
     ("offload", "cpu", "dictionary"),
 ]
@@ -212,11 +214,11 @@ def test_an_empty_block_is_the_default() -> None:
 @pytest.mark.parametrize("sampler", ["grass", "static", "uniform", "cyclic", "full"])
 def test_every_accepted_config_builds_a_controller(sampler: str) -> None:
     config = GrassConfig(sampler=sampler)
-    controller = Controller(4, **config.policy_arguments())
+    controller = Controller(4, **config.controller_arguments())
     assert (controller.phase.value == "probe") == config.probes
 
 
-# ---- documentation ------------------------------------------------------------------------------------------------------
+# ---- documentation --------------------------------------------------------------------------------------------------
 
 SYMBOLS = {
     "num_active_layers": "gamma",

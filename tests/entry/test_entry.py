@@ -2,7 +2,10 @@
 """The ways in: grass_ds.initialize and grass_ds.enable, and that neither leaves anything behind."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import pytest
@@ -13,6 +16,8 @@ from torch import nn
 
 import grass_ds
 from grass_ds import entry
+from grass_ds.config import GrassConfig
+from grass_ds.sampling.layers import ModelLayers
 
 STOCK_INITIALIZE, STOCK_ENGINE = deepspeed.initialize, deepspeed.DeepSpeedEngine
 
@@ -25,12 +30,13 @@ def left_as_found() -> Iterator[None]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[type]:
-    """Stands in for deepspeed.initialize: notes which engine class it would build; fails for ``model=None``."""
-    found: list[type] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Engine class and block of each call of a stand-in for deepspeed.initialize, which fails for ``model=None``."""
+    found: list[Any] = []
 
     def initialize(args: Any = None, model: Any = None, config: Any = None, **_: Any) -> tuple[Any, Any, Any, Any]:
-        found.append(deepspeed.DeepSpeedEngine)
+        built = deepspeed.DeepSpeedEngine
+        found.append((built.func, built.keywords["grass_config"]) if isinstance(built, partial) else built)
         if model is None:
             raise RuntimeError("no model")
         return "engine", "optimizer", "dataloader", "scheduler"
@@ -43,7 +49,7 @@ WITHOUT = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
 WITH_BLOCK = {**WITHOUT, "grass": {}}
 
 
-# ---- enable -------------------------------------------------------------------------------------------------------------
+# ---- enable ---------------------------------------------------------------------------------------------------------
 
 
 def test_enable_twice_is_enable_once() -> None:
@@ -77,39 +83,39 @@ def test_a_block_within_a_lasting_enable_does_not_end_it() -> None:
     assert deepspeed.initialize is not STOCK_INITIALIZE
 
 
-def test_enabled_initialize_honours_the_block_and_only_it(calls: list[type]) -> None:
+def test_enabled_initialize_honours_the_block_and_only_it(calls: list[Any]) -> None:
     with grass_ds.enable():
         deepspeed.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
         deepspeed.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
         deepspeed.initialize(model=nn.Linear(1, 1), config={**WITHOUT, "grass": {"enabled": False}})
-    assert calls == [grass_ds.GrassEngine, STOCK_ENGINE, STOCK_ENGINE]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig()), STOCK_ENGINE, STOCK_ENGINE]
 
 
 def test_an_early_import_is_documented() -> None:
     assert "from deepspeed import initialize" in str(grass_ds.enable.__doc__)
 
 
-# ---- initialize ---------------------------------------------------------------------------------------------------------
+# ---- initialize -----------------------------------------------------------------------------------------------------
 
 
-def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[type]) -> None:
+def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[Any]) -> None:
     found = grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
     assert found == ("engine", "optimizer", "dataloader", "scheduler")
-    assert calls == [grass_ds.GrassEngine]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
     assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
 
 
-def test_the_engine_class_is_restored_after_an_exception(calls: list[type]) -> None:
+def test_the_engine_class_is_restored_after_an_exception(calls: list[Any]) -> None:
     with pytest.raises(RuntimeError, match="no model"):
         grass_ds.initialize(model=None, config=dict(WITH_BLOCK))
-    assert calls == [grass_ds.GrassEngine]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
     assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
 
 
-def test_initialize_under_enable_does_not_recurse(calls: list[type]) -> None:
+def test_initialize_under_enable_does_not_recurse(calls: list[Any]) -> None:
     with grass_ds.enable():
         grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
-    assert calls == [grass_ds.GrassEngine]
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
 
 
 def test_an_unknown_argument_is_refused_like_deepspeeds() -> None:
@@ -117,7 +123,12 @@ def test_an_unknown_argument_is_refused_like_deepspeeds() -> None:
         grass_ds.initialize(modle=None)
 
 
-# ---- real engines -------------------------------------------------------------------------------------------------------
+def test_a_call_without_a_block_gets_an_engine_without_one(calls: list[Any]) -> None:
+    grass_ds.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
+    assert calls == [(grass_ds.GrassEngine, None)]
+
+
+# ---- real engines ---------------------------------------------------------------------------------------------------
 
 
 def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str,
         return {"error": str(error), "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE}
     finally:
         if enabled is not None:
-            enabled.__exit__()
+            enabled.close()
     try:
         return {
             "losses": train(engine, 3),
@@ -191,6 +202,32 @@ def test_an_engine_that_cannot_be_built_leaves_nothing_bound(two_ranks: Any, how
         assert found["restored"]
 
 
+def counted(config: dict[str, Any], how: str) -> dict[str, Any]:
+    """How many blocks are parsed and how many layers are discovered on the way to an engine, wherever in the library."""
+    model, counts = tiny_llama(), {}
+    with ExitStack() as patches:
+        for cls in (GrassConfig, ModelLayers):
+            spy = mock.patch.object(cls, "__init__", autospec=True, side_effect=cls.__init__)
+            counts[cls.__name__] = patches.enter_context(spy)
+        check = mock.patch.object(entry, "check_ds_config", wraps=entry.check_ds_config)
+        counts["check_ds_config"] = patches.enter_context(check)
+        if how == "enable":
+            patches.enter_context(grass_ds.enable())
+        initialize = deepspeed.initialize if how == "enable" else grass_ds.initialize
+        engine, *_ = initialize(model=model, config=config, model_parameters=list(model.parameters()))
+    kept = engine.grass.config == GrassConfig(**config["grass"])
+    engine.destroy()
+    return {name: spy.call_count for name, spy in counts.items()} | {"config is kept": kept}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("how", "stage"), [("initialize", 2), ("enable", 3)])
+def test_a_start_parses_and_discovers_once(two_ranks: Any, how: str, stage: int) -> None:
+    once = {"GrassConfig": 1, "ModelLayers": 1, "check_ds_config": 1, "config is kept": True}
+    found = two_ranks.run(counted, config=ds_config(stage=stage, grass=grass_block()), how=how)
+    assert found == [once, once]
+
+
 def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
     """The loss of an engine without an optimizer, as front-ends build one for a reference model or an evaluation."""
     enabled = grass_ds.enable() if how == "enable" else None
@@ -206,7 +243,7 @@ def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
         return {"loss": loss, "wrapper": wrapper, "grass": getattr(engine, "grass", None)}
     finally:
         if enabled:
-            enabled.__exit__()
+            enabled.close()
 
 
 @pytest.mark.dist
@@ -214,7 +251,7 @@ def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
     ("stage", "how"), tiered([(0, "enable"), (3, "enable"), (3, "initialize")], (0, "enable"), (3, "enable"))
 )
 def test_an_engine_without_an_optimizer_is_stock(two_ranks: Any, stage: int, how: str) -> None:
-    """TRL copies the training config for a reference model, takes the optimizer out, and sets stage 0 unless it is 3."""
+    """For a reference model TRL copies the training config without its optimizer, with stage 0 instead of 1 or 2."""
     config = ds_config(stage=stage)
     del config["optimizer"]
     with_block = two_ranks.run(evaluated, config={**config, "grass": grass_block()}, how=how)

@@ -19,7 +19,8 @@ from grass_ds.doctor.finding import FAIL, OK, examine
 from grass_ds.precision import Rates
 
 ROOT = Path(__file__).resolve().parents[2]
-# GFLOP/s, measured with torch 2.13 on CPUs (one core); of GPUs their data sheets, with emulated bf16 at a tenth of fp16.
+# GFLOP/s, measured with torch 2.13 on CPUs (one core); of GPUs their data sheets, with emulated bf16 at a tenth of
+# fp16.
 CPU = {
     "AVX2": ({"bf16": 1.5, "fp32": 20.0}, "fp32"),
     "AVX-512 without bf16": ({"bf16": 30.3, "fp32": 141.7}, "fp32"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranges of versions: the same in the package and in the code, a warning outside of them, and a message where something is missing."""
+"""Ranges of versions: equal in package and code; a warning outside of them; a message where a package is missing."""
 
+import importlib.metadata
 import re
 import sys
 from pathlib import Path
@@ -19,33 +20,46 @@ from packaging.specifiers import SpecifierSet
 
 import grass_ds
 from grass_ds import entry, validation, versions
-from grass_ds.config import GrassConfigError
+from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.core import deepspeed_compat
-from launch import packages
+from launch import startup
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
-def declared() -> dict[str, SpecifierSet]:
-    """Package -> its range in pyproject.toml, those of extras included; that of the library counts where an extra has one too."""
-    extras = [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
-    return {(r := Requirement(line)).name: r.specifier for line in [*extras, *PROJECT["dependencies"]]}
+def requirements(lines: list[str]) -> dict[str, SpecifierSet]:
+    return {(r := Requirement(line)).name: r.specifier for line in lines}
+
+
+EXTRAS = {extra: requirements(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
+CORE = requirements(PROJECT["dependencies"])
 
 
 def test_the_package_declares_the_tested_ranges() -> None:
-    stated = declared() | {"python": SpecifierSet(f"{PROJECT['requires-python']},<3.14")}
+    stated = CORE | EXTRAS["hf"] | {"datasets": EXTRAS["launch"]["datasets"]}
+    stated["python"] = SpecifierSet(f"{PROJECT['requires-python']},<3.14")
     assert {name: stated[name] for name in versions.RANGES} == {
         name: SpecifierSet(ranges) for name, ranges in versions.RANGES.items()
     }
 
 
-def test_datasets_comes_with_the_programs_alone() -> None:
-    programs = {(r := Requirement(line)).name: r.specifier for line in PROJECT["optional-dependencies"]["launch"]}
-    assert programs.keys() == {"datasets", "transformers"}
-    assert all(
-        SpecifierSet(re.search(rf"{name}([<>=.,\d]+)", packages.REMEDY)[1]) == r for name, r in programs.items()
-    )  # type: ignore[index]
-    assert "datasets" not in {Requirement(line).name for line in PROJECT["dependencies"]}
+def test_the_core_needs_torch_deepspeed_and_numpy() -> None:
+    assert CORE.keys() == {"torch", "deepspeed", "numpy", "packaging"}
+    theirs = requirements([line for line in importlib.metadata.requires("deepspeed") or [] if "extra ==" not in line])
+    assert {"psutil", "pydantic", "packaging"} <= theirs.keys()  # which the core imports, too
+
+
+def test_every_optional_package_is_in_its_extra() -> None:
+    assert {name: name in EXTRAS[extra] for name, extra in versions.EXTRAS.items()} == dict.fromkeys(
+        versions.EXTRAS, True
+    )
+    assert EXTRAS.keys() == {*versions.EXTRAS.values(), "demo", "dev"}
+
+
+def test_the_programs_need_what_their_message_says() -> None:
+    programs = EXTRAS["launch"]
+    assert Requirement(PROJECT["optional-dependencies"]["launch"][0]).extras == {"hf", "plots"}
+    assert {"datasets", "transformers", "psutil", "tqdm"} < programs.keys()
 
 
 @pytest.mark.parametrize(
@@ -105,11 +119,18 @@ def outside(name: str, found: str) -> str:
 
 
 def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The callback imports names of transformers and accelerate that old releases lack; Python's message has no version."""
+    """The callback imports names that old releases lack; Python's message has no version."""
     monkeypatch.setattr(versions, "installed", {"transformers": "4.30.0"}.get)
     monkeypatch.delitem(sys.modules, "grass_ds.trainer.callback", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate.state", None)
     with pytest.raises(ImportError, match="accelerate.state.*" + re.escape(outside("transformers", "4.30.0"))):
+        grass_ds.GrassCallback  # noqa: B018
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ModuleNotFoundError("No module named 'transformers'", name="transformers")
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=missing))
+    with pytest.raises(ImportError, match=r"No module named 'transformers': pip install 'grass_ds\[hf\]'"):
         grass_ds.GrassCallback  # noqa: B018
 
 
@@ -138,18 +159,18 @@ def test_a_package_that_deepspeed_needs_is_not_taken_for_a_name_of_deepspeed(mon
 
 
 def test_programs_say_at_start_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    packages.check()
+    startup.check_packages()
     with monkeypatch.context() as patch:
-        patch.setattr(packages, "find_spec", lambda name: None)
+        patch.setattr(startup, "find_spec", lambda name: None)
         with pytest.raises(
             ImportError, match=r"need datasets, which is not installed: pip install 'grass_ds\[launch\]'"
         ):
-            packages.check()
+            startup.check_packages()
     monkeypatch.delattr("transformers.Trainer._run_epoch")
     with pytest.raises(
-        ImportError, match=r"_run_epoch, which transformers .* does not have: pip .*transformers>=5.3,<6"
+        ImportError, match=r"_run_epoch, which transformers .* does not have: pip install 'grass_ds\[launch\]'"
     ):
-        packages.check()
+        startup.check_packages()
 
 
 def test_a_name_that_deepspeed_lacks_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +193,9 @@ def test_zero3_on_cpu_ranks_needs_a_deepspeed_that_waits_for_its_gathers(monkeyp
     monkeypatch.setattr(deepspeed_compat, "waits_for_all_gathers", lambda: False)
     monkeypatch.setattr(validation, "installed", lambda _: "0.19.3")
     for stage in (1, 2):
-        validation.check_ds_config(config_of(stage))
+        validation.check_ds_config(config_of(stage), GrassConfig())
     with pytest.raises(GrassConfigError) as caught:
-        validation.check_ds_config(config_of(3))
+        validation.check_ds_config(config_of(3), GrassConfig())
     for part in ("zero_optimization.stage = 3", "deepspeed 0.19.3", "pip install 'deepspeed>=0.19.8,<0.20'"):
         assert part in str(caught.value)
 

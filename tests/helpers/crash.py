@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that may be killed at any time: it resumes from the newest checkpoint, trains, saves, and tells what it is doing.
+"""A run that may be killed at any time: it resumes from the newest checkpoint, trains, saves, and reports each event.
 
-A :class:`Life` is one start of it, with a process per rank. Ranks are forked from a process that has imported :mod:`helpers.preloaded`
-and has no second thread, so that a life costs a fraction of a second.
+A :class:`Attempt` is one start of it, with a process per rank. Ranks are forked from a process that has imported
+:mod:`helpers.preloaded` and has no second thread, so that an attempt costs a fraction of a second.
 """
 
 import copy
@@ -25,12 +25,12 @@ from helpers.observed import observe
 from helpers.ranks import free_port, rank_environment
 
 WORLD = 2
-HUNG = 30.0  # seconds without a word from any rank
+HUNG = 60.0  # seconds without an event of any rank
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of ``steps`` optimizer steps that saves after every ``every`` of them; ``folder`` is None for one that never does."""
+    """A run of ``steps`` optimizer steps that saves after every ``every`` of them, never if ``folder`` is None."""
 
     config: dict[str, Any]
     steps: int
@@ -49,16 +49,16 @@ class Run:
         tags = [latest.read_text()] if latest.exists() else [path.name for path in self.folder.glob("step*")]
         return max((int(tag.removeprefix("step")) for tag in tags), default=0)
 
-    def litter(self) -> list[str]:
+    def leftovers(self) -> list[str]:
         """What is in the folder and is no checkpoint."""
         return sorted(path.name for path in self.folder.glob(".*")) if self.folder is not None else []
 
 
-# ---- a rank ----------------------------------------------------------------------------------------------------------------
+# ---- a rank ---------------------------------------------------------------------------------------------------------
 
 
-class Word(NamedTuple):
-    """What a rank says: it is ``loading``, has made a ``step``, is ``saving`` or has ``saved``; ``state`` is a digest of all it is."""
+class Event(NamedTuple):
+    """An event of a rank: ``loading``, ``step``, ``saving``, ``saved``, or ``state``, a digest of the whole run."""
 
     what: str
     step: int
@@ -85,65 +85,65 @@ def digest_of(value: Any) -> str:
     return total.hexdigest()
 
 
-def _rank(rank: int, run: Run, port: int, words: Any, log: Path) -> None:
-    """The whole life of one rank."""
+def _rank(rank: int, run: Run, port: int, events: Any, log: Path) -> None:
+    """One rank of an attempt, from start to end."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(rank_environment(rank, WORLD, port))
     try:
-        _train(run, lambda *word: words.send(Word(*word, *[None] * (3 - len(word)), time.monotonic())))
+        _train(run, lambda *event: events.send(Event(*event, *[None] * (3 - len(event)), time.monotonic())))
     except BaseException:
         traceback.print_exc()
         raise SystemExit(1) from None
 
 
-def _train(run: Run, say: Callable[..., None]) -> None:
+def _train(run: Run, send: Callable[..., None]) -> None:
     from deepspeed import init_distributed
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
     init_distributed("gloo", verbose=False)
     config, seed = copy.deepcopy(run.config), 0
-    if run.published():  # nothing of what this life begins with may be seen later
+    if run.published():  # nothing of what this attempt begins with may be seen later
         config["grass"]["seed"] += 1
         seed = 9
     with engine_of(config, tiny_llama(seed=seed)) as engine:
         if run.folder is not None:
-            say("loading", 0)
+            send("loading", 0)
             engine.load_checkpoint(run.folder)
-        say("state", engine.global_steps, digest_of(observe(engine)))
+        send("state", engine.global_steps, digest_of(observe(engine)))
 
         while (step := engine.global_steps) < run.steps:
             [loss] = train(engine, 1, start=step)
-            say("step", step + 1, loss)
+            send("step", step + 1, loss)
             if (step + 1) % run.every:
                 continue
             if run.folder is None:
-                say("state", step + 1, digest_of(observe(engine)))
+                send("state", step + 1, digest_of(observe(engine)))
             else:
-                say("saving", step + 1)
+                send("saving", step + 1)
                 engine.save_checkpoint(run.folder, tag=f"step{step + 1}")
-                say("saved", step + 1)
+                send("saved", step + 1)
         if run.background:
             engine.wait_for_checkpoint()
-        say("state", run.steps, digest_of(observe(engine)))
+        send("state", run.steps, digest_of(observe(engine)))
 
 
-# ---- a life ----------------------------------------------------------------------------------------------------------------
+# ---- an attempt ---------------------------------------------------------------------------------------------------------
 
 
 class Hung(Exception):
-    """No rank said anything for a long time."""
+    """No rank sent an event for a long time."""
 
 
-class Life:
-    """One start of ``run``, with what its ranks have said; what they print goes to ``<log>.rank<n>``."""
+class Attempt:
+    """One start of ``run``, with the events of its ranks; what they print goes to ``<log>.rank<n>``."""
 
     def __init__(self, run: Run, log: Path):
         context, port = multiprocessing.get_context("fork"), free_port()
         self.run = run
-        self.said: list[list[Word]] = [[] for _ in range(WORLD)]
+        self.seen: list[list[Event]] = [[] for _ in range(WORLD)]
         self._logs = [log.with_name(f"{log.name}.rank{rank}") for rank in range(WORLD)]
         self._pipes, self._ranks = [], []
         for rank in range(WORLD):
@@ -154,7 +154,7 @@ class Life:
             self._pipes.append(here)
             self._ranks.append(process)
 
-    def words(self) -> Iterator[tuple[int, Word]]:
+    def events(self) -> Iterator[tuple[int, Event]]:
         """As they come, until all ranks are gone."""
         while open_pipes := [pipe for pipe in self._pipes if not pipe.closed]:
             if not (ready := connection.wait(open_pipes, timeout=HUNG)):
@@ -162,28 +162,28 @@ class Life:
             for pipe in ready:
                 rank = self._pipes.index(pipe)
                 try:
-                    word = pipe.recv()
+                    event = pipe.recv()
                 except EOFError:
                     pipe.close()
                     continue
-                self.said[rank].append(word)
-                yield rank, word
+                self.seen[rank].append(event)
+                yield rank, event
 
-    def run_out(self) -> None:
+    def wait(self) -> None:
         """Wait for all ranks to end."""
-        for _ in self.words():
+        for _ in self.events():
             pass
 
     def kill(self, ranks: list[int]) -> None:
         for rank in ranks:
             self._ranks[rank].kill()
 
-    def bury(self) -> None:
-        """Kill who is left, and hear what all had said."""
+    def stop(self) -> None:
+        """Kill who is left, and read the events that all had sent."""
         self.kill(list(range(WORLD)))
         for process in self._ranks:
             process.join()
-        self.run_out()
+        self.wait()
 
     @property
     def alive(self) -> list[int]:
@@ -199,6 +199,6 @@ class Life:
             if code not in (0, -signal.SIGKILL)
         ]
 
-    def begun(self, rank: int) -> int | None:
+    def resumed_at(self, rank: int) -> int | None:
         """The step that the rank has resumed at."""
-        return next((word.step for word in self.said[rank] if word.what == "state"), None)
+        return next((event.step for event in self.seen[rank] if event.what == "state"), None)

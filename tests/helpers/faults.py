@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that go wrong under an engine, inside a rank: I/O that raises, waits or kills its process; files that are tampered with."""
+"""Disks that fail under an engine, inside a rank: I/O that raises, waits or kills its process; damaged files."""
 
 import os
 import resource
@@ -23,10 +23,11 @@ ERRORS = {"disk": OffloadError, "thread": RuntimeError, "memory": MemoryError}
 
 
 class Faults:
-    """What this rank's disk does wrong from :meth:`arm` on: its ``nth`` read or write (``verb``) fails, in the ``way`` named.
+    """What this rank's disk does wrong from :meth:`arm` on: its ``nth`` read or write (``verb``) fails, in the ``way``
+    named.
 
-    Ways: a key of :data:`ERRORS`, or ``kill``: the process dies when half of the request is done. ``slow``: seconds that every
-    request takes longer, armed or not.
+    Ways: a key of :data:`ERRORS`, or ``kill``: the process dies when half of the request is done. ``slow``: seconds
+    that every request takes longer, armed or not.
     """
 
     def __init__(self, verb: str = "", nth: int = 1, way: str = "disk", slow: float = 0.0):
@@ -99,7 +100,7 @@ def file_size_limit(nbytes: int | None) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# ---- what a rank says and holds ---------------------------------------------------------------------------------------------
+# ---- what a rank says and holds -------------------------------------------------------------------------------------
 
 
 def said(action: Callable[[], Any]) -> str:
@@ -129,7 +130,7 @@ def held() -> set[str]:
     return {name for name in opened if "grass_ds_rank" in name} | threads
 
 
-# ---- what can be done to a running engine ---------------------------------------------------------------------------------
+# ---- what can be done to a running engine ---------------------------------------------------------------------------
 
 
 def delete(engine: Any) -> None:
@@ -137,14 +138,13 @@ def delete(engine: Any) -> None:
         path.unlink()
 
 
-def settle(engine: Any) -> None:
-    """Nothing is being read or written."""
+def wait_for_transfers(engine: Any) -> None:
+    """No file is being read or written."""
     engine.optimizer.store.flush()
-    engine.optimizer.store._tier._reader.wait_idle()
 
 
 def truncate(engine: Any) -> None:
-    settle(engine)
+    wait_for_transfers(engine)
     for path in folder_of(engine).glob("*.state"):
         os.truncate(path, path.stat().st_size // 2)
 
@@ -157,12 +157,12 @@ def fill(engine: Any) -> None:
 
 
 def flip(engine: Any) -> None:
-    """One bit of the second moments, in a chunk that is on disk alone and comes next step: the third of the first layer's five."""
-    settle(engine)
+    """One bit of the second moments, in a chunk that only the disk holds: the third of the first layer's five."""
+    wait_for_transfers(engine)
     unit = next(unit for unit in engine.optimizer.units if unit.active and not unit.always)
-    place = 2 * round_up(unit.shard_numel) * ELEMENT + 2 * 1024 * ELEMENT + 1234
+    offset = 2 * round_up(unit.shard_numel) * ELEMENT + 2 * 1024 * ELEMENT + 1234
     with open(state_path(engine, unit), "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         [byte] = file.read(1)
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ 16]))

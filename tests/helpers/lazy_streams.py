@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An accelerator with streams, played on the CPU by one that puts everything off.
 
-What is computed happens at once. A copy is only queued on its stream, and runs at the last moment that its waits allow: when somebody
-waits for an event that it precedes. Whoever forgets to wait therefore finds old data, every time and not once in a thousand runs.
+What is computed happens at once. A copy is only queued on its stream, and runs at the last moment that its waits
+allow: when somebody waits for an event that it precedes. Whoever forgets to wait therefore finds old data, every time
+and not once in a thousand runs.
 """
 
 import threading
@@ -44,9 +45,11 @@ class Event:
 
 
 class LazyCopies(Copies):
-    """See above. A copy that waits for nothing is not ordered against compute either: what it delivers is made unusable.
+    """See above. A copy that waits for nothing is not ordered against compute either: what it delivers is made
+    unusable.
 
-    The methods ``copy_waits``, ``compute_waits`` and ``host_waits`` say which waits are honoured: all of them, unless overridden.
+    The methods ``copy_waits``, ``compute_waits`` and ``host_waits`` say which waits are honoured: all of them, unless
+    overridden.
     """
 
     def __init__(self, trace: Trace):
@@ -67,11 +70,11 @@ class LazyCopies(Copies):
         """Whether the calling thread waits for ``event``."""
         return True
 
-    def join(self, event: Event | None) -> None:
+    def compute_waits_for(self, event: Event | None) -> None:
         if event is not None and self.compute_waits(event):
             self.run(event)
 
-    def mark(self) -> Event:
+    def compute_event(self) -> Event:
         return Event(self, done=True)
 
     def run(self, event: Event) -> None:
@@ -82,9 +85,9 @@ class LazyCopies(Copies):
                 queue = self._queues[event.lane]
                 for earlier in queue[0].after:
                     self.run(earlier)
-                self._copy(queue.popleft())
+                self._run_copy(queue.popleft())
 
-    def _now(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Event:
+    def _copy(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Event:
         honoured = [event for event in after if event is not None and self.copy_waits(lane, event)]
         with self._lock:
             event = Event(self, lane, list(pairs), honoured, ordered=bool(honoured))
@@ -92,7 +95,7 @@ class LazyCopies(Copies):
         return event
 
     @torch.no_grad()
-    def _copy(self, event: Event) -> None:
+    def _run_copy(self, event: Event) -> None:
         for target, source in event.pairs:
             target.copy_(source if event.ordered else torch.full_like(source, POISON))
             self.copied += 1

@@ -57,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def settle(live: LiveBytes, expected: int) -> int:
-    """Bytes alive, once they are as expected or have not become so for long: gloo's threads keep what they sent a moment longer."""
+    """Bytes alive, after up to 10 s of waiting for ``expected``: gloo's threads keep what they sent a moment longer."""
     deadline = time.monotonic() + 10
     while live.now != expected and time.monotonic() < deadline:
         gc.collect()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny models, DeepSpeed configs and the training loop that the distributed tests share. Run inside a rank."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ RELEASED = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance"
 def tiny_llama(
     layers: int = LAYERS, tied: bool = False, seed: int = 0, hidden: int = 32, bias: bool = False
 ) -> nn.Module:
-    """A random Llama; the odd intermediate size makes shards that do not divide evenly, and with ``bias`` parameters that do not."""
+    """A random Llama. Its units do not divide evenly into shards; with ``bias`` its parameters do not, either."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -57,9 +57,27 @@ def ds_config(
     return config
 
 
+def without_optimizer(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config for an optimizer that the caller brings."""
+    return {key: value for key, value in config.items() if key != "optimizer"} | {
+        "zero_allow_untested_optimizer": True
+    }
+
+
 def grass_block(**settings: Any) -> dict[str, Any]:
     """A fast-moving sampler: probe 2 steps, switch every 3."""
     return {"num_active_layers": 1, "probe_steps": 2, "sample_period": 3, "refresh_period": 6, "seed": 7, **settings}
+
+
+def cyclic(period: int = 1, **settings: Any) -> dict[str, Any]:
+    """Layer (step // period) % LAYERS is active, and otherwise only the final norm."""
+    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=period, **settings)
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the decoder block that a parameter is in."""
+    parts = name.split(".")
+    return int(parts[2]) if "layers" in parts else None
 
 
 def batch(step: int, micro: int, rank: int, size: int = 2) -> torch.Tensor:
@@ -68,13 +86,22 @@ def batch(step: int, micro: int, rank: int, size: int = 2) -> torch.Tensor:
     return torch.randint(0, VOCAB, (size, SEQUENCE), generator=generator)
 
 
+def loss_of(engine: Any, step: int, micro: int = 0) -> torch.Tensor:
+    """The loss of this rank's batch."""
+    ids = batch(step, micro, engine.global_rank).to(engine.device)
+    return engine(input_ids=ids, labels=ids).loss
+
+
+def backward(engine: Any, step: int, micro: int = 0) -> None:
+    engine.backward(loss_of(engine, step, micro))
+
+
 def train(engine: Any, steps: int, start: int = 0, after_step: Callable[[int], None] | None = None) -> list[float]:
     """``steps`` optimizer steps; the loss of each one's last micro-batch on this rank."""
     losses = []
     for step in range(start, start + steps):
         for micro in range(engine.gradient_accumulation_steps()):
-            ids = batch(step, micro, engine.global_rank).to(engine.device)
-            loss = engine(input_ids=ids, labels=ids).loss
+            loss = loss_of(engine, step, micro)
             engine.backward(loss)
             engine.step()
         losses.append(loss.item())
@@ -84,25 +111,22 @@ def train(engine: Any, steps: int, start: int = 0, after_step: Callable[[int], N
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def gathered(params: Iterable[nn.Parameter]) -> Iterator[None]:
     """The parameters whole inside, also those that ZeRO-3 has partitioned. Collective then."""
     import deepspeed
 
-    partitioned = [param for param in module.parameters() if hasattr(param, "ds_id")]
+    partitioned = [param for param in params if hasattr(param, "ds_id")]
     with deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext():
         yield
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters by name. Gathered one at a time: see ``deepspeed_compat.waits_for_all_gathers``."""
-    return {name: _copy(param) for name, param in module.named_parameters()}
-
-
-def _copy(param: nn.Parameter) -> torch.Tensor:
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([param]) if hasattr(param, "ds_id") else nullcontext():
-        return param.detach().clone()
+    copies = {}
+    for name, param in module.named_parameters():
+        with gathered([param]):
+            copies[name] = param.detach().clone()
+    return copies
 
 
 def unit_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 """What makes up a run at one step, and where two runs differ. Run inside a rank."""
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,26 @@ def fp16_allowed() -> Iterator[None]:
         yield
     finally:
         accelerator.is_fp16_supported = had
+
+
+@contextmanager
+def logged(part: str = "", level: int = logging.WARNING) -> Iterator[list[str]]:
+    """The messages with ``part`` that DeepSpeed's logger shows inside."""
+    from deepspeed.utils import logger
+
+    messages: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if part in record.getMessage():
+                messages.append(record.getMessage())
+
+    collector = Collector(level)
+    logger.addHandler(collector)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(collector)
 
 
 @contextmanager
@@ -68,12 +89,14 @@ def observe(engine: Any) -> dict[str, Any]:
 
 
 def difference(one: Any, other: Any, path: str = "") -> str | None:
-    """Where two nested observations differ first; None if they are equal bit for bit."""
+    """Where two observations, nested or of several ranks, differ first; None if they are equal bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{path}: {sorted(map(str, one.keys() ^ other.keys()))} only on one side"
         return next((found for key in one if (found := difference(one[key], other[key], f"{path}/{key}"))), None)
-    if isinstance(one, torch.Tensor):
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return difference(dict(enumerate(one)), dict(enumerate(other)), path)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         same = one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
         return None if same else f"{path}: tensors differ"
     return None if one == other else f"{path}: {one!r} != {other!r}"

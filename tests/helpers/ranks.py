@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks as real processes: a pool per world size, started once, that runs functions of test modules on every rank.
 
-``pool.run(function, **arguments)`` calls ``function(**arguments)`` on each rank and returns the results in rank order. A rank that
-fails fails the test with its traceback; one that hangs fails it after the time-out. Either way the pool is killed and the next test
-gets a new one, so no test inherits a broken process group.
+``pool.run(function, **arguments)`` calls ``function(**arguments)`` on each rank and returns the results in rank order.
+A rank that fails fails the test with its traceback; one that hangs fails it after the time-out. Either way the pool is
+killed and the next test gets a new one, so no test inherits a broken process group.
 
-On ``cpu``, ranks are forked from a server that has imported once what each of them would take seconds of processor time to import
-(it finds :mod:`helpers.preloaded` by PYTHONPATH; without, all works, later).
+On ``cpu``, ranks are forked from a server that has imported once what each of them would take seconds of processor
+time to import (it finds :mod:`helpers.preloaded` by PYTHONPATH; without, all works, later).
 """
 
 import multiprocessing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far two correct computations may be apart on the CPU at hand: bounds of sums, and noise measured against float64."""
+"""How far two correct computations may differ on this CPU: bounds of sums, and noise measured in float64."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -16,15 +16,15 @@ DRAWS = 8
 def of_norm(numel: int, world: int, micro_steps: int = 1) -> float:
     """Largest relative error of a norm that ranks measure in float32, of up to ``numel`` elements each in one sum.
 
-    Squares are summed, so that nothing cancels: the relative error of the sum is at most the number of roundings on the way of a term
-    times the unit roundoff. These are a product and up to numel - 1 sums, a root and a square, world - 1 sums over ranks and
-    micro_steps - 1 over micro-steps. The root halves it.
+    Squares are summed, so that nothing cancels: the relative error of the sum is at most the number of roundings on
+    the way of a term times the unit roundoff. These are a product and up to numel - 1 sums, a root and a square, world
+    - 1 sums over ranks and micro_steps - 1 over micro-steps. The root halves it.
     """
     return (numel + world + micro_steps + 1) / 2 * ROUNDOFF
 
 
 def wide(model: nn.Module) -> nn.Module:
-    """A copy that computes in float64, but for what Transformers does in float32 whatever the model: norms and the loss."""
+    """A copy that computes in float64, except norms and the loss, which Transformers computes in float32."""
     return copy.deepcopy(model).double()
 
 

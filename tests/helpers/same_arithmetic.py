@@ -3,11 +3,13 @@
 
 By themselves they round differently in two places of a model's forward and backward, and in two of what follows:
 
-- How a matrix product rounds depends on where its weights lie in memory. Here all stages multiply by aligned copies of them.
-- A norm's input has several uses, whose gradients add up in an order that depends on where DeepSpeed's hooks stand between the modules. Here
+- How a matrix product rounds depends on where its weights lie in memory. Here all stages multiply by aligned copies of
+them. - A norm's input has several uses, whose gradients add up in an order that depends on where DeepSpeed's hooks
+stand between the modules. Here
   a norm adds up its own first, whatever the hooks.
-- Every rank has other elements of a gradient, so its norms are summed in other portions. Here a run can go on with the norms of another.
-- The sum of more than two numbers depends on their order, and gloo's on where an element goes. Here more than two ranks add up in their order.
+- Every rank has other elements of a gradient, so its norms are summed in other portions. Here a run can go on with the
+norms of another. - The sum of more than two numbers depends on their order, and gloo's on where an element goes. Here
+more than two ranks add up in their order.
 """
 
 import math
@@ -19,12 +21,14 @@ from unittest import mock
 import torch
 from torch import nn
 
+from helpers import rounding
+
 # What global_squares() returns, by the units' names; None if it is not finite.
 Squares = tuple[dict[str, float], ...] | None
 
 
 class _AlignedProduct(torch.autograd.Function):
-    """``torch.nn.functional.linear`` by a copy of the weights, in backward of what they then are: a new tensor is always aligned alike."""
+    """``linear`` with a new copy of the weights in forward and in backward: new tensors have the same alignment."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -64,7 +68,7 @@ def _sum_in_order_of_ranks(output: torch.Tensor, tensor: torch.Tensor, group: An
 
 @contextmanager
 def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squares]]:
-    """Inside, models and engines compute as above, with the norms that are ``given``. Yields the measured ones, per step."""
+    """Inside, models and engines compute as above, with the ``given`` norms. Yields the measured ones, per step."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from grass_ds.zero import gradients, optimizer
@@ -98,22 +102,17 @@ def same_arithmetic(given: Sequence[Squares] | None = None) -> Iterator[list[Squ
 def norms_apart(two: dict[str, Any], three: dict[str, Any]) -> list[Any]:
     """Where two runs' squared norms of a unit differ by more than the rounding of their sums.
 
-    They are sums of squares, so that nothing cancels: the relative error is at most the number of roundings on the way of a term, times
-    the unit roundoff. These are a product and up to n - 1 sums over a shard of n elements, a root and a square, and world - 1 sums over
-    ranks; and for the second of two micro-steps one more.
-
     Args:
         two, three: ``measured`` as :func:`same_arithmetic` yields it, and ``shards``: unit -> elements on a rank.
     """
-    roundoff, found = torch.finfo(torch.float32).eps / 2, []
-    others = 2 * (torch.distributed.get_world_size() + 3)
+    found, world = [], torch.distributed.get_world_size()
     for step, (theirs, mine) in enumerate(zip(two["measured"], three["measured"], strict=True)):
         if theirs is None or mine is None:  # overflow
             found += [] if theirs is mine else [(step, theirs, mine)]
             continue
         for one, other in zip(theirs, mine, strict=True):
             for unit, square in one.items():
-                roundings = two["shards"][unit] + three["shards"][unit] + others
-                if not math.isclose(square, other[unit], rel_tol=roundings * roundoff):
+                of_norms = sum(rounding.of_norm(run["shards"][unit], world, micro_steps=2) for run in (two, three))
+                if not math.isclose(square, other[unit], rel_tol=2 * of_norms):
                     found.append((step, unit, square, other[unit]))
     return found

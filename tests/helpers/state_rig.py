@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state store in one process, without an engine: random steps on random units, beside plain tensors that do the same."""
+"""A state store without an engine: random steps on random units, beside plain tensors that do the same."""
 
 import random
 import time
@@ -21,7 +21,7 @@ from grass_ds.offload.copies import Copies
 from grass_ds.offload.state_files import StateFile
 from grass_ds.offload.state_template import learn_template
 from grass_ds.offload.store import StateStore, UnitState
-from grass_ds.zero.stepping import step_unit
+from grass_ds.zero.step import step_unit
 
 LAYERS, GAMMA = 5, 2
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -29,7 +29,7 @@ adamw: MakeOptimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
 
 def make_units(rng: random.Random, largest: int = 6000) -> list[Unit]:
-    """A module that always trains, and two units per layer: one of several grains with an odd end, one of a few numbers."""
+    """A module that always trains, and two units per layer: several grains with an odd end, and a few elements."""
     always = _unit("norm/0", None, rng.randrange(16, largest), rng)
     layers = [
         _unit(f"layers.{layer}/{group}", layer, numel, rng)
@@ -44,7 +44,7 @@ def _unit(name: str, layer: int | None, numel: int, rng: random.Random) -> Unit:
     param = nn.Parameter(weights.to(torch.bfloat16))
     kind = "norm" if layer is None else "block"
     unit = ReplicatedUnit(name, kind, layer, 0, [param], [name], world=1, rank=0, always=layer is None)
-    unit.claim()
+    unit.flatten_weights()
     return unit
 
 
@@ -116,25 +116,25 @@ class Rig:
         self.next = self.draw()
         self.store.plan(self.active)
 
-    def step(self, meddling: float = 0.0) -> None:
+    def step(self, interference: float = 0.0) -> None:
         """One optimizer step, skipped now and then as for gradients that are not finite."""
         gradients = {unit: torch.randn(unit.shard_numel, generator=self._noise) for unit in self.active}
         if self.rng.random() < 0.9:  # otherwise none was reduced before the end of backward
             for unit in self.active:
                 self.store.prefetch(unit)
-        if self.rng.random() < meddling:
-            self.meddle()
+        if self.rng.random() < interference:
+            self.interfere()
         if self.rng.random() < 0.8:
             for unit in self.active:
                 step_unit(unit, gradients[unit], 1.0, self._optimizer, self.store)
                 self.plain[unit].step(gradients[unit])
         self.store.end_step()
 
-    def meddle(self) -> None:
+    def interfere(self) -> None:
         """Something from outside a step."""
         unit = self.rng.choice(self.units)
         plain = self.plain[unit]
-        action = self.rng.choice(["put", "set", "drop", "flush", "look", "look"])
+        action = self.rng.choice(["put", "set", "drop", "flush", "read", "read"])
         if action == "drop":
             self.store.drop(unit)
             plain.forget()
@@ -146,12 +146,12 @@ class Rig:
             state.moments[name].mul_(0.5)
             plain.state[name].mul_(0.5)
             self.store.put(unit, state)
-        elif action == "put":  # as loading a checkpoint does, without looking at what was there
+        elif action == "put":  # as loading a checkpoint does, without reading what was there
             master = torch.randn(unit.shard_numel, generator=self._noise)
             self.store.put(unit, UnitState(master))
             plain.start(master)
             plain.step(torch.zeros_like(master))
-            template = self.store._templates[unit.group]
+            template = self.store.template(unit)
             state = {k: v for k, v in plain.state.items() if k in template.moments}
             scalars = {k: v for k, v in plain.state.items() if k not in template.moments}
             self.store.put(unit, UnitState(plain.master.detach().clone(), state, scalars))
@@ -160,17 +160,17 @@ class Rig:
             assert self.plain[unit].differs(self.store) is None, self.plain[unit].differs(self.store)
 
     @torch.no_grad()
-    def play(self, periods: int, meddling: float = 0.25) -> None:
-        """Train for that many sampling periods of up to 3 steps each; raise at the first difference that comes to light."""
+    def play(self, periods: int, interference: float = 0.25) -> None:
+        """Train for that many sampling periods of up to 3 steps each; raise at the first difference found."""
         for _ in range(periods):
             self.switch()
             steps = self.rng.randrange(1, 4)
             for number in range(steps):
                 if number == steps - 1:
                     self.store.prepare(self.next)
-                self.step(meddling)
-                if self.rng.random() < meddling:
-                    self.meddle()
+                self.step(interference)
+                if self.rng.random() < interference:
+                    self.interfere()
         self.check()
 
     def check(self) -> None:
@@ -180,7 +180,7 @@ class Rig:
 
 
 class SlowIO:
-    """Block I/O that takes up to ``seconds``, at random, and notes in ``torn`` what changed while it was written."""
+    """Block I/O that takes up to ``seconds``, at random, and lists in ``torn`` what changed while it was written."""
 
     def __init__(self, inner: BlockIO, seconds: float, torn: list[str] | None = None):
         self._inner, self._seconds, self._rng = inner, seconds, random.Random(0)
@@ -212,7 +212,7 @@ def rig_of(
     wrap_io: Callable[[BlockIO], BlockIO] | None = None,
     make: MakeOptimizer = adamw,
 ) -> Iterator[Rig]:
-    """A store as the engine would open it, with other ``copies`` or ``parts`` (names of the module that puts it together)."""
+    """A store as the engine would open it, with other ``copies`` or ``parts`` (names in ``build``)."""
     rng = random.Random(seed)
     units = make_units(rng)
     config = OffloadConfig(**{"nvme_path": str(folder), **offload})
@@ -225,9 +225,9 @@ def rig_of(
         return factory if wrap_io is None else lambda: wrap_io(factory())
 
     replaced = {"copies_for": lambda device, trace: copies(trace), "open_io": open_wrapped_io, **(parts or {})}
-    surroundings = build.Surroundings(GAMMA, torch.device("cpu"), 0, {})
+    job: dict[str, Any] = {"num_active_layers": GAMMA, "device": torch.device("cpu"), "rank": 0, "aio": {}}
     with mock.patch.multiple(build, **replaced):
-        store = build.open_store(config, units, [template], surroundings)
+        store = build.open_store(config, units, [template], **job)
     try:
         yield Rig(store, units, make, rng)
     finally:

@@ -32,7 +32,8 @@ class Collectives(TorchDispatchMode):
 class Gathers:
     """Which parameters ZeRO-3 gathers and when; which modules found theirs on the way already.
 
-    Make it after the engine. DeepSpeed gathers by calling a function that hangs on one of the parameters: all of them are wrapped.
+    Make it after the engine. DeepSpeed gathers by calling a function that hangs on one of the parameters: all of them
+    are wrapped.
 
     Attributes:
         phase: what the caller says is going on.
@@ -46,11 +47,11 @@ class Gathers:
         self.ahead: set[str] = set()
         self._name = {id(param): name for name, param in model.named_parameters()}
         for param in model.parameters():
-            param.all_gather_coalesced = self._noting(param.all_gather_coalesced)
-            param.all_gather = self._noting(param.all_gather, default=[param])
+            param.all_gather_coalesced = self._logged(param.all_gather_coalesced)
+            param.all_gather = self._logged(param.all_gather, default=[param])
         for module in model.modules():
             if module._parameters:
-                module.register_forward_pre_hook(self._note_ahead, prepend=True)
+                module.register_forward_pre_hook(self._log_ahead, prepend=True)
 
     def clear(self) -> None:
         self.log.clear()
@@ -60,17 +61,17 @@ class Gathers:
         """Parameters gathered in these phases, sorted, each as often as it was."""
         return sorted(name for phase, names in self.log if phase in phases for name in names)
 
-    def _noting(self, gather: Callable[..., Any], default: Any = ()) -> Callable[..., Any]:
-        def noted(params: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _logged(self, gather: Callable[..., Any], default: Any = ()) -> Callable[..., Any]:
+        def logged(params: Any = None, *args: Any, **kwargs: Any) -> Any:
             wanted = kwargs.get("param_list", params) or default
             missing = [param for param in wanted if param.ds_status.name == "NOT_AVAILABLE"]
             if missing:
                 self.log.append((self.phase, tuple(self._name[id(param)] for param in missing)))
             return gather(*(() if params is None else (params,)), *args, **kwargs)
 
-        return noted
+        return logged
 
-    def _note_ahead(self, module: nn.Module, *_: Any) -> None:
+    def _log_ahead(self, module: nn.Module, *_: Any) -> None:
         for param in module._parameters.values():
             if param is not None and param.ds_status.name != "NOT_AVAILABLE":
                 self.ahead.add(self._name[id(param)])

@@ -105,11 +105,11 @@ def losses_seen(model: nn.Module) -> Iterator[list[float]]:
     """The cross-entropy of every micro-batch on this rank, however the loop scales its loss."""
     found: list[float] = []
 
-    def note(_: nn.Module, __: Any, inputs: dict[str, torch.Tensor], output: Any) -> None:
+    def append_loss(_: nn.Module, __: Any, inputs: dict[str, torch.Tensor], output: Any) -> None:
         logits, labels = output.logits[:, :-1].flatten(0, 1).detach(), inputs["labels"][:, 1:].flatten()
         found.append(nn.functional.cross_entropy(logits.float(), labels).item())
 
-    handle = model.register_forward_hook(note, with_kwargs=True)
+    handle = model.register_forward_hook(append_loss, with_kwargs=True)
     try:
         yield found
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The rows logged to an offline run. ``wandb.finish()`` may return a moment before its process has written the end."""
+    """The rows of an offline run. ``wandb.finish()`` may return a moment before its process has written the end."""
     deadline = time.monotonic() + 20
     while True:
         kinds = list(records(file))

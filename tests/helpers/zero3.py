@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small ZeRO-3 run whose sizes can be told by hand. Run inside a rank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from helpers.models import VOCAB, batch, ds_config, grass_block, tiny_llama
+from helpers.models import VOCAB, cyclic, ds_config, layer_of, tiny_llama
 from helpers.small import ALIGNMENT, GRAIN, HIDDEN, LAYERS, PERIOD, STATE, width
 
 LAYER = [p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters()]
@@ -39,8 +39,7 @@ def shard(sizes: list[int], world: int) -> int:
 
 
 def config_of(zero: dict[str, Any], grass: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    block = grass_block(**{"sampler": "cyclic", "cyclic_order": "ascending", "sample_period": PERIOD, **grass})
-    return ds_config(stage=3, grass=block, zero_optimization=zero, **settings)
+    return ds_config(stage=3, grass={**cyclic(PERIOD), **grass}, zero_optimization=zero, **settings)
 
 
 def weight_bytes(config: dict[str, Any], world: int) -> int:
@@ -53,18 +52,13 @@ def state_bytes(layers: int, world: int) -> int:
     return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
 
 
-def window_bytes(world: int) -> int:
+def buffer_bytes(world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
     return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
 
 
-def run_forward(engine: Any, step: int, micro: int = 0) -> torch.Tensor:
-    ids = batch(step, micro, engine.global_rank)
-    return engine(input_ids=ids, labels=ids).loss
-
-
-def layers_in(names: Any) -> set[int]:
-    return {int(name.split(".")[2]) for name in names if "layers" in name}
+def layers_in(names: Iterable[str]) -> set[int]:
+    return {layer for name in names if (layer := layer_of(name)) is not None}
 
 
 def status(model: nn.Module) -> set[str]:
@@ -82,15 +76,15 @@ def from_shards(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def calls_to(name: str, note: Callable[[Any], None]) -> Iterator[None]:
-    """Tell ``note`` of every call to a method of DeepSpeed's parameter coordinator; it gets the coordinator."""
+def calls_to(name: str, callback: Callable[[Any], None]) -> Iterator[None]:
+    """Call ``callback`` at every call to a method of DeepSpeed's parameter coordinator; it gets the coordinator."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     stock = getattr(PartitionedParameterCoordinator, name)
 
-    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        note(self)
+    def observed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        callback(self)
         return stock(self, *args, **kwargs)
 
-    with mock.patch.object(PartitionedParameterCoordinator, name, noted):
+    with mock.patch.object(PartitionedParameterCoordinator, name, observed):
         yield

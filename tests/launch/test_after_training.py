@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fails after training finds the trained weights on disk, and says where; each case is launch/train.py in a process of its own."""
 
-import itertools
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.ranks import FORKED, free_port, rank_environment
+from helpers.programs import run_forked
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -64,17 +61,9 @@ FAULTS = {
 RANKS = {"rank-1": 2}
 
 
-def _train(fault: str, model: Path, folder: Path, environment: dict[str, str]) -> None:
-    descriptor = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
-    os.chdir(ROOT)
-    import datasets
-
+def train_with(fault: str, model: Path, folder: Path) -> None:
     from launch import train
 
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     FAULTS[fault](train)
     options = ["--deepspeed", "ds_configs/lisa.json", "--model", str(model), "--output_dir", str(folder / "out")]
     options += ["--max_steps", str(STEPS), "--logging_steps", "1", "--eval_samples", "2", "--train_samples", "16"]
@@ -82,36 +71,18 @@ def _train(fault: str, model: Path, folder: Path, environment: dict[str, str]) -
     sys.exit(train.main())
 
 
-def fork_each(model: Path, folders: dict[str, Path]) -> dict[str, list[int | None]]:
-    """Fault -> exit codes of the ranks, after one import for all of them."""
-    import launch.train  # noqa: F401
-
-    processes: dict[str, list[Any]] = {}
-    for fault, folder in folders.items():
-        world, port = RANKS.get(fault, 1), free_port()
-        for rank in range(world):
-            arguments = (fault, model, folder, rank_environment(rank, world, port))
-            process = multiprocessing.get_context("fork").Process(target=_train, args=arguments)
-            process.start()
-            processes.setdefault(fault, []).append(process)
-    for process in itertools.chain(*processes.values()):
-        process.join(120)
-        process.kill()
-        process.join()
-    return {fault: [process.exitcode for process in ranks] for fault, ranks in processes.items()}
-
-
 def test_whatever_fails_after_training_the_model_is_saved(model_folder: Path, tmp_path: Path) -> None:
     folders = {fault: tmp_path / fault for fault in FAULTS}
-    for folder in folders.values():
+    started = {}
+    for fault, folder in folders.items():
         folder.mkdir()
-    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
-        codes = pool.submit(fork_each, model_folder, folders).result()
+        started[folder] = (RANKS.get(fault, 1), partial(train_with, fault, model_folder, folder))
+    codes = run_forked(started)
     before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     saved = {}
     for fault, folder in folders.items():
         said = (folder / "log").read_text()
-        assert codes[fault] == [1] * RANKS.get(fault, 1), (fault, said[-3000:])
+        assert codes[folder] == [1] * RANKS.get(fault, 1), (fault, said[-3000:])
         assert said.count(f"the trained model is in {folder / 'out'};") == 1, (fault, said[-3000:])
         assert "an injected fault" in said[said.index("the trained model is in") :]
         assert not (folder / "out" / "report.json").exists()

@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_its_precision_on_another_machine(device: str, key: 
 def test_what_one_rank_emulates_the_run_cannot_use(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates of one rank, not the lowest of each dtype: 20 and 40 would look like hardware that computes bf16."""
     others = [precision.Rates({"bf16": 20.0, "fp32": 40.0}), precision.Rates({"bf16": 30.0, "fp32": 142.0})]
-    monkeypatch.setattr(distributed, "gather", lambda mine: [mine, *others])
+    monkeypatch.setattr(distributed, "gather", lambda task: [task(), *others])
     assert dtype.measured() == others[1]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch import arguments, evaluate
-from launch.train import _load_data
+from launch.preparation import load_data
 
 
 def options(data: Path, eval_data: Path | None = None, encoding: str = "utf-8", **evaluation: Any) -> Any:
@@ -26,7 +26,7 @@ def write(path: Path, count: int) -> Path:
 
 
 def test_held_out_rows_are_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    splits = _load_data(options(write(tmp_path / "rows.jsonl", 40)))
+    splits = load_data(options(write(tmp_path / "rows.jsonl", 40)))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 36, "test": 4}
     said = capsys.readouterr().out
     assert said.startswith("data: training on all 36 rows of ")
@@ -39,7 +39,7 @@ def test_eval_data_is_measured_whole_and_nothing_is_held_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
 ) -> None:
     test = write(tmp_path / "mytest.jsonl", count)
-    splits = _load_data(options(write(tmp_path / "rows.jsonl", 40), test, eval_samples=1000))
+    splits = load_data(options(write(tmp_path / "rows.jsonl", 40), test, eval_samples=1000))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 40, "test": count}
     assert capsys.readouterr().out == (
         f"data: training on all 40 rows of {tmp_path / 'rows.jsonl'}; measuring on all {count} rows of {test}\n"
@@ -50,33 +50,33 @@ def test_test_rows_that_eval_data_replaces_are_named(tmp_path: Path, capsys: pyt
     (tmp_path / "folder").mkdir()
     write(tmp_path / "folder" / "train.jsonl", 40)
     replaced, test = write(tmp_path / "folder" / "test.jsonl", 5), write(tmp_path / "mine.jsonl", 7)
-    assert len(_load_data(options(tmp_path / "folder", test))["test"]) == 7
+    assert len(load_data(options(tmp_path / "folder", test))["test"]) == 7
     said = capsys.readouterr().out
     assert said.endswith(f"on all 7 rows of {test}; not read: {replaced} (--eval_data takes its place)\n")
 
 
 def test_nothing_is_held_out_where_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(_load_data(options(write(tmp_path / "rows.jsonl", 40), eval_task="none"))) == ["train"]
+    assert list(load_data(options(write(tmp_path / "rows.jsonl", 40), eval_task="none"))) == ["train"]
     assert capsys.readouterr().out.endswith("; nothing is measured\n")
 
 
 def test_a_limit_on_the_measured_rows_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     test = write(tmp_path / "mytest.jsonl", 500)
-    _load_data(options(write(tmp_path / "rows.jsonl", 40), test))
+    load_data(options(write(tmp_path / "rows.jsonl", 40), test))
     assert capsys.readouterr().out.endswith(f"measuring on the first 64 of 500 rows of {test} (--eval_samples)\n")
 
 
 def test_the_encoding_holds_for_both_sources(tmp_path: Path) -> None:
     for name in ("rows.csv", "test.csv"):
         (tmp_path / name).write_bytes("instruction,output\ncafé,a\n".encode("latin-1"))
-    splits = _load_data(options(tmp_path / "rows.csv", tmp_path / "test.csv", encoding="latin-1"))
+    splits = load_data(options(tmp_path / "rows.csv", tmp_path / "test.csv", encoding="latin-1"))
     assert [rows.rows[0]["instruction"] for rows in splits.values()] == ["café", "café"]
 
 
 def test_test_rows_alone_cannot_be_trained_on(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", 5)
     with pytest.raises(ValueError, match="has test rows only; give a source with training rows"):
-        _load_data(options(tmp_path))
+        load_data(options(tmp_path))
 
 
 @pytest.mark.parametrize(("split", "count"), [("test", 30), ("train", 30), ("held_out", 3)])

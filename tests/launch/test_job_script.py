@@ -21,6 +21,8 @@ SCONTROL = """#!/bin/bash
 echo "$@" >> "$OUTPUT/queue"
 """
 JOB = 'source slurm/job.sh; run_and_requeue "${SRUN[@]}" python "${TRAIN[@]}"'
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "grass", "SLURM_NNODES": "1"}
+ENVIRONMENT = {**os.environ, "ASKED": "0", "SAVES": "", "VENV": "none", **SLURM}
 
 ENDS = {
     "finished": ({"CODE": "0"}, None),
@@ -46,21 +48,7 @@ def test_what_goes_back_to_the_queue(tmp_path: Path, case: str) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    slurm = {
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NAME": "grass",
-        "SLURM_NNODES": "1",
-        "VENV": "none",
-        "OUTPUT": str(tmp_path),
-    }
-    environment = {
-        **os.environ,
-        "ASKED": "0",
-        "SAVES": "",
-        **slurm,
-        **settings,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
+    environment = {**ENVIRONMENT, "OUTPUT": str(tmp_path), **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     job = subprocess.Popen(["bash", "-c", JOB], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:
         if environment["ASKED"] == "1":
@@ -76,13 +64,7 @@ def test_what_goes_back_to_the_queue(tmp_path: Path, case: str) -> None:
 
 
 def test_a_missing_environment_ends_the_job() -> None:
-    environment = {
-        **os.environ,
-        "VENV": "no/such",
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NAME": "grass",
-        "SLURM_NNODES": "1",
-    }
+    environment = {**ENVIRONMENT, "VENV": "no/such"}
     done = subprocess.run(["bash", "-c", JOB], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "VENV=no/such: no such environment" in done.stderr

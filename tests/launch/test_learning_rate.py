@@ -13,7 +13,7 @@ from benchmarks.case import Case
 from benchmarks.measure.engine import training_steps
 from grass_ds.config import GrassConfig
 from grass_ds.sampling.controller import Controller
-from launch.train import GrassTrainer
+from launch.hf_trainer import GrassTrainer
 
 # block, steps of either kind, those of them that train
 SPANS: list[tuple[dict[str, Any], int, int]] = [
@@ -32,7 +32,7 @@ def test_it_falls_to_zero_with_the_last_step_that_trains(
     settings = TrainingArguments(
         str(tmp_path), use_cpu=True, lr_scheduler_type="linear", warmup_steps=0, report_to=[], max_steps=steps
     )
-    controller = Controller(4, **GrassConfig(**block).policy_arguments())
+    controller = Controller(4, **GrassConfig(**block).controller_arguments())
     trainer = GrassTrainer(tiny_llama(layers=1), settings, probe_steps_within=controller.probe_steps_within)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler = trainer.create_scheduler(steps, optimizer)

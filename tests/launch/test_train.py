@@ -1,67 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """launch/train.py as a user starts it: through the DeepSpeed launcher and torchrun, on two ranks, with a tiny model."""
 
-import itertools
 import json
-import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from helpers.ranks import FORKED, free_port, rank_environment
+from helpers.programs import ROOT, run_forked, torchrun, train
+from helpers.ranks import free_port
 from helpers.tiered import tiered
 from transformers import AutoModelForCausalLM
 
 from launch import distributed
 
-ROOT = Path(__file__).resolve().parents[2]
 PROBE, STEPS = 3, 9
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def start(
-    launcher: list[str], options: list[str], folder: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    names = {
-        **os.environ,
-        "HF_DATASETS_CACHE": str(folder / "datasets"),
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(folder),
-    }
-    names |= environment
-    command = [*launcher, "launch/train.py", "--output_dir", str(folder / "out"), *options]
-    return subprocess.run(
-        command, cwd=ROOT, env=names, timeout=300, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-
-
-def torchrun() -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-
-
 def deepspeed_launcher() -> list[str]:
-    binary = Path(sys.executable).parent / "deepspeed"
-    return [
-        str(binary),
-        "--log_level",
-        "critical",
-        "--num_accelerators",
-        "2",
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
-    ]
+    options = ["--log_level", "critical", "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
+    return [str(Path(sys.executable).parent / "deepspeed"), *options, "--master_port", str(free_port())]
 
 
 def assert_nothing_is_trained_twice(options: list[str], folder: Path) -> None:
@@ -69,21 +35,18 @@ def assert_nothing_is_trained_twice(options: list[str], folder: Path) -> None:
     weights, history = folder / "out" / "model.safetensors", folder / "out" / "grass_history.jsonl"
     before = weights.read_bytes(), history.read_text(), json.loads((folder / "out" / "report.json").read_text())
     weights.unlink()
-    again = start(torchrun(), options, folder)
+    again = train(torchrun(2), options, folder)
     assert again.returncode == 0, again.stderr[-4000:]
     assert (weights.read_bytes(), history.read_text()) == before[:2]
     after = json.loads((folder / "out" / "report.json").read_text())
-    assert [after[key] for key in ("before", "after", "layers")] == [
-        before[2][key] for key in ("before", "after", "layers")
-    ]
+    assert all(after[key] == before[2][key] for key in ("before", "after", "layers"))
 
 
 def assert_nothing_is_said_but_by_the_run(done: subprocess.CompletedProcess[str]) -> None:
     """Precision first, and once; no warnings that a user cannot act on, no lines of the launcher."""
     lines = [line for line in done.stdout.splitlines() if "WANDB offline mode" not in line]
-    assert any(line.startswith("precision: ") for line in lines[:2]), lines[
-        :5
-    ]  # where it continues from may come first
+    # Where it continues from may come first.
+    assert any(line.startswith("precision: ") for line in lines[:2]), lines[:5]
     assert sum(line.startswith("precision: ") for line in lines) == 1
     said = done.stdout + done.stderr
     for noise in ("FutureWarning", "[INFO] [", "built successfully", "hostfile"):
@@ -102,7 +65,7 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
     options = ["--deepspeed", str(tmp_path / "grass.json"), "--model", str(model_folder), "--max_steps", str(STEPS)]
     options += ["--eval_samples", "3", "--per_device_eval_batch_size", "1", "--max_new_tokens", "8"]
     options += ["--report_to", "wandb", "--logging_steps", "1", "--resume_from_checkpoint", "true"]
-    done = start(deepspeed_launcher(), options, tmp_path)
+    done = train(deepspeed_launcher(), options, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert_nothing_is_trained_twice(options, tmp_path)
 
@@ -116,9 +79,8 @@ def test_the_main_job(model_folder: Path, tmp_path: Path, file: str) -> None:
     assert len({run.name.rsplit("-", 1)[1] for run in (tmp_path / "wandb").glob("offline-run-*")}) == 1
     assert "exact match" in done.stdout
     assert_nothing_is_said_but_by_the_run(done)
-    assert sum(
-        report["seconds"][phase] for phase in ("start", "before", "training", "saving", "after")
-    ) == pytest.approx(report["seconds"]["total"])
+    total = report["seconds"].pop("total")
+    assert sum(report["seconds"].values()) == pytest.approx(total)
 
     before = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -161,58 +123,29 @@ def assert_told(case: str, output: str, folder: Path) -> None:
     assert not (folder / "out" / "report.json").exists(), case
 
 
-def _rank(environment: dict[str, str], options: list[str], folder: Path, log: Path) -> None:
-    """What ``launch/train.py`` is as a program, in a process that has its imports."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def run_program(environment: dict[str, str], options: list[str], folder: Path) -> None:
     os.environ.update(environment)
-    os.chdir(ROOT)
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     sys.argv = ["launch/train.py", "--output_dir", str(folder / "out"), *options]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def fork_two_ranks_each(starts: dict[Path, tuple[list[str], dict[str, str]]]) -> dict[Path, list[int | None]]:
-    """Folder -> the exit codes of two ranks started there, all at the same time, after one import for all of them."""
-    import launch.train  # noqa: F401
-
-    ranks: dict[Path, list[Any]] = {}
-    for folder, (options, environment) in starts.items():
-        port = free_port()
-        for rank in range(2):
-            own = {**environment, **rank_environment(rank, 2, port)}
-            arguments = (own, options, folder, folder / f"rank{rank}.log")
-            ranks.setdefault(folder, []).append(
-                multiprocessing.get_context("fork").Process(target=_rank, args=arguments)
-            )
-            ranks[folder][-1].start()
-    end = time.monotonic() + 120
-    for process in itertools.chain(*ranks.values()):
-        process.join(max(0.0, end - time.monotonic()))
-        process.kill()
-        process.join()
-    return {folder: [process.exitcode for process in processes] for folder, processes in ranks.items()}
-
-
 def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: Path) -> None:
-    folders = {tmp_path / case: case for case in BAD}
-    for folder in folders:
+    started = {}
+    for folder in (tmp_path / case for case in BAD):
         folder.mkdir()
-    starts = {folder: mistake(case, model_folder, folder) for folder, case in folders.items()}
-    with ProcessPoolExecutor(1, mp_context=FORKED) as pool:
-        codes = pool.submit(fork_two_ranks_each, starts).result()
-    for folder, case in folders.items():
-        logs = [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
-        assert all(code and code > 0 for code in codes[folder]), (case, codes[folder], logs)
-        assert_told(case, "".join(logs), folder)
+        options, environment = mistake(folder.name, model_folder, folder)
+        started[folder] = (2, partial(run_program, environment, options, folder))
+    for folder, codes in run_forked(started).items():
+        log = (folder / "log").read_text()
+        assert all(code and code > 0 for code in codes), (folder.name, codes, log)
+        assert_told(folder.name, log, folder)
 
 
 @pytest.mark.all
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_end_the_job(model_folder: Path, tmp_path: Path, case: str) -> None:
     options, environment = mistake(case, model_folder, tmp_path)
-    done = start(torchrun(), options, tmp_path, **environment)
+    done = train(torchrun(2), options, tmp_path, **environment)
     assert done.returncode != 0
     assert_told(case, done.stdout + done.stderr, tmp_path)
 
@@ -237,15 +170,8 @@ def test_an_interrupted_run_ends_with_one_message(model_folder: Path, tmp_path: 
     command += ["--deepspeed", "ds_configs/lisa.json", "--model", str(model_folder), "--eval_task", "none"]
     command += ["--max_steps", "100000", "--logging_steps", "1"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as run:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **output) as run:
         assert run.stdout is not None
         said = []
         for line in run.stdout:

@@ -16,7 +16,7 @@ from helpers.disks import run_python
 
 from grass_ds.config import GrassConfigError
 from grass_ds.offload.block_io import AioIO, AioSettings, BlockIO, Piece, PosixIO, open_io
-from grass_ds.offload.pinned_memory import StagingMemory
+from grass_ds.offload.pinned_memory import BufferMemory
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFile, StateFiles
 
 PAGES = 64
@@ -63,7 +63,7 @@ def file(tmp_path: Path) -> Iterator[StateFile]:
 @pytest.fixture
 def buffers() -> Iterator[list[torch.Tensor]]:
     """Two of them, with random contents."""
-    memory = StagingMemory(2, NBYTES, pin=False, lock=True)
+    memory = BufferMemory(2, NBYTES, pin=False, lock=True)
     for buffer in memory:
         buffer.random_(0, 256)
     yield list(memory)
@@ -85,7 +85,7 @@ def contents(file: StateFile) -> torch.Tensor:
     return torch.frombuffer(bytearray(Path(f"/proc/self/fd/{file.fd}").read_bytes()), dtype=torch.uint8)
 
 
-# ---- both kinds -------------------------------------------------------------------------------------------------------------
+# ---- both kinds -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -94,7 +94,7 @@ def test_what_was_written_is_in_the_file_and_comes_back(
 ) -> None:
     io, written, back = new_io(threads), spread(buffers[0]), spread(buffers[1])
     expected = torch.zeros(NBYTES, dtype=torch.uint8)
-    for _ in range(2):  # AIO checks the first write of a place in another way than later ones
+    for _ in range(2):  # AIO checks the first write of a range in another way than later ones
         buffers[0].random_(0, 256)
         io.write(file, written)
         for piece in written:
@@ -153,7 +153,7 @@ def test_a_deleted_file_is_still_there(
     assert not file.path.exists()
 
 
-def test_memory_that_is_not_pages_and_places_outside_the_file_are_misuse(
+def test_memory_that_is_not_pages_and_ranges_outside_the_file_are_refused(
     new_io: Callable[..., BlockIO], file: StateFile, buffers: list[torch.Tensor]
 ) -> None:
     io, buffer = new_io(), buffers[0]
@@ -182,10 +182,10 @@ import os, resource, sys
 from pathlib import Path
 from grass_ds.offload.block_io import Piece, open_io
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFiles
-from grass_ds.offload.pinned_memory import StagingMemory
+from grass_ds.offload.pinned_memory import BufferMemory
 
 files = StateFiles(Path(sys.argv[2]), 0, "job", {{"unit": {NBYTES}}})
-file, memory = files["unit"], StagingMemory(1, {NBYTES}, pin=False, lock=True)
+file, memory = files["unit"], BufferMemory(1, {NBYTES}, pin=False, lock=True)
 whole = Piece(memory.buffers[0].fill_(1), 0)
 pieces = [whole.part(0, ALIGNMENT), whole]
 io = open_io(sys.argv[1], {{"block_size": {BLOCK}}}, direct=True, locked=memory.locked)()
@@ -210,7 +210,7 @@ limit(resource.RLIM_INFINITY)
 io.write(file, pieces)
 whole.data.fill_(2)
 limit({NBYTES // 2})
-fails(io.write, "write of", "File too large")  # of a place that was written before, which AIO checks less
+fails(io.write, "write of", "File too large")  # of a range that was written before, which AIO checks less
 os.truncate(file.path, {NBYTES // 2})
 fails(io.read, "has {NBYTES // 2} bytes instead of {NBYTES}")
 fails(io.write, "has {NBYTES // 2} bytes instead of {NBYTES}")
@@ -251,11 +251,11 @@ def test_the_kernel_may_transfer_less_than_asked(
     io.close()
 
 
-# ---- AIO that says nothing --------------------------------------------------------------------------------------------------
+# ---- AIO that says nothing ------------------------------------------------------------------------------------------
 
 
 class Handle:
-    """A real ``aio_handle`` that transfers only the part of each tensor which ``keep`` returns; None refuses the request."""
+    """A real ``aio_handle`` that transfers only what ``keep`` returns of each tensor; None refuses the request."""
 
     def __init__(self, handle: Any, keep: Callable[[torch.Tensor], torch.Tensor | None]):
         self._handle, self._keep = handle, keep
@@ -322,15 +322,15 @@ def test_a_request_that_is_refused_does_not_leave_others_pending(
     io.close()
 
 
-def test_memory_that_aio_would_copy_is_misuse(aio_op: Any, file: StateFile) -> None:
-    memory = StagingMemory(1, NBYTES, pin=False, lock=False)
+def test_memory_that_aio_would_copy_is_refused(aio_op: Any, file: StateFile) -> None:
+    memory = BufferMemory(1, NBYTES, pin=False, lock=False)
     io = AioIO(aio_op, settings())
     with pytest.raises(ValueError, match="page-locked"):
         io.write(file, [Piece(memory.buffers[0], 0)])
     io.close()
 
 
-# ---- which kind -------------------------------------------------------------------------------------------------------------
+# ---- which kind -----------------------------------------------------------------------------------------------------
 
 
 def test_auto_is_aio_where_it_can_be_had(aio_op: Any) -> None:
@@ -406,12 +406,12 @@ def test_keys_that_are_missing_or_null_have_deepspeeds_defaults() -> None:
     assert (parsed.block_size, parsed.queue_depth, parsed.intra_op_parallelism) == (2**20, 8, 2)
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------------------
+# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lock", [True, False])
-def test_staging_memory_is_pages(lock: bool) -> None:
-    memory = StagingMemory(3, 5 * ALIGNMENT, pin=True, lock=lock)
+def test_buffer_memory_is_pages(lock: bool) -> None:
+    memory = BufferMemory(3, 5 * ALIGNMENT, pin=True, lock=lock)
     assert len({buffer.data_ptr() for buffer in memory}) == 3
     assert all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.nbytes == 5 * ALIGNMENT for buffer in memory)
     assert memory.nbytes == 15 * ALIGNMENT
@@ -419,7 +419,7 @@ def test_staging_memory_is_pages(lock: bool) -> None:
     memory.close()
     assert memory.nbytes == 0
     with pytest.raises(ValueError, match="multiple of 4096"):
-        StagingMemory(1, 1000, pin=True, lock=lock)
+        BufferMemory(1, 1000, pin=True, lock=lock)
 
 
 def test_the_limit_of_locked_memory_is_respected_and_memory_given_back(aio_op: Any) -> None:
@@ -427,7 +427,7 @@ def test_the_limit_of_locked_memory_is_respected_and_memory_given_back(aio_op: A
     source = """
 import os, resource
 from deepspeed.utils.pin_memory import get_native_pinned_memory
-from grass_ds.offload.pinned_memory import StagingMemory
+from grass_ds.offload.pinned_memory import BufferMemory
 
 def locked_kib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmLck"))
@@ -437,14 +437,14 @@ resource.setrlimit(resource.RLIMIT_MEMLOCK, (2**20, 2**20))
 if os.getuid() == 0:
     os.setuid(65534)  # root is above limits
 for _ in range(4):  # fits only if it is given back each time
-    memory = StagingMemory(3, 2**18, pin=False, lock=True)
+    memory = BufferMemory(3, 2**18, pin=False, lock=True)
     assert memory.locked and locked_kib() >= 3 * 2**8
-    assert not StagingMemory(2, 2**18, pin=False, lock=True).locked
+    assert not BufferMemory(2, 2**18, pin=False, lock=True).locked
     view = memory.buffers[0][4096:]
     memory.close()
     view.fill_(1)
     del view
     assert locked_kib() == 0, locked_kib()
-assert not StagingMemory(1, 2**21, pin=False, lock=True).locked
+assert not BufferMemory(1, 2**21, pin=False, lock=True).locked
 """
     run_python(source)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What offload may take, and that it gives everything back: device and host bytes, threads, descriptors, files and locks.
+"""What offload may take, and that it gives everything back: device and host bytes, threads, descriptors, files and
+locks.
 
-Nothing is taken on the library's word: device buffers are the storages that are alive, the rest is what the kernel says.
+Nothing is taken on the library's word: device buffers are the storages that are alive, the rest is what the kernel
+says.
 """
 
 import gc
@@ -61,8 +63,8 @@ def footprint(folder: Path) -> dict[str, int]:
     }
 
 
-class Slots(LiveBytes):
-    """Bytes of live memory that was asked for as such, in pieces of these sizes: results of arithmetic do not count."""
+class BufferBytes(LiveBytes):
+    """Bytes of live memory allocated by ``empty`` in pieces of these sizes: results of arithmetic do not count."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -72,13 +74,16 @@ class Slots(LiveBytes):
         return result
 
 
-# ---- while it runs ----------------------------------------------------------------------------------------------------------
+# ---- while it runs --------------------------------------------------------------------------------------------------
 
 
-def watch_bytes(config: dict[str, Any], slot: int) -> dict[str, Any]:
-    """Peak of the live device buffers, and what the library says at every step; ``slot``: elements of one."""
+def watch_bytes(config: dict[str, Any], numel: int) -> dict[str, Any]:
+    """Peak of the live device buffers, and what the library says at every step; ``numel``: elements of one."""
     model = tiny_llama(layers=LAYERS)
-    with Slots(sizes={4 * slot}) as live, engine_of(config, model, model_parameters=split_groups(model)) as engine:
+    with (
+        BufferBytes(sizes={4 * numel}) as live,
+        engine_of(config, model, model_parameters=split_groups(model)) as engine,
+    ):
         units = engine.optimizer.units
         said: list[dict[str, int]] = []
         train(engine, 12, after_step=lambda _: said.append(engine.grass.memory()["optimizer_state"]))
@@ -92,7 +97,7 @@ def watch_bytes(config: dict[str, Any], slot: int) -> dict[str, Any]:
         }
 
 
-# chunk_numel asked for, elements of a slot then
+# chunk_numel asked for, elements of a device buffer
 CHUNKS = {"grain": (1, GRAIN), "odd": (1500, 2 * GRAIN)}
 
 
@@ -100,25 +105,25 @@ CHUNKS = {"grain": (1, GRAIN), "odd": (1500, 2 * GRAIN)}
 @pytest.mark.parametrize(
     ("device_buffers", "chunk"), tiered(itertools.product([1, 2, 3], CHUNKS), (1, "odd"), (3, "grain"))
 )
-def test_the_window_is_as_large_as_asked_for_and_the_host_holds_state_or_buffers(
+def test_device_buffers_are_as_large_as_asked_for_and_the_host_holds_state_or_buffers(
     two_ranks: Any, device_buffers: int, chunk: str, tmp_path: Path
 ) -> None:
-    asked, slot = CHUNKS[chunk]
-    window = device_buffers * slot * STATE
+    asked, numel = CHUNKS[chunk]
+    device_bytes = device_buffers * numel * STATE
     sizes = {"chunk_numel": asked, "device_buffers": device_buffers}
     host_buffers = device_buffers + 3
-    for seen in two_ranks.run(watch_bytes, config=often(tmp_path, {**sizes, "device": "cpu"}), slot=slot):
-        assert seen["largest"] > 2 * slot
-        assert seen["peak"] == seen["said peak"] == window
+    for seen in two_ranks.run(watch_bytes, config=often(tmp_path, {**sizes, "device": "cpu"}), numel=numel):
+        assert seen["largest"] > 2 * numel
+        assert seen["peak"] == seen["said peak"] == device_bytes
         host = [now["host"] for now in seen["said"]]
         assert 0 < host[0] < host[-1] <= seen["shards"] * STATE
-        assert all(now["device"] <= window for now in seen["said"])
+        assert all(now["device"] <= device_bytes for now in seen["said"])
     config = often(tmp_path, {**sizes, **POSIX, "host_buffers": host_buffers})
-    for seen in two_ranks.run(watch_bytes, config=config, slot=slot):
-        assert seen["peak"] == seen["said peak"] == window
-        assert {now["host"] for now in seen["said"]} == {host_buffers * slot * STATE}
+    for seen in two_ranks.run(watch_bytes, config=config, numel=numel):
+        assert seen["peak"] == seen["said peak"] == device_bytes
+        assert {now["host"] for now in seen["said"]} == {host_buffers * numel * STATE}
         assert {now["nvme"] for now in seen["said"]} == {seen["files"] * STATE}
-        assert all(now["device"] <= window for now in seen["said"])
+        assert all(now["device"] <= device_bytes for now in seen["said"])
 
 
 def watch_period(config: dict[str, Any]) -> tuple[int, int]:
@@ -197,11 +202,12 @@ config = ds_config(dtype="bf16", grass=grass_block(**sampler, offload=offload))
 with engine_of(config, tiny_llama(layers=8, hidden=256)) as engine:
     train(engine, 12)
     engine.optimizer.flush()
-    print(process_bytes("VmRSS"), *(engine.grass.memory()["optimizer_state"].get(place, 0) for place in ("host", "nvme")))
+    state = engine.grass.memory()["optimizer_state"]
+    print(process_bytes("VmRSS"), *(state.get(tier, 0) for tier in ("host", "nvme")))
 """
 
 
-def ranks_of_one(source: str, arguments: list[tuple[Any, ...]], timeout: float = 120.0) -> list[tuple[int, str, str]]:
+def ranks_of_one(source: str, arguments: list[tuple[Any, ...]], timeout: float = 300.0) -> list[tuple[int, str, str]]:
     """Exit code, output and messages of a process per tuple of arguments, all at the same time."""
     # The C library gives freed memory back only below a threshold, which it raises as it goes unless told otherwise.
     common = {"PYTHONPATH": "tests", "MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
@@ -229,7 +235,7 @@ def test_files_take_the_state_out_of_memory(tmp_path: Path) -> None:
     assert on_host - in_files == pytest.approx(state - buffers, rel=0.1)
 
 
-# ---- afterwards -------------------------------------------------------------------------------------------------------------
+# ---- afterwards -----------------------------------------------------------------------------------------------------
 
 
 def come_and_go(config: dict[str, Any], folder: Path, fail: str = "") -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks that fail under a running engine: a clear error on every rank in the same step, or a correct run; nothing else."""
+"""Disks that fail under a running engine: a clear error on every rank in the same step, or a correct run."""
 
 import hashlib
 import os
@@ -22,9 +22,9 @@ from helpers.faults import (
     flip,
     held,
     said,
-    settle,
     state_path,
     truncate,
+    wait_for_transfers,
 )
 from helpers.models import ds_config, engine_of, grass_block, train
 from helpers.ranks import RankFailure, RankPool
@@ -42,7 +42,7 @@ TIMEOUT = 60.0  # of a call to the ranks, which takes a second or two
 
 
 def nvme(path: object, extra: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    """Layers of five chunks that do not stay in host buffers: every step reads and writes files. ``extra``: for DeepSpeed."""
+    """Layers of five chunks, more than host buffers: every step reads and writes files. ``extra``: for DeepSpeed."""
     offload = {"device": "nvme", "nvme_path": str(path), "chunk_numel": 1024, "host_buffers": 4, **settings}
     return config_of(offload, **(extra or {}))
 
@@ -52,7 +52,7 @@ def config_of(offload: dict[str, Any], **extra: Any) -> dict[str, Any]:
     return ds_config(grass=block, **extra)
 
 
-# ---- inside a rank ----------------------------------------------------------------------------------------------------------
+# ---- inside a rank --------------------------------------------------------------------------------------------------
 
 
 def fingerprint(engine: Any) -> str:
@@ -79,7 +79,7 @@ def run(
     limit: int | None = None,
     save_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Train; before step AT, ``rank`` (None: every rank) gets into ``trouble``. Goes on for two steps after the first error."""
+    """Train; before step AT, ``rank`` (None: every rank) gets into ``trouble``. Two more steps follow an error."""
     errors: dict[int, str] = {}
     faults = Faults(**(fault or {}))
     with faulty_io(faults), engine_of(config) as engine:
@@ -115,7 +115,7 @@ def start(
     return {"error": error, "held": held()}
 
 
-# ---- what every fault must end in -------------------------------------------------------------------------------------------
+# ---- what every fault must end in -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["posix", "aio"])
@@ -148,13 +148,13 @@ def assert_released(results: list[dict[str, Any]], path: Path) -> None:
 def assert_stopped(
     results: list[dict[str, Any]], path: Path, rank: int, *words: str, steps: tuple[int, ...] = (AT,)
 ) -> None:
-    """Every rank raised in the same step and in the two that followed; ``rank`` said why, the others said what ``rank`` said."""
+    """Every rank raised in the same step and in the next two; ``rank`` said why, the others repeated it."""
     first = {min(result["errors"]) for result in results}
     assert len(first) == 1 and first <= set(steps), results
-    for place, result in enumerate(results):
+    for number, result in enumerate(results):
         assert list(result["errors"]) == list(range(min(first), min(first) + 3))
         for error in result["errors"].values():
-            assert error.startswith("OffloadError: " if place == rank else f"RankFailedError: rank {rank} failed: ")
+            assert error.startswith("OffloadError: " if number == rank else f"RankFailedError: rank {rank} failed: ")
             assert all(word in error for word in words), error
     assert_released(results, path)
 
@@ -165,7 +165,7 @@ def assert_correct(results: list[dict[str, Any]], path: Path, reference: list[st
     assert_released(results, path)
 
 
-# ---- start ------------------------------------------------------------------------------------------------------------------
+# ---- start ----------------------------------------------------------------------------------------------------------
 
 
 def refusals(pool: RankPool, path: object, **arguments: Any) -> list[str]:
@@ -194,9 +194,9 @@ def test_a_read_only_path(two_ranks: RankPool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_path_that_one_rank_alone_cannot_use(two_ranks: RankPool, tmp_path: Path, rank: int) -> None:
-    places = [str(tmp_path), str(tmp_path)]
-    places[rank] = "/missing"
-    errors = refusals(two_ranks, "$PLACE_OF_THIS_RANK", environment={"PLACE_OF_THIS_RANK": places})
+    paths = [str(tmp_path), str(tmp_path)]
+    paths[rank] = "/missing"
+    errors = refusals(two_ranks, "$PATH_OF_THIS_RANK", environment={"PATH_OF_THIS_RANK": paths})
     assert errors[rank].startswith('GrassConfigError: grass.offload.nvme_path = "/missing": no such directory')
     assert errors[1 - rank].startswith(f'ValueError: rank {rank} failed: grass.offload.nvme_path = "/missing"')
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +204,7 @@ def test_a_path_that_one_rank_alone_cannot_use(two_ranks: RankPool, tmp_path: Pa
 
 @pytest.mark.parametrize("size", [128 * 1024, 400 * 1024], ids=["for nobody", "for one rank"])
 def test_a_disk_with_too_little_space(two_ranks: RankPool, tmp_path: Path, size: int) -> None:
-    """The second size is enough for either rank alone: the space is there when they look, and gone when they take it."""
+    """The second size is enough for either rank alone: the space is free until they reserve it."""
     with mounted(tmp_path / "disk", size) as disk:
         errors = refusals(two_ranks, disk)
         assert all(str(disk) in error for error in errors)
@@ -220,7 +220,7 @@ def test_files_that_may_not_be_as_large_on_one_rank(two_ranks: RankPool, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- disks that change under a run ------------------------------------------------------------------------------------------
+# ---- disks that change under a run ----------------------------------------------------------------------------------
 
 
 def test_deleted_files_do_no_harm(two_ranks: RankPool, tmp_path: Path, reference: list[str], io: str) -> None:
@@ -259,7 +259,7 @@ def test_checksums_do_no_harm(two_ranks: RankPool, tmp_path: Path, reference: li
     assert_correct(results, tmp_path, reference)
 
 
-# ---- errors in I/O threads --------------------------------------------------------------------------------------------------
+# ---- errors in I/O threads ------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # fault, settings
     "read": ({"verb": "read"}, {}),
@@ -295,7 +295,7 @@ def test_what_goes_wrong_in_a_thread_stops_every_rank_in_the_same_step(
     assert not (tmp_path / "checkpoint").exists()
 
 
-# ---- flush and checkpoints --------------------------------------------------------------------------------------------------
+# ---- flush and checkpoints ------------------------------------------------------------------------------------------
 
 
 def differing_files(engine: Any) -> list[str]:
@@ -373,7 +373,7 @@ def use(
         engine.save_checkpoint(str(folder), tag="first")
         train(engine, 1, start=AT)
         if fault["verb"] == "read":
-            settle(engine)
+            wait_for_transfers(engine)
         if engine.global_rank == 1:
             faults.arm()
         errors = [said(lambda: action(engine, folder)), said(lambda: train(engine, 1, start=AT + 1))]
@@ -408,7 +408,7 @@ def test_what_every_rank_calls_fails_on_every_rank(
     assert (tmp_path / "checkpoint" / "latest").read_text() == "first"
 
 
-# ---- other jobs -------------------------------------------------------------------------------------------------------------
+# ---- other jobs -----------------------------------------------------------------------------------------------------
 
 ENGINES: list[Any] = []  # of the rank, from one call to the next
 

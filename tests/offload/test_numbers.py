@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wherever optimizer state rests and however it travels, a run is the same bits as with all state on the device."""
+"""Wherever optimizer state is kept, a run gives the same bits as with all state on the device."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,7 @@ MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 def offloaded(
     config: Mapping[str, Any], offload: Offload, folder: Path, make: MakeOptimizer | None = None
 ) -> Iterator[Any]:
-    """An engine with two units per layer whose state is kept as ``offload`` says; ``lazy`` in it: the device puts its copies off."""
+    """An engine with two units per layer and this ``offload`` block; ``lazy`` in it: the device delays its copies."""
     config = copy.deepcopy(dict(config))
     settings = {"nvme_path": str(folder), **offload} if offload["device"] == "nvme" else dict(offload)
     lazy = settings.pop("lazy", False)
@@ -54,7 +54,7 @@ def offloaded(
         yield stack.enter_context(engine_of(config, model, **arguments))
 
 
-# ---- plain runs -------------------------------------------------------------------------------------------------------------
+# ---- plain runs -----------------------------------------------------------------------------------------------------
 
 
 def run(config: Mapping[str, Any], offload: Offload, folder: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def buffers(device: int, host: int | None = None) -> Offload:
     return {"device_buffers": device, "host_buffers": host}
 
 
-# name -> (pool, config, states and ways; the keys say what is special)
+# name -> (pool, config, offload blocks; the keys say what is special)
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
     "fp32, two of five layers": (
         "two_ranks",
@@ -166,7 +166,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
         "fp16, skipped steps",
     ),
 )
-def test_every_place_and_way_gives_the_same_bits(request: pytest.FixtureRequest, case: str, tmp_path: Path) -> None:
+def test_every_tier_and_policy_gives_the_same_bits(request: pytest.FixtureRequest, case: str, tmp_path: Path) -> None:
     aio_or_skip()
     pool, config, offloads = RUNS[case]
     arguments = {"config": config, "offloads": offloads, "folder": tmp_path}
@@ -181,7 +181,7 @@ def test_every_place_and_way_gives_the_same_bits(request: pytest.FixtureRequest,
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- other optimizers -------------------------------------------------------------------------------------------------------
+# ---- other optimizers -----------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "no state": partial(torch.optim.SGD, lr=0.1),
@@ -211,14 +211,14 @@ def compare_optimizers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def test_other_optimizers(two_ranks: Any, tmp_path: Path) -> None:
     config = ds_config(dtype="bf16", grass=sampled(sampler="uniform"), zero_allow_untested_optimizer=True)
-    for found in two_ranks.run(compare_optimizers, config=config, folder=tmp_path):
+    for found in two_ranks.run(compare_optimizers, config=config, folder=tmp_path, timeout=400.0):
         assert found == {name: (PLANES[name], None) for name in OPTIMIZERS}
 
 
-# ---- from outside a step ----------------------------------------------------------------------------------------------------
+# ---- from outside a step --------------------------------------------------------------------------------------------
 
 
-def move_house(config: dict[str, Any], offloads: list[Offload], folder: Path) -> str | None:
+def move_between_tiers(config: dict[str, Any], offloads: list[Offload], folder: Path) -> str | None:
     """A straight run without offload, and one that is saved and loaded into another kind of offload in mid-period."""
     legs = 7  # steps: not a multiple of the period
     with offloaded(config, {"device": "none"}, folder) as engine:
@@ -245,11 +245,12 @@ def test_a_checkpoint_continues_under_any_offload(two_ranks: Any, dtype: str, tm
         {**CPU, **PERIODIC, **UNIT},
     ]
     config = ds_config(dtype=dtype, grass=sampled(sampler="grass"))
-    assert two_ranks.run(move_house, config=config, offloads=offloads, folder=tmp_path) == [None, None]
+    arguments = {"config": config, "offloads": offloads, "folder": tmp_path}
+    assert two_ranks.run(move_between_tiers, timeout=400.0, **arguments) == [None, None]
 
 
 def rewrite_and_go_on(config: dict[str, Any], offload: Offload, folder: Path) -> dict[str, Any]:
-    """Set weights and moments of active, resting and never drawn layers, after a step and between backward and step."""
+    """Set weights and moments of active, inactive and never drawn layers, after a step and after backward."""
     from deepspeed.utils import (
         safe_get_full_fp32_param,
         safe_get_full_optimizer_state,
@@ -278,9 +279,9 @@ def rewrite_and_go_on(config: dict[str, Any], offload: Offload, folder: Path) ->
         for step in range(4 * PERIOD):
             train(engine, 1, start=step, after_step=rewrite if step in (1, 4, 5) else None)
             if step == 6:  # by the next step's forward pass, its chunks are on their way
-                handle = hook(lambda *_: rewrite(6))
+                hooked = hook(lambda *_: rewrite(6))
                 train(engine, 1, start=100)
-                handle.remove()
+                hooked.remove()
         return {**observe(engine), "read": dict(enumerate(read))}
 
 
@@ -298,5 +299,5 @@ def test_values_set_in_mid_period_are_kept_and_used(two_ranks: Any, tmp_path: Pa
         {**POSIX, **PERIODIC, **UNIT},
     ]
     config = ds_config(dtype="bf16", lr=1e-2, grass=sampled(sampler="uniform"))
-    found = two_ranks.run(compare_rewritten, config=config, offloads=offloads, folder=tmp_path)
+    found = two_ranks.run(compare_rewritten, config=config, offloads=offloads, folder=tmp_path, timeout=400.0)
     assert found == [[None] * len(offloads)] * 2

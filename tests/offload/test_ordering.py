@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Waits between compute, copies and disk: with all of them the store is exact, and without any one of them it is not.
 
-The device is played by ``helpers.lazy_streams``, which puts every copy off as long as it is allowed to. What is removed in a mutation
-is one kind of wait; that it then goes wrong shows that the wait is needed, and that these tests would notice its loss.
+The device is played by ``helpers.lazy_streams``, which puts every copy off as long as it is allowed to. What is
+removed in a mutation is one kind of wait; that it then goes wrong shows that the wait is needed, and that these tests
+would notice its loss.
 """
 
 import sys
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,11 +26,11 @@ from helpers.state_rig import Rig, SlowIO, rig_of
 from grass_ds.offload.block_io import BlockIO
 from grass_ds.offload.chunks import Chunk
 from grass_ds.offload.copies import Copies
-from grass_ds.offload.device_buffers import Slot, Window
+from grass_ds.offload.device_buffers import DeviceBuffer, DeviceBuffers
 from grass_ds.offload.host import HostTier
 from grass_ds.offload.nvme import NvmeTier
 from grass_ds.offload.store import UnitState
-from grass_ds.offload.tier import Planes, Ticket
+from grass_ds.offload.tier import Planes, Transfer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def hasty_threads() -> Iterator[None]:
+def frequent_switches() -> Iterator[None]:
     """Threads take turns a hundred times more often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(5e-5)
@@ -63,18 +65,18 @@ def hasty_threads() -> Iterator[None]:
 
 
 class SlowCopies(Copies):
-    """Copies that dawdle between planes."""
+    """Copies that pause between planes."""
 
-    def _now(self, pairs: Any, after: Sequence[Any], lane: str, name: str) -> Any:
-        def dawdling() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _copy(self, pairs: Any, after: Sequence[Any], lane: str, name: str) -> Any:
+        def paused() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for pair in pairs:
                 yield pair
                 time.sleep(1e-4)
 
-        return super()._now(dawdling(), after, lane, name)
+        return super()._copy(paused(), after, lane, name)
 
 
-# ---- with every wait --------------------------------------------------------------------------------------------------------
+# ---- with every wait ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,12 +96,12 @@ def test_random_steps_switches_and_settings_give_what_plain_tensors_give(
     torn: list[str] = []
     for seed, seconds in enumerate((0.0, 0.002, 0.0)):
         wrap = partial(SlowIO, seconds=seconds, torn=torn)
-        with hasty_threads(), rig_of(CASES[case], tmp_path, seed, copies=copies, wrap_io=wrap) as rig:
+        with frequent_switches(), rig_of(CASES[case], tmp_path, seed, copies=copies, wrap_io=wrap) as rig:
             rig.play(periods=8)
     assert torn == []  # nothing changed while it was written
 
 
-# ---- without one of them ----------------------------------------------------------------------------------------------------
+# ---- without one of them --------------------------------------------------------------------------------------------
 
 
 def caller() -> str:
@@ -152,7 +154,7 @@ class ReaderDoesNotSynchronize(NoSynchronize):
 
 
 class NothingQueued(Counter[Chunk]):
-    """Stores that are queued or under way, as one function sees it that does not look."""
+    """Stores that are queued or under way, as functions see them that ignore these."""
 
     def __init__(self, blind: tuple[str, ...]):
         super().__init__()
@@ -165,48 +167,48 @@ class NothingQueued(Counter[Chunk]):
 class ReaderIgnoresQueuedStores(NvmeTier):
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._storing = NothingQueued(("_filled", "<lambda>"))
+        self._queued = NothingQueued(("_read", "<lambda>"))
 
 
 class LoadIgnoresQueuedStores(NvmeTier):
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._storing = NothingQueued(("_load",))
+        self._queued = NothingQueued(("_load",))
 
 
 class HostTierForgetsItsStores(HostTier):
-    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
-        self._last[chunk.unit].clear()
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
+        self._events[chunk.unit].clear()
         return super().load(chunk, target, after)
 
 
 class HostTierForgetsItsLoads(HostTier):
-    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Ticket:
-        stored = self._last[chunk.unit].get(chunk)
-        ticket = super().load(chunk, target, after)
-        self._last[chunk.unit][chunk] = stored
-        return ticket
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
+        stored = self._events[chunk.unit].get(chunk)
+        transfer = super().load(chunk, target, after)
+        self._events[chunk.unit][chunk] = stored
+        return transfer
 
 
-class LoadsIgnorePending(Window):
-    def _load(self, chunk: Chunk, slot: Slot) -> None:
-        slot.pending = None
-        super()._load(chunk, slot)
+class LoadsIgnorePending(DeviceBuffers):
+    def _load(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
+        buffer.pending = None
+        super()._load(chunk, buffer)
 
 
-class TakeIgnoresPending(Window):
-    def take(self, chunk: Chunk) -> Planes:
-        if chunk in self._slots:
-            self._slots[chunk].pending = None
-        return super().take(chunk)
+class AcquireIgnoresPending(DeviceBuffers):
+    def acquire(self, chunk: Chunk) -> Planes:
+        if chunk in self._held:
+            self._held[chunk].pending = None
+        return super().acquire(chunk)
 
 
-class ForgetIgnoresPending(Window):
-    def forget(self, unit: Any) -> None:
-        for chunk, slot in self._slots.items():
+class DiscardIgnoresPending(DeviceBuffers):
+    def discard(self, unit: Any) -> None:
+        for chunk, buffer in self._held.items():
             if chunk.unit is unit:
-                slot.pending = None
-        super().forget(unit)
+                buffer.pending = None
+        super().discard(unit)
 
 
 # what is removed -> (copies, parts of the store, cases that shall notice)
@@ -220,14 +222,21 @@ MUTATIONS: dict[str, tuple[type[LazyCopies], dict[str, Any], tuple[str, ...]]] =
     "a file is written before its buffer": (WriterDoesNotSynchronize, {}, ("nvme-stream-through-files",)),
     "a buffer is read into before it has been copied": (ReaderDoesNotSynchronize, {}, ("nvme-stream-through-files",)),
     "a file is read before a queued store": (LazyCopies, {"NvmeTier": ReaderIgnoresQueuedStores}, ("nvme-period",)),
-    "a buffer is used before a queued store": (LazyCopies, {"NvmeTier": LoadIgnoresQueuedStores}, ("nvme-period",)),
     "the host tier does not know its stores": (LazyCopies, {"HostTier": HostTierForgetsItsStores}, ("cpu-period",)),
-    "a slot is loaded before it has been stored": (LazyCopies, {"Window": LoadsIgnorePending}, ("cpu-stream",)),
-    "a slot is used before it has been loaded": (LazyCopies, {"Window": TakeIgnoresPending}, ("cpu-stream",)),
+    "a device buffer is loaded before it has been stored": (
+        LazyCopies,
+        {"DeviceBuffers": LoadsIgnorePending},
+        ("cpu-stream",),
+    ),
+    "a device buffer is used before it has been loaded": (
+        LazyCopies,
+        {"DeviceBuffers": AcquireIgnoresPending},
+        ("cpu-stream",),
+    ),
     # two of them, each of which is enough
     "host memory changes before it has been loaded from": (
         LazyCopies,
-        {"Window": ForgetIgnoresPending, "HostTier": HostTierForgetsItsLoads},
+        {"DeviceBuffers": DiscardIgnoresPending, "HostTier": HostTierForgetsItsLoads},
         ("cpu-stream-three-buffers", "cpu-stream"),
     ),
 }
@@ -252,7 +261,7 @@ def test_a_removed_wait_is_noticed(removed: str, tmp_path: Path) -> None:
     )
 
 
-# ---- races that were there ----------------------------------------------------------------------------------------------
+# ---- races that were there ------------------------------------------------------------------------------------------
 
 
 class Gate:
@@ -286,7 +295,7 @@ class Gate:
 FEW = {**NVME, "device_buffers": 1, "host_buffers": 3, "checksum": True}
 
 
-def resting(rig: Rig) -> tuple[Any, torch.Tensor]:
+def stored(rig: Rig) -> tuple[Any, torch.Tensor]:
     """A unit of several chunks whose state is in its file and nowhere else."""
     unit, other = (u for u in rig.units if u.shard_numel > 3 * 1024 and u.layer in (0, 1))
     state = torch.arange(unit.shard_numel, dtype=torch.float32)
@@ -299,7 +308,7 @@ def resting(rig: Rig) -> tuple[Any, torch.Tensor]:
 def test_what_is_put_while_the_old_state_is_read_ahead_remains(tmp_path: Path) -> None:
     gate = Gate("read")
     with rig_of(FEW, tmp_path, 0, wrap_io=gate.around) as rig:
-        unit, state = resting(rig)
+        unit, state = stored(rig)
         gate.close_until_later()
         rig.store.plan([unit])
         assert gate.reached.wait(10)
@@ -312,7 +321,7 @@ def test_what_is_put_while_the_old_state_is_read_ahead_remains(tmp_path: Path) -
 def test_a_file_may_be_read_after_its_state_was_dropped_while_it_was_written(tmp_path: Path) -> None:
     gate = Gate("write")
     with rig_of(FEW, tmp_path, 0, wrap_io=gate.around) as rig:
-        unit, state = resting(rig)
+        unit, state = stored(rig)
         rig.store.plan([unit])
         gate.close_until_later()
         rig.store.put(unit, UnitState(state + 1))
@@ -324,31 +333,48 @@ def test_a_file_may_be_read_after_its_state_was_dropped_while_it_was_written(tmp
         rig.store.flush()
 
 
+@pytest.mark.parametrize("kind", [NvmeTier, LoadIgnoresQueuedStores])
+def test_a_load_waits_for_a_store_that_is_queued(kind: type[NvmeTier], tmp_path: Path) -> None:
+    """A store is queued while the chunk's buffer is written: that buffer holds the state before it."""
+    gate = Gate("write")
+    with rig_of(FEW, tmp_path, 0, parts={"NvmeTier": kind}, wrap_io=gate.around) as rig:
+        unit, _ = stored(rig)
+        tier: Any = rig.store._tier
+        chunk = rig.store.chunks(unit)[0]
+        first, second, target = ([torch.full((chunk.numel,), value)] * 3 for value in (1.0, 2.0, 0.0))
+        gate.close_until_later()
+        tier.store(chunk, first, ())
+        assert gate.reached.wait(10)
+        tier.store(chunk, second, ())
+        tier.load(chunk, target, ()).result()
+        assert torch.equal(target[0], second[0]) == (kind is NvmeTier)
+
+
 def test_a_buffer_remembers_a_copy_that_another_thread_issued(tmp_path: Path) -> None:
-    """A chunk is looked at while it is on its way to the device: its buffer must not be used again before it has got there."""
-    looking, loading = threading.Event(), threading.Event()
+    """A chunk is read while it is copied to the device: its buffer must not be reused before the copy is over."""
+    reading, loading = threading.Event(), threading.Event()
 
     class Load(LazyCopies):
         def load(self, *arguments: Any) -> Any:
             loading.set()
-            looking.wait(0.2)
+            reading.wait(0.2)
             return super().load(*arguments)
 
-    class Look(Copies):
+    class Read(Copies):
         def load(self, *arguments: Any) -> Any:
-            looking.set()
-            ticket._settled.wait(0.2)
+            reading.set()
+            wait([transfer], 0.2)
             return super().load(*arguments)
 
     with rig_of(FEW, tmp_path, 0, copies=Load) as rig:
-        unit, state = resting(rig)
+        unit, state = stored(rig)
         tier: Any = rig.store._tier
-        tier._host_copies = Look(rig.store.trace)
+        tier._host_copies = Read(rig.store.trace)
         chunk = rig.store.chunks(unit)[0]
         target = [torch.zeros(chunk.numel) for _ in range(3)]
-        ticket = tier.load(chunk, target, [tier._copies.mark()])
+        transfer = tier.load(chunk, target, [tier._copies.compute_event()])
         assert loading.wait(10)
-        tier.fetch(unit)
-        tier.fetch(next(u for u in rig.units if u is not unit and u in rig.store))
-        tier._copies.run(ticket.wait())
+        tier.read(unit)
+        tier.read(next(u for u in rig.units if u is not unit and u in rig.store))
+        tier._copies.run(transfer.result())
         assert torch.equal(target[0], chunk.of(state))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfers hide behind backward.
 
-Latency and backward are both made of sleep here, and the fastest of several steps counts, so that a busy machine does not decide: all
-that it can do is to lengthen a step.
+Latency and backward are both made of sleep here, and the fastest of several steps counts, so that a busy machine does
+not decide: all that it can do is to lengthen a step.
 """
 
 import json
@@ -92,7 +92,7 @@ def test_a_slow_disk_hides_behind_backward(one_rank: Any, tmp_path: Path) -> Non
     assert fastest(**nvme, prefetch="step", device_buffers=1, host_buffers=3) >= none + 0.8 * exposed
 
 
-# ---- the trace ------------------------------------------------------------------------------------------------------------
+# ---- the trace ------------------------------------------------------------------------------------------------------
 
 
 def trace_run(offload: dict[str, Any]) -> None:

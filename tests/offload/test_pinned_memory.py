@@ -10,7 +10,7 @@ from helpers.disks import aio_or_skip
 
 from grass_ds.core import deepspeed_compat
 from grass_ds.offload import pinned_memory
-from grass_ds.offload.pinned_memory import HostMemory, StagingMemory
+from grass_ds.offload.pinned_memory import BufferMemory, HostMemory
 
 
 class Registry:
@@ -86,24 +86,24 @@ def test_unpinned_memory_is_not_registered(registry: Registry) -> None:
     assert registry.held == {}
 
 
-def test_staging_buffers_are_pinned_and_released(registry: Registry) -> None:
-    staging = StagingMemory(3, 8192, pin=True, lock=True)
-    assert staging.locked and sorted(registry.held.values()) == [8192] * 3
-    staging.close()
+def test_buffer_memory_is_pinned_and_released(registry: Registry) -> None:
+    memory = BufferMemory(3, 8192, pin=True, lock=True)
+    assert memory.locked and sorted(registry.held.values()) == [8192] * 3
+    memory.close()
     assert registry.held == {}
 
 
-def test_staging_says_when_not_all_of_it_is_locked(registry: Registry) -> None:
+def test_buffer_memory_says_when_not_all_of_it_is_locked(registry: Registry) -> None:
     registry.limit = 2 * 8192
-    assert not StagingMemory(3, 8192, pin=True, lock=True).locked
+    assert not BufferMemory(3, 8192, pin=True, lock=True).locked
 
 
 def test_locked_memory_does_not_show_what_was_in_the_heap() -> None:
-    """Its end goes to files, where a leftover of the pattern of a failed read would be taken for another failed read."""
+    """Its end goes to files, where the pattern of a failed read would be taken for another failed read."""
     aio_or_skip()
     for _ in range(20):
-        staging = StagingMemory(3, 8192, pin=False, lock=True)
-        assert staging.locked
-        assert not any(buffer.any() for buffer in staging)
-        for buffer in staging:
+        memory = BufferMemory(3, 8192, pin=False, lock=True)
+        assert memory.locked
+        assert not any(buffer.any() for buffer in memory)
+        for buffer in memory:
             buffer.fill_(255)

@@ -31,7 +31,7 @@ def state_files(root: Path, rank: int = 0, job: str = "job 7", sizes: dict[str, 
 
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What DeepSpeed's logger says, which keeps its records to itself."""
+    """What DeepSpeed's logger says, which does not propagate."""
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("INFO", logger.name)
     return caplog
@@ -54,7 +54,7 @@ def refused(root: Path, sizes: dict[str, int] = SIZES) -> str:
     return str(error.value)
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_unit_has_a_file_of_its_own_whose_blocks_are_reserved(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_file_can_be_added_later(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, ALIGNMENT + 512])
-def test_odd_sizes_are_misuse(tmp_path: Path, size: int) -> None:
+def test_odd_sizes_are_refused(tmp_path: Path, size: int) -> None:
     with (
         pytest.raises(ValueError, match="multiple of 4096"),
         state_files(tmp_path, sizes={"good": ALIGNMENT, "odd": size}),
@@ -124,7 +124,7 @@ def test_a_truncated_file_is_found_and_a_deleted_one_is_as_good_as_before(tmp_pa
             file.check()
 
 
-# ---- disks ------------------------------------------------------------------------------------------------------------------
+# ---- disks ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_directory_is_not_created(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_memory_is_no_disk(tmp_path: Path, messages: pytest.LogCaptureFixture) -
         assert "takes RAM" in messages.text
 
 
-# ---- the lock ---------------------------------------------------------------------------------------------------------------
+# ---- the lock -------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_job_is_refused_and_told_who_was_first(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ time.sleep(60)
 def test_a_lock_file_that_was_removed_while_it_was_waited_for_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process opens the lock file; its holder goes and removes it; a third makes a new one: only that one is a lock."""
+    """One process opens the lock file; its holder removes it; a third makes a new one: only that one is a lock."""
     from grass_ds.offload import state_files as module
 
     first = StateFiles(tmp_path, 0, "first", {"unit": ALIGNMENT})
@@ -231,7 +231,7 @@ def test_a_lock_file_that_was_removed_while_it_was_waited_for_does_not_count(
     opened[1].close()
 
 
-# ---- paths ------------------------------------------------------------------------------------------------------------------
+# ---- paths ----------------------------------------------------------------------------------------------------------
 
 
 def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

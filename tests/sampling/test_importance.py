@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_ds.sampling.importance import NORMALIZATIONS, Importance, probabilities
+from grass_ds.sampling.importance import Importance, probabilities
+
+NORMALIZATIONS = ("mean", "none")
 
 scores_lists = st.lists(st.floats(0.0, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 temperatures = st.floats(1e-300, 1e300)
@@ -62,18 +64,18 @@ def test_broken_scores_are_an_error_naming_the_layer(scores, broken, position, n
         probabilities(scores, 1.0, normalization)
 
 
-def test_settling_takes_means_first_and_weighs_the_new_measurement_by_alpha_later():
+def test_an_update_takes_means_first_and_weighs_the_new_measurement_by_alpha_later():
     importance = Importance(3)
-    importance.measure({0: 1.0, 1: 2.0, 2: 3.0}, (0, 1, 2))
-    importance.measure({0: 3.0, 1: 2.0, 2: 5.0}, (0, 1, 2))
+    importance.add_measurements({0: 1.0, 1: 2.0, 2: 3.0}, (0, 1, 2))
+    importance.add_measurements({0: 3.0, 1: 2.0, 2: 5.0}, (0, 1, 2))
     assert importance.scores is None
-    importance.settle(0.25)
+    importance.update_scores(0.25)
     assert importance.scores == (2.0, 2.0, 4.0)
-    importance.measure({2: 8.0}, (2,))
-    importance.measure({1: 6.0, 2: 16.0}, (1, 2))
-    importance.settle(0.25)
+    importance.add_measurements({2: 8.0}, (2,))
+    importance.add_measurements({1: 6.0, 2: 16.0}, (1, 2))
+    importance.update_scores(0.25)
     assert importance.scores == (2.0, 0.25 * 6 + 0.75 * 2, 0.25 * 12 + 0.75 * 4)
-    importance.settle(0.25)
+    importance.update_scores(0.25)
     assert importance.scores == (2.0, 3.0, 6.0)
 
 
@@ -84,5 +86,5 @@ def test_a_refused_measurement_leaves_nothing_behind(rms):
     importance = Importance(3)
     before = importance.state_dict()
     with pytest.raises(ValueError, match=r"layer 1 is (nan|inf)|wanted for layers \[0, 1\]"):
-        importance.measure(rms, (0, 1))
+        importance.add_measurements(rms, (0, 1))
     assert importance.state_dict() == before

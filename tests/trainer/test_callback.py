@@ -3,6 +3,8 @@
 
 import copy
 import pickle
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -12,13 +14,16 @@ import torch
 from helpers.wandb_runs import read_history
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+import grass_ds
 from grass_ds.trainer import callback as callback_module
+from grass_ds.trainer import dashboards
 from grass_ds.trainer.callback import GrassCallback
-from grass_ds.trainer.metrics import History
+from grass_ds.trainer.history import History
 
 NUM_LAYERS = 3
 SEQUENCE = 8
 BATCH = 2
+SAVING = {"save_strategy": "steps", "save_steps": 4}
 
 
 class FakeHandle:
@@ -117,34 +122,46 @@ def make_trainer(folder: Path, callbacks: list[Any], handle: FakeHandle | None =
     )
 
 
-def test_every_callback_sees_the_summary(tmp_path: Path) -> None:
-    before, after = Recorder(), LastRecorder()
-    make_trainer(tmp_path, [before, GrassCallback(), after], FakeHandle()).train()
-    assert before.events == after.events == ["begin"]
-    assert before.logs == after.logs
-    first, second, third, summary = before.logs
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One attached run of 6 steps, that the tests below look at."""
+    folder = tmp_path_factory.mktemp("run")
+    before, callback, after = Recorder(), GrassCallback(), LastRecorder()
+    options = {"eval_strategy": "steps", "eval_steps": 3, "gradient_accumulation_steps": 2}
+    report_to = "tensorboard" if find_spec("tensorboard") else "none"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
+        trainer = make_trainer(
+            folder, [before, callback, after], FakeHandle(), report_to=report_to, **SAVING, **options
+        )
+        assert grass_ds.attach(trainer) is callback
+        trainer.train()
+    return SimpleNamespace(folder=folder, before=before, callback=callback, after=after)
+
+
+def test_every_callback_sees_the_summary(run: SimpleNamespace) -> None:
+    assert run.before.events == run.after.events == ["begin"]
+    assert run.before.logs == run.after.logs
+    first, second, third = (log for log in run.before.logs if "loss" in log)
     assert first["grass/phase"] == 1.0  # read after the second step: the next one trains
     assert [log["grass/active_layers"] for log in (first, second, third)] == ["2", "1", "0"]
     assert third["grass/bytes/device"] == 10.0
-    assert not any(key.rsplit("/", 1)[-1].isdigit() for log in before.logs for key in log), "values of single layers"
+    assert not any(key.rsplit("/", 1)[-1].isdigit() for log in run.before.logs for key in log), (
+        "values of single layers"
+    )
     assert all(log["tokens_per_second"] > 0 for log in (first, second, third))
-    assert "train_runtime" in summary
-    assert not any(key.startswith("grass/") for key in summary)
 
 
-def test_evaluation_logs_stay_as_they_are(tmp_path: Path) -> None:
-    recorder = Recorder()
-    make_trainer(tmp_path, [recorder, GrassCallback()], FakeHandle(), eval_strategy="steps", eval_steps=3).train()
-    evaluations = [log for log in recorder.logs if "eval_loss" in log]
-    assert len(evaluations) == 2
-    assert not any(key.startswith("grass/") for log in evaluations for key in log)
+def test_evaluation_logs_and_the_closing_summary_stay_as_they_are(run: SimpleNamespace) -> None:
+    others = [log for log in run.before.logs if "loss" not in log]
+    assert ["eval_loss" in log for log in others] == [True, True, False]
+    assert "train_runtime" in others[-1]
+    assert not any(key.startswith("grass/") for log in others for key in log)
 
 
-def test_history_holds_what_each_step_trained(tmp_path: Path) -> None:
-    callback = GrassCallback()
-    make_trainer(tmp_path, [callback], FakeHandle(), gradient_accumulation_steps=2).train()
-    rows = History.load(tmp_path / callback_module.HISTORY_FILE).rows
-    assert rows == callback.history.rows
+def test_history_holds_what_each_step_trained(run: SimpleNamespace) -> None:
+    rows = History.load(run.folder / callback_module.HISTORY_FILE).rows
+    assert rows == run.callback.history.rows
     assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row.phase for row in rows] == ["probe"] * 2 + ["train"] * 4
     # Not what the engine drew at the end of the step.
@@ -153,11 +170,124 @@ def test_history_holds_what_each_step_trained(tmp_path: Path) -> None:
     assert rows[-1].probabilities == (0.25, 0.25, 0.5)
 
 
-def test_plots_are_drawn_at_the_end(tmp_path: Path) -> None:
-    callback = GrassCallback()
-    make_trainer(tmp_path, [callback], FakeHandle()).train()
-    assert callback.plot_paths == [tmp_path / "plots" / "layers.png", tmp_path / "plots" / "probabilities.png"]
-    assert all(path.is_file() for path in callback.plot_paths)
+def test_plots_are_drawn_at_the_end(run: SimpleNamespace) -> None:
+    plots = run.folder / "plots"
+    assert run.callback.plot_paths == [plots / "layers.png", plots / "probabilities.png"]
+    assert all(path.is_file() for path in run.callback.plot_paths)
+
+
+def test_tensorboard_gets_the_values_of_each_layer(run: SimpleNamespace) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    written = next(run.folder.rglob("events.out.tfevents.*"))  # transformers 4 has a folder of its own for them
+    events = EventAccumulator(str(written.parent))
+    events.Reload()
+
+    def scalars(name: str) -> dict[int, float]:
+        return {event.step: event.value for event in events.Scalars(f"train/grass/{name}")}
+
+    assert scalars("phase") == {2: 1.0, 4: 1.0, 6: 1.0}
+    assert scalars("active/01") == {2: 0.0, 4: 1.0, 6: 0.0}
+    assert scalars("score/02") == {2: 3.0, 4: 3.0, 6: 3.0}
+    assert scalars("prob/02") == {2: 0.5, 4: 0.5, 6: 0.5}
+    assert scalars("bytes/weights/device") == {2: 10.0, 4: 10.0, 6: 10.0}
+
+
+def test_resume_continues_the_history(run: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+    recorder, resumed = Recorder(), make_trainer(tmp_path, [], FakeHandle(step=4), **SAVING)
+    resumed.add_callback(recorder)
+    callback = grass_ds.attach(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row.step for row in callback.history.rows] == [1, 2, 3, 4, 5, 6]
+    assert History.load(tmp_path / callback_module.HISTORY_FILE).rows == callback.history.rows
+    assert "grass/phase" in recorder.logs[0]
+
+
+def test_a_history_of_another_model_is_kept_aside(run: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / callback_module.HISTORY_FILE
+    other = file.read_text().replace("model.layers.2", "model.layers.9")
+    file.write_text(other)
+    resumed = make_trainer(tmp_path, [GrassCallback()], FakeHandle(step=4), **SAVING)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row.step for row in History.load(file).rows] == [5, 6]
+    assert (tmp_path / "grass_history.jsonl.old").read_text() == other
+
+
+# ---- attach ---------------------------------------------------------------------------------------------------------
+
+
+def test_unattached_only_the_callbacks_after_it_see_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(callback_module.logger, "warning", warnings.append)
+    before, after = Recorder(), LastRecorder()
+    trainer = make_trainer(tmp_path, [before, GrassCallback(), after], FakeHandle())
+    trainer.args.report_to = ["tensorboard"]
+    trainer.train()
+    assert [("grass/phase" in log) for log in after.logs] == [True, True, True, False]
+    assert not any("grass/phase" in log for log in before.logs)
+    [warning] = warnings
+    assert warning.startswith("tensorboard will not show") and "grass_ds.attach(trainer)" in warning
+
+
+@pytest.mark.parametrize(("strategy", "steps"), [("steps", [2, 4, 6]), ("epoch", [6])])
+def test_wandb_gets_its_values_before_any_callback_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, steps: list[int]
+) -> None:
+    rows: list[Any] = []
+    monkeypatch.setattr(dashboards, "add_to_wandb_row", rows.append)
+
+    class Counter(TrainerCallback):
+        """Ahead of GrassCallback, as the Trainer's wandb callback."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                rows.append(state.global_step)
+
+    trainer = make_trainer(tmp_path, [Counter(), GrassCallback()], FakeHandle(), logging_strategy=strategy)
+    trainer.args.report_to = ["wandb"]
+    trainer.train()
+    assert rows[1::2] == steps
+    assert [row["grass/visits/00"] for row in rows[::2]] == steps
+    assert all(row["tokens_per_second"] > 0 and row["grass/bytes/device"] == 10 for row in rows[::2])
+
+
+def test_attach_puts_one_callback_behind_the_flow_callback_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [Recorder()], FakeHandle(), save_total_limit=0)
+    args, callback = trainer.args, grass_ds.attach(trainer)
+    assert grass_ds.attach(trainer) is callback
+    kinds = [type(other).__name__ for other in trainer.callback_handler.callbacks]
+    assert kinds[:3] == ["DefaultFlowCallback", "GrassCallback", "Recorder"]
+    assert kinds.count("GrassCallback") == 1
+    assert trainer.args is args  # no limit to keep
+
+
+@pytest.mark.parametrize("changes", [{}, {"hf_deepspeed_config": None}, {"save_only_model": True}])
+def test_attach_leaves_the_users_arguments_alone(tmp_path: Path, changes: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, [], FakeHandle(), save_total_limit=3)
+    args = trainer.args
+    for name, value in changes.items():
+        setattr(args, name, value)
+    before = dict(vars(args))
+    grass_ds.attach(trainer)
+    assert vars(args) == before
+    assert trainer.args.save_total_limit == (3 if changes else None)  # not a run that the callback can keep it for
+
+
+def test_a_limit_that_is_not_safe_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, [GrassCallback()], FakeHandle(), save_total_limit=1, **SAVING)
+    with pytest.raises(ValueError, match=r"save_total_limit = 1: .*grass_ds\.attach\(trainer\)"):
+        trainer.train()
+    trainer.args.save_only_model = True  # nothing to resume from in any case
+    trainer.train()
+    assert trainer.args.save_total_limit == 1
+
+
+# ---- failures and second runs ---------------------------------------------------------------------------------------
 
 
 def test_a_failing_plot_does_not_lose_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,35 +300,12 @@ def test_a_failing_plot_does_not_lose_the_training(tmp_path: Path, monkeypatch: 
     assert callback.plot_paths == []
 
 
-def test_resume_continues_the_history(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 4}
-    make_trainer(tmp_path, [GrassCallback()], FakeHandle(), **options).train()
-    recorder, callback = Recorder(), GrassCallback()
-    resumed = make_trainer(tmp_path, [recorder, callback], FakeHandle(step=4), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert [row.step for row in History.load(tmp_path / callback_module.HISTORY_FILE).rows] == [1, 2, 3, 4, 5, 6]
-    assert "grass/phase" in recorder.logs[0]
-    assert resumed.callback_handler.callbacks.count(callback) == 1
-
-
-def test_a_history_of_another_model_is_set_aside(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 4}
-    make_trainer(tmp_path, [GrassCallback()], FakeHandle(), **options).train()
-    file = tmp_path / callback_module.HISTORY_FILE
-    other = file.read_text().replace("model.layers.2", "model.layers.9")
-    file.write_text(other)
-    resumed = make_trainer(tmp_path, [GrassCallback()], FakeHandle(step=4), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert [row.step for row in History.load(file).rows] == [5, 6]
-    assert (tmp_path / "grass_history.jsonl.old").read_text() == other
-
-
 def test_a_second_train_starts_anew(tmp_path: Path) -> None:
     callback, handle = GrassCallback(), FakeHandle()
     trainer = make_trainer(tmp_path, [callback], handle)
     trainer.train()
-    assert handle.waits == 1, "a checkpoint may still be under way"
-    assert callback._handle is None, "the callback keeps the engine alive"
+    assert handle.waits == 1, "a checkpoint may not be published yet"
+    assert handle not in vars(callback).values(), "the callback keeps the engine alive"
     assert not trainer.model._forward_pre_hooks
     trainer.train()
     assert [row.step for row in callback.history.rows] == [1, 2, 3, 4, 5, 6]
@@ -216,7 +323,7 @@ def test_tokens_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_without_grass_only_the_throughput_is_reported(tmp_path: Path) -> None:
     recorder, callback = Recorder(), GrassCallback()
-    make_trainer(tmp_path, [recorder, callback]).train()
+    make_trainer(tmp_path, [callback, recorder]).train()
     assert recorder.logs[0]["tokens_per_second"] > 0
     assert not any(key.startswith("grass/") for log in recorder.logs for key in log)
     assert callback.history is None
@@ -232,6 +339,8 @@ def begin(config: dict[str, Any] | None, **kwargs: Any) -> None:
         world_size=1,
         output_dir="unused",
         save_only_model=True,
+        save_total_limit=None,
+        report_to=[],
     )
     state = SimpleNamespace(is_world_process_zero=False, global_step=0, num_input_tokens_seen=0)
     GrassCallback().on_train_begin(args, state, None, **{"model": torch.nn.Linear(1, 1), **kwargs})
@@ -261,10 +370,10 @@ def test_the_handle_is_found_in_engine_or_wrapped_optimizer() -> None:
     handle = FakeHandle()
     owner = SimpleNamespace(grass=handle)
     begin({"grass": {}}, optimizer=SimpleNamespace(optimizer=owner))
-    assert callback_module._find_handle(owner, None) is handle
-    assert callback_module._find_handle(SimpleNamespace(grass=None, optimizer=owner), None) is handle
-    assert callback_module._find_handle(torch.nn.Linear(1, 1), SimpleNamespace(optimizer=owner)) is handle
-    assert callback_module._find_handle(None, None) is None
+    assert callback_module._find_grass(owner, None) is handle
+    assert callback_module._find_grass(SimpleNamespace(grass=None, optimizer=owner), None) is handle
+    assert callback_module._find_grass(torch.nn.Linear(1, 1), SimpleNamespace(optimizer=owner)) is handle
+    assert callback_module._find_grass(None, None) is None
 
 
 def test_the_callback_pickles_and_copies_in_mid_run(tmp_path: Path) -> None:
@@ -321,31 +430,11 @@ def test_wandb_gets_metrics_and_plots(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {path.name.split("_")[0] for path in images} == {"layers", "probabilities"}
 
 
-def test_tensorboard_gets_the_values_of_each_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    make_trainer(tmp_path / "out", [GrassCallback()], FakeHandle(), report_to="tensorboard").train()
-    written = next(tmp_path.rglob("events.out.tfevents.*"))  # transformers 4 has a folder of its own for them
-    events = EventAccumulator(str(written.parent))
-    events.Reload()
-
-    def scalars(name: str) -> dict[int, float]:
-        return {event.step: event.value for event in events.Scalars(f"train/grass/{name}")}
-
-    assert scalars("phase") == {2: 1.0, 4: 1.0, 6: 1.0}
-    assert scalars("active/01") == {2: 0.0, 4: 1.0, 6: 0.0}
-    assert scalars("score/02") == {2: 3.0, 4: 3.0, 6: 3.0}
-    assert scalars("prob/02") == {2: 0.5, 4: 0.5, 6: 0.5}
-    assert scalars("bytes/weights/device") == {2: 10.0, 4: 10.0, 6: 10.0}
-
-
 def test_a_dashboard_that_fails_does_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(callback_module.logger, "warning", warnings.append)
 
-    class Broken(callback_module.TensorBoardCallback):
+    class Broken(dashboards.TensorBoardCallback):
         def __init__(self) -> None:
             pass
 
@@ -359,6 +448,8 @@ def test_a_dashboard_that_fails_does_not_end_training(tmp_path: Path, monkeypatc
             if "grass/prob/00" in logs:
                 raise OSError("disk full")
 
-    assert make_trainer(tmp_path, [Broken(), GrassCallback()], FakeHandle()).train().global_step == 6
+    trainer = make_trainer(tmp_path, [Broken()], FakeHandle())
+    grass_ds.attach(trainer)
+    assert trainer.train().global_step == 6
     assert len(warnings) == 1
     assert "disk full" in warnings[0]

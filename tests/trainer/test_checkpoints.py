@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Trainer checkpoint a run is resumed from, what is said of the others, and which are removed. Files alone, no engine."""
+"""Which Trainer checkpoint a run resumes from, the warnings about the others, and which are removed. No engine."""
 
 import io
 import json
@@ -14,7 +14,9 @@ from deepspeed.utils import logger
 
 import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
+from grass_ds.checkpoint.part import Part, SummedFile
 from grass_ds.trainer import checkpoints, retention
+from grass_ds.trainer.seal import sum_of, trainer_files, write_seal
 from launch.resume import resume_point
 
 RANKS = 2
@@ -39,9 +41,7 @@ def trainer_part(folder: Path, step: int, seal: bool = True) -> Path:
         (checkpoint / f"rng_state_{rank}.pth").write_bytes(zipped(f"{rank} at {step}"))
     (checkpoint / checkpoints.TRAINER_STATE).write_text(json.dumps({"global_step": step}))
     if seal:
-        checkpoints.write_seal(
-            checkpoint, {path.name: checkpoints.sum_of(path) for path in checkpoints.trainer_files(checkpoint)}
-        )
+        write_seal(checkpoint, {path.name: sum_of(path) for path in trainer_files(checkpoint)})
     return checkpoint
 
 
@@ -49,11 +49,11 @@ def engine_part(checkpoint: Path) -> Path:
     """What the engine publishes in it, later perhaps."""
     step = checkpoints.step_of(checkpoint)
     tag = f"global_step{step}"
-    engine_parts.begin(checkpoint, tag)
+    engine_parts.prepare(checkpoint, tag)
     aside = engine_parts.saving_path(checkpoint, tag)
     for rank in range(RANKS):
-        part = engine_parts.Part(rank, RANKS, 2, step)
-        with engine_parts.SummedFile(aside / f"optim_{rank}.pt") as file:
+        part = Part(rank, RANKS, 2, step)
+        with SummedFile(aside / f"optim_{rank}.pt") as file:
             file.write(zipped(f"state of {rank} at {step}"))
         part.files[f"optim_{rank}.pt"] = file.sums
         part.write(aside)
@@ -174,7 +174,7 @@ def test_what_is_no_checkpoint_is_no_candidate(tmp_path: Path, warnings: pytest.
     assert grass_ds.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
-# ---- --resume_from_checkpoint ----------------------------------------------------------------------------------------------
+# ---- --resume_from_checkpoint ---------------------------------------------------------------------------------------
 
 
 def test_true_means_the_newest_complete_one_or_the_beginning(
@@ -204,7 +204,7 @@ def test_a_given_folder_must_be_complete(tmp_path: Path) -> None:
         resume_point(str(tmp_path / "checkpoint-99"), tmp_path)
 
 
-# ---- save_total_limit ------------------------------------------------------------------------------------------------------
+# ---- save_total_limit -----------------------------------------------------------------------------------------------
 
 
 def left(folder: Path) -> list[int]:
@@ -246,13 +246,33 @@ def test_the_best_stays_and_a_run_given_up_goes_first(tmp_path: Path) -> None:
     assert kept(tmp_path, 2, 6) == [2, 6]
 
 
-def test_a_removal_cut_off_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def args(tmp_path: Path) -> SimpleNamespace:
+    return SimpleNamespace(output_dir=str(tmp_path), save_total_limit=2, should_save=True)
+
+
+def test_a_removal_cut_off_leaves_nothing_that_looks_complete(
+    tmp_path: Path, args: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saved(tmp_path, 2, 4)
-    args = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=1, should_save=True)
-    keeping = retention.CheckpointKeeper(args)
     with monkeypatch.context() as patch:
         patch.setattr(retention.shutil, "rmtree", lambda *_, **__: None)
-        keeping.tidy(4, None)
+        retention.remove_surplus(args, 1, 4, None)
     assert checkpoints.problems(tmp_path / "checkpoint-2") == ["trainer_state.json is missing"]
-    keeping.tidy(4, None)
+    retention.remove_surplus(args, 1, 4, None)
     assert left(tmp_path) == [4]
+
+
+def test_what_the_trainer_would_count_is_removed_before_training(tmp_path: Path, args: SimpleNamespace) -> None:
+    saved(tmp_path, 2, 4, 8)
+    trainer_part(tmp_path, 3)
+    trainer_part(tmp_path, 6)
+    args.should_save = False
+    retention.prepare_for_trainer(args, 4)
+    assert left(tmp_path) == [2, 3, 4, 6, 8]
+    args.should_save = True
+    retention.prepare_for_trainer(args, 4)
+    assert left(tmp_path) == [2, 4, 8]
+    args.save_total_limit = 1
+    with pytest.raises(ValueError, match=r"grass_ds\.attach\(trainer\)"):
+        retention.prepare_for_trainer(args, 4)

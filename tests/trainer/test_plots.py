@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from grass_ds.trainer.metrics import History, HistoryRow
+from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.plots import INACTIVE, MAX_COLUMNS, PROBING, TRAINED, layer_heatmap, probability_plot, save_plots
 
 
@@ -116,7 +116,7 @@ def test_no_step_no_plot(tmp_path: Path) -> None:
 def test_matplotlib_is_lazy_and_its_backend_untouched(tmp_path: Path) -> None:
     script = f"""
 import sys
-from grass_ds.trainer.metrics import History, HistoryRow
+from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.plots import save_plots
 assert "matplotlib" not in sys.modules
 history = History({str(tmp_path / "h.jsonl")!r}, layers=["a", "b"], sampler="full", num_active_layers=2)

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import rounding
+from helpers.faults import said
 from helpers.models import LAYERS, grass_block, snapshot, tiny_llama
 from helpers.observed import difference, observe
 from helpers.trainers import Rows, clean_process, hf_trainer, losses, losses_seen
@@ -24,7 +25,8 @@ from torch import nn
 
 import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
-from grass_ds.trainer import checkpoints, retention
+from grass_ds.trainer import checkpoints
+from grass_ds.trainer.seal import SEAL, seal_checkpoint
 from grass_ds.zero.activation_checkpointing import inputs_require_gradients
 
 pytestmark = pytest.mark.dist
@@ -65,7 +67,7 @@ def trainer_settings(dtype: str, clip: float = 0.0, steps: int = STEPS) -> dict[
     }
 
 
-# ---- four loops, one run ------------------------------------------------------------------------------------------------
+# ---- four loops, one run --------------------------------------------------------------------------------------------
 
 
 def observed(engine: Any, model: nn.Module, seen: list[float]) -> dict[str, Any]:
@@ -181,11 +183,12 @@ def all_loops(dtype: str, clip: float, folder: Path) -> dict[str, dict[str, Any]
     return loops
 
 
-# The same bits everywhere. The Trainer's own optimizer has a decay and a no-decay group, so two units per layer: element for element the
-# same arithmetic, but norms are summed in other portions. It clips here by the norms of the plain loop, once its own are found to be these.
+# The same bits everywhere. The Trainer's own optimizer has a decay and a no-decay group, so two units per layer:
+# element for element the same arithmetic, but norms are summed in other portions. It clips here by the norms of the
+# plain loop, once its own are found to be these.
 @pytest.mark.parametrize(("dtype", "clip"), [("fp32", 0.0), ("bf16", 0.1)])
 def test_every_loop_trains_alike(two_ranks: Any, dtype: str, clip: float, tmp_path: Path) -> None:
-    # Each run measures with this relative error, so two are apart by no more than twice that; of a square, twice again.
+    # Each run measures with this relative error: two differ by at most twice that, squares by twice as much again.
     of_norm = rounding.of_norm(sum(p.numel() for p in model_of(dtype).model.layers[0].parameters()), 2, GAS)
     for loops in two_ranks.run(all_loops, dtype=dtype, clip=clip, folder=tmp_path, timeout=240):
         reference = loops["plain loop"]
@@ -207,84 +210,81 @@ def test_every_loop_trains_alike(two_ranks: Any, dtype: str, clip: float, tmp_pa
         assert own["scores"] == pytest.approx(reference["scores"], rel=2 * of_norm)
 
 
-# ---- saving and training again ------------------------------------------------------------------------------------------
+# ---- training again -------------------------------------------------------------------------------------------------
 
 
-def save_and_load(dtype: str, folder: Path) -> dict[str, Any]:
-    from deepspeed import comm as dist
-    from transformers import AutoModelForCausalLM
-
-    model = model_of(dtype)
-    start = snapshot(model)
-    with hf_trainer(hf_config(dtype), folder, model, **trainer_settings(dtype)) as trainer:
-        trainer.train()
-        trainer.save_model()
-        dist.barrier()
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        live, inactive = snapshot(model), [n for n, p in model.named_parameters() if not p.requires_grad]
-    return {
-        "equal": all(torch.equal(live[name], param) for name, param in loaded.named_parameters()),
-        "names": set(live) == {name for name, _ in loaded.named_parameters()},
-        "dtypes": {param.dtype for param in loaded.parameters()},
-        "trained": any(not torch.equal(live[name], start[name]) for name in live),
-        "inactive": len(inactive),
-        "files": sorted(path.name for path in folder.iterdir()),
-    }
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_saved_model_loads_and_equals_the_live_one(two_ranks: Any, dtype: str, tmp_path: Path) -> None:
-    for found in two_ranks.run(save_and_load, dtype=dtype, folder=tmp_path):
-        assert found["equal"]
-        assert found["names"]
-        assert found["dtypes"] == {torch.float32 if dtype == "fp32" else torch.bfloat16}
-        assert found["trained"]
-        assert found["inactive"]  # some layers were frozen for the moment, and saved all the same
-        assert {"config.json", "model.safetensors"} <= set(found["files"])
-
-
-def train_twice(folder: Path, again: str, optimizer: bool) -> dict[str, Any]:
-    """``again``: the same Trainer's train() a second time, or a new Trainer on the same model.
+def train_again(folder: Path, optimizer: bool) -> list[dict[str, Any]]:
+    """One Trainer trains twice, then a new one trains the same model: what each of the three runs trained.
 
     Under any DeepSpeed config Transformers 5.23 takes its engine of the first train() for the model of the second one,
     which then has none; ``model_wrapped`` is to be reset by hand.
     """
-    model = model_of("fp32")
+    model, runs = model_of("fp32"), []
     config = hf_config(optimizer=optimizer, sampler="uniform", sample_period=1)
     settings = trainer_settings("fp32", steps=12)
-    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+
+    def run(trainer: Any) -> None:
+        start = snapshot(model)
         trainer.train()
-        first, middle = trainer.deepspeed.grass.visits, snapshot(model)
-        if again == "same trainer":
-            trainer.model_wrapped = trainer.model
-            trainer.train()
-            second, end = trainer.deepspeed.grass.visits, snapshot(model)
-    if again == "new trainer":
-        with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
-            trainer.train()
-            second, end = trainer.deepspeed.grass.visits, snapshot(model)
-    moved = {name.split(".")[2] for name in end if ".layers." in name and not torch.equal(end[name], middle[name])}
-    return {"first": first, "second": second, "moved": moved, "losses": losses(trainer)}
+        end = snapshot(model)
+        moved = {name.split(".")[2] for name in end if ".layers." in name and not torch.equal(end[name], start[name])}
+        runs.append({"visits": trainer.deepspeed.grass.visits, "moved": moved})
+
+    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+        run(trainer)
+        trainer.model_wrapped = trainer.model
+        run(trainer)
+    with hf_trainer(copy.deepcopy(config), folder, model, **settings) as trainer:
+        run(trainer)
+    return runs
 
 
-@pytest.mark.parametrize("again", ["same trainer", "new trainer"])
 @pytest.mark.parametrize("optimizer", [True, False], ids=["config's optimizer", "trainer's optimizer"])
-def test_a_second_train_can_train_every_layer(two_ranks: Any, again: str, optimizer: bool, tmp_path: Path) -> None:
-    for found in two_ranks.run(train_twice, folder=tmp_path, again=again, optimizer=optimizer):
-        assert sum(found["first"]) == sum(found["second"]) == 12
-        assert all(found["second"])
-        assert found["moved"] == {str(layer) for layer in range(LAYERS)}
+def test_a_second_and_a_third_train_can_train_every_layer(two_ranks: Any, optimizer: bool, tmp_path: Path) -> None:
+    for runs in two_ranks.run(train_again, folder=tmp_path, optimizer=optimizer):
+        for run in runs:
+            assert sum(run["visits"]) == 12
+            assert {str(layer) for layer, visits in enumerate(run["visits"]) if visits} == run["moved"]
+        for run in runs[1:]:
+            assert run["moved"] == {str(layer) for layer in range(LAYERS)}
 
 
-# ---- resuming -----------------------------------------------------------------------------------------------------------
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 # While probing, on a switch (2 probing steps and a period of 3), one step into a period.
 SAVED = {"probing": 1, "switch": 5, "mid-period": 6}
 
 
+def save_and_load(trainer: Any, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Save the model with the Trainer, load it with Transformers, and compare both; ``start``: before training."""
+    from deepspeed import comm as dist
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(trainer.args.output_dir) / "model"
+    trainer.save_model(str(folder))
+    dist.barrier()
+    loaded, live = AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), snapshot(trainer.model)
+    return {
+        "difference": difference(live, {name: param.detach() for name, param in loaded.named_parameters()}),
+        "dtypes": {param.dtype for param in loaded.parameters()},
+        "trained": any(not torch.equal(live[name], start[name]) for name in live),
+        "inactive": sum(not param.requires_grad for param in trainer.model.parameters()),
+        "files": {path.name for path in folder.iterdir()},
+    }
+
+
+def check_saved(found: dict[str, Any], dtype: torch.dtype) -> None:
+    assert found["difference"] is None
+    assert found["dtypes"] == {dtype}
+    assert found["trained"]
+    assert found["inactive"]  # some layers were frozen for the moment, and saved all the same
+    assert {"config.json", "model.safetensors"} <= found["files"]
+
+
 def train_from(folder: Path, step: int, config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """bf16, shuffled data; from ``checkpoint-<step>``, with a model of other weights, or straight from the beginning."""
+    """bf16, shuffled data; from ``checkpoint-<step>`` with a model of other weights, or from the beginning."""
     model, callback = model_of("bf16", seed=step), grass_ds.GrassCallback()
+    start = snapshot(model)
     settings = {**settings, "save_strategy": "no" if step else "steps", "save_steps": 1}
     with hf_trainer(config, folder, model, callbacks=[callback], **settings) as trainer, losses_seen(model) as seen:
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}") if step else None)
@@ -293,6 +293,7 @@ def train_from(folder: Path, step: int, config: dict[str, Any], settings: dict[s
             "losses": seen,
             "logged": losses(trainer),
             "history": None if callback.history is None else [row.active_layers for row in callback.history.rows],
+            "saved": None if step else save_and_load(trainer, start),
         }
 
 
@@ -300,11 +301,12 @@ def run_and_resume(folder: Path, optimizer: bool, background: bool) -> dict[str,
     config = hf_config("bf16", optimizer=optimizer) | ({"checkpoint": {"async": True}} if background else {})
     settings = {**trainer_settings("bf16", clip=1.0), "weight_decay": 0.1, "train_sampling_strategy": "random"}
     straight = train_from(folder, 0, copy.deepcopy(config), settings)
-    found = {}
+    saved, found = straight.pop("saved"), {}
     for step in SAVED.values():
         resumed = train_from(folder, step, copy.deepcopy(config), settings)
+        del resumed["saved"]
         found[step] = difference({**straight, "losses": straight["losses"][step * GAS :]}, resumed)
-    return {"differences": found, "losses": len(straight["losses"]), "logged": len(straight["logged"])}
+    return {"differences": found, "losses": len(straight["losses"]), "logged": len(straight["logged"]), "saved": saved}
 
 
 @pytest.mark.parametrize(
@@ -316,22 +318,23 @@ def test_resume_is_exact(two_ranks: Any, optimizer: bool, background: bool, tmp_
     for found in two_ranks.run(run_and_resume, folder=tmp_path, optimizer=optimizer, background=background):
         assert found["differences"] == dict.fromkeys(SAVED.values())
         assert found["losses"] == STEPS * GAS and found["logged"] == STEPS
+        check_saved(found["saved"], torch.bfloat16)
     assert [checkpoints.problems(checkpoint) for checkpoint in checkpoints.checkpoints(tmp_path)] == [[]] * STEPS
     newest = tmp_path / f"checkpoint-{STEPS}"
     assert grass_ds.last_checkpoint(tmp_path) == newest
-    sealed = json.loads((newest / checkpoints.SEAL).read_text())["files"]
+    sealed = json.loads((newest / SEAL).read_text())["files"]
     assert {"model.safetensors", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
-    (newest / checkpoints.SEAL).unlink()
+    (newest / SEAL).unlink()
     assert checkpoints.problems(newest) == []
     os.truncate(newest / "model.safetensors", sealed["model.safetensors"]["bytes"] - 1)
     assert checkpoints.problems(newest) == ["model.safetensors is cut off"]
 
 
-# ---- retention ----------------------------------------------------------------------------------------------------------
+# ---- retention ------------------------------------------------------------------------------------------------------
 
 
-def save_with_limit(folder: Path, background: bool) -> dict[str, Any]:
-    """Saves at every step with a limit of 1; which checkpoints were there, and complete, after each save and at the end.
+def save_with_limit(folder: Path, limit: int, attached: bool, background: bool) -> dict[str, Any]:
+    """Saves at every step; which checkpoints were there, and complete, after each save and at the end.
 
     In the background none is published before the next step begins.
     """
@@ -363,23 +366,44 @@ def save_with_limit(folder: Path, background: bool) -> dict[str, Any]:
                 allowed.set()
 
     config = hf_config() | {"checkpoint": {"async": background}}
-    settings = {**trainer_settings("fp32", steps=4), "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    callbacks = [Watch(), grass_ds.GrassCallback()]
+    settings = {
+        **trainer_settings("fp32", steps=4),
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": limit,
+    }
+    callbacks = [grass_ds.GrassCallback(), Watch()]
     with (
         mock.patch.object(engine_parts, "publish", publish_late),
         hf_trainer(config, folder, tiny_llama(), callbacks=callbacks, **settings) as trainer,
     ):
+        args = trainer.args
+        if attached:
+            grass_ds.attach(trainer)
         trainer.train()
-        return {"seen": seen, "end": there(), "limit": trainer.args.save_total_limit}
+        return {"seen": seen, "end": there(), "limit": args.save_total_limit}
 
 
-@pytest.mark.parametrize("background", [False, True])
-def test_the_limit_never_takes_the_only_complete_checkpoint(two_ranks: Any, background: bool, tmp_path: Path) -> None:
-    found, other = two_ranks.run(save_with_limit, folder=tmp_path, background=background)
-    late = [{1: False}, {1: True, 2: False}, {2: True, 3: False}, {3: True, 4: False}]
-    assert found["seen"] == (late if background else [{step: True} for step in range(1, 5)])
-    assert found["end"] == {4: True}
-    assert found["limit"] == other["limit"] == 1
+AT_ONCE = [{step: True} for step in range(1, 5)]
+LATE = [{1: False}, {1: True, 2: False}, {2: True, 3: False}, {3: True, 4: False}]
+
+
+@pytest.mark.parametrize(
+    ("limit", "attached", "background", "seen", "end"),
+    [
+        (1, True, False, AT_ONCE, {4: True}),
+        (1, True, True, LATE, {4: True}),
+        (2, False, True, LATE, {3: True, 4: True}),  # the Trainer's own rotation
+    ],
+)
+def test_the_limit_never_takes_the_only_complete_checkpoint(
+    two_ranks: Any, limit: int, attached: bool, background: bool, seen: Any, end: Any, tmp_path: Path
+) -> None:
+    how = {"limit": limit, "attached": attached, "background": background}
+    found, other = two_ranks.run(save_with_limit, folder=tmp_path, **how)
+    assert found["seen"] == seen
+    assert found["end"] == end
+    assert found["limit"] == other["limit"] == limit
 
 
 def seal_without_a_file(folder: Path) -> str:
@@ -387,27 +411,22 @@ def seal_without_a_file(folder: Path) -> str:
     from deepspeed import comm as dist
 
     rank, checkpoint = dist.get_rank(), folder / "checkpoint-3"
-    args = SimpleNamespace(
-        output_dir=folder, process_index=rank, world_size=2, should_save=rank == 0, save_total_limit=None
-    )
+    args = SimpleNamespace(output_dir=folder, process_index=rank, world_size=2, should_save=rank == 0)
     if rank == 0:
         checkpoint.mkdir()
         (checkpoint / "rng_state_0.pth").touch()
     dist.barrier()
-    try:
-        retention.CheckpointKeeper(args).seal(3)
-    except OSError as error:
-        return str(error)
-    return ""
+    return said(lambda: seal_checkpoint(args, 3))
 
 
 def test_every_rank_learns_of_a_checkpoint_that_cannot_be_sealed(two_ranks: Any, tmp_path: Path) -> None:
-    for message in two_ranks.run(seal_without_a_file, folder=tmp_path):
-        assert "rank 1" in message and "rng_state_1.pth" in message
-    assert not (tmp_path / "checkpoint-3" / checkpoints.SEAL).exists()
+    other, own = two_ranks.run(seal_without_a_file, folder=tmp_path)
+    assert other.startswith("RankFailedError: rank 1 failed: ") and "rng_state_1.pth" in other
+    assert own.startswith("FileNotFoundError: ") and "rng_state_1.pth" in own
+    assert not (tmp_path / "checkpoint-3" / SEAL).exists()
 
 
-# ---- the callback -------------------------------------------------------------------------------------------------------
+# ---- the callback ---------------------------------------------------------------------------------------------------
 
 
 def without_enable(folder: Path) -> str:
@@ -431,21 +450,7 @@ def test_a_forgotten_enable_is_an_error_on_every_rank(two_ranks: Any, tmp_path: 
         assert "call grass_ds.enable() before building the Trainer" in message
 
 
-def pickled(folder: Path) -> dict[str, Any]:
-    callback = grass_ds.GrassCallback()
-    with hf_trainer(hf_config(), folder, tiny_llama(), callbacks=[callback], **trainer_settings("fp32")) as trainer:
-        trainer.train()
-        copied = pickle.loads(pickle.dumps(callback))
-        return {"kind": type(copied).__name__, "rows": copied.history, "own": callback.history is not None}
-
-
-def test_the_callback_pickles_after_a_real_run(two_ranks: Any, tmp_path: Path) -> None:
-    first, second = two_ranks.run(pickled, folder=tmp_path)
-    assert first == {"kind": "GrassCallback", "rows": None, "own": True}
-    assert second == {"kind": "GrassCallback", "rows": None, "own": False}  # one rank keeps the history
-
-
-# ---- wandb --------------------------------------------------------------------------------------------------------------
+# ---- one run that is only looked at ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -459,31 +464,51 @@ def offline_wandb(folder: Path) -> Iterator[None]:
         wandb.finish()
 
 
-def report_to_wandb(folder: Path) -> list[dict[str, Any]]:
-    with hf_trainer(
-        hf_config(),
-        folder / "out",
-        tiny_llama(),
-        callbacks=[grass_ds.GrassCallback()],
-        report_to=["wandb"],
-        **trainer_settings("fp32", clip=1.0),
-    ) as trainer:
+def run_and_report(folder: Path) -> dict[str, Any]:
+    model = tiny_llama()
+    start = snapshot(model)
+    settings = trainer_settings("fp32", clip=1.0)
+    with hf_trainer(hf_config(), folder / "out", model, report_to=["wandb"], **settings) as trainer:
+        callback = grass_ds.attach(trainer)
         with offline_wandb(folder):
             trainer.train()
-        return trainer.state.log_history
+        copied = pickle.loads(pickle.dumps(callback))
+        return {
+            "log": trainer.state.log_history,
+            "copy": (type(copied).__name__, copied.history),
+            "history": callback.history is not None,
+            "saved": save_and_load(trainer, start),
+        }
 
 
-def test_wandb_gets_one_run_with_everything_in_it(two_ranks: Any, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def reported(two_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of a run that reported to wandb, and what each rank saw."""
     pytest.importorskip("wandb")
-    [log, _] = two_ranks.run(report_to_wandb, folder=tmp_path)
-    [run] = tmp_path.glob("wandb/offline-run-*")  # global rank 0 alone
+    folder = tmp_path_factory.mktemp("reported")
+    return folder, two_ranks.run(run_and_report, folder=folder)
+
+
+def test_saved_model_loads_and_equals_the_live_one(reported: Any) -> None:
+    for found in reported[1]:
+        check_saved(found["saved"], torch.float32)
+
+
+def test_the_callback_pickles_after_a_real_run(reported: Any) -> None:
+    assert [found["copy"] for found in reported[1]] == [("GrassCallback", None)] * 2
+    assert [found["history"] for found in reported[1]] == [True, False]  # one rank keeps the history
+
+
+def test_wandb_gets_one_run_with_everything_in_it(reported: Any) -> None:
+    folder, [found, _] = reported
+    [run] = folder.glob("wandb/offline-run-*")  # global rank 0 alone
     [file] = run.glob("*.wandb")
     rows = read_history(file)
     steps = [row["_step"] for row in rows]
     assert steps == sorted(set(steps))
     training = [row for row in rows if "train/loss" in row]
     assert [row["train/global_step"] for row in training] == list(range(1, STEPS + 1))
-    logged = [entry for entry in log if "loss" in entry]
+    logged = [entry for entry in found["log"] if "loss" in entry]
     for name in ("loss", "grad_norm", "learning_rate"):
         assert [row[f"train/{name}"] for row in training] == pytest.approx([entry[name] for entry in logged])
     assert [row["train/grass/phase"] for row in training] == [0.0] + [1.0] * (STEPS - 1)
@@ -495,14 +520,13 @@ def test_wandb_gets_one_run_with_everything_in_it(two_ranks: Any, tmp_path: Path
         assert row["train/grass/bytes/weights/device"] > 0
         assert {"train/grass/bytes/gradients/device", "train/grass/bytes/optimizer_state/host"} <= set(row)
         assert row["train/tokens_per_second"] > 0
-    assert (
-        training[-1]["train/grass/bytes/optimizer_state/host"] > training[0]["train/grass/bytes/optimizer_state/host"]
-    )
+    state = [row["train/grass/bytes/optimizer_state/host"] for row in training]
+    assert state[-1] > state[0]
     assert len({tuple(row[f"train/grass/active/{layer:02d}"] for layer in range(LAYERS)) for row in training}) > 2
     assert any(key.startswith("grass/layers") for row in rows for key in row)  # the plots
 
 
-# ---- gradient checkpointing ---------------------------------------------------------------------------------------------
+# ---- gradient checkpointing -----------------------------------------------------------------------------------------
 
 
 def checkpointed(folder: Path, reentrant: bool | None, always: list[str]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing: every active layer trains as without it, and backward goes no deeper than it must.
 
-Matrix products are counted where torch dispatches them. A Llama block has seven linear layers; attention itself is no ``mm``.
+Matrix products are counted where torch dispatches them. A Llama block has seven linear layers; attention itself is no
+``mm``.
 """
 
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import LAYERS, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import LAYERS, backward, cyclic, ds_config, engine_of, loss_of, snapshot, tiny_llama, train
+from helpers.observed import difference
 from helpers.tiered import tiered
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,23 +50,22 @@ def checkpointed(mode: str) -> nn.Module:
     return model
 
 
-# ---- same training --------------------------------------------------------------------------------------------------------
+# ---- same training --------------------------------------------------------------------------------------------------
 
 
 def train_through_all_layers(config: dict[str, Any], mode: str) -> dict[str, Any]:
     """Visit every layer; weights after each step, and the gradients of the first."""
     from deepspeed.utils import safe_get_full_grad
 
-    model, weights = checkpointed(mode), []
+    model, weights = checkpointed(mode), {}
     with engine_of(config, model) as engine:
-        ids = batch(0, 0, engine.global_rank)
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        backward(engine, 0)
         gradients = {name: safe_get_full_grad(p).clone() for name, p in model.named_parameters() if p.requires_grad}
         engine.step()
-        train(engine, LAYERS - 1, start=1, after_step=lambda _: weights.append(snapshot(model)))
+        train(engine, LAYERS - 1, start=1, after_step=lambda step: weights.update({step: snapshot(model)}))
         assert engine.grass.visits == (1,) * LAYERS
     start = dict(tiny_llama().named_parameters())
-    moved = {name for name, weight in weights[-1].items() if not torch.equal(weight, start[name])}
+    moved = {name for name, weight in weights[LAYERS - 1].items() if not torch.equal(weight, start[name])}
     return {"weights": weights, "gradients": gradients, "moved": moved}
 
 
@@ -91,21 +92,18 @@ def train_through_all_layers(config: dict[str, Any], mode: str) -> dict[str, Any
 def test_trains_every_layer_as_without_checkpointing(
     two_ranks: Any, mode: str, stage: int, order: str, always: list[str]
 ) -> None:
-    block = grass_block(sampler="cyclic", cyclic_order=order, sample_period=1, always_active=always)
+    block = {**cyclic(always_active=always), "cyclic_order": order}
     config = ds_config(stage=stage, grass=block)
     plain = two_ranks.run(train_through_all_layers, config=config, mode="none")
     ours = two_ranks.run(train_through_all_layers, config=config, mode=mode)
     expected = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight"}
     for without, with_ in zip(plain, ours, strict=True):
-        blocks = {name for name in without["weights"][0] if "layers" in name}
+        blocks = {name for name in without["weights"][1] if "layers" in name}
         assert with_["moved"] == without["moved"] == blocks | {expected[kind] for kind in always}
-        assert with_["gradients"].keys() == without["gradients"].keys()
-        assert all(torch.equal(g, with_["gradients"][name]) for name, g in without["gradients"].items())
-        for before, after in zip(without["weights"], with_["weights"], strict=True):
-            assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+        assert difference(without, with_) is None
 
 
-# ---- how deep backward goes -----------------------------------------------------------------------------------------------
+# ---- how deep backward goes -----------------------------------------------------------------------------------------
 
 
 def count_products(config: dict[str, Any], mode: str) -> list[int]:
@@ -114,8 +112,7 @@ def count_products(config: dict[str, Any], mode: str) -> list[int]:
     with engine_of(config, model) as engine:
         for layer in range(LAYERS):
             assert engine.grass.active_layers == (layer,)
-            ids = batch(layer, 0, engine.global_rank)
-            loss = engine(input_ids=ids, labels=ids).loss
+            loss = loss_of(engine, layer)
             with Products() as products:
                 engine.backward(loss)
             counts.append(products.count)
@@ -124,13 +121,12 @@ def count_products(config: dict[str, Any], mode: str) -> list[int]:
 
 
 def backward_products(layer: int) -> int:
-    """Head, the blocks above and the layer itself, down to its first norm, pass a gradient on; the layer's weights get theirs."""
+    """One per linear layer from the head down to the active layer, and one per weight of that layer."""
     return 1 + (LAYERS - layer) * LINEAR + LINEAR
 
 
 def products(pool: Any, mode: str, always: list[str]) -> list[int]:
-    block = grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=1, always_active=always)
-    counts = pool.run(count_products, config=ds_config(grass=block), mode=mode)
+    counts = pool.run(count_products, config=ds_config(grass=cyclic(always_active=always)), mode=mode)
     assert all(count == counts[0] for count in counts)
     return counts[0]
 
@@ -159,7 +155,7 @@ def test_active_embeddings_make_backward_go_all_the_way(two_ranks: Any) -> None:
     assert products(two_ranks, "none", ["norm", "embed"]) == [full] * LAYERS
 
 
-# ---- the hook on the embeddings -------------------------------------------------------------------------------------------
+# ---- the hook on the embeddings -------------------------------------------------------------------------------------
 
 
 def is_hooked(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.observed import difference
 from helpers.ranks import RankPool
 from helpers.tiered import tiered
 
@@ -27,7 +28,7 @@ KINDS_OF_BLOCK = 4
 
 
 def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
-    """Train with a compiler that only counts what it is given; ``how``: ``no``, ``engine`` or ``whole`` (the model in one piece)."""
+    """Train with a compiler that only counts graphs; ``how``: ``no``, ``engine`` or ``whole`` (the whole model)."""
     graphs: list[int] = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -37,9 +38,7 @@ def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
     torch._dynamo.reset()
     sets: set[tuple[int, ...]] = set()
     model = tiny_llama()
-    model.config.use_cache = (
-        False  # the cache of keys and values is indexed by the layer's number, which a graph would hold
-    )
+    model.config.use_cache = False  # or a graph would hold the layer's index in the cache of keys and values
     with engine_of(config, model=model) as engine:
         if how == "engine":
             engine.compile(backend=count)
@@ -47,12 +46,8 @@ def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
         elif how == "whole":
             engine.module.compile(backend=count)
         said = engine.is_compiled
-
-        def note(_: int) -> None:
-            sets.add(engine.grass.active_layers)
-
-        note(0)
-        train(engine, STEPS, after_step=note)
+        sets.add(engine.grass.active_layers)
+        train(engine, STEPS, after_step=lambda _: sets.add(engine.grass.active_layers))
         weights = snapshot(engine.module)
     torch._dynamo.reset()
     return {"weights": weights, "graphs": graphs, "sets": len(sets), "compiled": said}
@@ -66,7 +61,7 @@ def test_blocks_share_their_graphs_whatever_is_drawn(compiling_ranks: RankPool, 
         assert found["compiled"] and not expected["compiled"]
         assert found["sets"] == 4
         assert 1 < len(found["graphs"]) <= KINDS_OF_BLOCK
-        assert all(torch.equal(found["weights"][name], weight) for name, weight in expected["weights"].items())
+        assert difference(found["weights"], expected["weights"]) is None
 
 
 @pytest.mark.all
@@ -83,7 +78,7 @@ def test_compiled_blocks_compute_the_same_on_zero3(compiling_ranks: RankPool) ->
     config = ds_config(stage=3, grass=grass_block(sampler="cyclic", sample_period=1), zero_optimization=RELEASED)
     plain = compiling_ranks.run(compiled, config=config, how="no")
     for found, expected in zip(compiling_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
-        assert all(torch.equal(found["weights"][name], weight) for name, weight in expected["weights"].items())
+        assert difference(found["weights"], expected["weights"]) is None
 
 
 def refused() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3, however the model came to be: under zero.Init, from a checkpoint folder, or whole; and settings that change nothing."""
+"""ZeRO-3 with models built under zero.Init, from a folder, or whole; and settings that must not change a bit."""
 
 import copy
 from pathlib import Path
@@ -53,7 +53,7 @@ def copy_of(weights: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-# ---- ways to build ------------------------------------------------------------------------------------------------------
+# ---- ways to build --------------------------------------------------------------------------------------------------
 
 
 def under_init(config: dict[str, Any], folder: Path) -> nn.Module:
@@ -81,14 +81,14 @@ def from_folder(config: dict[str, Any], folder: Path) -> nn.Module:
         del alive
     for buffer in model.buffers():
         buffer.data = buffer.data.to(model.dtype)  # DeepSpeed does so for models that come whole
-    with gathered(model):
+    with gathered(model.parameters()):
         saved = tiny_llama(seed=5).to(model.dtype).state_dict()
         assert difference(saved, {name: tensor.clone() for name, tensor in model.state_dict().items()}) is None
     return model
 
 
 def both_orders(config: dict[str, Any], build: Any, folder: Path) -> tuple[str | None, int]:
-    """Where the run of the model built in parts differs from that of the same model built whole; parameters built whole."""
+    """How a run of the partitioned model differs from one of the whole model; parameters that were built whole."""
     model = build(config, folder)
     whole = sum(
         getattr(param, "ds_status", None) is not deepspeed_compat.ZeroParamStatus.NOT_AVAILABLE
@@ -136,7 +136,7 @@ def test_the_model_is_never_whole_on_one_rank(request: pytest.FixtureRequest, po
         assert peak >= model  # the measure sees it
 
 
-# ---- settings that change where weights are, not what they become -------------------------------------------------------
+# ---- settings that change where weights are, not what they become ---------------------------------------------------
 
 QUIET: dict[str, dict[str, Any]] = {
     "nothing persistent": {"stage3_param_persistence_threshold": 0},
@@ -164,7 +164,7 @@ def test_settings_that_change_no_bit(two_ranks: Any, dtype: str) -> None:
 
 
 def where_weights_rest(pinned: bool, threshold: int) -> dict[str, Any]:
-    """Pretends that tensors can be pinned: which of the shards are, and which parameters are gathered between steps."""
+    """Pretend that tensors can be pinned. Which shards are, and how many parameters are persistent."""
     marked: set[int] = set()
 
     def pin(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -217,13 +217,13 @@ def test_leaf_modules(two_ranks: Any, granularity: int, whole_layers: bool) -> N
     assert two_ranks.run(leaves, granularity=granularity, whole_layers=whole_layers) == [None] * 2
 
 
-# ---- which parameters, by which optimizer -------------------------------------------------------------------------------
+# ---- which parameters, by which optimizer ---------------------------------------------------------------------------
 
 FROZEN = ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight")
 
 
 def variants(in_parts: bool) -> dict[str, Any]:
-    """Frozen ones, two groups, the client's optimizer: each next to its ZeRO-2 twin. What differs, and what else is seen."""
+    """Frozen parameters, two groups, a client optimizer: how each run differs from ZeRO-2, and what it trained."""
     config = zero3()
     config["gradient_clipping"] = 0.0  # the norm is a sum over other shards
     made = under_init(config, Path()) if in_parts else tiny_llama(seed=2)
@@ -285,7 +285,7 @@ def test_frozen_parameters_groups_and_client_optimizers(two_ranks: Any, in_parts
         assert in_parts or found["groups"]["units"] > found["client"]["units"]
 
 
-# ---- errors within --------------------------------------------------------------------------------------------------------
+# ---- errors within --------------------------------------------------------------------------------------------------
 
 
 def hooks_on(model: nn.Module) -> dict[str, int]:

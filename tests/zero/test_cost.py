@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What layers cost: inactive ones nothing, active ones what the formulas here say.
 
-Nothing is taken on the library's word: collectives are counted where torch dispatches them, memory is the bytes of the live storages.
+Nothing is taken on the library's word: collectives are counted where torch dispatches them, memory is the bytes of the
+live storages.
 """
 
 import gc
@@ -42,7 +43,7 @@ def state_bytes(layers: int, world: int) -> int:
     return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
 
 
-def window_bytes(world: int) -> int:
+def buffer_bytes(world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
     return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
 
@@ -52,14 +53,14 @@ def run_backward(engine: Any, step: int, micro: int) -> None:
     engine.backward(engine(input_ids=ids, labels=ids).loss)
 
 
-# ---- traffic and gradients ------------------------------------------------------------------------------------------------
+# ---- traffic and gradients ------------------------------------------------------------------------------------------
 
 
 def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """Per step: what was sent, what the library says it sent and holds, and whose gradients came.
 
-    Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come into, and a
-    shard with its squared norm per active unit.
+    Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come
+    into, and a shard with its squared norm per active unit.
     """
     model, fired, steps = model_for(config), set(), []
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
@@ -81,7 +82,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             seen = sum(count > 0 for count in engine.grass.visits)
             resting = weight_bytes(config, world) + bool(step) * (state_bytes(seen, world) + STEP_COUNT * (seen + 1))
             shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
-            expected = resting + TEMPLATE + window_bytes(world) + width(config) * sum(shards) + 4 * len(shards)
+            expected = resting + TEMPLATE + buffer_bytes(world) + width(config) * sum(shards) + 4 * len(shards)
             assert settle(live, expected) == expected
             record["held"] = engine.grass.memory()["gradients"]["device"]
             record["counted"] = (traffic.calls - calls, traffic.nbytes - nbytes)
@@ -133,7 +134,7 @@ def test_traffic_and_gradients_are_those_of_the_active_layers(request: pytest.Fi
             assert {name for name in step["fired"] if "layers" not in name} == {"model.norm.weight"}
 
 
-# ---- peaks ----------------------------------------------------------------------------------------------------------------
+# ---- peaks ----------------------------------------------------------------------------------------------------------
 
 SHARD = shard(LAYER, 2)
 FLAT = 2 * SHARD
@@ -210,12 +211,12 @@ def test_construction_needs_at_most_two_units_beside_the_model(two_ranks: Any, s
         assert after < unit // 100
 
 
-# ---- optimizer state ------------------------------------------------------------------------------------------------------
+# ---- optimizer state ------------------------------------------------------------------------------------------------
 
 
 def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dict[str, Any]]:
-    """Between steps: visited layers, and what the library reports; that many layers' states and the device buffers must be alive,
-    and nothing else."""
+    """Between steps: visited layers, and what the library reports; that many layers' states and the device buffers
+    must be alive, and nothing else."""
     model, between = model_for(config), []
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for step in range(PERIOD * LAYERS):
@@ -223,7 +224,7 @@ def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dic
             visited = sum(count > 0 for count in engine.grass.visits)
             peak = engine.grass.memory(peak=True)["optimizer_state"]["device"]
             expected = weight_bytes(config, world) + state_bytes(held[step], world) + STEP_COUNT * (held[step] + 1)
-            expected += TEMPLATE + (0 if config["grass"]["offload"]["device"] == "none" else window_bytes(world))
+            expected += TEMPLATE + (0 if config["grass"]["offload"]["device"] == "none" else buffer_bytes(world))
             assert settle(live, expected) == expected
             between.append({"visited": visited, "peak": peak, **engine.grass.memory()["optimizer_state"]})
     return between
@@ -243,7 +244,7 @@ def test_optimizer_state_is_that_of_layers_ever_active(
         for step, now in enumerate(between):
             state = state_bytes(held[step], world)
             assert now["visited"] == step // PERIOD + 1
-            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (window_bytes(world), state))
+            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (buffer_bytes(world), state))
             assert now["peak"] == now["device"]
 
 
@@ -254,7 +255,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
             alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 1)
-            alive += TEMPLATE + window_bytes(world=2)
+            alive += TEMPLATE + buffer_bytes(world=2)
             assert settle(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers cost in ZeRO-3, where every rank has only its part of the weights: the formulas are here, the library is not asked.
+"""What layers cost in ZeRO-3, where every rank has only its part of the weights: the formulas are here, the library is
+not asked.
 
 Collectives are counted where torch dispatches them, memory is the bytes of the live storages.
 """
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.live import LiveBytes, hooks_on, settle
-from helpers.models import engine_of, train
+from helpers.models import engine_of, loss_of, train
 from helpers.small import HIDDEN, LAYERS, PERIOD, STEP_COUNT, WORLD, model_for, width
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
@@ -23,29 +24,28 @@ from helpers.zero3 import (
     NAMES,
     NORM,
     PERSISTENT,
+    buffer_bytes,
     calls_to,
     config_of,
     from_shards,
     layers_in,
     part,
-    run_forward,
     shard,
     state_bytes,
     status,
     weight_bytes,
-    window_bytes,
 )
 
 pytestmark = pytest.mark.dist
 
-# ---- traffic, gradients and what is alive between backward and step --------------------------------------------------------
+# ---- traffic, gradients and what is alive between backward and step -------------------------------------------------
 
 
 def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """Per step: what was sent and gathered, and whose gradients came.
 
-    Between backward and step nothing may be alive but partitions, resting states, the two device buffers that states come into, and
-    a shard with its squared norm per active unit.
+    Between backward and step nothing may be alive but partitions, resting states, the two device buffers that states
+    come into, and a shard with its squared norm per active unit.
     """
     model, fired, steps = model_for(config), set(), []
     model.eval()  # as ``from_pretrained`` leaves it
@@ -60,7 +60,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             for micro in range(engine.gradient_accumulation_steps()):
                 if micro:
                     engine.step()
-                loss = run_forward(engine, step, micro)
+                loss = loss_of(engine, step, micro)
                 with Collectives() as sent:
                     engine.backward(loss)
                 record["reduced"].append([call for call in sent.calls if call[0] != "allgather_base"])
@@ -72,11 +72,11 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             resting = weight_bytes(config, world) + bool(step) * state_bytes(seen, world) + counts
             shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
             expected = (
-                resting + window_bytes(world) + width(config) * (sum(shards) + HIDDEN * len(held)) + 4 * len(shards)
+                resting + buffer_bytes(world) + width(config) * (sum(shards) + HIDDEN * len(held)) + 4 * len(shards)
             )
             assert settle(live, expected) == expected
             state = engine.grass.memory()["optimizer_state"]
-            assert (state["device"], state["host"]) == (window_bytes(world), bool(step) * state_bytes(seen, world))
+            assert (state["device"], state["host"]) == (buffer_bytes(world), bool(step) * state_bytes(seen, world))
             gathers.phase = "step"
             with Collectives() as sent:
                 engine.step()
@@ -142,7 +142,7 @@ def watch_gradient_peak(config: dict[str, Any], probe: bool, sizes: set[int]) ->
                 for micro in range(engine.gradient_accumulation_steps()):
                     if micro:
                         engine.step()
-                    engine.backward(run_forward(engine, 0, micro))
+                    engine.backward(loss_of(engine, 0, micro))
         finally:
             comm.reduce_scatter_tensor = stock
         return live.peak
@@ -158,14 +158,14 @@ def test_gradient_peak(two_ranks: Any, probe: bool, gas: int, dtype: str) -> Non
     assert two_ranks.run(watch_gradient_peak, config=config, probe=probe, sizes={one, flat}) == expected
 
 
-# ---- construction, growth, the end -----------------------------------------------------------------------------------------
+# ---- construction, growth, the end ----------------------------------------------------------------------------------
 
 
 IN_FLIGHT = 1024  # bytes: small exchanges that gloo's threads hold a moment longer
 
 
 def watch_construction(config: dict[str, Any], whole: int, partitioned: int) -> tuple[int, int]:
-    """Bytes beyond the model's own at the peak of initialize(), from a whole model and from one cut up by zero.Init."""
+    """Bytes beyond the model's own at the peak of initialize(), from a whole model and from one built in zero.Init."""
     import deepspeed
 
     with LiveBytes((model := model_for(config)).parameters()) as live, engine_of(config, model):
@@ -192,7 +192,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
             alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 2)
-            alive += window_bytes(world=2)
+            alive += buffer_bytes(world=2)
             assert settle(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
@@ -226,7 +226,7 @@ def train_twice(config: dict[str, Any]) -> None:
     with engine_of(config, model) as engine:
         with calls_to("fetch_sub_module", gathering.add):
             losses = train(engine, 3)
-        assert gathering and gathering <= set(engine.optimizer.coordinators.values())
+        assert gathering and gathering <= set(engine.optimizer.traces.coordinators.values())
         assert status(model) == {"NOT_AVAILABLE"}
     with engine_of(config, fresh) as engine:
         assert losses == train(engine, 3)

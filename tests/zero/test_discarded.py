@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``zero_grad()`` throws away what the accumulation window holds: the run goes on as if it had never seen the batch, bit by bit."""
+"""``zero_grad()`` discards the accumulation window: the run continues bit by bit as if it had not seen the batch."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
-from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot
+from helpers.models import RELEASED, backward, ds_config, engine_of, grass_block, loss_of, snapshot
+from helpers.observed import difference
 from helpers.tiered import tiered
 
 from grass_ds.core.agreement import RankDivergenceError
@@ -15,18 +15,16 @@ pytestmark = pytest.mark.dist
 STEPS = 5
 
 
-def backward(engine: Any, ids: torch.Tensor, factor: float = 1.0) -> None:
-    engine.backward(engine(input_ids=ids, labels=ids).loss * factor)
-
-
 def discarding(
     config: dict[str, Any], bad: Sequence[tuple[int, int]], how: str = "engine", lost: bool = False
 ) -> dict[str, Any]:
     """Train; before the micro-steps of ``bad`` comes a batch whose gradient is thrown away.
 
     Args:
-        how: whose ``zero_grad()`` is called: ``engine`` or ``optimizer``; with ``always`` also before every window, as Trainer does.
-        lost: do not discard, but give the micro-steps before those of ``bad`` in their window a loss of 0, which has the same effect.
+        how: whose ``zero_grad()`` is called: ``engine`` or ``optimizer``; with ``always`` also before every window, as
+            Trainer does.
+        lost: do not discard, but give the micro-steps before those of ``bad`` in their window a loss of 0, which has
+            the same effect.
     """
     with engine_of(config) as engine:
         for step in range(STEPS):
@@ -35,20 +33,12 @@ def discarding(
                     engine.zero_grad()
                     engine.optimizer.zero_grad()
                 if (step, micro) in bad and not lost:
-                    backward(engine, batch(step, 50 + micro, engine.global_rank), 100.0)
+                    engine.backward(100.0 * loss_of(engine, step, 50 + micro))
                     (engine.optimizer if how == "optimizer" else engine).zero_grad()
                 zeroed = lost and any(step == at and micro < until for at, until in bad)
-                backward(engine, batch(step, micro, engine.global_rank), 0.0 if zeroed else 1.0)
+                engine.backward((0.0 if zeroed else 1.0) * loss_of(engine, step, micro))
                 engine.step()
         return {"weights": snapshot(engine.module), "grass": engine.optimizer.controller.state_dict()}
-
-
-def same(left: Any, right: Any) -> bool:
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return torch.equal(left, right) if torch.is_tensor(left) else left == right
 
 
 FULL, PROBING = {"sampler": "full"}, grass_block(sampler="grass")
@@ -72,12 +62,8 @@ def test_a_batch_that_is_thrown_away_leaves_no_trace(two_ranks: Any, name: str) 
     """In probing (steps 0 and 1) and training, at the beginning of a window."""
     config, how = SETTINGS[name]
     bad = [] if how == "always" else [(0, 0), (3, 0)]
-    for found, never_saw in zip(
-        two_ranks.run(discarding, config=config, bad=bad, how=how),
-        two_ranks.run(discarding, config=config, bad=[]),
-        strict=True,
-    ):
-        assert same(found, never_saw)
+    found = two_ranks.run(discarding, config=config, bad=bad, how=how)
+    assert difference(found, two_ranks.run(discarding, config=config, bad=[])) is None
 
 
 @pytest.mark.parametrize("stage", tiered([1, 2, 3], 2))
@@ -88,8 +74,8 @@ def test_all_that_a_window_has_collected_goes(two_ranks: Any, stage: int) -> Non
     expected = two_ranks.run(discarding, config=config, bad=[(2, 1)], lost=True)
     everything = two_ranks.run(discarding, config=config, bad=[])
     for one, other, kept in zip(found, expected, everything, strict=True):
-        assert same(one["weights"], other["weights"])
-        assert not same(one["weights"], kept["weights"])
+        assert difference(one["weights"], other["weights"]) is None
+        assert difference(one["weights"], kept["weights"])
 
 
 def scores_of_second_micro_batch(gas: int) -> list[float]:
@@ -97,7 +83,7 @@ def scores_of_second_micro_batch(gas: int) -> list[float]:
     with engine_of(ds_config(gas=gas, grass=PROBING)) as engine:
         for step in range(2):
             for micro in range(2 - gas, 2):
-                backward(engine, batch(step, micro, engine.global_rank))
+                backward(engine, step, micro)
                 if micro == 0:
                     engine.zero_grad()
                 engine.step()
@@ -112,18 +98,18 @@ def test_importance_is_that_of_the_micro_batches_that_were_kept(two_ranks: Any) 
 def step_without_gradients(stage: int) -> dict[str, Any]:
     with engine_of(ds_config(stage=stage, grass=grass_block(sampler="uniform"))) as engine:
         before = snapshot(engine.module)
-        backward(engine, batch(0, 0, engine.global_rank))
+        backward(engine, 0)
         engine.zero_grad()
         engine.step()
         found = {
-            "unmoved": same(before, snapshot(engine.module)),
+            "unmoved": difference(before, snapshot(engine.module)) is None,
             "counted": engine.optimizer.controller.step,
             "skipped": engine.skipped_steps,
             "norm": engine.get_global_grad_norm(),
         }
-        backward(engine, batch(1, 0, engine.global_rank))
+        backward(engine, 1)
         engine.step()
-        return {**found, "moves again": not same(before, snapshot(engine.module))}
+        return {**found, "moves again": difference(before, snapshot(engine.module)) is not None}
 
 
 @pytest.mark.parametrize("stage", tiered([1, 2, 3], 1))
@@ -134,7 +120,7 @@ def test_a_step_without_gradients_updates_nothing_and_is_not_counted(two_ranks: 
 
 def discard_on_one_rank() -> str:
     with engine_of(ds_config(grass=grass_block(sampler="uniform"))) as engine:
-        backward(engine, batch(0, 0, engine.global_rank))
+        backward(engine, 0)
         if engine.global_rank == 0:
             engine.zero_grad()
         try:

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that are to train and get no gradient stop the run with their names: silence would look like training."""
 
-import logging
 from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils import logger
-from helpers.models import RELEASED, VOCAB, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama
+from helpers.models import RELEASED, VOCAB, batch, ds_config, engine_of, grass_block, loss_of, snapshot, tiny_llama
+from helpers.observed import logged
 from helpers.tiered import tiered
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from grass_ds.zero.norms import MissingGradientError
+from grass_ds.zero.step import MissingGradientError
 
 pytestmark = pytest.mark.dist
 
@@ -48,26 +47,13 @@ class Decoder(nn.Module):
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def heard(part: str) -> list[str]:
-    """The lines with ``part`` that DeepSpeed's logger shows from now on."""
-    lines: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if part in record.getMessage():
-                lines.append(record.getMessage())
-
-    logger.addHandler(Ear(logging.WARNING))
-    return lines
-
-
 def trained(
     block: dict[str, Any], stage: int = 2, reentrant: bool = False, pictures: tuple[int, ...] = ()
 ) -> dict[str, Any]:
     """Four steps; ``pictures``: the ranks whose rows use the projector."""
     config = ds_config(stage=stage, grass=block, zero_optimization=RELEASED if stage == 3 else {})
-    with engine_of(config, model=Decoder(reentrant)) as engine:
-        before, warnings = snapshot(engine.module), heard(" no gradient reached ")
+    with engine_of(config, model=Decoder(reentrant)) as engine, logged(" no gradient reached ") as warnings:
+        before = snapshot(engine.module)
         try:
             for step in range(4):
                 picture = torch.ones(3) if engine.global_rank in pictures else None
@@ -112,15 +98,14 @@ def test_a_named_module_that_no_row_uses_is_an_error_unless_the_setting_allows_i
         assert "use_reentrant" not in found["error"]  # which would starve blocks
     for found in two_ranks.run(trained, block={**block, "missing_gradients": "zero"}, stage=stage):
         assert {"layers", "norm"} <= found["moved"] and found["warnings"] == []
-    for found in two_ranks.run(
-        trained, block=block, stage=stage, pictures=(1,) if stage < 3 else (0, 1)
-    ):  # one rank's rows are enough
+    pictures = (1,) if stage < 3 else (0, 1)  # one rank's rows are enough
+    for found in two_ranks.run(trained, block=block, stage=stage, pictures=pictures):
         assert found["moved"] == {"layers", "norm", "projector"}
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "full"])
 def test_a_module_that_trains_by_default_and_is_not_used_is_a_warning(two_ranks: Any, sampler: str) -> None:
-    """One in all: DeepSpeed trains such models without a word."""
+    """One warning on rank 0: DeepSpeed trains such models silently."""
     first, second = two_ranks.run(trained, block=grass_block(sampler=sampler))
     assert {"layers", "norm"} <= first["moved"] == second["moved"]
     assert len(first["warnings"]) == 1 and "no gradient reached projector.weight" in first["warnings"][0]
@@ -131,8 +116,7 @@ def probed_with_zeros() -> dict[str, Any]:
     with engine_of(ds_config(grass=grass_block())) as engine:
         try:
             for step in range(3):
-                ids = batch(step, 0, engine.global_rank)
-                engine.backward(engine(input_ids=ids, labels=ids).loss * 0.0)
+                engine.backward(loss_of(engine, step) * 0.0)
                 engine.step()
         except ValueError as error:
             return {"error": str(error), "steps": engine.global_steps}
@@ -145,11 +129,11 @@ def test_scores_that_are_all_0_are_refused(two_ranks: Any) -> None:
 
 
 def said_at_start(config: dict[str, Any], frozen: str = "") -> str:
-    lines, model = heard("grass_ds: "), tiny_llama()
+    model = tiny_llama()
     for name, param in model.named_parameters():
         param.requires_grad_(not frozen or not name.startswith(frozen))
-    with engine_of(config, model=model):
-        return "".join(line for line in lines if " active at a time" in line)
+    with logged(" active at a time") as lines, engine_of(config, model=model):
+        return "".join(lines)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``full`` sampler is stock DeepSpeed ZeRO-1/2/3, given the same param groups: bit by bit, on every CPU.
 
-Both sum the same gradients in the same order. One thing differs: DeepSpeed sums squared norms per parameter in float64 and we per shard
-in float32, so the two norms, and with them the factor that clips, differ in their last bits. So stock clips here by the norm that our
-run measured. Then all weights must be equal, so both runs have the same gradients at every step, and the norm that stock itself measured
-of them must be ours up to the rounding of the sums.
+Both sum the same gradients in the same order. One thing differs: DeepSpeed sums squared norms per parameter in float64
+and we per shard in float32, so the two norms, and with them the factor that clips, differ in their last bits. So stock
+clips here by the norm that our run measured. Then all weights must be equal, so both runs have the same gradients at
+every step, and the norm that stock itself measured of them must be ours up to the rounding of the sums.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import rounding
 from helpers.models import RELEASED, ds_config, engine_of, grass_block, snapshot, tiny_llama, train, unit_groups
 from helpers.observed import difference, fp16_allowed
 from helpers.tiered import tiered
@@ -92,7 +93,7 @@ WRAPPERS = {
 
 @contextmanager
 def clipping_by(norms: Sequence[float]) -> Iterator[list[float]]:
-    """Stock takes these for the norms of the steps that it applies, loss scale included. Yields those that it measured."""
+    """Stock clips by these norms, loss scale included, one per applied step. Yields the norms that it measured."""
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
@@ -124,12 +125,12 @@ def run(case: Case, grass: dict[str, Any], norms: Sequence[float] = ()) -> dict[
             model.train()
         with engine_of(ds_config(**case.settings, **grass), model, model_parameters=unit_groups(model)) as engine:
 
-            def note(_: int) -> None:
+            def measure(_: int) -> None:
                 if grass and engine.was_step_applied():
                     assert engine.get_global_grad_norm() > engine.gradient_clipping()  # or nothing would be clipped
                     measured.append(engine.get_global_grad_norm() * engine.optimizer.loss_scale)
 
-            losses = train(engine, case.steps, after_step=note)
+            losses = train(engine, case.steps, after_step=measure)
             return {
                 "wrapper": type(engine.optimizer).__name__,
                 "skipped": engine.skipped_steps,
@@ -142,15 +143,13 @@ def run(case: Case, grass: dict[str, Any], norms: Sequence[float] = ()) -> dict[
 def rounding_of_norms(model: nn.Module, world: int) -> float:
     """How far two correct norms of one gradient may be apart, as part of them.
 
-    All terms are squares, so that nothing cancels: a sum's relative error is at most the number of roundings on the way of a term, times
-    the unit roundoff. Ours: a product and up to n - 1 sums over a unit's shard of n elements, a root and a square, world - 1 sums over
-    ranks; the root over all units halves them. Stock's, after sums in float64: a rounding to float32, world - 1 sums over ranks and a
-    root, then a square, sums over the groups and a root. A rank, a layer or a projection left out changes the norm by far more.
+    Ours is a float32 sum over each unit's shard. Stock's, after sums in float64, rounds to float32, sums over ranks,
+    takes a root and a square, sums over the groups and takes a root. A rank, a layer or a projection left out changes
+    the norm by far more.
     """
     units = [sum(param.numel() for param in group["params"]) for group in unit_groups(model)]
-    ours = (max(units) / world + world + 3) / 2
-    stock = world + len(units) + 4
-    return (ours + stock) * torch.finfo(torch.float32).eps / 2
+    stock = (world + len(units) + 4) * rounding.ROUNDOFF
+    return rounding.of_norm(max(units) // world + 1, world, micro_steps=2) + stock
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +188,8 @@ def test_full_sampler_is_stock_deepspeed(
     for theirs, mine in zip(stock_runs[stock_name], ours, strict=True):
         assert theirs["wrapper"] in wrappers
         assert mine["wrapper"] == wrapper
-        for what in ("skipped", "losses", "weights"):
-            assert difference(theirs[what], mine[what], what) is None
+        compared = ("skipped", "losses", "weights")
+        assert difference({key: theirs[key] for key in compared}, {key: mine[key] for key in compared}) is None
         assert len(mine["norms"]) == case.steps - mine["skipped"]
         assert mine["norms"] == pytest.approx(theirs["norms"], rel=largest, abs=0.0)
         assert 0 < mine["skipped"] < case.steps if "overflow" in name else mine["skipped"] == 0

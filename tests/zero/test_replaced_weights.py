@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that were put elsewhere (``param.data = ...``, ``model.cpu()``): training goes on as DeepSpeed's does, or says why not."""
+"""Weights assigned by ``param.data = ...`` or moved by ``model.cpu()``: training continues as stock, or refuses."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import RELEASED, backward, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.observed import difference
 from helpers.tiered import tiered
 from torch import nn
 
@@ -59,16 +60,15 @@ CONFIGS = {
 def test_training_goes_on_as_if_nothing_had_happened(two_ranks: Any, name: str) -> None:
     untouched = two_ranks.run(disturbed, config=CONFIGS[name], what="nothing")
     for what in ("average", "move"):
-        for found, expected in zip(two_ranks.run(disturbed, config=CONFIGS[name], what=what), untouched, strict=True):
-            assert all(torch.equal(found[key], expected[key]) for key in expected), what
+        found = two_ranks.run(disturbed, config=CONFIGS[name], what=what)
+        assert difference(found, untouched) is None, what
 
 
 def assigned_before_the_step(config: dict[str, Any], assign: bool) -> dict[str, Any]:
-    """Other weights come between backward and step, and nobody puts the trained ones back; probing (steps 0 and 1) included."""
+    """Assign other weights between backward and step, also while probing (steps 0 and 1), and leave them there."""
     with engine_of(config) as engine:
         for step in range(5):
-            ids = batch(step, 0, engine.global_rank)
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            backward(engine, step)
             if assign:
                 for param in engine.module.parameters():
                     param.data = 0.5 * param.data
@@ -83,11 +83,8 @@ SCORED = {name: ds_config(**more, grass=grass_block()) for name, more in STAGES.
 def test_assigned_weights_last_until_the_next_step(two_ranks: Any, name: str) -> None:
     """Also in layers that do not train, and where the step only measures."""
     untouched = two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=False)
-    for found, expected in zip(
-        two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=True), untouched, strict=True
-    ):
-        assert found["scores"] == expected["scores"]
-        assert all(torch.equal(found["weights"][key], weight) for key, weight in expected["weights"].items())
+    assigned = two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=True)
+    assert difference(assigned, untouched) is None
 
 
 def refused_on_zero3() -> str:
@@ -138,22 +135,24 @@ def test_checkpoints_hold_what_training_holds(two_ranks: Any, tmp_path: Path) ->
     for found in two_ranks.run(saved_and_resumed, folder=tmp_path):
         assert "39 parameters were given other weights" in found["refusal"]
         assert "(first: lm_head.weight)" in found["refusal"]
-        for key, weights in found["saved"].items():
-            assert torch.equal(found["loaded"][key], weights)
-            assert torch.equal(found["resumed"][key], found["going on"][key])
+        assert difference(found["loaded"], found["saved"]) is None
+        assert difference(found["resumed"], found["going on"]) is None
     assert not (tmp_path / "other").exists()
 
 
-def adopted(config: dict[str, Any], adopt: bool) -> dict[str, torch.Tensor]:
-    """Train from weights that were halved before the engine was built, or that it was told to take over after that."""
+def train_halved(config: dict[str, Any], after: bool) -> dict[str, torch.Tensor]:
+    """Train from halved weights: assigned before the engine was built, or after it, which then takes them over."""
     model = tiny_llama()
-    if not adopt:
+
+    def halve() -> None:
         for param in model.parameters():
             param.data = 0.5 * param.data
+
+    if not after:
+        halve()
     with engine_of(config, model=model) as engine:
-        if adopt:
-            for param in model.parameters():
-                param.data = 0.5 * param.data
+        if after:
+            halve()
             engine.optimizer.refresh_fp32_params()
         train(engine, 3)
         return snapshot(engine.module)
@@ -161,9 +160,5 @@ def adopted(config: dict[str, Any], adopt: bool) -> dict[str, torch.Tensor]:
 
 def test_other_weights_are_taken_over_on_request(two_ranks: Any) -> None:
     config = ds_config(dtype="bf16", grass=UNIFORM)
-    for found, expected in zip(
-        two_ranks.run(adopted, config=config, adopt=True),
-        two_ranks.run(adopted, config=config, adopt=False),
-        strict=True,
-    ):
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    after, before = (two_ranks.run(train_halved, config=config, after=after) for after in (True, False))
+    assert difference(after, before) is None

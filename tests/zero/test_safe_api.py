@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``deepspeed.utils.safe_*`` on active layers, resting ones and ones never drawn; and the model after ``engine.destroy()``."""
+"""``deepspeed.utils.safe_*`` on active, inactive and never drawn layers; and the model after ``destroy()``."""
 
 import gc
 import math
 import weakref
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -18,7 +17,19 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from helpers import rounding
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, split_groups, tiny_llama, train
+from helpers.models import (
+    backward,
+    batch,
+    cyclic,
+    ds_config,
+    engine_of,
+    grass_block,
+    snapshot,
+    split_groups,
+    tiny_llama,
+    train,
+)
+from helpers.observed import difference
 from torch import nn
 
 pytestmark = pytest.mark.dist
@@ -29,19 +40,11 @@ RESTING, ACTIVE, NEVER = 0, 1, 2  # layers, after one step of the ascending cycl
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def cyclic(**settings: Any) -> dict[str, Any]:
-    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=1, **settings)
-
-
-def backward(engine: Any, step: int) -> None:
-    ids = batch(step, 0, engine.global_rank)
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
-
-
 def plain_gradients(
     model: nn.Module, step: int, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """What a single process computes on the batches of all ranks, in float64; and how far off an engine's may be, whose model has ``dtype``.
+    """What a single process computes on the batches of all ranks, in float64; and how far off an engine's may be,
+    whose model has ``dtype``.
 
     As part of a tensor's largest element: see :func:`helpers.rounding.apart`.
     """
@@ -64,7 +67,7 @@ def close(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     return float((one - other).abs().max()) <= tolerance * float(other.abs().max())
 
 
-# ---- get ------------------------------------------------------------------------------------------------------------------
+# ---- get ------------------------------------------------------------------------------------------------------------
 
 
 def read_everything(config: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -121,9 +124,8 @@ def test_weights_state_and_gradient_of_active_and_inactive_layers(
     request: pytest.FixtureRequest, pool: str, stage: int, dtype: str, offload: str
 ) -> None:
     config = ds_config(stage=stage, dtype=dtype, lr=1e-2, grass=cyclic(offload={"device": offload}))
-    ranks = request.getfixturevalue(pool).run(read_everything, config=config)
-    for weights in ranks:
-        assert all(torch.equal(weight, ranks[0][name]) for name, weight in weights.items())
+    first, *others = request.getfixturevalue(pool).run(read_everything, config=config)
+    assert difference(others, [first] * len(others)) is None
 
 
 def ask_for_what_there_is_not(config: dict[str, Any]) -> None:
@@ -163,11 +165,11 @@ def test_asking_for_what_there_is_not_says_so(two_ranks: Any, sampler: str) -> N
     two_ranks.run(ask_for_what_there_is_not, config=ds_config(grass={**cyclic(), "sampler": sampler}))
 
 
-# ---- set ------------------------------------------------------------------------------------------------------------------
+# ---- set ------------------------------------------------------------------------------------------------------------
 
 
 def write_and_read_back(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Every parameter of three layers gets its own values; each must keep its own, down to the last element of a shard."""
+    """Every parameter of two layers gets its own values and must keep them, down to the last element of a shard."""
     model = tiny_llama(hidden=HIDDEN)
     with engine_of(config, model, model_parameters=split_groups(model)) as engine:
         train(engine, 1)
@@ -209,8 +211,7 @@ def test_set_weights_and_state(request: pytest.FixtureRequest, pool: str, stage:
     ranks = request.getfixturevalue(pool).run(
         write_and_read_back, config=ds_config(stage=stage, dtype=dtype, lr=0.0, grass=cyclic())
     )
-    for weights in ranks:
-        assert all(torch.equal(weight, ranks[0][name]) for name, weight in weights.items())
+    assert difference(ranks, [ranks[0]] * len(ranks)) is None
 
 
 def replace_gradients(config: dict[str, Any]) -> tuple[float, float]:
@@ -269,7 +270,7 @@ def test_norm_counts_every_element_once(request: pytest.FixtureRequest, pool: st
         assert (ranks.world + 2) * rounding.ROUNDOFF < HIDDEN / numel / 100
 
 
-# ---- afterwards -----------------------------------------------------------------------------------------------------------
+# ---- afterwards -----------------------------------------------------------------------------------------------------
 
 
 def census(model: nn.Module) -> dict[str, Any]:
@@ -298,14 +299,9 @@ def destroy_and_start_again(first: dict[str, Any], second: dict[str, Any]) -> di
             losses.append(train(engine, 5))
     return {
         "losses": losses,
-        "same": same_bits(model, snapshot(fresh).items()),
-        "moved": not same_bits(model, weights.items()),
+        "different": difference(snapshot(model), snapshot(fresh)),
+        "moved": difference(snapshot(model), weights),
     }
-
-
-def same_bits(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> bool:
-    named = dict(model.named_parameters())
-    return all(torch.equal(named[name], weight) for name, weight in weights)
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16")])
@@ -314,7 +310,7 @@ def test_a_model_survives_its_engine(two_ranks: Any, stage: int, dtype: str) -> 
     second = ds_config(stage=3 - stage, dtype=dtype, grass=grass_block(sampler="grass"))
     for result in two_ranks.run(destroy_and_start_again, first=first, second=second):
         assert result["losses"][0] == result["losses"][1]
-        assert result["same"]
+        assert result["different"] is None
         assert result["moved"]
 
 

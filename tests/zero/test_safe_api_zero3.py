@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3: ``deepspeed.utils.safe_*`` answer as in ZeRO-2, the local ones give this rank's part; ``GatheredParameters`` of any layer."""
+"""ZeRO-3: ``deepspeed.utils.safe_*`` as in ZeRO-2, and on partitions; ``GatheredParameters`` of any layer."""
 
 import copy
 from typing import Any
@@ -9,7 +9,18 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed import utils
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, split_groups, tiny_llama, train
+from helpers.models import (
+    backward,
+    batch,
+    cyclic,
+    ds_config,
+    engine_of,
+    layer_of,
+    snapshot,
+    split_groups,
+    tiny_llama,
+    train,
+)
 from helpers.same_arithmetic import same_arithmetic
 from torch import nn
 
@@ -23,13 +34,7 @@ FROZEN = "model.layers.3.mlp.up_proj.weight"  # by the user
 
 
 def config_of(stage: int, lr: float = 1e-2, dtype: str = "fp32", **settings: Any) -> dict[str, Any]:
-    block = grass_block(**{"sampler": "cyclic", "cyclic_order": "ascending", "sample_period": 1, **settings})
-    return ds_config(stage=stage, dtype=dtype, lr=lr, grass=block)
-
-
-def backward(engine: Any, step: int) -> None:
-    ids = batch(step, 0, engine.global_rank)
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    return ds_config(stage=stage, dtype=dtype, lr=lr, grass={**cyclic(), **settings})
 
 
 def built(config: dict[str, Any]) -> Any:
@@ -39,11 +44,7 @@ def built(config: dict[str, Any]) -> Any:
     return engine_of(copy.deepcopy(config), model, model_parameters=split_groups(model))
 
 
-def layer_of(name: str) -> int | None:
-    return int(name.split(".")[2]) if ".layers." in name else None
-
-
-# ---- full tensors, as in ZeRO-2 -----------------------------------------------------------------------------------------
+# ---- full tensors, as in ZeRO-2 -------------------------------------------------------------------------------------
 
 
 def everything(params: dict[str, nn.Parameter], gradients: bool) -> dict[str, Any]:
@@ -121,7 +122,7 @@ def test_full_tensors_are_those_of_zero2(request: pytest.FixtureRequest, pool: s
             assert shown == {ACTIVE, None}
 
 
-# ---- this rank's part ---------------------------------------------------------------------------------------------------
+# ---- this rank's part -----------------------------------------------------------------------------------------------
 
 
 def mine(full: torch.Tensor) -> torch.Tensor:
@@ -189,7 +190,7 @@ def test_local_tensors_are_this_ranks_part(request: pytest.FixtureRequest, pool:
     request.getfixturevalue(pool).run(read_and_write_parts, dtype=dtype)
 
 
-# ---- GatheredParameters -------------------------------------------------------------------------------------------------
+# ---- GatheredParameters ---------------------------------------------------------------------------------------------
 
 
 def gather_and_change(dtype: str, threshold: int) -> None:

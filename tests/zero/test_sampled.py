@@ -8,7 +8,20 @@ from typing import Any
 import pytest
 import torch
 from helpers import rounding
-from helpers.models import RELEASED, batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import (
+    RELEASED,
+    backward,
+    batch,
+    cyclic,
+    ds_config,
+    engine_of,
+    grass_block,
+    layer_of,
+    snapshot,
+    tiny_llama,
+    train,
+    without_optimizer,
+)
 from helpers.tiered import tiered
 from torch import nn
 
@@ -20,16 +33,6 @@ pytestmark = pytest.mark.dist
 HIDDEN, LAYERS, PERIOD = 24, 4, 2
 STEPS = PERIOD * (LAYERS + 1)  # through all layers and back to the first, which by then rested for three periods
 LR = 1e-2  # large enough to move every bf16 weight in one step
-
-
-def cyclic(**settings: Any) -> dict[str, Any]:
-    """Layer (step // PERIOD) % LAYERS is active, and nothing else but the final norm."""
-    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
-
-
-def layer_of(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[2]) if "layers" in parts else None
 
 
 def trained_names(model: nn.Module, layers: Iterable[int]) -> set[str]:
@@ -55,17 +58,15 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> s
     return {name for name in one if not torch.equal(one[name], other[name])}
 
 
-def backward(engine: Any, step: int) -> None:
+def backward_all(engine: Any, step: int) -> None:
     """All micro-steps of one step up to the point where gradients are complete."""
-    gas = engine.gradient_accumulation_steps()
-    for micro in range(gas):
-        ids = batch(step, micro, engine.global_rank)
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        if micro < gas - 1:
+    for micro in range(engine.gradient_accumulation_steps()):
+        if micro:
             engine.step()
+        backward(engine, step, micro)
 
 
-# ---- who moves ------------------------------------------------------------------------------------------------------------
+# ---- who moves ------------------------------------------------------------------------------------------------------
 
 
 def run_and_watch(config: dict[str, Any]) -> dict[str, Any]:
@@ -91,21 +92,21 @@ GATHERED = {"zero_optimization": RELEASED}
 
 
 WATCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "zero2-cyclic-fp32": ("two_ranks", {}, cyclic()),
-    "zero1-cyclic-bf16-gas2": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 2}, cyclic()),
-    "zero2-cyclic-bf16-reset": ("two_ranks", {"dtype": "bf16"}, cyclic(state_on_switch="reset")),
+    "zero2-cyclic-fp32": ("two_ranks", {}, cyclic(PERIOD)),
+    "zero1-cyclic-bf16-gas2": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 2}, cyclic(PERIOD)),
+    "zero2-cyclic-bf16-reset": ("two_ranks", {"dtype": "bf16"}, cyclic(PERIOD, state_on_switch="reset")),
     "zero2-uniform-two-of-four-on-device": (
         "two_ranks",
         {"clip": 0.5},
         grass_block(sampler="uniform", num_active_layers=2, sample_period=1, offload={"device": "none"}),
     ),
     "zero2-grass-bf16": ("two_ranks", {"dtype": "bf16"}, grass_block(sampler="grass", sample_period=2)),
-    "zero2-cyclic-bf16-one-rank": ("one_rank", {"dtype": "bf16"}, cyclic()),
-    "zero2-cyclic-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, cyclic()),
+    "zero2-cyclic-bf16-one-rank": ("one_rank", {"dtype": "bf16"}, cyclic(PERIOD)),
+    "zero2-cyclic-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, cyclic(PERIOD)),
     "zero3-cyclic-bf16-gas2-reset": (
         "two_ranks",
         {"stage": 3, "dtype": "bf16", "gas": 2, **GATHERED},
-        cyclic(state_on_switch="reset"),
+        cyclic(PERIOD, state_on_switch="reset"),
     ),
     "zero3-uniform-two-of-four": (
         "two_ranks",
@@ -113,8 +114,8 @@ WATCHED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         grass_block(sampler="uniform", num_active_layers=2, sample_period=1),
     ),
     "zero3-grass-bf16": ("two_ranks", {"stage": 3, "dtype": "bf16"}, grass_block(sampler="grass", sample_period=2)),
-    "zero3-cyclic-one-rank": ("one_rank", {"stage": 3, **GATHERED}, cyclic()),
-    "zero3-cyclic-bf16-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16", **GATHERED}, cyclic()),
+    "zero3-cyclic-one-rank": ("one_rank", {"stage": 3, **GATHERED}, cyclic(PERIOD)),
+    "zero3-cyclic-bf16-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16", **GATHERED}, cyclic(PERIOD)),
 }
 
 
@@ -142,11 +143,11 @@ def test_exactly_the_active_layers_move(request: pytest.FixtureRequest, case: st
     assert len(set(ranks[0]["active"])) > 2  # there were switches
 
 
-# ---- by how much ----------------------------------------------------------------------------------------------------------
+# ---- by how much ----------------------------------------------------------------------------------------------------
 
 
 class Reference:
-    """AdamW of torch on whole fp32 tensors, one optimizer per parameter: what a single process does with the same gradients."""
+    """torch's AdamW on whole fp32 tensors, one optimizer per parameter: the steps of a single process."""
 
     def __init__(self, model: nn.Module, hyper: Any, dtype: torch.dtype = torch.float32):
         self.masters = {name: nn.Parameter(weight.to(dtype)) for name, weight in snapshot(model).items()}
@@ -210,7 +211,7 @@ def follow_with_same_gradients(config: dict[str, Any], split: bool) -> list[int]
     model, counts = tiny_llama(hidden=HIDDEN), []
     arguments: dict[str, Any] = {}
     if split:
-        config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+        config = without_optimizer(config)
         arguments["optimizer"] = split_optimizer(model)
     with engine_of(config, model, **arguments) as engine:
         reference = Reference(model, two_groups if split else one_group)
@@ -218,7 +219,7 @@ def follow_with_same_gradients(config: dict[str, Any], split: bool) -> list[int]
         for step in range(STEPS):
             active = engine.grass.active_layers
             names = trained_names(model, active)
-            backward(engine, step)
+            backward_all(engine, step)
             gradients = {name: safe_get_full_grad(named[name]).clone() for name in sorted(names)}
             engine.step()
             reference.step(clipped(engine, gradients))
@@ -268,14 +269,15 @@ EXACT: dict[str, tuple[str, dict[str, Any], str, bool]] = {
 )
 def test_active_layers_move_by_the_adam_step_of_one_process(request: pytest.FixtureRequest, case: str) -> None:
     pool, settings, on_switch, split = EXACT[case]
-    config = ds_config(lr=LR, grass=cyclic(state_on_switch=on_switch), **settings)
+    config = ds_config(lr=LR, grass=cyclic(PERIOD, state_on_switch=on_switch), **settings)
     for counts in request.getfixturevalue(pool).run(follow_with_same_gradients, config=config, split=split):
         # PERIOD steps at the start and PERIOD steps after three periods of rest
         assert counts == ([1, 2, 3, 4] if on_switch == "keep" else [1, 2, 1, 2])
 
 
 def follow_with_own_gradients(config: dict[str, Any]) -> tuple[float, float]:
-    """Plain models of float64 and of float32 on the batches of all ranks; how far the engine and the float32 one are from the float64 one.
+    """Plain models of float64 and of float32 on the batches of all ranks; how far the engine and the float32 one are
+    from the float64 one.
 
     The largest difference of a weight over the whole run, each.
     """
@@ -320,7 +322,7 @@ def test_follows_a_plain_model_trained_on_the_batches_of_all_ranks(
     request: pytest.FixtureRequest, pool: str, stage: int, gas: int
 ) -> None:
     # Adam divides by the gradient's own size: a large epsilon keeps the rounding of near-zero gradients from being blown up.
-    config = ds_config(stage=stage, gas=gas, grass=cyclic(), optimizer={"type": "AdamW", "params": {}})
+    config = ds_config(stage=stage, gas=gas, grass=cyclic(PERIOD), optimizer={"type": "AdamW", "params": {}})
     config["optimizer"]["params"] = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-4, "torch_adam": True}
     for worst, noise in request.getfixturevalue(pool).run(follow_with_own_gradients, config=config):
         assert worst <= rounding.DRAWS * noise
@@ -330,8 +332,8 @@ def test_follows_a_plain_model_trained_on_the_batches_of_all_ranks(
 
 
 def change_hyper_parameters(config: dict[str, Any]) -> dict[str, bool]:
-    """lr 0 for the second client group from the third step on, decay included; which norms of the active layers moved."""
-    config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+    """Set lr to 0 in the second client group from the third step on. Which parameters of the active layers moved."""
+    config = without_optimizer(config)
     model = tiny_llama(hidden=HIDDEN)
     moved = {}
     with engine_of(config, model, optimizer=split_optimizer(model)) as engine:
@@ -345,7 +347,7 @@ def change_hyper_parameters(config: dict[str, Any]) -> dict[str, bool]:
 
 
 def test_hyper_parameters_of_the_client_groups_are_read_at_every_step(two_ranks: Any) -> None:
-    for moved in two_ranks.run(change_hyper_parameters, config=ds_config(grass=cyclic())):
+    for moved in two_ranks.run(change_hyper_parameters, config=ds_config(grass=cyclic(PERIOD))):
         assert len(moved) > 5
         assert all(changed == ("norm" not in name) for name, changed in moved.items())
 
@@ -367,7 +369,7 @@ class Counting(torch.optim.Optimizer):
 
 
 def count_with(config: dict[str, Any], per_group: bool) -> dict[str, torch.Tensor]:
-    config = {k: v for k, v in config.items() if k != "optimizer"} | {"zero_allow_untested_optimizer": True}
+    config = without_optimizer(config)
     model = tiny_llama(hidden=HIDDEN)
     with engine_of(config, model, optimizer=Counting(model.parameters(), per_group)) as engine:
         before = snapshot(model)
@@ -381,7 +383,7 @@ def refuse_per_group(config: dict[str, Any]) -> None:
 
 
 def test_an_optimizer_that_counts_in_plain_numbers_counts_per_layer(two_ranks: Any) -> None:
-    for moved in two_ranks.run(count_with, config=ds_config(grass=cyclic()), per_group=False):
+    for moved in two_ranks.run(count_with, config=ds_config(grass=cyclic(PERIOD)), per_group=False):
         for name, difference in moved.items():
             layer = layer_of(name)
             steps = STEPS if "model.norm" in name else 0 if layer is None else 2 * PERIOD if layer == 0 else PERIOD
@@ -391,10 +393,10 @@ def test_an_optimizer_that_counts_in_plain_numbers_counts_per_layer(two_ranks: A
 
 
 def test_an_optimizer_that_counts_per_param_group_is_refused(two_ranks: Any) -> None:
-    two_ranks.run(refuse_per_group, config=ds_config(grass=cyclic()))
+    two_ranks.run(refuse_per_group, config=ds_config(grass=cyclic(PERIOD)))
 
 
-# ---- nothing to sample ----------------------------------------------------------------------------------------------------
+# ---- nothing to sample ----------------------------------------------------------------------------------------------
 
 
 def run_to_end(config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traffic as ranks grow in number: one formula, held to every collective of whole steps at 1, 2, 4 and 8 ranks.
 
-Collectives are counted where torch dispatches them, so whatever else would cross ranks (an object gathered in Python, a barrier) is
-seen too. In the formula the number of ranks changes padding alone; one rank sends no weights.
+Collectives are counted where torch dispatches them, so whatever else would cross ranks (an object gathered in Python,
+a barrier) is seen too. In the formula the number of ranks changes padding alone; one rank sends no weights.
 """
 
 import itertools
@@ -29,7 +29,7 @@ DRAWS = (1, 3)  # steps that end with a draw: the last of probing, and the secon
 REFRESHES = 4  # the step that ends with a refresh of the scores: the third of training
 
 
-# ---- the formula -----------------------------------------------------------------------------------------------------------
+# ---- the formula ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Traffic:
     def forward(self, floor: int, age: int) -> list[Call]:
         """ZeRO-3 alone: weights, module by module, after ``age`` forwards with ``floor`` as the lowest active layer.
 
-        DeepSpeed compares across ranks in which order modules and parameters are used: once that nothing was recorded yet, then what
-        the first forward and backward recorded, then never again.
+        DeepSpeed compares across ranks in which order modules and parameters are used: once that nothing was recorded
+        yet, then what the first forward and backward recorded, then never again.
         """
         m = self.model
         calls = self._compared(*((0,), self._recorded(floor))[age]) if self.stage == 3 and age < 2 else []
@@ -89,7 +89,7 @@ class Traffic:
         return calls
 
     def step(self, active: Sequence[int], trains: bool, draws: bool) -> list[Call]:
-        """One vector of squared norms (of the sum of micro-steps, and of the parts) and counts; in ZeRO-1 and 2 the new weights."""
+        """Squared norms (of the sum of micro-steps, and of each) and counts; in ZeRO-1 and 2 the new weights."""
         units = [(self.model.norm,)] + [self.model.block] * len(active)
         calls = [("allreduce", 4 * (3 * len(units) + 2))]
         calls += [("allreduce", 8)] if trains and self.fallible else []
@@ -114,7 +114,7 @@ class Traffic:
         return [("allgather_base", BF16 * self.world * part(size, self.world)) for size in sizes]
 
     def _recorded(self, floor: int) -> tuple[int, int, int]:
-        """Modules and parameters in the order of a forward and a backward; parameters once more, with the place of their last use."""
+        """Modules and parameters in the order of forward and backward; and the last use of each parameter."""
         blocks = 2 * self.model.layers - floor
         # outside the blocks, backward does not come to the embedding and the rotary one
         modules, params = 13 * blocks + 6 + 4, len(self.model.block) * blocks + 3 + 2
@@ -126,7 +126,7 @@ class Traffic:
         return [call for length in lengths for call in (("broadcast", 8), ("broadcast", 8 * length))]
 
 
-# ---- steps as they are -----------------------------------------------------------------------------------------------------
+# ---- steps as they are ----------------------------------------------------------------------------------------------
 
 # name -> (ZeRO stage, layers, further config)
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -190,7 +190,7 @@ def test_what_crosses_ranks_is_the_formula(
         assert scores[1] == scores[2] == scores[3] != scores[REFRESHES]
 
 
-# ---- stock DeepSpeed, and the README ---------------------------------------------------------------------------------------
+# ---- stock DeepSpeed, and the README --------------------------------------------------------------------------------
 
 
 def stock_step(model: Llama, stage: int) -> list[Call]:

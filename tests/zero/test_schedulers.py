@@ -5,11 +5,12 @@ Probing steps update nothing, so the schedule waits for them and is then the sam
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
+from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train, without_optimizer
 from helpers.tiered import tiered
 
 pytestmark = pytest.mark.dist
@@ -69,26 +70,32 @@ def rates(config: dict[str, Any], name: str, steps: int) -> dict[str, Any]:
     """Learning rates per client group before every step, what the engine reports, and the layers trained."""
     arguments, scheduler = SCHEDULERS[name]
     model = tiny_llama()
-    config.pop("optimizer")
+    config = without_optimizer(config)
     if scheduler is not None:
         config["scheduler"] = scheduler
     with engine_of(config, model, **arguments(two_groups(model))) as engine:
         found: dict[str, Any] = {"groups": [], "engine": [], "active": set()}
 
-        def note(step: int) -> None:
+        def observe(step: int) -> None:
             found["groups"].append([group["lr"] for group in engine.optimizer.param_groups])
             found["engine"].append(list(engine.get_lr()))
             if engine.grass is not None:
                 found["active"].add(engine.grass.active_layers)
 
-        note(-1)
-        train(engine, steps, after_step=note)
+        observe(-1)
+        train(engine, steps, after_step=observe)
         return found
 
 
+@pytest.fixture(scope="module")
+def stock_rates(two_ranks: Any) -> Callable[[str], dict[str, Any]]:
+    """Stock DeepSpeed's rates with a scheduler, on rank 0; one run per scheduler."""
+    return cache(lambda name: two_ranks.run(rates, config=ds_config(), name=name, steps=STEPS)[0])
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_lr_sequence_is_stock_deepspeeds(two_ranks: Any, name: str) -> None:
-    [stock, _] = two_ranks.run(rates, config=ds_config(), name=name, steps=STEPS)
+def test_lr_sequence_is_stock_deepspeeds(two_ranks: Any, stock_rates: Callable[[str], Any], name: str) -> None:
+    stock = stock_rates(name)
     [ours, other_rank] = two_ranks.run(
         rates, config=ds_config(grass=grass_block(sampler="uniform")), name=name, steps=STEPS
     )
@@ -100,8 +107,10 @@ def test_lr_sequence_is_stock_deepspeeds(two_ranks: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(SCHEDULERS, "WarmupDecayLR", "torch object built before"))
-def test_probing_delays_the_schedule_by_its_steps(two_ranks: Any, name: str) -> None:
-    [stock, _] = two_ranks.run(rates, config=ds_config(stage=1), name=name, steps=STEPS)
+def test_probing_delays_the_schedule_by_its_steps(
+    two_ranks: Any, stock_rates: Callable[[str], Any], name: str
+) -> None:
+    stock = stock_rates(name)
     block = grass_block(sampler="grass", probe_steps=PROBE_STEPS)
     [ours, _] = two_ranks.run(rates, config=ds_config(stage=1, grass=block), name=name, steps=STEPS + PROBE_STEPS)
     assert ours["groups"] == [stock["groups"][0]] * PROBE_STEPS + stock["groups"]
@@ -110,7 +119,7 @@ def test_probing_delays_the_schedule_by_its_steps(two_ranks: Any, name: str) -> 
 def hand_driven(config: dict[str, Any], steps: int) -> list[float]:
     """A scheduler that the engine does not know, built on the client optimizer after initialize."""
     model = tiny_llama()
-    config.pop("optimizer")
+    config = without_optimizer(config)
     client = two_groups(model)
     with engine_of(config, model, optimizer=client) as engine:
         scheduler = torch.optim.lr_scheduler.LambdaLR(client, decay)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ZeRO-3 trains what ZeRO-2 trains: the same layers by the same amounts. And both by the gradient of a plain model.
 
-The draws are the same, and so is every bit once the last ones of sums are: see :mod:`helpers.same_arithmetic`. ZeRO-3 goes on here with the
-norms that ZeRO-2 measured, once its own are found to be the same up to the rounding of sums.
+The draws are the same, and so is every bit once the last ones of sums are: see :mod:`helpers.same_arithmetic`. ZeRO-3
+goes on here with the norms that ZeRO-2 measured, once its own are found to be the same up to the rounding of sums.
 """
 
 import copy
@@ -26,6 +26,7 @@ from helpers.models import (
     split_groups,
     tiny_llama,
     train,
+    without_optimizer,
 )
 from helpers.observed import difference, fp16_allowed, observe
 from helpers.same_arithmetic import Squares, norms_apart, same_arithmetic
@@ -69,12 +70,12 @@ def run(
     ):
         assert type(engine.optimizer).__name__ == WRAPPERS[engine.zero_optimization_stage()]
 
-        def note(_: int) -> None:
+        def observe_step(_: int) -> None:
             drawn = (engine.grass.active_layers, engine.grass.visits, engine.was_step_applied())
             fingerprint = engine.optimizer.controller.fingerprint()
             steps.append((drawn, fingerprint, engine.grass.scores, engine.get_global_grad_norm()))
 
-        losses = train(engine, STEPS, after_step=note)
+        losses = train(engine, STEPS, after_step=observe_step)
         seen = observe(engine)
         return {
             "steps": steps,
@@ -158,14 +159,16 @@ def test_zero3_is_zero2(request: pytest.FixtureRequest, name: str, tmp_path: Pat
             assert min(found["norms"]) > case.settings["clip"]
 
 
-# ---- norm and clipping ------------------------------------------------------------------------------------------------------
+# ---- norm and clipping ----------------------------------------------------------------------------------------------
 
 
 def follow_plain_gradients(config: dict[str, Any], clip: float, lr: float) -> dict[str, Any]:
-    """Plain SGD steps show the clipped gradient itself. Layers per step; relative errors of its norm and of the steps over what they may be.
+    """Plain SGD steps show the clipped gradient itself. Layers per step; relative errors of its norm and of the steps
+    over what they may be.
 
-    The truth is a float64 model's gradient. What a float32 model of the same weights is off by is the noise of this CPU. A norm can be
-    off by no more than its gradient, and by the rounding of its sum; a step, besides, by the rounding of the weights that it is added to.
+    The truth is a float64 model's gradient. What a float32 model of the same weights is off by is the noise of this
+    CPU. A norm can be off by no more than its gradient, and by the rounding of its sum; a step, besides, by the
+    rounding of the weights that it is added to.
     """
     model, plain = tiny_llama(hidden=24), tiny_llama(hidden=24)
     exact = rounding.wide(plain)
@@ -213,9 +216,8 @@ def test_norm_and_clipping_are_those_of_the_whole_gradient_of_the_active_layers(
 ) -> None:
     clip, lr = 0.05, 10.0
     config = ds_config(stage=3, gas=gas, clip=clip, grass=sampled("grass"), zero_optimization=RELEASED)
-    del config["optimizer"]
-    config["zero_allow_untested_optimizer"] = True
-    for found in request.getfixturevalue(pool).run(follow_plain_gradients, config=config, clip=clip, lr=lr):
+    arguments = {"config": without_optimizer(config), "clip": clip, "lr": lr}
+    for found in request.getfixturevalue(pool).run(follow_plain_gradients, **arguments):
         assert found["counts"] == [4, 4] + [2] * 6
         assert found["norm"] <= 1
         assert found["step"] <= 1

@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_another_sampler(two_ranks: Any, saved: str, then: st
         assert all(loss == loss for loss in report["losses"])
 
 
-# ---- weights alone --------------------------------------------------------------------------------------------------------
+# ---- weights alone --------------------------------------------------------------------------------------------------
 
 
 def save(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are no language models: what lies above their blocks trains by default, by exactly the right step."""
 
-import logging
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import RELEASED, VOCAB, batch, ds_config, engine_of, grass_block, snapshot
+from helpers.observed import difference, logged
 from helpers.tiered import tiered
 from torch import nn
 
@@ -72,32 +72,28 @@ def test_the_head_of_a_classifier_trains_by_default_as_stock_would(two_ranks: An
     for found, expected in zip(ours, stock, strict=True):
         assert found["moved"] == expected["moved"]
         assert any("score" in name or "classifier" in name for name in found["moved"])
-        assert all(torch.equal(found["weights"][name], weight) for name, weight in expected["weights"].items())
+        assert difference(found["weights"], expected["weights"]) is None
 
 
 def said_at_start(always_active: list[str] | None) -> dict[str, Any]:
     """What an engine for an encoder-decoder model announces, or why it is refused."""
     import transformers as hf
-    from deepspeed.utils import logger
 
     torch.manual_seed(0)
     config = hf.T5Config(
         vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=2, num_heads=4
     )
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
     block = grass_block(sampler="uniform", always_active=always_active)
     try:
-        with engine_of(ds_config(grass=block), model=hf.T5ForConditionalGeneration(config)) as engine:
+        with (
+            logged("grass_ds: ") as lines,
+            engine_of(ds_config(grass=block), model=hf.T5ForConditionalGeneration(config)) as engine,
+        ):
             sizes = {name: param.numel() for name, param in engine.module.named_parameters()}
     except ValueError as error:
         return {"refusal": str(error)}
-    finally:
-        logger.removeHandler(handler)
     share = sum(n for name, n in sizes.items() if name.startswith("encoder.")) / sum(sizes.values())
-    return {"said": "".join(line for line in lines if line.startswith("grass_ds: ")), "share": f"{share:.2%}"}
+    return {"said": "".join(lines), "share": f"{share:.2%}"}
 
 
 def test_the_encoder_of_an_encoder_decoder_model_is_announced_as_never_trained(two_ranks: Any) -> None:

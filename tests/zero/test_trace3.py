@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights ZeRO-3 gathers and when, and what becomes of the trace of modules by which it does so ahead of their use."""
+"""Which weights ZeRO-3 gathers and when, and how its trace of modules changes."""
 
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import batch, engine_of, snapshot
+from helpers.models import batch, engine_of, loss_of, snapshot
 from helpers.small import PERIOD, WORLD, model_for
 from helpers.tiered import tiered
 from helpers.traffic import Collectives, Gathers
@@ -20,19 +20,18 @@ from helpers.zero3 import (
     from_shards,
     layers_in,
     part,
-    run_forward,
     status,
 )
 
 pytestmark = pytest.mark.dist
 
-# ---- gathers of weights, and the trace that they follow --------------------------------------------------------------------
+# ---- gathers of weights, and the trace that they follow -------------------------------------------------------------
 
 
 def watch_gathers(
     config: dict[str, Any], steps: int, reentrant: bool | None = None, frozen: bool = False
 ) -> list[dict[str, Any]]:
-    """Per micro-step: which weights were gathered when, with how many bytes, and what became of DeepSpeed's trace."""
+    """Per micro-step: which weights were gathered when, the bytes, and whether DeepSpeed's trace was valid."""
     model, records, invalidated = model_for(config), [], []
     model.get_input_embeddings().requires_grad_(not frozen)
     if reentrant is not None:
@@ -47,7 +46,7 @@ def watch_gathers(
                     record: dict[str, Any] = {"active": engine.grass.active_layers, "before": status(model)}
                     gathers.phase = "forward"
                     with Collectives() as sent:
-                        loss = run_forward(engine, step, micro)
+                        loss = loss_of(engine, step, micro)
                         coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
                         record |= {"complete": coordinator.is_complete_trace(), "ahead": sorted(gathers.ahead)}
                         gathers.phase = "backward"
@@ -66,9 +65,9 @@ def watch_gathers(
 ABOVE = {"model.norm.weight", "lm_head.weight"}
 
 
-def reached(floor: int) -> list[str]:
-    """Parameters that backward needs down to a layer."""
-    return sorted(n for n in NAMES if n in ABOVE or any(layer >= floor for layer in layers_in([n])))
+def reached(lowest: int) -> list[str]:
+    """Parameters that backward needs, down to a layer."""
+    return sorted(n for n in NAMES if n in ABOVE or any(layer >= lowest for layer in layers_in([n])))
 
 
 @pytest.mark.parametrize(
@@ -81,25 +80,25 @@ def test_backward_gathers_nothing_below_the_lowest_active_layer(
 ) -> None:
     """Neither fetched nor prefetched, in the first step of a period and later; inactive layers above it are."""
     world = WORLD[pool]
-    # embed is idle; layers come as 0, 1, 2, 3, 0: the floor rises, falls, and most layers above it do not train
+    # embed is idle; layers come as 0, 1, 2, 3, 0: the lowest active layer rises and falls, and most layers above it do not train
     records = request.getfixturevalue(pool).run(watch_gathers, config=config_of(zero, {}), steps=5 * PERIOD)
     for steps in records:
         assert [step["active"] for step in steps] == [(layer,) for layer in (0, 1, 2, 3, 0) for _ in range(PERIOD)]
         for number, step in enumerate(steps):
-            floor = min(step["active"])
+            lowest = min(step["active"])
             gathered = step["forward"] + step["backward"]
             assert step["bytes"] == 4 * world * sum(part(NAMES[name], world) for name in gathered)
             assert set(step["forward"]) == NAMES.keys()
-            assert set(step["backward"]) <= set(reached(floor))
-            assert all(gathered.count(name) == 1 for name in NAMES.keys() - set(reached(floor)))
+            assert set(step["backward"]) <= set(reached(lowest))
+            assert all(gathered.count(name) == 1 for name in NAMES.keys() - set(reached(lowest)))
             if zero is BARE:
-                assert gathered == [*sorted(NAMES), *reached(floor)]
+                assert gathered == [*sorted(NAMES), *reached(lowest)]
             elif number % PERIOD:  # by a trace: all of a forward pass is under way before it is needed
                 assert step["complete"] and set(step["ahead"]) == NAMES.keys()
             assert step["step"] == [] and step["before"] == step["after"] == {"NOT_AVAILABLE"}
 
 
-# name -> (sampler's block, use_reentrant, micro-steps, whether the floor of backward moves with the layers)
+# name -> (sampler's block, use_reentrant, micro-steps, whether the end of backward moves with the layers)
 TRACES: dict[str, tuple[dict[str, Any], bool | None, int, bool]] = {
     "embeddings-idle": ({}, None, 1, True),
     "embeddings-idle-gas2": ({}, None, 2, True),
@@ -114,29 +113,29 @@ TRACES: dict[str, tuple[dict[str, Any], bool | None, int, bool]] = {
 @pytest.mark.parametrize(
     "case", tiered(TRACES, "embeddings-idle-gas2", "reentrant", "non-reentrant", "embeddings-frozen-by-user")
 )
-def test_every_floor_has_a_trace_that_its_first_step_records(two_ranks: Any, case: str) -> None:
+def test_every_lowest_layer_has_a_trace_that_its_first_step_records(two_ranks: Any, case: str) -> None:
     block, reentrant, gas, moves = TRACES[case]
     config = config_of(AHEAD, {"sampler": "uniform", "num_active_layers": 2, "seed": 3, **block}, gas=gas)
     arguments = {"config": config, "reentrant": reentrant, "frozen": "frozen" in case}
     for steps in two_ranks.run(watch_gathers, steps=9 * PERIOD, **arguments):
         seen: set[int] = set()
         for number, step in enumerate(steps):
-            floor = min(step["active"]) if moves else 0
-            fresh = floor not in seen
-            seen.add(floor)
-            # by us before the first pass with a floor, never by DeepSpeed in one; what it begins with is as good as new for floor 0
-            assert step["invalidated"] == ["forward"] * (fresh and number > 0 and floor > 0)
+            lowest = min(step["active"]) if moves else 0
+            fresh = lowest not in seen
+            seen.add(lowest)
+            # by us before the first pass with a lowest layer, never by DeepSpeed; the first coordinator serves layer 0
+            assert step["invalidated"] == ["forward"] * (fresh and number > 0 and lowest > 0)
             assert step["complete"] != fresh
             assert set(step["ahead"]) == (set() if fresh else NAMES.keys())
             assert step["after"] == {"NOT_AVAILABLE"}
         switches = [(min(s["active"]), min(s["next"])) for s in steps if s["active"] != s["next"]]
-        assert len({floor for _, floor in switches}) < sum(
+        assert len({after for _, after in switches}) < sum(
             before != after for before, after in switches
         )  # some return
         assert case == "from-the-top" or any(before == after for before, after in switches)  # and some stay
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------------
+# ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate_between(config: dict[str, Any], moments: set[str]) -> list[dict[str, Any]]:
@@ -162,7 +161,7 @@ def evaluate_between(config: dict[str, Any], moments: set[str]) -> list[dict[str
                 records.append({"invalidated": [], "left": set(), "active": active})
                 for micro in range(engine.gradient_accumulation_steps()):
                     now["phase"] = "train"
-                    loss = run_forward(engine, step, micro)
+                    loss = loss_of(engine, step, micro)
                     evaluate("between forward and backward")
                     engine.backward(loss)
                     evaluate("before the step")

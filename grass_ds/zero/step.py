@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: all units' gradient norms in one all-reduce, and the client optimizer's step on one shard."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import logger
+
+from grass_ds.core.agreement import RankDivergenceError
+from grass_ds.core.units import Unit
+from grass_ds.offload.store import StateStore
+from grass_ds.zero.gradients import GradientReducer
+
+
+class MissingGradientError(ValueError):
+    """Active modules received no gradient on any rank in a whole accumulation window."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of the DeepSpeed config that a step depends on.
+
+    Attributes:
+        stage: ZeRO stage.
+        clip_grad: largest global gradient norm, 0 for no clipping.
+        reset_on_switch: ``state_on_switch: reset``.
+        accumulation_steps: returns the engine's ``gradient_accumulation_steps``, by which it divides every loss.
+        at_boundary: whether this micro-batch is the last of its window, the engine's
+            ``is_gradient_accumulation_boundary``.
+        optional_kinds: kinds of units that may have no gradient, with a warning: those that train by default rather
+            than by the user's choice. None: all units, without a warning (``missing_gradients: zero``).
+        loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
+    """
+
+    stage: int
+    clip_grad: float
+    reset_on_switch: bool
+    accumulation_steps: Callable[[], int] = lambda: 1
+    at_boundary: Callable[[], bool] = lambda: True
+    optional_kinds: Collection[str] | None = ()
+    loss_scale: float = 1.0
+    dynamic_loss_scale: bool = False
+    dynamic_loss_args: Mapping[str, Any] | None = None
+
+
+def step_unit(
+    unit: Unit, gradient: torch.Tensor, factor: float, optimizer: torch.optim.Optimizer, store: StateStore
+) -> None:
+    """Step the unit's fp32 master weights chunk by chunk, and write them into its low-precision shard.
+
+    The client's param groups hold hyper-parameters only. The unit's group holds one chunk during its step.
+
+    Args:
+        gradient: averaged gradient of the shard, [shard_numel], any floating dtype.
+        factor: multiplies the gradient in fp32; undoes the loss scale and clips.
+    """
+    group = optimizer.param_groups[unit.group]
+    for chunk in store.chunks(unit):
+        with store.on_device(chunk, optimizer) as master:
+            part = chunk.of(gradient).to(torch.float32)
+            master.grad = part.mul_(factor) if factor != 1.0 else part
+            groups, optimizer.param_groups = optimizer.param_groups, [group]
+            group["params"] = [master]
+            try:
+                optimizer.step()
+            finally:
+                group["params"], optimizer.param_groups = [], groups
+                master.grad = None
+            chunk.of(unit.shard).copy_(master)
+
+
+# ---- gradient norms -------------------------------------------------------------------------------------------------
+
+
+def global_squares(
+    reducer: GradientReducer, units: Sequence[Unit], group: Any, optional_kinds: Collection[str] | None = ()
+) -> tuple[dict[Unit, float], dict[Unit, float]]:
+    """Squared gradient norms per unit over all ranks, loss scale included.
+
+    One all-reduce of 3 len(units) + 2 float32. Norms are non-finite if any rank's are, and 0 if all ranks have
+    discarded their gradients.
+
+    Args:
+        optional_kinds: see :class:`StepSettings`.
+
+    Returns:
+        (of the accumulated gradient, of the micro-batches' gradients, summed).
+
+    Raises:
+        RuntimeError: there was no backward pass.
+        RankDivergenceError: ranks have accumulated different numbers of micro-batches.
+        MissingGradientError: units without a gradient on any rank. Raised on every rank.
+    """
+    if not (reducer.micro_steps or reducer.discarded):
+        raise RuntimeError("step() without a backward() before it: there are no gradients")
+    steps, squares = reducer.micro_steps, torch.stack(_local_squares(reducer, units))
+    counts = [*(float(unit in reducer.arrived) for unit in units), float(steps), float(steps * steps)]
+    total = torch.cat([squares, torch.tensor(counts, device=squares.device)])
+    dist.all_reduce(total, group=group)
+    values, count = total.tolist(), len(units)
+    # The numbers of all ranks are equal exactly if the mean of their squares is the square of their mean.
+    if dist.get_world_size(group=group) * values[-1] != values[-2] ** 2:
+        raise RankDivergenceError(
+            f"ranks have accumulated different numbers of micro-batches (this one {steps}): zero_grad() was called on "
+            "some ranks only. Decide on all ranks alike, for example by the loss averaged over them"
+        )
+    if steps and optional_kinds is not None:
+        missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
+        _refuse_missing([unit for unit in missing if unit.kind not in optional_kinds], len(units))
+        _warn_of_missing(reducer, missing)
+    return dict(zip(units, values[:count], strict=True)), dict(zip(units, values[count : 2 * count], strict=True))
+
+
+def _local_squares(reducer: GradientReducer, units: Sequence[Unit]) -> list[torch.Tensor]:
+    """This rank's part, float32 scalars: of the accumulated gradients, then of the micro-steps' summed; per unit."""
+    if not reducer.micro_steps:
+        return [torch.zeros((), device=unit.device) for unit in units] * 2
+    squares = [reducer.squares[unit] for unit in units]
+    if not reducer.shards:  # probing keeps none
+        return squares * 2
+    # Measured here, not as they arrived: the user may have replaced them (safe_set_full_grad).
+    norms = [torch.linalg.vector_norm(reducer.shards[unit], dtype=torch.float32).square() for unit in units]
+    return norms + squares if reducer.micro_steps > 1 else norms * 2  # of a single micro-step the two are the same
+
+
+def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss_scale: float) -> dict[int, float]:
+    """Layer -> root mean square of its gradient's elements over micro-batches: the paper's sqrt(||g||^2 / N).
+
+    Args:
+        micro_steps: number of micro-batches in ``squares``.
+        window: accumulation steps. The loss of a micro-batch carries the factor 1 / window, which is undone here, so
+            that importance does not depend on the accumulation length.
+    """
+    total: dict[int, float] = {}
+    numel: dict[int, int] = {}
+    for unit, square in squares.items():
+        if unit.layer is not None:
+            total[unit.layer] = total.get(unit.layer, 0.0) + square
+            numel[unit.layer] = numel.get(unit.layer, 0) + unit.numel
+    scale = window * window / micro_steps
+    return {layer: math.sqrt(total[layer] * scale / numel[layer]) / loss_scale for layer in total}
+
+
+# ---- missing gradients ----------------------------------------------------------------------------------------------
+
+
+def _refuse_missing(missing: Sequence[Unit], active: int) -> None:
+    if not missing:
+        return
+    unused = (
+        "no row of this step uses the module (a projector, a router), or it is dropped at random (LayerDrop): if that "
+        'is meant, set "grass": {"missing_gradients": "zero"}; if it is never used, leave its kind out of '
+        "grass.always_active"
+    )
+    reentrant = (
+        "the model calls torch.utils.checkpoint with use_reentrant=True, which drops the gradient of a block whose "
+        "input needs none, as below embeddings that do not train: pass use_reentrant=False, call "
+        'model.enable_input_require_grads(), or add "embed" to grass.always_active'
+    )
+    causes = [reentrant] if any(unit.layer is not None for unit in missing) else []
+    causes += [unused, "forward detaches the output, or runs under no_grad"]
+    numbered = "; ".join(f"({number}) {cause}" for number, cause in enumerate(causes, start=1))
+    raise MissingGradientError(
+        f"{len(missing)} of {active} active modules received no gradient on any rank since the last step: "
+        f"{_listed(missing)}. Nothing was updated. Likely causes: {numbered}"
+    )
+
+
+def _warn_of_missing(reducer: GradientReducer, missing: Sequence[Unit]) -> None:
+    """One warning per module, for example a pooler that no loss uses. DeepSpeed trains such models silently."""
+    new = [unit for unit in missing if unit not in reducer.warned]
+    reducer.warned.update(new)
+    if new and dist.get_rank() == 0:
+        logger.warning(
+            f"grass_ds: no gradient reached {_listed(new)}, which trains by default; as in DeepSpeed it counts as zeros. "
+            "If it is never used, name what is to train in grass.always_active; a new output layer that is not used will "
+            "stay random"
+        )
+
+
+def _listed(units: Sequence[Unit]) -> str:
+    names = [*dict.fromkeys(u.name.rpartition("/")[0] if u.layer is not None else u.param_names[0] for u in units)]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

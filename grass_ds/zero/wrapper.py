@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The client optimizer as the engine, accelerate and the Trainer see it: param groups, loss scale, overflow."""
+
+from typing import Any
+
+import torch
+
+from grass_ds.core import deepspeed_compat
+from grass_ds.zero.step import StepSettings
+
+MAX_CONSECUTIVE_SKIPS = 20
+
+
+class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
+    """The attributes that every ZeRO optimizer must have, whatever it does in a step.
+
+    Attributes:
+        overflow: the last step applied no update, because gradients were not finite or because it was a probing step.
+            Engine, accelerate and Trainer then do not advance the learning-rate schedule.
+        skips: consecutive steps with non-finite gradients.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device, settings: StepSettings
+    ):
+        super().__init__()
+        self.optimizer = optimizer
+        self.dtype = dtype
+        self.device = device
+        self.settings = settings
+        self.stage = settings.stage
+        self.clip_grad = settings.clip_grad
+        self.overflow = False
+        self.skips = 0
+        self._global_grad_norm: float | None = 0.0
+        self.mpu = None
+        self.custom_loss_scaler = False
+        self.external_loss_scale = None
+        self.torch_autocast_gradscaler = None
+        self.loss_scaler = deepspeed_compat.create_loss_scaler(
+            dtype, settings.loss_scale, settings.dynamic_loss_scale, settings.dynamic_loss_args
+        )
+        self.dynamic_loss_scale = self.loss_scaler.dynamic
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The client's groups: hyper-parameters only."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @property
+    def loss_scale(self) -> float:
+        return self.loss_scaler.cur_scale
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self.loss_scaler.cur_scale = value
+
+    cur_scale = loss_scale
+
+    def update_loss_scale(self, finite: bool) -> None:
+        """Adapt a dynamic loss scale to whether this step's gradients were finite.
+
+        Raises:
+            FloatingPointError: they were not for more than 20 steps in a row, and no loss scale can adapt.
+        """
+        self.loss_scaler.update_scale(not finite)
+        self.skips = 0 if finite else self.skips + 1
+        if self.skips > MAX_CONSECUTIVE_SKIPS and not self.dynamic_loss_scale:
+            raise FloatingPointError(
+                f"gradients were not finite for {self.skips} steps in a row; no weight was updated in them. "
+                "Lower the learning rate, clip gradients, or look for bad samples."
+            )
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """The engine's hook after backward from stage 2 on; ``backward_epilogue``, which follows, does the work."""
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """The engine's hook in unmanaged accumulation; every micro-step was reduced already."""
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError('engine.offload_states() does not know about layers; use "grass": {"offload": ...}')
+
+    reload_states = offload_states
