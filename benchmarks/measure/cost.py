@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmarks.baselines import watch
 from benchmarks.case import Case
-from benchmarks.measure import engine as engines
-from benchmarks.measure.engine import PARTS
+from benchmarks.measure.engine import PARTS, build, count_first_steps, random_steps, trainable_numel
 from benchmarks.measure.observer import disk_bytes, memory, observe, peak_bytes, reset_peak, resident_bytes
 from launch import distributed
 
@@ -19,8 +18,8 @@ def cost(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
     Probing steps are timed apart. ``skipped_steps``: measured steps that fp16's loss scale skipped.
     """
     case = replace(case, grass={"probe_steps": 2, "sample_period": max(2, case.steps // 2), **case.grass})
-    engine, toggle = engines.build(case, model)
-    step = engines.random_steps(case, engine)
+    engine, toggle = build(case, model)
+    step = random_steps(case, engine)
     probing = []
     while engine.grass is not None and engine.grass.phase == "probe":
         probing.append(sum(step().values()))
@@ -32,7 +31,7 @@ def cost(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
     measured, active, facts, first_steps = [], [], [], 0
     for _ in range(case.steps):
         active.append(watched.before_step())
-        first_steps += engines.count_first_steps(engine)
+        first_steps += count_first_steps(engine)
         measured.append(step())
         facts.append(watched.after_step())
     moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
@@ -54,6 +53,6 @@ def cost(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
         "resident_bytes": distributed.max_over_ranks(resident_bytes()),
         "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
         "bytes": memory(engine),
-        "trainable": engines.trainable_numel(engine),
+        "trainable": trainable_numel(engine),
         "observed": observe(engine, case, watched.before_step()),
     }
