@@ -47,45 +47,49 @@ class OffloadConfig(_Block):
     """Where the optimizer state of a layer (fp32 master weights and moments) is kept between its steps."""
 
     device: Literal["none", "cpu", "nvme"] = "cpu"
-    """``cpu`` (as in the paper): host memory. ``nvme``: files on a local disk. ``none``: device memory, for every
-    layer that was ever active (as in LISA)."""
+    """Where the optimizer state of inactive layers is kept. ``cpu``: host memory (the paper's way). ``nvme``: files on
+    a local disk. ``none``: the device; the state of every layer that was ever active stays there (LISA's way)."""
 
     residency: Literal["stream", "period"] = "stream"
-    """``stream`` (as in the paper): the device holds at most ``device_buffers`` chunks of state. ``period``: the state
-    of the active layers stays on the device from one draw to the next: more device memory, no transfers in between."""
+    """What the device holds. ``stream``: ``device_buffers`` chunks at a time, moved in and out at every step (the
+    paper's way). ``period``: the whole state of the active layers from one draw to the next, so that transfers happen
+    at draws only. No effect with ``none``."""
 
     nvme_path: str | None = None
-    """Folder on a local disk, for ``nvme``. It must exist, so that a disk that is not mounted is an error.
-    ``$VARIABLES`` are replaced. The files are removed at the end of the run."""
+    """Folder on a local disk for the state files; ``nvme`` needs it. One job may use it at a time. It must exist, so
+    that a disk that is not mounted is an error. ``$VARIABLES`` are expanded. The files are removed at the end of the
+    run."""
 
     pin_memory: bool = True
-    """Page-lock the host copies: faster transfers that overlap with computation. No effect on the CPU accelerator."""
+    """Page-lock host memory. Transfers are then faster and overlap with compute. No effect on the CPU accelerator."""
 
     chunk_numel: int = Field(4 * 1024 * 1024, ge=1)
-    """Elements of a layer's shard that are moved and stepped at a time. Rounded up to a multiple of 1024, and at most
-    the largest shard. A device buffer takes 12 bytes per element: the two of the defaults take 100 MB."""
+    """Elements of a layer's shard that are moved and stepped at a time. The value is rounded up to a multiple of 1024
+    and limited to the largest shard. A device buffer takes 12 bytes per element: two buffers of the default size take
+    100 MB."""
 
     host_buffers: int | None = Field(None, ge=1)
-    """Host buffers of one chunk each between disk and device, for ``nvme``; at least ``device_buffers`` + 2. Null:
-    with ``stream`` as many as the active layers need, up to 4 GiB, so that files are read and written only when layers
-    are drawn; with ``period`` 4 or ``device_buffers`` + 2, whichever is more."""
+    """Host buffers, of one chunk each, between disk and device; ``nvme`` only. At least ``device_buffers`` + 2. Null:
+    with ``stream`` as many as the active layers need, up to 4 GiB, so that files are touched at draws only; with
+    ``period`` the larger of 4 and ``device_buffers`` + 2."""
 
     device_buffers: int = Field(2, ge=1)
-    """Chunks on the device at a time with ``stream``. 1: transfers do not overlap with the step."""
+    """Chunks on the device at a time; ``stream`` only. With 1, transfers do not overlap with the step."""
 
     prefetch: Literal["backward", "step"] = "backward"
-    """``backward``: load a layer's state as soon as its gradient has been reduced. ``step``: load it when the layer is
-    stepped."""
+    """When a layer's state is copied to the device. ``backward``: as soon as its gradient is reduced. ``step``: only
+    when the optimizer steps."""
 
     checksum: bool = False
-    """Verify a CRC-32 of all data that is read from ``nvme``."""
+    """Verify a CRC-32 of everything that is read from the state files; ``nvme`` only."""
 
     io: Literal["auto", "aio", "posix"] = "auto"
-    """``aio``: DeepSpeed's asynchronous I/O with the settings of the top-level ``aio`` block; needs libaio and a
-    compiler. ``posix``: direct reads and writes by threads. ``auto``: ``aio`` where it works."""
+    """How state files are read and written; ``nvme`` only. ``aio``: DeepSpeed's asynchronous I/O, configured by the
+    top-level ``"aio"`` block; it needs libaio and a compiler. ``posix``: direct reads and writes by threads. ``auto``:
+    ``aio`` where it works, else ``posix``."""
 
     trace: str | None = None
-    """Write a Chrome trace of all transfers to this file, one per rank."""
+    """Path of a Chrome trace of all transfers, one file per rank. Null: no trace."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "OffloadConfig":
@@ -104,77 +108,80 @@ class GrassConfig(_Block):
     """The ``"grass"`` block. A field that is left out or null has its default."""
 
     enabled: bool = True
-    """False: the engine is stock DeepSpeed."""
+    """Whether layers are sampled. ``false``: the engine is stock DeepSpeed."""
 
     sampler: Literal["grass", "static", "uniform", "cyclic", "full"] = "grass"
-    """How layers are chosen. ``grass``: by gradient norms, measured anew during training. ``static``: by gradient
-    norms, measured once (the paper's ablation GRASS*). ``uniform``: at random (LISA). ``cyclic``: in turn (BAdam).
-    ``full``: all layers, embeddings and head at every step, which is plain fine-tuning."""
+    """How active layers are drawn. ``grass``: by gradient norm, which is measured again during training. ``static``:
+    by gradient norm, measured once (the paper's ablation GRASS*). ``uniform``: at random (LISA). ``cyclic``: in turn
+    (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning)."""
 
     num_active_layers: int = Field(2, ge=1)
-    """Layers trained at a time (paper: gamma). If it is the number of layers or more, all of them train and none is
-    sampled."""
+    """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
+    is sampled. Parameters outside the layers follow ``always_active`` all the same."""
 
     probe_steps: int = Field(20, ge=1)
-    """Steps of a probing (paper: T_p): forward and backward through all layers, without an update. Layers are probed
-    before training and every ``reprobe_period``, only by the samplers that use gradient norms (grass, static).
-    [ours]"""
+    """Steps of one probing phase (paper: T_p). Such a step runs forward and backward through all layers, measures
+    their gradients and updates nothing. Probing comes before training and every ``reprobe_period``. Samplers ``grass``
+    and ``static`` only. [ours]"""
 
     sample_period: int = Field(25, ge=1)
     """Optimizer steps between two draws (paper: T_s; 25 to 50 were best there). [ours]"""
 
     refresh_period: int = Field(50, ge=1)
-    """Optimizer steps between two updates of the scores (paper: T_u). Only ``grass``. [ours]"""
+    """Optimizer steps between two updates of the scores (paper: T_u). Sampler ``grass`` only. [ours]"""
 
     reprobe_period: int = Field(0, ge=0)
-    """Optimizer steps between two probings of ``probe_steps`` steps each, which train nothing. A probing replaces the
-    scores of all layers, and then a new set is drawn. For runs in which the scores of inactive layers become stale.
-    Choose a multiple of ``sample_period``, which a probing does not restart: otherwise the set drawn after it trains
-    for a part of a period only. 0: probe once, before training (the paper). Only ``grass``. [ours]"""
+    """Optimizer steps between two probing phases; 0: one phase, before training (the paper). A new phase replaces the
+    scores of all layers and ends with a draw. It helps where the scores of inactive layers become stale. Use a
+    multiple of ``sample_period``: its count continues through probing, so the set drawn otherwise trains for the rest
+    of a period only. Sampler ``grass`` only. [ours]"""
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Softmax temperature of the draw (paper: tau). Low: nearly always the layers with the largest gradients. High:
-    nearly uniform. It has no unit when ``score_normalization`` is ``mean``. [ours]"""
+    """Temperature of the softmax over the scores (paper: tau). A low value draws the layers with the largest gradients
+    nearly always; a high value draws nearly uniformly. It has no unit if ``score_normalization`` is ``mean``.
+    [ours]"""
 
     ema_alpha: float = Field(0.5, gt=0, le=1)
-    """Weight of the new measurement when scores are updated (paper: alpha). [ours]"""
+    """Weight of the new measurement in an update of the scores (paper: alpha). [ours]"""
 
     score_normalization: Literal["mean", "none"] = "mean"
-    """``mean`` [ours]: divide the scores by their mean before the softmax, so that ``temperature`` has no unit.
-    ``none``: raw gradient RMS (the paper's formula); the values are far below 1, and the temperature must be of their
-    size."""
+    """Scaling of the scores before the softmax. ``mean``: they are divided by their mean, so that ``temperature`` has
+    no unit [ours]. ``none``: raw gradient RMS (the paper's formula). Raw values are far below 1, and the temperature
+    must be of their size."""
 
     always_active: tuple[Literal["embed", "norm", "head", "other"], ...] | None = None
-    """Modules outside the decoder blocks that train at every step. ``norm``: the final norm. ``head``: the output
-    layers, which are the projection to the vocabulary or, in a model without one, everything above the blocks (a
-    classifier, a reward model's score). ``other``: the rest (a value head, a projector), and model parts with blocks
-    of their own (an encoder, a vision tower). Null [ours]: all but the embeddings, the projection to the vocabulary
-    and such model parts; in a language model that is the final norm. With ``embed`` the backward pass always runs
-    through all blocks, and embeddings and head are most of the trained weights (70 % at 8B). Tied embeddings:
-    ``embed`` and ``head`` are the same. A kind that the model does not have is an error."""
+    """Modules outside the layers that always train. ``embed``: the embeddings. ``norm``: the final norm. ``head``: the
+    output layers, that is the projection to the vocabulary or, in a model without one, everything above the layers (a
+    classifier, the score of a reward model). ``other``: everything else (a value head, a projector), and model parts
+    with layers of their own (an encoder, a vision tower). Null: all but the embeddings, the projection to the
+    vocabulary and such model parts; in a language model that is the final norm [ours]. With ``embed``, backward always
+    runs to the bottom, and embeddings and head are most of the trained weights (70 % at 8B). With tied embeddings
+    ``embed`` and ``head`` are the same. A module that the model lacks is an error."""
 
     layers_path: str | None = None
-    """Dotted path of the decoder's ``ModuleList`` (``"model.layers"``). Null: found by inspection of the model."""
+    """Dotted path of the list of decoder layers, for example ``model.layers``. Null: found by inspection of the
+    model."""
 
     cyclic_order: Literal["random", "ascending", "descending"] = "random"
-    """Order of the ``cyclic`` sampler; ``random``: a new permutation every cycle."""
+    """Order in which layers take turns. ``random``: a new permutation for every cycle. Sampler ``cyclic`` only."""
 
     seed: int = Field(42, ge=0, lt=2**63)
-    """Seed of the sampler's own generator; global generators are neither read nor advanced."""
+    """Seed of the sampler's own random generator. The global generators are neither read nor advanced."""
 
     missing_gradients: Literal["error", "zero"] = "error"
-    """For a module that should train and receives no gradient on any rank in all micro-batches of a step. ``error``:
-    stop, since the usual cause is a model that trains nothing; a module that trains by default, without being named in
-    ``always_active``, gives one warning instead. ``zero``: its gradient counts as zeros, as in DeepSpeed; for data of
-    which some rows do not use the module (text rows beside a vision tower), and for blocks that are dropped at random
-    (LayerDrop)."""
+    """What happens if an active layer, or a module of ``always_active``, receives no gradient on any rank in a whole
+    accumulation window. ``error``: training stops with the name and likely causes; for modules that train by default,
+    without being listed, there is one warning. ``zero``: the gradient counts as zeros, as in DeepSpeed. Use it for
+    data of which some rows do not use the module (text rows beside a vision tower), and for layers that are dropped at
+    random (LayerDrop)."""
 
     state_on_switch: Literal["keep", "reset"] = "keep"
-    """Optimizer state of a layer that leaves the active set. ``keep`` (paper): moments, step count and master weights
-    are kept until its return. ``reset`` (BAdam): they are dropped, and rebuilt from the weights."""
+    """What happens to the optimizer state of a layer that leaves the active set. ``keep``: moments, step count and
+    master weights are kept until its return (the paper). ``reset``: they are dropped, and built anew from the weights
+    (BAdam)."""
 
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
-    """See :class:`OffloadConfig`."""
+    """Where optimizer state is kept while its layer does not step: the keys below."""
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> "GrassConfig":

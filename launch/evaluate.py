@@ -21,6 +21,7 @@ if __package__ in (None, ""):
     # Run as a script: look for modules in the project, not in launch/, whose evaluate.py would hide a library's.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.startup  # noqa: F401, I001  # before what takes seconds to import
 from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser

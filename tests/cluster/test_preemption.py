@@ -18,7 +18,7 @@ from helpers.traffic import Collectives
 from torch.utils.data import DataLoader, Dataset
 
 import grass_ds
-from grass_ds.trainer.callback import PreemptionCallback
+from grass_ds.trainer.preemption_callback import PreemptionCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 UNUSED: Any = (None, None, None)

@@ -226,12 +226,16 @@ def test_without_a_command_the_help_is_printed(capfd: Any) -> None:
     assert "doctor" in capfd.readouterr().out
 
 
-def doctor(*arguments: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    # Without a launcher: pytest's own process must not join a process group.
-    cleared = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, *launcher, "-m", "grass_ds", "doctor", *arguments]
+def doctor(*arguments: str, start: tuple[str, ...] = ("-m", "grass_ds"), **environment: str) -> Any:
+    """Run it in a process of its own, which joins a process group."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
-        command, cwd=ROOT, env=cleared | environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *start, "doctor", *arguments],
+        cwd=ROOT,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -257,7 +261,8 @@ def test_one_process_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_two_ranks_report_once() -> None:
-    done = doctor("--json", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = doctor("--json", start=(*torchrun, "-m", "grass_ds"))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     places = [(row["rank"], row["local_rank"], row["device"]) for row in report["ranks"]]
@@ -270,8 +275,8 @@ IMPATIENT = """
 import sys
 from grass_ds.__main__ import main
 from grass_ds.doctor import checks
-setattr(checks, sys.argv[1], 3.0)
-sys.exit(main(["doctor"]))
+setattr(checks, sys.argv.pop(), 3.0)
+sys.exit(main())
 """
 
 
@@ -280,17 +285,9 @@ sys.exit(main(["doctor"]))
     ("time_out", "text"), [("JOIN_SECONDS", "1/2 clients joined"), ("LIMIT_SECONDS", "no end after 3 s")]
 )
 def test_a_missing_rank_fails_the_check(time_out: str, text: str) -> None:
-    environ = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environ = os.environ | environ | {"MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPATIENT, time_out],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    placement = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = doctor(time_out, start=("-c", IMPATIENT), **placement, **master)
     assert done.returncode == 1, done.stderr
     assert "FAIL  process group       rank 0 of 2" in done.stdout
     assert text in done.stdout

@@ -56,7 +56,7 @@ def test_every_optional_package_is_in_its_extra() -> None:
     assert EXTRAS.keys() == {*versions.EXTRAS.values(), "demo", "dev"}
 
 
-def test_the_programs_need_what_their_message_says() -> None:
+def test_the_programs_have_an_extra_of_their_own() -> None:
     programs = EXTRAS["launch"]
     assert Requirement(PROJECT["optional-dependencies"]["launch"][0]).extras == {"hf", "plots"}
     assert {"datasets", "transformers", "psutil", "tqdm"} < programs.keys()

@@ -21,7 +21,7 @@ from helpers.zero3 import BARE, LAYER, part
 
 Call = tuple[str, int]  # operator, bytes of its largest tensor
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "communication.md"
 BF16 = 2
 FINGERPRINT = 2 * 6 * 8  # bytes: six int64 and their negatives
 GAMMA, PROBE_STEPS, SAMPLE_PERIOD, REFRESH_PERIOD = 2, 2, 2, 3
@@ -224,8 +224,8 @@ def ring(calls: Sequence[Call], world: int) -> str:
     return f"{whole * (world - 1) / world / 1e9:.2f}"
 
 
-def readme_rows() -> list[str]:
-    """What a step sends, as in the README's table."""
+def table_rows() -> list[str]:
+    """What a step sends, as in the table of docs/communication.md."""
     layers, worlds = tuple(range(LLAMA_2_7B.layers)), (64, 1024)
     steps = [
         (2, "ZeRO-1 and 2, training", layers[:GAMMA], True),
@@ -243,6 +243,6 @@ def readme_rows() -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def test_the_readme_says_what_the_formula_gives() -> None:
-    lines = README.read_text().splitlines()
-    assert [row for row in readme_rows() if row not in lines] == []
+def test_the_page_says_what_the_formula_gives() -> None:
+    lines = PAGE.read_text().splitlines()
+    assert [row for row in table_rows() if row not in lines] == []
