@@ -67,15 +67,15 @@ _MOVED = {"placement": "cluster.placement"}
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module. The error names a missing extra, or packages outside of their tested range as a likely
-    cause."""
-    from grass_ds.versions import EXTRAS, RANGES, untested
+    """Import a module. The error names a missing extra, or the packages outside of their tested range."""
+    from grass_ds.versions import EXTRAS, RANGES, remedy, untested
 
     try:
         return import_module(name)
     except (ImportError, RuntimeError) as error:  # transformers 4 makes a RuntimeError of every failed import
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-            raise ImportError(f"{error}: pip install 'grass_ds[{EXTRAS[error.name]}]'") from error
+            command = remedy(error.name) if error.name in RANGES else f"pip install {error.name}"
+            raise ImportError(f"{error}: {command} (extra {EXTRAS[error.name]!r} of grass_ds)") from error
         sentence = untested(package for package in RANGES if f"pip install '{package}" not in str(error))
         if not sentence:
             raise

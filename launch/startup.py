@@ -8,7 +8,7 @@ import threading
 from importlib.util import find_spec
 from types import FrameType
 
-REMEDY = "pip install 'grass_ds[launch]'"
+REMEDY = "pip install '.[launch]' in the folder of grass_ds"
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code after Ctrl-C, as shells say it."""
 # Variables with the rank before there is a process group: torchrun and DeepSpeed, SLURM, Open MPI, other MPIs.

@@ -107,8 +107,6 @@ class Heartbeat:
         self._interval = interval
         self._rounds = math.ceil(limit / interval)
         self._host = socket.gethostname()
-        self._hosts: dict[int, str] = {}
-        self._leaving, self._peer_left = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, channel: Channel | None = None) -> None:
@@ -117,6 +115,8 @@ class Heartbeat:
             return
         self._channel = channel or Channel.open()
         self._silence = Silence(self._channel.peers, self._rounds)
+        self._hosts: dict[int, str] = {}
+        self._leaving, self._peer_left = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="grass_ds heartbeat", daemon=True)
         self._thread.start()
 
@@ -131,8 +131,8 @@ class Heartbeat:
         """After an error in a collective: find out whether a lost rank is the cause.
 
         If so, this process ends, as at any other time. Returns as soon as a peer has said that it leaves, which
-        explains the error as well, or when no rank can be
-        lost any more: after at most ``limit + 2 * interval`` seconds.
+        explains the error as well, or when no rank can be lost any more: after at most ``limit + 2 * interval``
+        seconds.
         """
         if self._thread is not None:
             self._peer_left.wait((self._rounds + 2) * self._interval)

@@ -3,7 +3,9 @@
 
 import os
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import deepspeed.comm as dist
 
@@ -11,6 +13,8 @@ from grass_ds.cluster.placement import Placement, PlacementError, find, leave_pr
 from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.doctor import bandwidth, disks, dtypes, extensions, machine, ranks
 from grass_ds.doctor.finding import FAIL, WARN, Finding, Report, examine
+
+T = TypeVar("T")
 
 JOIN_SECONDS, LIMIT_SECONDS = 60.0, 150.0
 """How long ranks wait for each other at first, and how long all that they do together may take."""
@@ -22,22 +26,26 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
     report.findings += examine("memory", machine.check_memory)
     report.findings += examine("extensions", extensions.check_extensions)
     report.findings += examine("build lock", extensions.check_locks, extensions.extensions_root())
+    placement = None
     try:
         placement = find()
+        report.rank = placement.rank
+        launcher = examine("launcher", ranks.check_launcher, placement)
     except PlacementError as error:
-        report.findings.append(Finding("launcher", FAIL, str(error)))
-        return
-    report.rank = placement.rank
-    if placement.local_rank == 0:  # the ranks of a machine would slow each other down
+        launcher = [Finding("launcher", FAIL, str(error))]
+    report.findings += launcher
+    if placement is None or placement.local_rank == 0:  # the ranks of a machine would slow each other down
         report.findings += examine("precision", dtypes.check_precision, config)
         report.findings += [] if nvme_path is None else examine("nvme_path", disks.check_nvme, nvme_path)
-    launcher = examine("launcher", ranks.check_launcher, placement)
-    report.findings += launcher
-    if launcher[-1].status == FAIL:
+    if placement is None or launcher[-1].status == FAIL:
         return
     if not extensions.communication_ready():
         text = f"not joined: it would first compile {extensions.SHARED_MEMORY}, or wait for a process that does"
-        report.findings.append(Finding("process group", WARN, text, "start a training once, or launch/setup.sh"))
+        # The other ranks wait for this one, in vain.
+        status = FAIL if placement.world_size > 1 else WARN
+        report.findings.append(Finding("process group", status, text, "start a training once, or launch/setup.sh"))
+        if placement.world_size == 1 and shared_path is not None:
+            report.findings += examine("shared_path", disks.check_shared, shared_path, _alone)
         return
     timer = threading.Timer(LIMIT_SECONDS, _give_up, [report, placement])
     timer.daemon = True
@@ -45,6 +53,11 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
     _check_together(report, placement, shared_path)
     timer.cancel()
     timer.join()  # or both threads would report
+
+
+def _alone(task: Callable[[], T]) -> list[T]:
+    """``gather_from_ranks`` of a single process without a process group."""
+    return [task()]
 
 
 def _check_together(report: Report, placement: Placement, shared_path: str | None) -> None:

@@ -6,8 +6,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -19,6 +20,7 @@ from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.state_files import IN_MEMORY, StateFiles, filesystem, resolve_path
 
 TEST_BYTES = 256 * 2**20
+NETWORK = ("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "9p")
 SHARED_SECONDS = 30.0
 """How long a new file may take to appear on another machine: NFS looks at a folder again after at most 30 seconds."""
 
@@ -41,8 +43,10 @@ def check_nvme(path: str) -> Iterator[Finding]:
             files.close()
     kind, free = filesystem(root), shutil.disk_usage(root).free / 1e9
     text = f"{root} ({kind}): {free:.0f} GB free, writes {speeds[0]:.0f} MB/s, reads {speeds[1]:.0f} MB/s"
-    if kind in IN_MEMORY or not files.direct:
-        text += "; it takes host memory" if kind in IN_MEMORY else "; no direct I/O"
+    if kind in IN_MEMORY or kind in NETWORK or not files.direct:
+        text += "; it takes host memory" if kind in IN_MEMORY else ""
+        text += "; all machines share its speed" if kind in NETWORK else ""
+        text += "; no direct I/O" if not files.direct else ""
         yield Finding("nvme_path", WARN, text, "choose a local disk with ext4 or xfs")
     else:
         yield Finding("nvme_path", OK, text)
@@ -65,16 +69,19 @@ def _measure(files: StateFiles) -> tuple[float, float]:
         io.close()
 
 
-def check_shared(path: str) -> Iterator[Finding]:
-    """Whether every rank sees a file that rank 0 writes. Called on all ranks of the process group.
+def check_shared(path: str, gather: Callable[..., list[Any]] = gather_from_ranks) -> Iterator[Finding]:
+    """Whether every rank sees a file that rank 0 writes. Called on all ranks.
+
+    Args:
+        gather: returns the results of a function on all ranks.
 
     Raises:
         OSError: on rank 0, if the folder is missing or cannot be written; a RankFailedError on the others.
     """
-    marker = gather_from_ranks(lambda: _write_marker(path) if dist.get_rank() == 0 else None)[0]
-    assert marker is not None
-    visible = gather_from_ranks(lambda: becomes_visible(marker))
-    if dist.get_rank() == 0:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    marker = gather(lambda: _write_marker(path) if first else None)[0]
+    visible = gather(lambda: becomes_visible(marker))
+    if first:
         marker.unlink()
     if all(visible):
         yield Finding("shared_path", OK, f"{marker.parent}: all ranks see what rank 0 writes")

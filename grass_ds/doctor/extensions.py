@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,13 +21,14 @@ from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """The extension through which ranks on the CPU communicate; every start loads it."""
+TOOLS = "apt-get install g++ or module load gcc; pip install ninja, and activate its environment"
 OPS = (
-    (SHARED_MEMORY, FAIL, "apt-get install g++ or module load gcc; pip install ninja, and activate its environment"),
-    ("async_io", WARN, 'the same; grass.offload.io = "auto" uses posix without it'),
+    (SHARED_MEMORY, FAIL, TOOLS),
+    ("async_io", WARN, TOOLS + '; grass.offload.io = "auto" uses posix without it'),
 )
 """Name, status where it is impossible, remedy."""
-STALE_SECONDS = 600
-"""A lock in a folder in which nothing has changed for so long belongs to no build."""
+STALE_SECONDS = 60
+"""A lock that no process holds, in a folder in which nothing has changed for so long, belongs to no build."""
 
 
 def extensions_root() -> Path:
@@ -71,10 +73,24 @@ def check_locks(root: Path) -> Iterator[Finding]:
     """See [Note: Build locks]."""
     locks = sorted(root.glob("*/lock"))
     for lock in locks:
-        minutes = (time.time() - max(path.lstat().st_mtime for path in lock.parent.iterdir())) / 60
-        text = f"{lock}: nothing has changed there for {minutes:.0f} minutes, and every start waits while it exists"
-        stale = minutes * 60 >= STALE_SECONDS
-        remedy = f"rm {lock}" if stale else f"wait; if nothing is being compiled: rm {lock}"
-        yield Finding("build lock", FAIL if stale else WARN, text, remedy)
+        seconds = time.time() - max(path.lstat().st_mtime for path in lock.parent.iterdir())
+        if _is_held(lock):
+            yield Finding("build lock", OK, f"{lock.parent} is being compiled")
+        elif seconds < STALE_SECONDS:
+            text = f"{lock.parent}: being compiled on another machine, or interrupted just now"
+            yield Finding("build lock", WARN, text, "try again in a minute")
+        else:
+            text = f"no process of yours on this machine holds {lock}, and every start waits for it, without a message"
+            remedy = f"unless another machine compiles into this folder: rm {lock}"
+            yield Finding("build lock", FAIL, text, remedy)
     if not locks:
         yield Finding("build lock", OK, f"none in {root}")
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process that this user may inspect has the lock open, as the one that compiles does."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.path.samestat(link.stat(), lock.stat()):
+                return True
+    return False

@@ -39,8 +39,10 @@ def no_contact(placement: Placement, reason: str) -> Finding:
         FAIL,
         f"rank {placement.rank} of {placement.world_size} on {socket.gethostname()}, with rank 0 at "
         f"{placement.master_addr}:{placement.master_port}: {reason}",
-        "look for ranks that wrote nothing or another message; name the network interface between the machines "
-        "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; see `ip address`); try NCCL_IB_DISABLE=1, NCCL_DEBUG=INFO",
+        "look for ranks that wrote nothing or another message; check that the name of rank 0's machine resolves there, "
+        "that no two ranks share a GPU (CUDA_VISIBLE_DEVICES) and that torch has NCCL; name the network interface "
+        "between the machines (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; see `ip address`); try NCCL_IB_DISABLE=1, "
+        "NCCL_DEBUG=INFO",
     )
 
 

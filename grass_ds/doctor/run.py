@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor from start to end. Checks that need torch and DeepSpeed are imported only when both load."""
 
-import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
 from grass_ds.versions import RANGES, installed, is_tested, remedy
@@ -27,8 +29,8 @@ def run(
     Returns:
         The exit code: 1 if training would fail or compute in an emulated precision, else 0.
     """
-    report = Report(sys.stdout, as_json)
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints what it loads
+    with _libraries_print_to_stderr() as stream:
+        report = Report(stream, as_json)
         report.findings += examine("versions", check_versions)
         loaded = examine("import", check_import)
         report.findings += loaded
@@ -36,7 +38,20 @@ def run(
             from grass_ds.doctor.checks import check_all
 
             check_all(report, config, nvme_path, shared_path)
-    return report.write()
+        return report.write()
+
+
+@contextmanager
+def _libraries_print_to_stderr() -> Iterator[TextIO]:
+    """Inside, what libraries print, those in C++ included, goes to stderr. The yielded stream is the former stdout."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", errors="backslashreplace") as stream:
+        os.dup2(2, 1)
+        try:
+            yield stream
+        finally:
+            sys.stdout.flush()
+            os.dup2(stream.fileno(), 1)
 
 
 def check_versions() -> Iterator[Finding]:

@@ -201,6 +201,9 @@ class NvmeTier:
                 while buffer is None:
                     buffer = self._try_assign(chunk, in_writer=True)
             return self._copy_into(buffer, issue, chunk)
+        except BaseException as error:
+            self._fail(error)  # before the reader may take what is in the file
+            raise
         finally:
             with self._lock:
                 self._queued[chunk] -= 1

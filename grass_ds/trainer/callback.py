@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import deepspeed  # noqa: F401  # before transformers: some of their releases import each other in a circle
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import WandbCallback
 from transformers.utils import logging
 
 from grass_ds.config import GrassConfig, parse_grass_block
@@ -264,7 +265,8 @@ class GrassCallback(TrainerCallback):
 
     def _log_to_wandb(self, args: TrainingArguments, state: TrainerState) -> None:
         """Add to the row that the Trainer's wandb callback logs next, wherever that callback is in the order."""
-        if state.is_world_process_zero and "wandb" in (args.report_to or ()):
+        logs_to_wandb = "wandb" in (args.report_to or ()) or any(isinstance(c, WandbCallback) for c in self._callbacks)
+        if state.is_world_process_zero and logs_to_wandb:
             values = {} if self._grass is None else grass_metrics(self._grass)
             self._try(dashboards.add_to_wandb_row, {**values, **self._summarize()})
 

@@ -49,13 +49,20 @@ def seal_checkpoint(args: Any, step: int) -> None:
             sync_folder(checkpoint.parent)
         return sums
 
-    sums = _on_all_ranks(sync_own, ranks)
-    _on_all_ranks(write, ranks)
+    sums = _on_all_ranks(sync_own, ranks, checkpoint)
+    _on_all_ranks(write, ranks, checkpoint)
 
 
-def _on_all_ranks(task: Callable[[], Sums], ranks: int) -> Sums:
+def _on_all_ranks(task: Callable[[], Sums], ranks: int, checkpoint: Path) -> Sums:
     """The results of all ranks' ``task``, merged; if one fails, every rank raises."""
-    parts = gather_from_ranks(task) if ranks > 1 else [task()]
+
+    def explained() -> Sums:
+        try:
+            return task()
+        except OSError as error:
+            raise OSError(f"the checkpoint {checkpoint} could not be completed: {error}") from error
+
+    parts = gather_from_ranks(explained) if ranks > 1 else [explained()]
     return {name: sums for part in parts for name, sums in part.items()}
 
 

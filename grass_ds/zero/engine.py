@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 
-from grass_ds.config import GrassConfig
+from grass_ds.config import GrassConfig, GrassConfigError, parse_grass_block
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
 from grass_ds.core.unit_plan import UnitPlan
@@ -73,6 +73,11 @@ class GrassEngine(CheckpointingEngine):
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer | None) -> Any:
         config, layers = self._grass_config, self._layers
+        if config is None and optimizer is not None and parse_grass_block(self.config) is not None:
+            raise GrassConfigError(
+                'the DeepSpeed config has an enabled "grass" block, but GrassEngine was built without it; build the engine '
+                "with grass_ds.initialize, or with deepspeed.initialize after grass_ds.enable()"
+            )
         if config is None or layers is None or optimizer is None:
             return super()._configure_zero_optimizer(optimizer)
         group = self.seq_data_parallel_group

@@ -55,6 +55,11 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self._track_persistent()
 
     @property
+    def coordinators(self) -> dict[int, Any]:
+        """Lowest layer that backward reaches -> DeepSpeed's coordinator for such passes."""
+        return self.traces.coordinators
+
+    @property
     def fp16_groups(self) -> list[list[nn.Parameter]]:
         """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
         return [unit.params for unit in self.units]
