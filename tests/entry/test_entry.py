@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ways in: grass_ds.initialize and grass_ds.enable, and that neither leaves anything behind."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -16,6 +17,7 @@ from torch import nn
 
 import grass_ds
 from grass_ds import entry
+from grass_ds.cluster import placement
 from grass_ds.config import GrassConfig
 from grass_ds.sampling.layers import ModelLayers
 
@@ -30,7 +32,7 @@ def left_as_found() -> Iterator[None]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Engine class and block of each call of a stand-in for deepspeed.initialize, which fails for ``model=None``."""
     found: list[Any] = []
 
@@ -42,7 +44,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return "engine", "optimizer", "dataloader", "scheduler"
 
     monkeypatch.setattr(entry, "_STOCK_INITIALIZE", initialize)
-    return found
+    monkeypatch.setattr(placement, "_exported", [])
+    with mock.patch.dict(os.environ):  # the placement is exported to it
+        yield found
 
 
 WITHOUT = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}

@@ -130,7 +130,7 @@ def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pyt
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = ModuleNotFoundError("No module named 'transformers'", name="transformers")
     monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=missing))
-    with pytest.raises(ImportError, match=r"No module named 'transformers': pip install 'grass_ds\[hf\]'"):
+    with pytest.raises(ImportError, match=r"No module named 'transformers': pip install 'transformers>=.*extra 'hf'"):
         grass_ds.GrassCallback  # noqa: B018
 
 
@@ -162,13 +162,11 @@ def test_programs_say_at_start_what_they_need(monkeypatch: pytest.MonkeyPatch) -
     startup.check_packages()
     with monkeypatch.context() as patch:
         patch.setattr(startup, "find_spec", lambda name: None)
-        with pytest.raises(
-            ImportError, match=r"need datasets, which is not installed: pip install 'grass_ds\[launch\]'"
-        ):
+        with pytest.raises(ImportError, match=r"need datasets, which is not installed: pip install '.\[launch\]'"):
             startup.check_packages()
     monkeypatch.delattr("transformers.Trainer._run_epoch")
     with pytest.raises(
-        ImportError, match=r"_run_epoch, which transformers .* does not have: pip install 'grass_ds\[launch\]'"
+        ImportError, match=r"_run_epoch, which transformers .* does not have: pip install '.\[launch\]'"
     ):
         startup.check_packages()
 
