@@ -30,7 +30,11 @@ class Unit(ABC):
         params: the model's parameters; their names are ``param_names``, their elements ``sizes``.
         world, rank: of the data-parallel group.
         always: always active.
+        index: position in the order of reduction.
         active: trains in the coming step.
+        numel: elements of the parameters; ``shard_numel``: of every rank's shard, padding included.
+        saved_numel: elements of this rank's shard that a checkpoint of this ZeRO stage holds; the rest is padding.
+        shard: this rank's low-precision weights, [shard_numel]. The model's parameters share its memory.
     """
 
     name: str
@@ -46,6 +50,9 @@ class Unit(ABC):
     active: bool = False
     sizes: list[int] = field(init=False)
     numel: int = field(init=False)
+    shard_numel: int = field(init=False)
+    saved_numel: int = field(init=False)
+    shard: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         dtypes = {p.dtype for p in self.params}
@@ -57,21 +64,6 @@ class Unit(ABC):
         self.numel = sum(self.sizes)
 
     # ---- layout -----------------------------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def shard_numel(self) -> int:
-        """Elements of every rank's shard, padding included."""
-
-    @property
-    @abstractmethod
-    def saved_numel(self) -> int:
-        """Elements of this rank's shard that a checkpoint of this ZeRO stage holds; the rest is padding."""
-
-    @property
-    @abstractmethod
-    def shard(self) -> torch.Tensor:
-        """This rank's low-precision weights, [shard_numel]. The model's parameters share its memory."""
 
     @abstractmethod
     def overlap(self, slot: int) -> tuple[int, int, int]:
@@ -114,9 +106,10 @@ class Unit(ABC):
             copy_values: copy their present values into the buffer first, rather than drop them.
         """
 
-    @abstractmethod
     def release_buffer(self) -> None:
-        """Drop the reference to the buffer. The parameters keep it alive as long as they view it."""
+        """Drop the references to the buffer. The parameters keep it alive as long as they view it."""
+        for name in ("flat", "shard", "_views"):
+            vars(self).pop(name, None)
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 
@@ -135,42 +128,29 @@ class ReplicatedUnit(Unit):
 
     Attributes:
         flat: low-precision weights, shape [padded_numel], zero-padded at the end; the parameters are views of it.
-        offsets: first element of each parameter in ``flat``.
+        offsets: first element of each parameter in ``flat``; ``_start``: of the shard.
     """
 
     offsets: list[int] = field(init=False)
     flat: torch.Tensor = field(init=False, repr=False)
+    _start: int = field(init=False)
     _views: list[torch.Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.offsets = starts(self.sizes)
-
-    @property
-    def shard_numel(self) -> int:
-        grain = SHARD_ALIGNMENT * self.world
-        return -(-self.numel // grain) * SHARD_ALIGNMENT
-
-    @property
-    def saved_numel(self) -> int:
-        return min(max(self.numel - self.shard_start, 0), self.shard_numel)
-
-    @property
-    def shard_start(self) -> int:
-        """First element of this rank's shard within ``flat``."""
-        return self.shard_numel * self.rank
-
-    @property
-    def shard(self) -> torch.Tensor:
-        return self.flat.narrow(0, self.shard_start, self.shard_numel)
+        self.offsets = _starts(self.sizes)
+        self.shard_numel = _aligned(-(-self.numel // self.world))
+        self._start = self.shard_numel * self.rank
+        self.saved_numel = min(max(self.numel - self._start, 0), self.shard_numel)
 
     def overlap(self, slot: int) -> tuple[int, int, int]:
         first, last = self.offsets[slot], self.offsets[slot] + self.sizes[slot]
-        begin, end = max(first, self.shard_start), min(last, self.shard_start + self.shard_numel)
-        return (begin - first, begin - self.shard_start, end - begin) if begin < end else (0, 0, 0)
+        begin, end = max(first, self._start), min(last, self._start + self.shard_numel)
+        return (begin - first, begin - self._start, end - begin) if begin < end else (0, 0, 0)
 
     def flatten_weights(self) -> None:
         self.flat = torch.zeros(self.padded_numel, dtype=self.dtype, device=self.device)
+        self.shard = self.flat.narrow(0, self._start, self.shard_numel)
         self._views = [
             self.flat.narrow(0, offset, size).view(param.shape)
             for offset, size, param in zip(self.offsets, self.sizes, self.params, strict=True)
@@ -199,10 +179,6 @@ class ReplicatedUnit(Unit):
             slot for slot, (p, view) in enumerate(pairs) if p.data_ptr() != view.data_ptr() or p.device != view.device
         ]
 
-    def release_buffer(self) -> None:
-        vars(self).pop("flat", None)
-        vars(self).pop("_views", None)
-
     def write_gradient(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         _copy_or_add(flat.narrow(0, self.offsets[slot], self.sizes[slot]), gradient.reshape(-1), accumulate)
 
@@ -225,24 +201,13 @@ class PartitionedUnit(Unit):
 
     parts: list[int] = field(init=False)
     offsets: list[int] = field(init=False)
-    _shard: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parts = [-(-size // self.world) for size in self.sizes]
-        self.offsets = starts(self.parts)
-
-    @property
-    def shard_numel(self) -> int:
-        return -(-sum(self.parts) // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
-
-    @property
-    def saved_numel(self) -> int:
-        return sum(self.parts)
-
-    @property
-    def shard(self) -> torch.Tensor:
-        return self._shard
+        self.offsets = _starts(self.parts)
+        self.saved_numel = sum(self.parts)
+        self.shard_numel = _aligned(self.saved_numel)
 
     def overlap(self, slot: int) -> tuple[int, int, int]:
         start, part = self.rank * self.parts[slot], self.parts[slot]
@@ -271,13 +236,10 @@ class PartitionedUnit(Unit):
             view = shard.narrow(0, self.offsets[slot], self.parts[slot])
             view[:owned].copy_(partition[:owned])  # the rest is DeepSpeed's padding, which it does not initialise
             partition.data = view
-        self._shard = shard
+        self.shard = shard
 
     def rebind(self, copy_values: bool = False) -> None:
         """Nothing to do: the next gather from the partitions replaces assigned weights."""
-
-    def release_buffer(self) -> None:
-        vars(self).pop("_shard", None)
 
     def write_gradient(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         rows, values = self._rows(flat, slot), gradient.reshape(-1)
@@ -311,13 +273,14 @@ def whole_shape(param: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(param, "ds_shape", param.shape))
 
 
-def starts(sizes: Sequence[int]) -> list[int]:
+def _starts(sizes: Sequence[int]) -> list[int]:
     """First element of each of several consecutive ranges."""
     return [0, *itertools.accumulate(sizes)][:-1]
 
 
+def _aligned(numel: int) -> int:
+    return -(-numel // SHARD_ALIGNMENT) * SHARD_ALIGNMENT
+
+
 def _copy_or_add(target: torch.Tensor, values: torch.Tensor, add: bool) -> None:
-    if add:
-        target.add_(values)
-    else:
-        target.copy_(values)
+    (target.add_ if add else target.copy_)(values)
