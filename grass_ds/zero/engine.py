@@ -12,7 +12,7 @@ from deepspeed.utils import logger
 from grass_ds.config import GrassConfig, GrassConfigError, parse_grass_block
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
-from grass_ds.core.unit_plan import UnitPlan
+from grass_ds.core.unit_plan import build_units
 from grass_ds.core.units import Unit, whole_numel
 from grass_ds.offload.build import open_store
 from grass_ds.offload.state_template import learn_template
@@ -84,10 +84,8 @@ class GrassEngine(CheckpointingEngine):
         check_ranks_agree([digest(config.model_dump())], 'the "grass" block', group, self.device)
         always = OUTSIDE_KINDS if config.sampler == "full" else layers.resolve_always_active(config.always_active)
         stage3 = self.zero_optimization_stage() == 3
-        plan = UnitPlan(
-            layers, always, dist.get_world_size(group=group), dist.get_rank(group=group), partitioned=stage3
-        )
-        units = plan.build(optimizer.param_groups, self.param_names)
+        world, rank = dist.get_world_size(group=group), dist.get_rank(group=group)
+        units = build_units(layers, always, optimizer.param_groups, self.param_names, world, rank, partitioned=stage3)
         controller = Controller(len(layers.names), **config.controller_arguments())
         full_backward = self._fit_backward(layers, units)
         store = self._open_store(config, optimizer, units)
