@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks decide alike, and fail together.
 
-Ranks that train different layers mix their gradients, and the communication library reports no error. So the inputs of
-a decision are compared across ranks before it takes effect, and every rank stops if they differ. An error on one rank
-is raised on every rank, or the others would wait for it in their next collective.
+Ranks that train different layers mix their gradients without an error. So the inputs of a decision are compared across
+ranks before it takes effect. An error on one rank is raised on every rank, or the others would wait for it in their
+next collective.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from deepspeed import comm as dist
@@ -54,15 +54,13 @@ class RankFailedError(RuntimeError):
 
 
 class Fallible(Protocol):
-    """Something that moves state, also in threads of its own."""
+    """Something that moves state. ``fallible``: one rank alone can fail. ``error``: the first error of its threads."""
 
     @property
-    def fallible(self) -> bool:
-        """Whether it can fail on one rank alone; alike on every rank."""
+    def fallible(self) -> bool: ...
 
     @property
-    def error(self) -> BaseException | None:
-        """The first error of a thread so far."""
+    def error(self) -> BaseException | None: ...
 
 
 @contextmanager
@@ -72,7 +70,8 @@ def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible 
     One all-reduce of one int64. Messages are exchanged only if a rank failed.
 
     Args:
-        source: its threads' errors count, too. Without collectives if it says that no rank can fail alone.
+        source: its threads' errors count, too. If it says, alike on every rank, that no rank can fail alone, there are
+            no collectives.
 
     Raises:
         Exception: on a rank that failed, its own error.
@@ -86,10 +85,10 @@ def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible 
         error = caught
     if source is None or source.fallible:
         error = error or (None if source is None else source.error)
-        failed = torch.tensor([0 if error is None else 1], dtype=torch.int64, device=device)
+        failed = torch.tensor([error is not None], dtype=torch.int64, device=device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
         if failed.item():
-            _raise_first(error, group)
+            _gather(None, error, group)
     elif error is not None:
         raise error
 
@@ -105,19 +104,18 @@ def gather_from_ranks(task: Callable[[], T], group: Any = None) -> list[T]:
         result = task()
     except Exception as caught:
         error = caught
-    everyone: list[Any] = [None] * dist.get_world_size(group=group)
-    dist.all_gather_object(everyone, (result, error is not None), group=group)
-    if any(failed for _, failed in everyone):
-        _raise_first(error, group)
-    return [value for value, _ in everyone]
+    return _gather(result, error, group)
 
 
-def _raise_first(error: BaseException | None, group: Any) -> NoReturn:
-    """Called on every rank once one has failed."""
-    mine = None if error is None else (dist.get_rank(), isinstance(error, ValueError), str(error))
+def _gather(result: Any, error: BaseException | None, group: Any) -> list[Any]:
+    """Exchange results, or raise on every rank."""
+    failure = None if error is None else (dist.get_rank(), isinstance(error, ValueError), str(error))
     everyone: list[Any] = [None] * dist.get_world_size(group=group)
-    dist.all_gather_object(everyone, mine, group=group)
+    dist.all_gather_object(everyone, (result, failure), group=group)
     if error is not None:
         raise error
-    rank, is_mistake, message = next(entry for entry in everyone if entry is not None)
-    raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")
+    failures = [failed for _, failed in everyone if failed is not None]
+    if failures:
+        rank, is_mistake, message = failures[0]
+        raise (ValueError if is_mistake else RankFailedError)(f"rank {rank} failed: {message}")
+    return [value for value, _ in everyone]

@@ -9,11 +9,7 @@ from pathlib import Path
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the content of a file is on disk.
-
-    Raises:
-        OSError: the file cannot be opened or written.
-    """
+    """Wait until the content of a file is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,11 +21,7 @@ def sync_file(path: Path) -> None:
 def syncing(folder: Path) -> Iterator[None]:
     """On exit, wait until the names in ``folder`` are on disk. The folder itself may be renamed inside.
 
-    Two cases are ignored, because nothing more can be done: some network file systems do not sync folders, and some
-    folders may be entered but not read.
-
-    Raises:
-        OSError: any other failure.
+    Two failures are ignored: some network file systems do not sync folders, and some folders cannot be read.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -54,11 +46,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: str) -> None:
-    """Write a small text file atomically and durably: a reader sees the old content or the new one.
-
-    Raises:
-        OSError: the file cannot be written; ``path`` is unchanged.
-    """
+    """Write a small text file atomically and durably. If that fails (OSError), ``path`` is unchanged."""
     temporary = path.with_name(f".{path.name}.new")
     with open(temporary, "wb") as file:
         file.write(content.encode())
