@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All private names of DeepSpeed that grass_ds uses, checked at import, and the differences between its releases.
 
-DeepSpeed has no public way to add a ZeRO optimizer, so grass_ds uses undocumented names. They are listed here and
-nowhere else, and ``tests/core/test_deepspeed_compat.py`` checks what they do. If a release lacks one, importing
-``grass_ds`` names it.
-
+DeepSpeed has no public way to add a ZeRO optimizer. ``tests/core/test_deepspeed_compat.py`` checks what the names do.
 Other modules import from ``deepspeed`` only what its documentation shows: ``initialize``, ``comm``,
 ``get_accelerator``, ``logger`` and ``log_dist``.
 """
@@ -14,7 +11,7 @@ import dis
 import importlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import deepspeed
@@ -156,32 +153,28 @@ MODULE_NAMES = {
 
 
 def silence_renamed_collectives() -> None:
-    """Filter torch's warnings (2.13 and 2.14) that two collectives have deprecated names.
-
-    DeepSpeed 0.19.8 calls them by these names, and users cannot change that.
-    """
+    """Filter torch's warnings (2.13 and 2.14) about the old names of two collectives, which DeepSpeed 0.19.8 uses."""
     names = "all_gather_into_tensor|reduce_scatter_tensor"
     warnings.filterwarnings("ignore", rf"`torch\.distributed\.({names})` is deprecated", FutureWarning)
 
 
 def missing_names() -> list[str]:
     """Names of the lists above that the installed DeepSpeed does not have."""
-    missing = [
-        f"DeepSpeedEngine.{name}" for name in (*ENGINE_METHODS, *ENGINE_READS) if not hasattr(DeepSpeedEngine, name)
-    ]
-    assigned = assigned_by(DeepSpeedEngine)
-    missing += [f"DeepSpeedEngine.{name}" for name in ENGINE_ATTRIBUTES if name not in assigned]
-    missing += [f"ZeROOptimizer.{name}" for name in HOOK_STATE if not hasattr(ZeROOptimizer, name)]
+    missing = _lacking("DeepSpeedEngine.{}", dir(DeepSpeedEngine), (*ENGINE_METHODS, *ENGINE_READS))
+    missing += _lacking("DeepSpeedEngine.{}", assigned_by(DeepSpeedEngine), ENGINE_ATTRIBUTES)
+    missing += _lacking("ZeROOptimizer.{}", dir(ZeROOptimizer), HOOK_STATE)
     for module, names in MODULE_NAMES.items():
         try:
-            found = importlib.import_module(module)
+            missing += _lacking(module + ".{}", dir(importlib.import_module(module)), names)
         except ModuleNotFoundError as error:
             if not str(error.name).startswith("deepspeed"):
                 raise  # a package that DeepSpeed needs is not there
             missing.append(module)
-            continue
-        missing += [f"{module}.{name}" for name in names if not hasattr(found, name)]
     return missing or _missing_in_zero3()
+
+
+def _lacking(shown: str, present: Collection[str], names: Collection[str]) -> list[str]:
+    return [shown.format(name) for name in names if name not in present]
 
 
 def assigned_by(cls: type) -> set[str]:
@@ -194,24 +187,21 @@ def assigned_by(cls: type) -> set[str]:
 
 def _missing_in_zero3() -> list[str]:
     """Names of ZeRO-3 that its classes do not have, or do not set on modules and parameters."""
-    from deepspeed.runtime.zero import parameter_offload as offload
-    from deepspeed.runtime.zero import partition_parameters as parameters
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload as Hooks
+    from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    hooks = offload.DeepSpeedZeRoOffload
-    if missing := [f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_METHODS if not hasattr(hooks, name)]:
+    if missing := _lacking("DeepSpeedZeRoOffload.{}", dir(Hooks), OFFLOAD_METHODS):
         return missing  # the code of some is inspected next
-    missing = [
-        f"DeepSpeedZeRoOffload.{name}" for name in OFFLOAD_ATTRIBUTES if name not in hooks.__init__.__code__.co_names
+    on_hooks, on_modules = (f.__code__.co_names for f in (Hooks.__init__, Hooks._register_deepspeed_module))
+    on_parameters = Init._convert_to_deepspeed_param.__code__.co_names
+    return [
+        *_lacking("DeepSpeedZeRoOffload.{}", on_hooks, OFFLOAD_ATTRIBUTES),
+        *_lacking("Module.{} (ZeRO-3)", on_modules, LEFT_ON_MODULES),
+        *_lacking("PartitionedParameterCoordinator.{}", dir(PartitionedParameterCoordinator), COORDINATOR),
+        *_lacking("Init.{}", dir(Init), GATHERING),
+        *_lacking("Parameter.{} (ZeRO-3)", on_parameters, PARTITIONED_PARAMETER),
     ]
-    set_on_modules = hooks._register_deepspeed_module.__code__.co_names
-    missing += [f"Module.{name} (ZeRO-3)" for name in LEFT_ON_MODULES if name not in set_on_modules]
-    missing += [
-        f"PartitionedParameterCoordinator.{n}" for n in COORDINATOR if not hasattr(PartitionedParameterCoordinator, n)
-    ]
-    missing += [f"Init.{name}" for name in GATHERING if not hasattr(parameters.Init, name)]
-    given = parameters.Init._convert_to_deepspeed_param.__code__.co_names
-    return missing + [f"Parameter.{name} (ZeRO-3)" for name in PARTITIONED_PARAMETER if name not in given]
 
 
 def check() -> None:
@@ -256,12 +246,7 @@ except ModuleNotFoundError as error:
 
 
 def register_host_memory(address: int, nbytes: int) -> bool:
-    """Page-lock ``nbytes`` bytes at ``address`` for copies to and from the device.
-
-    Accelerators have this method since DeepSpeed 0.19.6. Before, this does the same on CUDA only.
-
-    Returns:
-        Whether it is page-locked.
+    """Page-lock ``nbytes`` bytes at ``address``; False if it cannot be done: before DeepSpeed 0.19.6 only on CUDA.
 
     Raises:
         RuntimeError: the driver refuses.
@@ -288,8 +273,7 @@ def waits_for_all_gathers() -> bool:
     """Whether ``GatheredParameters`` waits until all weights have arrived.
 
     Before 0.19.8 it waits for its last gather only. On a device stream the others are complete by then. Over gloo they
-    may not be, and the weights that ``save_16bit_model()`` reads may be garbage. This looks at the code rather than at
-    the version, because releases can be patched.
+    may not be, and ``save_16bit_model()`` may save garbage. This looks at the code, since releases can be patched.
     """
     if get_accelerator().device_name() != "cpu":
         return True
@@ -302,8 +286,8 @@ def waits_for_all_gathers() -> bool:
 def clear_release_cache() -> None:
     """Clear ZeRO-3's cache of which weights to release after which module.
 
-    The cache belongs to the class. After a new trace its entries are wrong, and they keep models alive for the life of
-    the process. DeepSpeed wraps the cached method without ``functools.wraps``: only the wrapper's variables have it.
+    It belongs to the class: its entries are wrong after a new trace, and keep models alive. DeepSpeed wraps the cached
+    method without ``functools.wraps``: only the wrapper's variables have it.
     """
     wrapper = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     for value in inspect.getclosurevars(wrapper).nonlocals.values():
@@ -323,13 +307,12 @@ def without_trace(coordinator: PartitionedParameterCoordinator) -> PartitionedPa
 def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
     """Remove ZeRO-3's hooks from the model.
 
-    DeepSpeed's own ``destroy()`` leaves two functions on every module. The next engine on this model would use them,
-    and gather by the coordinator of the engine that is gone.
+    DeepSpeed's ``destroy()`` leaves two functions on every module, by which the next engine would gather.
     """
     offload.destroy()
     for module in offload.module.modules():
         for name in LEFT_ON_MODULES:
-            module.__dict__.pop(name, None)
+            vars(module).pop(name, None)
 
 
 def mark_compiled(engine: Any, compile_kwargs: Mapping[str, Any]) -> None:
