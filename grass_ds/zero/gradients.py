@@ -58,14 +58,6 @@ class _Pending:
     reduced: bool = False
 
 
-@dataclass
-class Traffic:
-    """Gradient collectives issued by this rank since construction: calls, and bytes of their inputs."""
-
-    calls: int = 0
-    nbytes: int = 0
-
-
 class GradientReducer:
     """Averages the tracked units' gradients over the data-parallel ranks, one reduce-scatter per unit.
 
@@ -86,7 +78,6 @@ class GradientReducer:
     def __init__(self, settings: ReduceSettings, on_reduced: Callable[[Unit], None] | None = None):
         self.settings = settings
         self._on_reduced = on_reduced
-        self.traffic = Traffic()
         self.shards: dict[Unit, torch.Tensor] = {}
         self.squares: dict[Unit, torch.Tensor] = {}
         self.arrived: set[Unit] = set()
@@ -177,8 +168,6 @@ class GradientReducer:
         with self._side_stream(flat):
             shard = torch.empty(unit.shard_numel, dtype=settings.comm_dtype, device=flat.device)
             dist.reduce_scatter_tensor(shard, flat, group=settings.group)
-            self.traffic.calls += 1
-            self.traffic.nbytes += flat.nbytes
             self._accept(unit, shard, flat.nbytes)
         pending.reduced = True
         if self._on_reduced is not None:

@@ -17,12 +17,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
     Stage 1 differs from stage 2 in one way: it sums the full local gradients of the active units over an accumulation
     window and reduces them once, at the boundary. While layer importance is measured it reduces every micro-batch, as
     stage 2 does: importance is the root mean square over micro-batches, whatever their number.
-
-    Attributes:
-        gathered_calls, gathered_bytes: number of all-gathers of weights on this rank, and bytes of their outputs.
     """
-
-    gathered_calls = gathered_bytes = 0
 
     def _reduces_now(self) -> bool:
         return self.settings.stage == 2 or self.controller.measuring or self.settings.at_boundary()
@@ -42,8 +37,6 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
             assert isinstance(unit, ReplicatedUnit)
             if unit.world > 1:
                 dist.all_gather_into_tensor(unit.flat, unit.shard.clone(), group=self.dp_process_group)
-                self.gathered_calls += 1
-                self.gathered_bytes += unit.flat.nbytes
 
     def undo_assignments(self) -> None:
         for unit in self.units:
