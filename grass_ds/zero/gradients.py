@@ -55,7 +55,6 @@ class _Pending:
     flat: torch.Tensor | None = None
     filled: set[int] = field(default_factory=set)
     arrived: set[int] = field(default_factory=set)
-    reduced: bool = False
 
 
 class GradientReducer:
@@ -75,7 +74,7 @@ class GradientReducer:
         peak_bytes: high-water mark of gradient memory held here.
     """
 
-    def __init__(self, settings: ReduceSettings, on_reduced: Callable[[Unit], None] | None = None):
+    def __init__(self, settings: ReduceSettings, on_reduced: Callable[[Unit], None]):
         self.settings = settings
         self._on_reduced = on_reduced
         self.shards: dict[Unit, torch.Tensor] = {}
@@ -87,7 +86,7 @@ class GradientReducer:
         self._units: list[Unit] = []
         self._pending: dict[Unit, _Pending] = {}
         self._keep = True
-        self._next = 0
+        self._next = 0  # units before this position were reduced in this micro-step
 
     def track(self, units: Sequence[Unit], keep: bool) -> None:
         """Collect the gradients of these units, in reduction order, from now on.
@@ -140,16 +139,15 @@ class GradientReducer:
             self.reduce_remaining()
         for pending in self._pending.values():
             pending.arrived.clear()
-            pending.reduced = False
         self._next = 0
         self.micro_steps += 1
 
     def reduce_remaining(self) -> None:
         """Reduce every tracked unit that has not been reduced since the last micro-step; wait for the side stream."""
-        for unit in self._units:
-            pending = self._pending[unit]
-            if pending.flat is not None or not pending.reduced:
+        for position, unit in enumerate(self._units):
+            if position >= self._next or self._pending[unit].flat is not None:
                 self._reduce(unit)
+        self._next = len(self._units)
         if self.settings.stream is not None:
             get_accelerator().current_stream().wait_stream(self.settings.stream)
 
@@ -162,16 +160,13 @@ class GradientReducer:
             self._next += 1
 
     def _reduce(self, unit: Unit) -> None:
-        settings, pending = self.settings, self._pending[unit]
-        flat = self._take_flat(unit, pending)
+        settings, flat = self.settings, self._take_flat(unit)
         flat = (flat.div_(settings.divisor) if settings.divisor != 1 else flat).to(settings.comm_dtype)
         with self._side_stream(flat):
             shard = torch.empty(unit.shard_numel, dtype=settings.comm_dtype, device=flat.device)
             dist.reduce_scatter_tensor(shard, flat, group=settings.group)
             self._accept(unit, shard, flat.nbytes)
-        pending.reduced = True
-        if self._on_reduced is not None:
-            self._on_reduced(unit)
+        self._on_reduced(unit)
 
     def _accept(self, unit: Unit, shard: torch.Tensor, in_flight: int) -> None:
         """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""
@@ -186,8 +181,9 @@ class GradientReducer:
         self.shards[unit] = kept = shard.to(self.settings.accum_dtype)
         self._update_peak(in_flight + (0 if kept is shard else shard.nbytes))
 
-    def _take_flat(self, unit: Unit, pending: _Pending) -> torch.Tensor:
+    def _take_flat(self, unit: Unit) -> torch.Tensor:
         """The unit's flat gradient, with zeros where this rank has none."""
+        pending = self._pending[unit]
         flat, pending.flat = pending.flat, None
         if flat is None:
             return torch.zeros(unit.padded_numel, dtype=self.settings.flat_dtype, device=unit.device)
