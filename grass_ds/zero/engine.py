@@ -21,20 +21,10 @@ from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
 from grass_ds.zero.checkpointing import CheckpointingEngine
-from grass_ds.zero.gradients import ReduceSettings
 from grass_ds.zero.handle import GrassHandle
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 from grass_ds.zero.stage3 import GrassZero3Optimizer
 from grass_ds.zero.stage12 import GrassZero12Optimizer
-from grass_ds.zero.step import StepSettings
-
-
-def _optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
-    """See :class:`~grass_ds.zero.step.StepSettings`. Blocks and the final norm always need a gradient."""
-    if config.missing_gradients == "zero":
-        return None
-    by_default = config.always_active is None or config.sampler == "full"
-    return ("embed", "head", "other", "tower") if by_default else ()
 
 
 class GrassEngine(CheckpointingEngine):
@@ -89,7 +79,7 @@ class GrassEngine(CheckpointingEngine):
         controller = Controller(len(layers.names), **config.controller_arguments())
         full_backward = self._fit_backward(layers, units)
         store = self._open_store(config, optimizer, units)
-        parts = (optimizer, units, controller, store, self._reduce_settings(group), self._step_settings(config))
+        parts = (self, config, optimizer, units, controller, store)
         try:
             zero = self._build_zero3(*parts, full_backward=full_backward) if stage3 else GrassZero12Optimizer(*parts)
         except BaseException:
@@ -136,33 +126,6 @@ class GrassEngine(CheckpointingEngine):
             raise
         assert store is not None
         return store
-
-    def _reduce_settings(self, group: Any) -> ReduceSettings:
-        _, accum_dtype = self.get_data_types()
-        comm_dtype = self.communication_data_type
-        size = dist.get_world_size(group=group) / deepspeed_compat.sequence_parallel_size()
-        overlap = self.zero_overlap_comm() and not get_accelerator().is_synchronized_device()
-        return ReduceSettings(
-            group=group,
-            divisor=size if self.gradient_average else 1,
-            comm_dtype=comm_dtype,
-            flat_dtype=accum_dtype if self.zero_optimization_stage() == 1 else comm_dtype,
-            accum_dtype=accum_dtype,
-            stream=get_accelerator().Stream() if overlap else None,
-        )
-
-    def _step_settings(self, config: GrassConfig) -> StepSettings:
-        return StepSettings(
-            stage=self.zero_optimization_stage(),
-            clip_grad=self.gradient_clipping(),
-            reset_on_switch=config.state_on_switch == "reset",
-            accumulation_steps=self.gradient_accumulation_steps,
-            at_boundary=self.is_gradient_accumulation_boundary,
-            optional_kinds=_optional_kinds(config),
-            loss_scale=self.loss_scale(),
-            dynamic_loss_scale=self.dynamic_loss_scale(),
-            dynamic_loss_args=self.dynamic_loss_scale_args(),
-        )
 
     def _announce(self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit]) -> None:
         """One warning on rank 0: which modules train, which never do, and the norm at which gradients are clipped."""

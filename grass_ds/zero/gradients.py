@@ -16,36 +16,14 @@ the side stream, hence ``record_stream``.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from grass_ds.core import deepspeed_compat
 from grass_ds.core.units import Unit
-
-
-@dataclass(frozen=True)
-class ReduceSettings:
-    """How gradients cross ranks.
-
-    Attributes:
-        group: process group of the reduction.
-        divisor: local gradients are divided by it before the sum: the group's size for a mean (over the
-            sequence-parallel size, whose ranks hold parts of one sample), 1 for a sum.
-        comm_dtype: dtype on the wire.
-        flat_dtype: dtype of the local flat buffers; wider than the wire where they accumulate over micro-steps.
-        accum_dtype: dtype of the reduced shards, which accumulate over micro-steps.
-        stream: side stream of the collectives, None to stay on the current one.
-    """
-
-    group: Any
-    divisor: float
-    comm_dtype: torch.dtype
-    flat_dtype: torch.dtype
-    accum_dtype: torch.dtype
-    stream: Any = None
 
 
 @dataclass
@@ -61,10 +39,12 @@ class GradientReducer:
     """Averages the tracked units' gradients over the data-parallel ranks, one reduce-scatter per unit.
 
     Args:
+        engine: its settings say how gradients cross ranks.
         on_reduced: called with each unit whose gradient has gone out, in the order of the units.
 
     Attributes:
-        shards: unit -> averaged gradient summed over micro-steps, [shard_numel], ``accum_dtype``; empty while probing.
+        shards: unit -> averaged gradient summed over micro-steps, [shard_numel], DeepSpeed's ``grad_accum_dtype``;
+            empty while probing.
         squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged
             gradient, float32 scalar.
         micro_steps: backward passes since :meth:`clear`.
@@ -74,8 +54,17 @@ class GradientReducer:
         peak_bytes: high-water mark of gradient memory held here.
     """
 
-    def __init__(self, settings: ReduceSettings, on_reduced: Callable[[Unit], None]):
-        self.settings = settings
+    def __init__(self, engine: deepspeed_compat.DeepSpeedEngine, on_reduced: Callable[[Unit], None]):
+        self._group = engine.seq_data_parallel_group
+        # Ranks of one sequence-parallel group hold parts of one sample.
+        samples = dist.get_world_size(group=self._group) / deepspeed_compat.sequence_parallel_size()
+        self._divisor = samples if engine.gradient_average else 1
+        self._comm_dtype = engine.communication_data_type
+        _, self._accum_dtype = engine.get_data_types()
+        # In ZeRO-1 the local flat gradients accumulate over micro-steps, too.
+        self._flat_dtype = self._accum_dtype if engine.zero_optimization_stage() == 1 else self._comm_dtype
+        overlap = engine.zero_overlap_comm() and not get_accelerator().is_synchronized_device()
+        self._stream = get_accelerator().Stream() if overlap else None
         self._on_reduced = on_reduced
         self.shards: dict[Unit, torch.Tensor] = {}
         self.squares: dict[Unit, torch.Tensor] = {}
@@ -122,7 +111,7 @@ class GradientReducer:
         if pending is None or grad is None:  # an inactive layer
             return
         if pending.flat is None:
-            pending.flat = torch.empty(unit.padded_numel, dtype=self.settings.flat_dtype, device=grad.device)
+            pending.flat = torch.empty(unit.padded_numel, dtype=self._flat_dtype, device=grad.device)
             pending.filled.clear()
             self._update_peak()
         # Filled already: by an earlier micro-step, or by a first firing in this backward (reentrant checkpointing).
@@ -148,8 +137,8 @@ class GradientReducer:
             if position >= self._next or self._pending[unit].flat is not None:
                 self._reduce(unit)
         self._next = len(self._units)
-        if self.settings.stream is not None:
-            get_accelerator().current_stream().wait_stream(self.settings.stream)
+        if self._stream is not None:
+            get_accelerator().current_stream().wait_stream(self._stream)
 
     def _reduce_complete(self) -> None:
         while self._next < len(self._units):
@@ -160,11 +149,11 @@ class GradientReducer:
             self._next += 1
 
     def _reduce(self, unit: Unit) -> None:
-        settings, flat = self.settings, self._take_flat(unit)
-        flat = (flat.div_(settings.divisor) if settings.divisor != 1 else flat).to(settings.comm_dtype)
+        flat = self._take_flat(unit)
+        flat = (flat.div_(self._divisor) if self._divisor != 1 else flat).to(self._comm_dtype)
         with self._side_stream(flat):
-            shard = torch.empty(unit.shard_numel, dtype=settings.comm_dtype, device=flat.device)
-            dist.reduce_scatter_tensor(shard, flat, group=settings.group)
+            shard = torch.empty(unit.shard_numel, dtype=self._comm_dtype, device=flat.device)
+            dist.reduce_scatter_tensor(shard, flat, group=self._group)
             self._accept(unit, shard, flat.nbytes)
         self._on_reduced(unit)
 
@@ -178,7 +167,7 @@ class GradientReducer:
         if unit in self.shards:
             self.shards[unit].add_(shard)
             return
-        self.shards[unit] = kept = shard.to(self.settings.accum_dtype)
+        self.shards[unit] = kept = shard.to(self._accum_dtype)
         self._update_peak(in_flight + (0 if kept is shard else shard.nbytes))
 
     def _take_flat(self, unit: Unit) -> torch.Tensor:
@@ -186,21 +175,20 @@ class GradientReducer:
         pending = self._pending[unit]
         flat, pending.flat = pending.flat, None
         if flat is None:
-            return torch.zeros(unit.padded_numel, dtype=self.settings.flat_dtype, device=unit.device)
+            return torch.zeros(unit.padded_numel, dtype=self._flat_dtype, device=unit.device)
         unit.zero_unwritten(flat, pending.filled)
         return flat
 
     @contextmanager
     def _side_stream(self, flat: torch.Tensor) -> Iterator[None]:
-        stream = self.settings.stream
-        if stream is None:
+        if self._stream is None:
             yield
             return
         accelerator = get_accelerator()
-        stream.wait_stream(accelerator.current_stream())
-        with accelerator.stream(stream):
+        self._stream.wait_stream(accelerator.current_stream())
+        with accelerator.stream(self._stream):
             yield
-        flat.record_stream(stream)
+        flat.record_stream(self._stream)
 
     def _update_peak(self, in_flight: int = 0) -> None:
         self.peak_bytes = max(self.peak_bytes, self.nbytes + in_flight)

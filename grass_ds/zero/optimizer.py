@@ -21,14 +21,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from grass_ds.checkpoint import state as checkpoint
+from grass_ds.config import GrassConfig
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import check_ranks_agree, digest, raise_on_all_ranks
 from grass_ds.core.units import Unit, whole_shape
 from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.zero.fragments import ParamFragment
-from grass_ds.zero.gradients import GradientReducer, ReduceSettings
-from grass_ds.zero.step import StepSettings, global_squares, layer_rms, step_unit
+from grass_ds.zero.gradients import GradientReducer
+from grass_ds.zero.step import global_squares, layer_rms, optional_kinds, step_unit
 from grass_ds.zero.wrapper import OptimizerWrapper
 
 
@@ -44,19 +45,20 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def __init__(
         self,
+        engine: deepspeed_compat.DeepSpeedEngine,
+        config: GrassConfig,
         optimizer: torch.optim.Optimizer,
         units: Sequence[Unit],
         controller: Controller,
         store: StateStore,
-        reduce_settings: ReduceSettings,
-        settings: StepSettings,
     ):
-        super().__init__(optimizer, units[0].dtype, units[0].device, settings)
+        super().__init__(engine, optimizer, units[0].dtype, units[0].device)
+        self.config = config
         self.units = list(units)
         self.controller = controller
         self.store = store
-        self.reducer = GradientReducer(reduce_settings, on_reduced=store.prefetch)
-        self.dp_process_group = reduce_settings.group
+        self.reducer = GradientReducer(engine, on_reduced=store.prefetch)
+        self.dp_process_group = engine.seq_data_parallel_group
         self.grass: Any = None
         self._saving = False
         self._counts_in_schedule = False  # the last step; False for a skipped or discarded one
@@ -121,7 +123,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """
         try:
             scale = self.loss_scale
-            optional = self.settings.optional_kinds
+            optional = optional_kinds(self.config)
             norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, optional)
             finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
             discarded = not self.reducer.micro_steps
@@ -145,7 +147,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self._layer_rms = None
         if finite and self.controller.measuring:
             steps = self.reducer.micro_steps
-            window = max(steps, self.settings.accumulation_steps()) if self.reducer.discarded else steps
+            window = max(steps, self.engine.gradient_accumulation_steps()) if self.reducer.discarded else steps
             self._layer_rms = layer_rms(squares, steps, window, scale)
 
     def _update(self, factor: float) -> None:
@@ -200,7 +202,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
             if self.controller.draws != before:  # the same layers again: release what was loaded for others
                 self.store.plan(self._active)
             return False
-        if self.settings.reset_on_switch:
+        if self.config.state_on_switch == "reset":
             for unit in self.units:
                 if unit.layer in switch.deactivated:
                     self.store.drop(unit)

@@ -20,7 +20,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
     """
 
     def _reduces_now(self) -> bool:
-        return self.settings.stage == 2 or self.controller.measuring or self.settings.at_boundary()
+        return self.stage == 2 or self.controller.measuring or self.engine.is_gradient_accumulation_boundary()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1: called by the engine at the boundary, after backward or in ``step()`` if the caller sets it."""

@@ -2,14 +2,14 @@
 """One optimizer step: all units' gradient norms in one all-reduce, and the client optimizer's step on one shard."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import logger
 
+from grass_ds.config import GrassConfig
 from grass_ds.core.agreement import RankDivergenceError
 from grass_ds.core.durable_files import listed
 from grass_ds.core.units import Unit
@@ -19,33 +19,6 @@ from grass_ds.zero.gradients import GradientReducer
 
 class MissingGradientError(ValueError):
     """Active modules received no gradient on any rank in a whole accumulation window."""
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """Settings of the DeepSpeed config that a step depends on.
-
-    Attributes:
-        stage: ZeRO stage.
-        clip_grad: largest global gradient norm, 0 for no clipping.
-        reset_on_switch: ``state_on_switch: reset``.
-        accumulation_steps: returns the engine's ``gradient_accumulation_steps``, by which it divides every loss.
-        at_boundary: whether this micro-batch is the last of its window, the engine's
-            ``is_gradient_accumulation_boundary``.
-        optional_kinds: kinds of units that may have no gradient, with a warning: those that train by default rather
-            than by the user's choice. None: all units, without a warning (``missing_gradients: zero``).
-        loss_scale, dynamic_loss_scale, dynamic_loss_args: DeepSpeed's fp16 settings.
-    """
-
-    stage: int
-    clip_grad: float
-    reset_on_switch: bool
-    accumulation_steps: Callable[[], int] = lambda: 1
-    at_boundary: Callable[[], bool] = lambda: True
-    optional_kinds: Collection[str] | None = ()
-    loss_scale: float = 1.0
-    dynamic_loss_scale: bool = False
-    dynamic_loss_args: Mapping[str, Any] | None = None
 
 
 def step_unit(
@@ -78,7 +51,7 @@ def step_unit(
 
 
 def global_squares(
-    reducer: GradientReducer, units: Sequence[Unit], group: Any, optional_kinds: Collection[str] | None = ()
+    reducer: GradientReducer, units: Sequence[Unit], group: Any, optional: Collection[str] | None
 ) -> tuple[dict[Unit, float], dict[Unit, float]]:
     """Squared gradient norms per unit over all ranks, loss scale included.
 
@@ -86,7 +59,7 @@ def global_squares(
     discarded their gradients.
 
     Args:
-        optional_kinds: see :class:`StepSettings`.
+        optional: kinds of units that may have no gradient, see :func:`optional_kinds`; None: all of them.
 
     Returns:
         (of the accumulated gradient, of the micro-batches' gradients, summed).
@@ -109,9 +82,9 @@ def global_squares(
             f"ranks have accumulated different numbers of micro-batches (this one {steps}): zero_grad() was called on "
             "some ranks only. Decide on all ranks alike, for example by the loss averaged over them"
         )
-    if steps and optional_kinds is not None:
+    if steps and optional is not None:
         missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
-        _refuse_missing([unit for unit in missing if unit.kind not in optional_kinds], len(units))
+        _refuse_missing([unit for unit in missing if unit.kind not in optional], len(units))
         _warn_of_missing(reducer, missing)
     return dict(zip(units, values[:count], strict=True)), dict(zip(units, values[count : 2 * count], strict=True))
 
@@ -147,6 +120,17 @@ def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss
 
 
 # ---- missing gradients ----------------------------------------------------------------------------------------------
+
+
+def optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
+    """Kinds of units that may have no gradient, with a warning: they train by default rather than by choice.
+
+    Blocks and the final norm always need one. None with ``missing_gradients: zero``.
+    """
+    if config.missing_gradients == "zero":
+        return None
+    by_default = config.always_active is None or config.sampler == "full"
+    return ("embed", "head", "other", "tower") if by_default else ()
 
 
 def _refuse_missing(missing: Sequence[Unit], active: int) -> None:

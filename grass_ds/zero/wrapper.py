@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from grass_ds.core import deepspeed_compat
-from grass_ds.zero.step import StepSettings
 
 MAX_CONSECUTIVE_SKIPS = 20
 
@@ -21,15 +20,19 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device, settings: StepSettings
+        self,
+        engine: deepspeed_compat.DeepSpeedEngine,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
         super().__init__()
+        self.engine = engine
         self.optimizer = optimizer
         self.dtype = dtype
         self.device = device
-        self.settings = settings
-        self.stage = settings.stage
-        self.clip_grad = settings.clip_grad
+        self.stage = engine.zero_optimization_stage()
+        self.clip_grad = engine.gradient_clipping()
         self.overflow = False
         self.skips = 0
         self._global_grad_norm: float | None = 0.0
@@ -38,7 +41,7 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
         self.external_loss_scale = None
         self.torch_autocast_gradscaler = None
         self.loss_scaler = deepspeed_compat.create_loss_scaler(
-            dtype, settings.loss_scale, settings.dynamic_loss_scale, settings.dynamic_loss_args
+            dtype, engine.loss_scale(), engine.dynamic_loss_scale(), engine.dynamic_loss_scale_args()
         )
         self.dynamic_loss_scale = self.loss_scaler.dynamic
 
