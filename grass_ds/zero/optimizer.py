@@ -12,7 +12,7 @@ An inactive unit takes part in none of it: no gradient, no buffer, no collective
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -74,8 +74,10 @@ class GrassZeroOptimizer(OptimizerWrapper):
                 unit.flatten_weights()
             for group in optimizer.param_groups:
                 group["params"] = []
-            for unit in units:
-                self._hooks += [self._hook(unit, slot) for slot in range(len(unit.params))]
+            slots = [(unit, slot, param) for unit in units for slot, param in enumerate(unit.params)]
+            group = self.dp_process_group
+            self._attach({p: ParamFragment(unit, slot, store, self.reducer, group) for unit, slot, p in slots})
+            self._hooks += [self._hook(*each) for each in slots]
             self.activate()
         except BaseException:
             self._detach_from_model()
@@ -83,10 +85,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _hook(self, unit: Unit, slot: int) -> Any:
-        param = unit.params[slot]
-        self._register_fragment(param, ParamFragment(unit, slot, self.store, self.reducer, self.dp_process_group))
-
+    def _hook(self, unit: Unit, slot: int, param: nn.Parameter) -> Any:
         def on_gradient(*_: Any) -> None:
             refresh = self.should_refresh_expected_hook_count()
             self.reenter_backward_if_needed()
@@ -94,9 +93,8 @@ class GrassZeroOptimizer(OptimizerWrapper):
             self.reducer.add_gradient(unit, slot, param, self._reduces_now())
             expected = self._max_expected_hooks_seen
             if refresh:
-                expected = deepspeed_compat.count_used_parameters_in_backward(
-                    [p for u in self._active for p in u.params]
-                )
+                params = [each for active in self._active for each in active.params]
+                expected = deepspeed_compat.count_used_parameters_in_backward(params)
             self.update_hook_state_and_maybe_run_epilogue(expected)
 
         return deepspeed_compat.register_grad_hook(param, on_gradient)
@@ -248,15 +246,20 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """
         raise NotImplementedError
 
-    def _register_fragment(self, param: nn.Parameter, fragment: ParamFragment) -> None:
-        """Make ``deepspeed.utils.safe_*`` use ``fragment`` for ``param``."""
+    def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
+        """Make ``deepspeed.utils.safe_*`` use the fragments."""
         raise NotImplementedError
 
-    def _unregister_fragment(self, param: nn.Parameter) -> None:
-        """Undo :meth:`_register_fragment`."""
+    def _detach(self, units: Sequence[Unit]) -> None:
+        """Undo :meth:`_attach`."""
         raise NotImplementedError
 
     # ---- the engine's calls -----------------------------------------------------------------------------------------
+
+    @property
+    def round_robin_bit16_groups(self) -> list[list[nn.Parameter]]:
+        """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
+        return [unit.params for unit in self.units]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard all gradients of this accumulation window. Call it on all ranks alike."""
@@ -323,9 +326,9 @@ class GrassZeroOptimizer(OptimizerWrapper):
         for hook in self._hooks:
             hook.remove()
         units, self.units, self._active, self._hooks = self.units, [], [], []
+        self._detach(units)
         for unit in units:
             for param in unit.params:
-                self._unregister_fragment(param)
                 param.requires_grad_(True)
             unit.release_buffer()
         for group, params in zip(self.optimizer.param_groups, self._client_params, strict=False):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-sampled ZeRO-1/2: every rank has all low-precision weights, and one shard of everything else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deepspeed import comm as dist
 from torch import nn
@@ -27,11 +27,6 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         if not self.reducer.shards:
             self.reducer.reduce_remaining()
 
-    @property
-    def round_robin_bit16_groups(self) -> list[list[nn.Parameter]]:
-        """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
-        return [unit.params for unit in self.units]
-
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         for unit in units:
             assert isinstance(unit, ReplicatedUnit)
@@ -42,8 +37,11 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         for unit in self.units:
             unit.rebind()
 
-    def _register_fragment(self, param: nn.Parameter, fragment: ParamFragment) -> None:
-        fragment.attach(param)
+    def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
+        for param, fragment in fragments.items():
+            fragment.attach(param)
 
-    def _unregister_fragment(self, param: nn.Parameter) -> None:
-        ParamFragment.detach(param)
+    def _detach(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            for param in unit.params:
+                ParamFragment.detach(param)

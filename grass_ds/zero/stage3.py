@@ -7,7 +7,7 @@ the partitions of its parameters in a row. One reduce-scatter of a unit's gradie
 own weights, and a step needs no gather at its end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,12 +45,9 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.module = parameter_offload.module
         self._full_backward = full_backward
         self.traces = Traces(parameter_offload)
-        self._access = PartitionedAccess()
         self._persistent_data: dict[nn.Parameter, torch.Tensor] = {}  # as of the end of the last step
         self._assigned: dict[nn.Parameter, None] = {}
         super().__init__(*args)  # which activates the first layers, and so needs the above
-        for param in self.module.parameters():
-            param._z3_optimizer = self._access
         self._wait_for_shards()
         self._track_persistent()
 
@@ -58,11 +55,6 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def coordinators(self) -> dict[int, Any]:
         """Lowest layer that backward reaches -> DeepSpeed's coordinator for such passes."""
         return self.traces.coordinators
-
-    @property
-    def fp16_groups(self) -> list[list[nn.Parameter]]:
-        """Parameters per flat group, as DeepSpeed's checkpoint code wants them: one group per unit."""
-        return [unit.params for unit in self.units]
 
     # ---- weights between the steps ----------------------------------------------------------------------------------
 
@@ -155,11 +147,14 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self._find_assigned()
         self.traces.begin_forward(0 if self._full_backward else min(self.controller.active_layers))
 
-    def _register_fragment(self, param: nn.Parameter, fragment: ParamFragment) -> None:
-        self._access.add(param, fragment)
+    def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
+        access = PartitionedAccess(fragments)
+        for param in self.module.parameters():
+            param._z3_optimizer = access
 
-    def _unregister_fragment(self, param: nn.Parameter) -> None:
-        pass  # destroy() takes the one object off all parameters
+    def _detach(self, units: Sequence[Unit]) -> None:
+        for param in self.module.parameters():
+            vars(param).pop("_z3_optimizer", None)
 
     # ---- the engine's calls -----------------------------------------------------------------------------------------
 
@@ -185,6 +180,3 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         super().destroy()
         deepspeed_compat.remove_zero3_hooks(self.parameter_offload)
         deepspeed_compat.clear_release_cache()  # its cache keeps the model alive
-        for param in self.module.parameters():
-            if getattr(param, "_z3_optimizer", None) is self._access:
-                del param._z3_optimizer
