@@ -86,7 +86,7 @@ class GrassEngine(CheckpointingEngine):
             store.close()
             raise
         # accelerate and HF callbacks have the optimizer rather than the engine
-        self.grass = zero.grass = GrassHandle(config, layers, controller, zero, self.module)
+        self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)
         self._announce(config, layers, units)
         return zero
 

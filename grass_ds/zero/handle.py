@@ -7,7 +7,6 @@ from torch import nn
 
 from grass_ds.checkpoint.writer import CheckpointWriter, SaveReport
 from grass_ds.config import GrassConfig
-from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.layers import ModelLayers
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 
@@ -17,31 +16,21 @@ class GrassHandle:
 
     Attributes:
         config: the ``"grass"`` block of the run.
+        layers: names of the decoder blocks.
         writer: of the engine's checkpoints; the engine sets it.
     """
 
-    writer: CheckpointWriter | None = None
+    writer: CheckpointWriter
 
-    def __init__(
-        self,
-        config: GrassConfig,
-        layers: ModelLayers,
-        controller: Controller,
-        optimizer: GrassZeroOptimizer,
-        module: nn.Module,
-    ):
+    def __init__(self, config: GrassConfig, layers: ModelLayers, optimizer: GrassZeroOptimizer, module: nn.Module):
         self.config = config
-        self._layers, self._controller, self._optimizer, self._module = layers, controller, optimizer, module
+        self.layers: tuple[str, ...] = layers.names
+        self._controller, self._optimizer, self._module = optimizer.controller, optimizer, module
 
     @property
     def phase(self) -> str:
         """``"probe"`` (measuring, no update) or ``"train"``."""
         return self._controller.phase.value
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the decoder blocks."""
-        return self._layers.names
 
     @property
     def active_layers(self) -> tuple[int, ...]:
@@ -67,42 +56,32 @@ class GrassHandle:
         """Bytes on this rank by category and device: ``{"weights" | "gradients" | "optimizer_state": {"device",
         "host"}}``, and ``"nvme"`` for optimizer state in files.
 
-        Args:
-            peak: high-water marks since construction instead of the present. Between steps gradients are gone; of
-                optimizer state the device holds its buffers (12 bytes times ``device_buffers`` times ``chunk_numel``
-                with Adam) or, with ``residency: period``, that of the active layers.
-        """
-        weights = self._weights()
-        store, reducer = self._optimizer.store, self._optimizer.reducer
-        state = store.peak_device_bytes if peak else store.device_bytes
-        return {
-            "weights": weights,
-            "gradients": {"device": reducer.peak_bytes if peak else reducer.nbytes, "host": 0},
-            "optimizer_state": {
-                "device": state,
-                "host": store.host_bytes,
-                **({"nvme": store.nvme_bytes} if store.nvme_bytes else {}),
-            },
-        }
+        Weights are the low-precision ones and buffers; in ZeRO-3 this rank's partitions and what is gathered now.
 
-    def _weights(self) -> dict[str, int]:
-        """Low-precision weights and buffers; in ZeRO-3 this rank's partitions and what is gathered now."""
+        Args:
+            peak: high-water marks of gradients and of optimizer state on the device since construction, instead of the
+                present. Between steps gradients are gone.
+        """
+        store, reducer = self._optimizer.store, self._optimizer.reducer
         params = list(self._module.parameters())
         partitions = [param.ds_tensor for param in params if hasattr(param, "ds_tensor")]
-        held = {"device": 0, "host": 0}
+        weights = {"device": 0, "host": 0}
         for tensor in (*params, *self._module.buffers(), *partitions):
-            held["device" if tensor.device.type == self._optimizer.device.type else "host"] += tensor.nbytes
-        return held
+            weights["device" if tensor.device.type == self._optimizer.device.type else "host"] += tensor.nbytes
+        state = {"device": store.peak_device_bytes if peak else store.device_bytes, "host": store.host_bytes}
+        if store.nvme_bytes:
+            state["nvme"] = store.nvme_bytes
+        gradients = {"device": reducer.peak_bytes if peak else reducer.nbytes, "host": 0}
+        return {"weights": weights, "gradients": gradients, "optimizer_state": state}
 
     @property
     def checkpoint(self) -> SaveReport | None:
         """Size and time of the last checkpoint of this rank; None before the first."""
-        return None if self.writer is None else self.writer.report
+        return self.writer.report
 
     def wait_for_checkpoint(self) -> None:
         """See :meth:`grass_ds.GrassEngine.wait_for_checkpoint`: for code that has the optimizer only."""
-        if self.writer is not None:
-            self.writer.wait()
+        self.writer.wait()
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler: phase, counters, scores, active set, generator. Plain Python and tensors."""
