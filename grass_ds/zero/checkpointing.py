@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and loading checkpoints: the base class of the engine."""
 
+import filecmp
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,6 @@ from grass_ds.checkpoint.writer import CheckpointWriter
 from grass_ds.core import deepspeed_compat
 from grass_ds.zero.handle import GrassHandle
 
-_RECOVERY_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
-
 
 class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     """DeepSpeedEngine that saves inactive layers like active ones, completely or not at all, and checks what it loads.
@@ -31,17 +31,16 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As DeepSpeed's. ``exclude_frozen_parameters`` leaves out what the user froze, but no inactive layer."""
-        if self.grass is None:
-            return super().module_state_dict(*args, **kwargs)
-        with self.optimizer.all_trainable():
+        with self._all_trainable():
             return super().module_state_dict(*args, **kwargs)
 
     def _zero3_consolidated_16bit_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`module_state_dict`, for ``save_16bit_model`` and the Trainer's final save."""
-        if self.grass is None:
+        with self._all_trainable():
             return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
-        with self.optimizer.all_trainable():
-            return super()._zero3_consolidated_16bit_state_dict(*args, **kwargs)
+
+    def _all_trainable(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.grass is None else self.optimizer.all_trainable()
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
@@ -60,9 +59,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     ) -> Any:
         """As DeepSpeed's, with inactive layers saved like active ones. An interrupted save leaves no checkpoint.
 
-        The checkpoint is written to ``<save_dir>/.saving.<tag>`` and renamed to ``<save_dir>/<tag>`` when it is
-        complete and on disk; then ``latest`` is updated. With ``"checkpoint": {"async": true}`` the call returns once
-        everything is copied, and a thread writes.
+        With ``"checkpoint": {"async": true}`` the call returns once everything is copied, and a thread writes.
 
         Raises:
             ValueError: parameters were given other weights by ``param.data = ...``, which training does not use.
@@ -78,15 +75,10 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         self.optimizer.flush()
         writer = self.checkpoint_engine
         report = writer.start(folder, tag, save_latest, self._part())
+        state = {**self._universal_info(), **(client_state or {})}
         try:
-            with self.optimizer.all_trainable():
-                saved = super().save_checkpoint(
-                    str(folder),
-                    saving_tag(tag),
-                    {**self._universal_info(), **(client_state or {})},
-                    False,
-                    exclude_frozen_parameters,
-                )
+            with self._all_trainable():
+                saved = super().save_checkpoint(str(folder), saving_tag(tag), state, False, exclude_frozen_parameters)
         finally:
             writer.abort_unfinished()
         report.stall_seconds = time.perf_counter() - began
@@ -96,21 +88,18 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
 
     def _copy_recovery_script(self, save_path: Any) -> None:
         """As DeepSpeed's, unless the scripts are there already: overwriting them on a full disk would destroy them."""
-        pairs = [
-            (Path(deepspeed_compat.zero_to_fp32.__file__).with_name(name), Path(save_path, name))
-            for name in _RECOVERY_SCRIPTS
-        ]
-        if not all(there.is_file() and there.read_bytes() == source.read_bytes() for source, there in pairs):
+        source = Path(deepspeed_compat.zero_to_fp32.__file__).parent
+        names = ("zero_to_fp32.py", "zero_to_torch.py")
+        if filecmp.cmpfiles(source, save_path, names, shallow=False)[0] != list(names):
             super()._copy_recovery_script(save_path)
 
     def _save_zero_checkpoint(self, save_path: Any, tag: Any) -> None:
         """As DeepSpeed's. Collectives follow, so an error of one rank is kept for the writer's commit() to raise."""
-        if self.grass is None:
-            super()._save_zero_checkpoint(save_path, tag)
-            return
         try:
             super()._save_zero_checkpoint(save_path, tag)
         except Exception as error:
+            if self.grass is None:
+                raise
             self.checkpoint_engine.add_error(error)
 
     def wait_for_checkpoint(self) -> None:
@@ -153,32 +142,25 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
                 model, other param groups, another number of ranks or another ZeRO stage. Names the difference and the
                 remedy.
         """
-        options = (
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-            custom_load_fn,
-        )
+        options = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only)
         if self.grass is None:
-            return super().load_checkpoint(load_dir, tag, *options)
+            return super().load_checkpoint(load_dir, tag, *options, custom_load_fn)
         weights_alone = load_module_only or not load_optimizer_states
+        stage, universal = self.zero_optimization_stage(), self.load_universal_checkpoint()
         self.wait_for_checkpoint()
-        if self.load_universal_checkpoint():
-            selection.check_stage(load_dir, tag, self.zero_optimization_stage(), universal=True)
-        else:
+        if not universal:
             tag = selection.choose(Path(load_dir), None if tag is None else str(tag), self.seq_data_parallel_group)
-            if tag is not None:
-                selection.check_stage(load_dir, tag, self.zero_optimization_stage())
-                selection.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
+        if universal or tag is not None:
+            selection.check_stage(load_dir, tag, stage, universal)
+        if not universal and tag is not None:
+            selection.check_fit(Path(load_dir, tag), self.optimizer.units, self.seq_dp_world_size, weights_alone)
         self.optimizer.undo_assignments()
-        with self.optimizer.all_trainable():
-            result = super().load_checkpoint(load_dir, tag, *options)
-            stage3 = self.zero_optimization_stage() == 3
-            if weights_alone and stage3 and not self.load_universal_checkpoint() and result[0] is not None:
-                self._load_weights(load_dir, tag)
-            if self.load_universal_checkpoint() and result[0] is not None:
+        with self._all_trainable():
+            result = super().load_checkpoint(load_dir, tag, *options, custom_load_fn)
+            if result[0] is not None and universal:
                 self._load_untrained(Path(result[0]).parent)
+            elif result[0] is not None and weights_alone and stage == 3:
+                self._load_weights(load_dir, tag)
         self.optimizer.flush()
         self.optimizer.activate()
         return result
@@ -186,25 +168,17 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     def _load_untrained(self, folder: Path) -> None:
         """Weights outside all units, of a universal checkpoint: DeepSpeed does not load the module then."""
         owned = {name for unit in self.optimizer.units for name in unit.param_names}
-        stage3 = self.zero_optimization_stage() == 3
+        rank, stage3 = dist.get_rank(group=self.seq_data_parallel_group), self.zero_optimization_stage() == 3
         if stage3:
             self.optimizer.checkpoint_event_prologue()
-        rank = dist.get_rank(group=self.seq_data_parallel_group)
         UniversalCheckpoint(folder).restore_untrained(self.module, owned, rank)
         if stage3:
             self.optimizer.checkpoint_event_epilogue()
 
-    def _load_checkpoint(
-        self,
-        load_dir: Any,
-        tag: Any,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        **options: Any,
-    ) -> Any:
+    def _load_checkpoint(self, *args: Any, load_optimizer_states: bool = True, **kwargs: Any) -> Any:
         """As DeepSpeed's, whose ZeRO-3 without optimizer states would load what ``latest`` names, not ``tag``."""
         load_states = load_optimizer_states or (self.grass is not None and self.zero_optimization_stage() == 3)
-        return super()._load_checkpoint(load_dir, tag, load_module_strict, load_states, **options)
+        return super()._load_checkpoint(*args, load_optimizer_states=load_states, **kwargs)
 
     def _load_weights(self, load_dir: Any, tag: Any) -> None:
         """The weights of ZeRO-3 alone: DeepSpeed loads them only together with the optimizer states."""
