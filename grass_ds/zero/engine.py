@@ -2,6 +2,7 @@
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -78,16 +79,24 @@ class GrassEngine(CheckpointingEngine):
         units = build_units(layers, always, optimizer.param_groups, self.param_names, world, rank, partitioned=stage3)
         controller = Controller(len(layers.names), **config.controller_arguments())
         full_backward = self._fit_backward(layers, units)
-        store = self._open_store(config, optimizer, units)
-        parts = (self, config, optimizer, units, controller, store)
-        try:
-            zero = self._build_zero3(*parts, full_backward=full_backward) if stage3 else GrassZero12Optimizer(*parts)
-        except BaseException:
-            store.close()
-            raise
+        with ExitStack() as undo:
+            with raise_on_all_ranks(group, self.device):
+                store = self._open_store(config, optimizer, units)
+                undo.callback(store.close)
+            zero: GrassZeroOptimizer
+            parts = (self, config, optimizer, units, controller, store)
+            if stage3:
+                # Without an optimizer DeepSpeed only sets up the hooks that gather weights.
+                offload = super()._configure_zero_optimizer(None)
+                undo.callback(deepspeed_compat.remove_zero3_hooks, offload)
+                zero = GrassZero3Optimizer(*parts, parameter_offload=offload, full_backward=full_backward)
+            else:
+                zero = GrassZero12Optimizer(*parts)
+            undo.pop_all()
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)
-        self._announce(config, layers, units)
+        if self.global_rank == 0:
+            self._announce(config, layers, units)
         return zero
 
     def _fit_backward(self, layers: ModelLayers, units: Sequence[Unit]) -> bool:
@@ -96,41 +105,19 @@ class GrassEngine(CheckpointingEngine):
         below_train = any(unit.always and unit.kind in layers.below for unit in units)
         return fit_input_gradients(self.module, embeddings_train) or below_train
 
-    def _build_zero3(self, *parts: Any, full_backward: bool) -> GrassZeroOptimizer:
-        # Without an optimizer DeepSpeed only sets up the hooks that gather weights.
-        offload = super()._configure_zero_optimizer(None)
-        try:
-            return GrassZero3Optimizer(*parts, parameter_offload=offload, full_backward=full_backward)
-        except BaseException:
-            deepspeed_compat.remove_zero3_hooks(offload)
-            raise
-
     def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
-        """This rank's state store, once every rank has one."""
-        store = None
-        try:
-            with raise_on_all_ranks(self.seq_data_parallel_group, self.device):
-                templates = [learn_template(optimizer, group, self.device) for group in optimizer.param_groups]
-                store = open_store(
-                    config.offload,
-                    units,
-                    templates,
-                    num_active_layers=config.num_active_layers,
-                    device=self.device,
-                    rank=self.global_rank,
-                    aio=self.aio_config(),
-                )
-        except BaseException:
-            if store is not None:
-                store.close()
-            raise
-        assert store is not None
-        return store
+        return open_store(
+            config.offload,
+            units,
+            [learn_template(optimizer, group, self.device) for group in optimizer.param_groups],
+            num_active_layers=config.num_active_layers,
+            device=self.device,
+            rank=self.global_rank,
+            aio=self.aio_config(),
+        )
 
     def _announce(self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit]) -> None:
-        """One warning on rank 0: which modules train, which never do, and the norm at which gradients are clipped."""
-        if self.global_rank != 0:
-            return
+        """One warning: which modules train, which never do, and the norm at which gradients are clipped."""
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
         owned = {name for unit in units for name in unit.param_names}
         trained = {name for unit in units if unit.always for name in unit.param_names}
@@ -138,27 +125,22 @@ class GrassEngine(CheckpointingEngine):
 
         def shares(chosen: Callable[[str, str], bool], remark: str = "") -> list[str]:
             counts = {kind: sum(sizes[n] for n in names if chosen(kind, n)) for kind, names in kinds.items()}
-            whole = max(sum(sizes.values()), 1)
+            whole = sum(sizes.values())
             return [f"{kind} ({count / whole:.2%} of the weights{remark})" for kind, count in counts.items() if count]
 
-        gamma = len(layers.names) if config.sampler == "full" else min(config.num_active_layers, len(layers.names))
+        total, clip = len(layers.names), self.gradient_clipping()
+        gamma = total if config.sampler == "full" else min(config.num_active_layers, total)
         on = shares(lambda kind, name: name in trained)
         off = shares(lambda kind, name: kind in layers.outside and name in owned - trained)
         off += shares(lambda kind, name: name not in owned, ", frozen or not in the optimizer")
-        logger.warning(
-            f"grass_ds: {config.sampler} over {len(layers.names)} layers at {layers.path}, {gamma} active at a time; "
-            f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
-            f"{self._clip_in_force()}"
-        )
-
-    def _clip_in_force(self) -> str:
-        clip = self.gradient_clipping()
-        if not clip:
-            return "gradients are not clipped"
         default = (
             "" if "gradient_clipping" in self.config else " (the default of DeepSpeed; gradient_clipping sets it)"
         )
-        return f"gradients are clipped at norm {clip:g}{default}"
+        logger.warning(
+            f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time; "
+            f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
+            f"gradients are {f'clipped at norm {clip:g}{default}' if clip else 'not clipped'}"
+        )
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         super()._take_model_step(*args, **kwargs)
@@ -179,12 +161,10 @@ class GrassEngine(CheckpointingEngine):
         schedule: Any = None,
         compiled_autograd_enabled: bool = False,
     ) -> None:
-        """As DeepSpeed's, but compile one decoder block at a time rather than the whole model.
+        """As DeepSpeed's, but compile one decoder block at a time: a graph depends on which weights require a gradient.
 
-        A graph depends on which of its weights require a gradient. A graph of the whole model would be compiled anew
-        for every set of active layers. Blocks share at most four graphs: active or not, with or without an input
-        gradient. Set ``model.config.use_cache = False``: with a cache of keys and values a graph depends on the
-        block's index.
+        Blocks share at most four graphs: active or not, with or without an input gradient. Set
+        ``model.config.use_cache = False``: with a cache a graph depends on the block's index.
 
         Args:
             backend: of ``torch.compile``; None: the accelerator's.
