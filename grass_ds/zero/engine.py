@@ -146,7 +146,6 @@ class GrassEngine(CheckpointingEngine):
         super()._take_model_step(*args, **kwargs)
         if self.grass is not None:
             self.optimizer.advance_schedule()
-            self.optimizer.prefetch_next_layers()
 
     def zero_grad(self) -> None:
         """As DeepSpeed's; also discard the gradients of this accumulation window, which are not on the parameters."""

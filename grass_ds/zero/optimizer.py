@@ -29,7 +29,7 @@ from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.zero.fragments import ParamFragment
 from grass_ds.zero.gradients import GradientReducer
-from grass_ds.zero.step import global_squares, layer_rms, optional_kinds, step_unit
+from grass_ds.zero.step import global_squares, layer_rms, step_unit
 from grass_ds.zero.wrapper import OptimizerWrapper
 
 
@@ -52,7 +52,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         controller: Controller,
         store: StateStore,
     ):
-        super().__init__(engine, optimizer, units[0].dtype, units[0].device)
+        super().__init__(engine, optimizer, units[0].dtype)
         self.config = config
         self.units = list(units)
         self.controller = controller
@@ -74,10 +74,10 @@ class GrassZeroOptimizer(OptimizerWrapper):
                 unit.flatten_weights()
             for group in optimizer.param_groups:
                 group["params"] = []
-            slots = [(unit, slot, param) for unit in units for slot, param in enumerate(unit.params)]
-            group = self.dp_process_group
-            self._attach({p: ParamFragment(unit, slot, store, self.reducer, group) for unit, slot, p in slots})
-            self._hooks += [self._hook(*each) for each in slots]
+            places = {param: (unit, slot) for unit in units for slot, param in enumerate(unit.params)}
+            access = (store, self.reducer, self.dp_process_group)
+            self._attach({param: ParamFragment(*place, *access) for param, place in places.items()})
+            self._hooks += [self._hook(param, *place) for param, place in places.items()]
             self.activate()
         except BaseException:
             self._detach_from_model()
@@ -85,7 +85,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
-    def _hook(self, unit: Unit, slot: int, param: nn.Parameter) -> Any:
+    def _hook(self, param: nn.Parameter, unit: Unit, slot: int) -> Any:
         def on_gradient(*_: Any) -> None:
             refresh = self.should_refresh_expected_hook_count()
             self.reenter_backward_if_needed()
@@ -121,8 +121,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """
         try:
             scale = self.loss_scale
-            optional = optional_kinds(self.config)
-            norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, optional)
+            norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, self.config)
             finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
             discarded = not self.reducer.micro_steps
             if not discarded:
@@ -181,37 +180,34 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
-    def advance_schedule(self) -> bool:
+    def advance_schedule(self) -> None:
         """Count the last step, and switch layers when the schedule says so. The engine calls it after every step.
 
-        Returns:
-            Whether the set of active layers changed.
+        One step before a draw, load the state of the layers that it will probably choose.
 
         Raises:
             RankDivergenceError: ranks would train different layers.
         """
-        if not self._counts_in_schedule:
-            return False
-        before = self.controller.draws
-        switch = self.controller.end_step(self._layer_rms)
-        if self.controller.draws != before or switch is not None:  # a draw, or probing that begins anew
-            self._check_agreement("the layers to train next")
-        if switch is None:
-            if self.controller.draws != before:  # the same layers again: release what was loaded for others
-                self.store.plan(self._active)
-            return False
-        if self.config.state_on_switch == "reset":
-            for unit in self.units:
-                if unit.layer in switch.deactivated:
-                    self.store.drop(unit)
-        self.activate()
-        return True
-
-    def prefetch_next_layers(self) -> None:
-        """One step before a draw: load the state of the layers that it will probably choose."""
+        if self._counts_in_schedule:
+            self._count_step()
         upcoming = self.controller.upcoming()
         if upcoming is not None:
             self.store.prepare([unit for unit in self.units if unit.layer in upcoming])
+
+    def _count_step(self) -> None:
+        before = self.controller.draws
+        switch = self.controller.end_step(self._layer_rms)
+        drawn = self.controller.draws != before
+        if drawn or switch is not None:  # a draw, or probing that begins anew
+            self._check_agreement("the layers to train next")
+        if switch is not None:
+            if self.config.state_on_switch == "reset":
+                for unit in self.units:
+                    if unit.layer in switch.deactivated:
+                        self.store.drop(unit)
+            self.activate()
+        elif drawn:  # the same layers again: release what was loaded for others
+            self.store.plan(self._active)
 
     def activate(self) -> None:
         """Make exactly the active layers and the always-active modules trainable."""
@@ -224,10 +220,10 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self.reducer.track(self._active, keep=training)
         self.store.plan(self._active if training else [])
 
-    def _set_requires_grad(self) -> None:
+    def _set_requires_grad(self, everywhere: bool = False) -> None:
         for unit in self.units:
             for param in unit.params:
-                param.requires_grad_(unit.active)
+                param.requires_grad_(everywhere or unit.active)
 
     def _check_agreement(self, what: str) -> None:
         mine, fields = self.controller.fingerprint(), FINGERPRINT_FIELDS
@@ -250,7 +246,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """Make ``deepspeed.utils.safe_*`` use the fragments."""
         raise NotImplementedError
 
-    def _detach(self, units: Sequence[Unit]) -> None:
+    def _detach(self) -> None:
         """Undo :meth:`_attach`."""
         raise NotImplementedError
 
@@ -304,9 +300,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def all_trainable(self) -> Any:
         """Inside, every parameter of a unit requires a gradient: DeepSpeed takes others for frozen by the user."""
         nested, self._saving = self._saving, True
-        for unit in self.units:
-            for param in unit.params:
-                param.requires_grad_(True)
+        self._set_requires_grad(everywhere=True)
         try:
             yield
         finally:
@@ -325,12 +319,11 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def _detach_from_model(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        units, self.units, self._active, self._hooks = self.units, [], [], []
-        self._detach(units)
-        for unit in units:
-            for param in unit.params:
-                param.requires_grad_(True)
+        self._set_requires_grad(everywhere=True)
+        self._detach()
+        for unit in self.units:
             unit.release_buffer()
+        self.units, self._active, self._hooks = [], [], []
         for group, params in zip(self.optimizer.param_groups, self._client_params, strict=False):
             group["params"] = params
         self._client_params = []

@@ -41,7 +41,7 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         for param, fragment in fragments.items():
             fragment.attach(param)
 
-    def _detach(self, units: Sequence[Unit]) -> None:
-        for unit in units:
+    def _detach(self) -> None:
+        for unit in self.units:
             for param in unit.params:
                 ParamFragment.detach(param)

@@ -152,7 +152,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         for param in self.module.parameters():
             param._z3_optimizer = access
 
-    def _detach(self, units: Sequence[Unit]) -> None:
+    def _detach(self) -> None:
         for param in self.module.parameters():
             vars(param).pop("_z3_optimizer", None)
 

@@ -2,7 +2,7 @@
 """One optimizer step: all units' gradient norms in one all-reduce, and the client optimizer's step on one shard."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,15 +51,12 @@ def step_unit(
 
 
 def global_squares(
-    reducer: GradientReducer, units: Sequence[Unit], group: Any, optional: Collection[str] | None
+    reducer: GradientReducer, units: Sequence[Unit], group: Any, config: GrassConfig
 ) -> tuple[dict[Unit, float], dict[Unit, float]]:
     """Squared gradient norms per unit over all ranks, loss scale included.
 
     One all-reduce of 3 len(units) + 2 float32. Norms are non-finite if any rank's are, and 0 if all ranks have
     discarded their gradients.
-
-    Args:
-        optional: kinds of units that may have no gradient, see :func:`optional_kinds`; None: all of them.
 
     Returns:
         (of the accumulated gradient, of the micro-batches' gradients, summed).
@@ -82,8 +79,10 @@ def global_squares(
             f"ranks have accumulated different numbers of micro-batches (this one {steps}): zero_grad() was called on "
             "some ranks only. Decide on all ranks alike, for example by the loss averaged over them"
         )
-    if steps and optional is not None:
+    if steps and config.missing_gradients == "error":
         missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
+        by_default = config.always_active is None or config.sampler == "full"
+        optional = _OPTIONAL_KINDS if by_default else ()
         _refuse_missing([unit for unit in missing if unit.kind not in optional], len(units))
         _warn_of_missing(reducer, missing)
     return dict(zip(units, values[:count], strict=True)), dict(zip(units, values[count : 2 * count], strict=True))
@@ -122,15 +121,8 @@ def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss
 # ---- missing gradients ----------------------------------------------------------------------------------------------
 
 
-def optional_kinds(config: GrassConfig) -> tuple[str, ...] | None:
-    """Kinds of units that may have no gradient, with a warning: they train by default rather than by choice.
-
-    Blocks and the final norm always need one. None with ``missing_gradients: zero``.
-    """
-    if config.missing_gradients == "zero":
-        return None
-    by_default = config.always_active is None or config.sampler == "full"
-    return ("embed", "head", "other", "tower") if by_default else ()
+# They may have no gradient if they train by default rather than by the user's choice. Blocks and the final norm need one.
+_OPTIONAL_KINDS = ("embed", "head", "other", "tower")
 
 
 def _refuse_missing(missing: Sequence[Unit], active: int) -> None:

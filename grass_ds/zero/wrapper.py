@@ -19,26 +19,17 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
         skips: consecutive steps with non-finite gradients.
     """
 
-    def __init__(
-        self,
-        engine: deepspeed_compat.DeepSpeedEngine,
-        optimizer: torch.optim.Optimizer,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
+    def __init__(self, engine: deepspeed_compat.DeepSpeedEngine, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         super().__init__()
         self.engine = engine
         self.optimizer = optimizer
-        self.dtype = dtype
-        self.device = device
+        self.device: torch.device = engine.device
         self.stage = engine.zero_optimization_stage()
         self.clip_grad = engine.gradient_clipping()
         self.overflow = False
         self.skips = 0
         self._global_grad_norm: float | None = 0.0
-        self.mpu = None
         self.custom_loss_scaler = False
-        self.external_loss_scale = None
         self.torch_autocast_gradscaler = None
         self.loss_scaler = deepspeed_compat.create_loss_scaler(
             dtype, engine.loss_scale(), engine.dynamic_loss_scale(), engine.dynamic_loss_scale_args()
