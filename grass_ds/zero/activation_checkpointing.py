@@ -2,10 +2,10 @@
 """Activation checkpointing in a model with layers that do not train.
 
 Reentrant checkpointing runs each block as one autograd function. Backward enters it only if an *input* requires a
-gradient. Below embeddings that do not train no input does, so the active layers would get no gradient. Hugging Face
-models solve this by a hook that makes the embeddings' output require a gradient. Non-reentrant checkpointing does not
-need the hook, and with it backward would run down to the embeddings instead of stopping at the lowest active layer. So
-when the embeddings do not train, the hook is set for reentrant checkpointing and removed for non-reentrant.
+gradient, which none does below embeddings that do not train. Hugging Face models then set a hook that makes the
+embeddings' output require a gradient. Non-reentrant checkpointing does not need the hook, and with it backward would
+run down to the embeddings. So when the embeddings do not train, the hook is set for reentrant checkpointing and
+removed for non-reentrant.
 """
 
 from typing import Any

@@ -2,13 +2,13 @@
 """Gradients of the active units: collected in flat buffers, reduce-scattered once per unit, measured, kept or dropped.
 
 [Note: Order of the reductions] Every rank must issue the same collectives in the same order, or they mix without an
-error. A unit is complete when all its parameters have a gradient. When that happens may differ between ranks, for
-example if one rank's batch does not use a module. So units are reduced in their fixed order, each as soon as it and
-all before it are complete. Units that backward leaves incomplete are padded with zeros and reduced at the end of the
-micro-step. On an ordinary model backward completes units in that very order, and no unit waits.
+error. When a unit is complete may differ between ranks, for example if one rank's batch does not use a module. So
+units are reduced in their fixed order, each as soon as it and all before it have a gradient of every parameter. Units
+that backward leaves incomplete are padded with zeros and reduced at the end of the micro-step. On an ordinary model
+backward completes units in that very order, and no unit waits.
 
 [Note: Side stream] With ``overlap_comm`` the collective, the measurement and the accumulation run on one side stream,
-while backward goes on. The side stream waits for the compute stream before each reduction. The compute stream waits
+while backward goes on. The side stream waits for the compute stream before each reduction; the compute stream waits
 for the side stream once, at the end of the micro-step. The flat buffer is allocated on the compute stream and read on
 the side stream, hence ``record_stream``.
 """

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ZeRO optimizer that trains a few layers at a time: what all stages have in common.
 
-[Note: A step] In ``backward``: every gradient of an active unit moves into the unit's flat buffer. A complete unit is
-reduce-scattered and its buffer freed. In ``step``:
+[Note: A step] In ``backward`` every gradient of an active unit moves into the unit's flat buffer. A complete unit is
+reduce-scattered, and its state is loaded if there is room. In ``step``:
   Phase 1. One all-reduce of the squared norms of all units gives the global norm, overflow and layer importance.
   Phase 2. Per chunk of each active unit: load the state, unscale and clip the gradient, let the client optimizer step
-           the fp32 shard, write the weights, store the state. ``on_reduced`` loads state during backward already, as
-           far as there is room.
+           the fp32 shard, write the weights, store the state.
   Phase 3. The model gets the updated weights, which differs between stages (:meth:`GrassZeroOptimizer._sync_weights`).
 An inactive unit takes part in none of it: no gradient, no buffer, no collective, no state on the device.
 """
@@ -117,7 +116,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         A step whose gradients were all discarded by :meth:`zero_grad` updates nothing and does not count.
 
         Raises:
-            MissingGradientError, RankDivergenceError, RuntimeError: see :func:`~grass_ds.zero.step.global_squares`.
+            Exception: see :func:`~grass_ds.zero.step.global_squares`.
         """
         try:
             scale = self.loss_scale
@@ -155,11 +154,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self._sync_weights(self._active)
 
     def check_weights(self) -> None:
-        """Refuse to save weights that training does not hold.
-
-        Raises:
-            ValueError: on every rank; a parameter was given other values by ``param.data = ...``.
-        """
+        """Raise ValueError on every rank if a parameter was given other values by ``param.data = ...``."""
         with self._raise_on_all_ranks():
             changed = [unit.param_names[slot] for unit in self.units for slot in unit.changed_by_assignment()]
             if changed:
@@ -233,22 +228,15 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         """Make the model compute with the units' updated shards. Called on every rank."""
-        raise NotImplementedError
 
     def undo_assignments(self) -> None:
-        """Restore the engine's weights in parameters that were assigned by ``param.data = ...``, as DeepSpeed does.
-
-        Called on every rank at the end of every step.
-        """
-        raise NotImplementedError
+        """Give parameters that ``param.data = ...`` replaced the engine's weights again. Called on every rank."""
 
     def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
         """Make ``deepspeed.utils.safe_*`` use the fragments."""
-        raise NotImplementedError
 
     def _detach(self) -> None:
         """Undo :meth:`_attach`."""
-        raise NotImplementedError
 
     # ---- the engine's calls -----------------------------------------------------------------------------------------
 
@@ -289,12 +277,10 @@ class GrassZeroOptimizer(OptimizerWrapper):
         with self._raise_on_all_ranks() if self._saving else nullcontext():
             return checkpoint.save(self)
 
-    def load_state_dict(
-        self, state_dict_list: list[dict[str, Any]], load_optimizer_states: bool = True, **kwargs: Any
-    ) -> None:
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """See :func:`grass_ds.checkpoint.state.load`."""
         with self._raise_on_all_ranks():
-            checkpoint.load(self, state_dict_list, load_optimizer_states, **kwargs)
+            checkpoint.load(self, *args, **kwargs)
 
     @contextmanager
     def all_trainable(self) -> Any:

@@ -2,9 +2,8 @@
 """Layer-sampled ZeRO-3: a rank has only its shard of the weights, too.
 
 DeepSpeed's ``DeepSpeedZeRoOffload`` partitions, gathers and prefetches the weights. It serves models without an
-optimizer, so it asks nothing of ours. Gradients, norms, state and steps work as in the other stages: a unit's shard is
-the partitions of its parameters in a row. One reduce-scatter of a unit's gradient gives every rank the gradient of its
-own weights, and a step needs no gather at its end.
+optimizer, so it asks nothing of ours. A unit's shard is the partitions of its parameters in a row: one reduce-scatter
+of the unit's gradient gives every rank the gradient of its own weights, and a step needs no gather at its end.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from grass_ds.core import deepspeed_compat
+from grass_ds.core.deepspeed_compat import ZeroParamStatus
 from grass_ds.core.units import Unit
 from grass_ds.zero.fragments import ParamFragment, PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 from grass_ds.zero.traces import Traces
 
 
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.device == other.device
+def _is_gathered(param: Any) -> bool:
+    return param.ds_status is ZeroParamStatus.AVAILABLE
 
 
 class GrassZero3Optimizer(GrassZeroOptimizer):
@@ -66,13 +66,10 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
 
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         """Release gathered weights that are out of date; gather persistent parameters again."""
-        if any(param.ds_status is deepspeed_compat.ZeroParamStatus.INFLIGHT for param in self.module.parameters()):
+        if any(param.ds_status is ZeroParamStatus.INFLIGHT for param in self.module.parameters()):
             self.parameter_offload.partition_all_parameters()  # prefetched in an evaluation, which has no backward
-        params: list[Any] = [param for unit in units for param in unit.params]
-        params += self._find_assigned()
-        stale = [
-            param for param in dict.fromkeys(params) if param.ds_status is deepspeed_compat.ZeroParamStatus.AVAILABLE
-        ]
+        params: list[Any] = [param for unit in units for param in unit.params] + self._find_assigned()
+        stale = [param for param in dict.fromkeys(params) if _is_gathered(param)]
         for param in stale:
             param.ds_active_sub_modules.clear()
             param.partition()
@@ -87,13 +84,8 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self._track_persistent()
 
     def _track_persistent(self) -> None:
-        """Keep the storage of the persistent parameters, to see later which were assigned.
-
-        The reference keeps the memory allocated, so that no other tensor gets its address.
-        """
-        available = deepspeed_compat.ZeroParamStatus.AVAILABLE
-        params: list[Any] = self.persistent_parameters
-        self._persistent_data = {param: param.data for param in params if param.ds_status is available}
+        """Keep the storage of the persistent parameters, so that no other tensor gets its address meanwhile."""
+        self._persistent_data = {param: param.data for param in self.persistent_parameters if _is_gathered(param)}
 
     def _find_assigned(self) -> list[Any]:
         """Persistent parameters assigned by ``param.data = ...`` since the last step; the same ones on every rank.
@@ -101,18 +93,13 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         Their storage has changed since then. DeepSpeed's own gathers change it, too, but only within a pass. So
         assignments are looked for before a pass, and storage is tracked anew after it.
         """
-        available = deepspeed_compat.ZeroParamStatus.AVAILABLE
-        tracked: list[tuple[Any, torch.Tensor]] = list(self._persistent_data.items())
-        moved = [p for p, data in tracked if p.ds_status is available and not _same_memory(p.data, data)]
-        self._assigned.update(dict.fromkeys(moved))
+        for param, data in self._persistent_data.items():
+            if _is_gathered(param) and (param.data_ptr() != data.data_ptr() or param.device != data.device):
+                self._assigned[param] = None
         return list(self._assigned)
 
     def refresh_fp32_params(self) -> None:
-        """As in the other stages.
-
-        Raises:
-            ValueError: on every rank; a parameter was assigned, and its values are in no rank's partition.
-        """
+        """As in the other stages. Raises ValueError on every rank if a parameter was assigned other values."""
         with self._raise_on_all_ranks():
             if any(self._differs(param) for param in self._find_assigned()):
                 raise ValueError(
@@ -131,7 +118,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     @staticmethod
     def _gather(params: Sequence[Any]) -> None:
         """Gather those that are released, in one all-gather."""
-        released = [param for param in params if param.ds_status is deepspeed_compat.ZeroParamStatus.NOT_AVAILABLE]
+        released = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if released:
             released[0].all_gather_coalesced(released).wait()
 
@@ -142,7 +129,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
             get_accelerator().current_stream().synchronize()
 
     def clear_backward_seen_flag(self) -> None:
-        """Called by the engine at the start of every forward."""
+        """The engine calls it at the start of every forward."""
         super().clear_backward_seen_flag()
         self._find_assigned()
         self.traces.begin_forward(0 if self._full_backward else min(self.controller.active_layers))
@@ -173,7 +160,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.parameter_offload.empty_partition_cache()
 
     def destroy(self) -> None:
-        """As in the other stages. The weights stay partitioned, as after DeepSpeed's own. Later calls do nothing."""
+        """As in the other stages. The weights stay partitioned, as after DeepSpeed's own."""
         if self._destroyed:  # the garbage collector calls this again, when the model may belong to another engine
             return
         self._destroyed = True

@@ -26,7 +26,7 @@ def step_unit(
 ) -> None:
     """Step the unit's fp32 master weights chunk by chunk, and write them into its low-precision shard.
 
-    The client's param groups hold hyper-parameters only. The unit's group holds one chunk during its step.
+    The unit's param group holds one chunk during its step, and is otherwise empty.
 
     Args:
         gradient: averaged gradient of the shard, [shard_numel], any floating dtype.
@@ -55,8 +55,7 @@ def global_squares(
 ) -> tuple[dict[Unit, float], dict[Unit, float]]:
     """Squared gradient norms per unit over all ranks, loss scale included.
 
-    One all-reduce of 3 len(units) + 2 float32. Norms are non-finite if any rank's are, and 0 if all ranks have
-    discarded their gradients.
+    One all-reduce of 3 len(units) + 2 float32. Norms are 0 if all ranks have discarded their gradients.
 
     Returns:
         (of the accumulated gradient, of the micro-batches' gradients, summed).

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The traces of modules by which ZeRO-3 gathers weights ahead of their use.
 
-[Note: Trace] DeepSpeed records the order in which modules run in forward and backward, and gathers weights by that
-trace.
-Inactive layers do not change the order, with one exception: where the embeddings do not train, backward stops at the
-lowest active layer. With a trace that is too short DeepSpeed starts over in the middle of backward. With one that is
-too long it gathers weights that nobody uses. So each lowest active layer has its own coordinator with its own trace.
-The coordinator is swapped at the start of the first training forward with that layer, not earlier: an evaluation
-before it has no backward, and would be recorded. The first step with a lowest active layer records, later ones
-prefetch.
+[Note: Trace] DeepSpeed records the order in which modules run, and gathers weights by that trace. Inactive layers do
+not change the order, with one exception: where the embeddings do not train, backward stops at the lowest active layer.
+With a trace that is too short DeepSpeed starts over in the middle of backward; with one that is too long it gathers
+weights that nobody uses. So each lowest active layer has its own coordinator with its own trace. It is swapped in at
+the start of the first training forward with that layer: an evaluation before has no backward, and would be recorded.
 """
 
 import torch
