@@ -13,6 +13,7 @@ available.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -62,11 +63,7 @@ class ParamFragment:
         self._change(optim_state_key, lambda shard: self._write(shard, value))
 
     def get_full_hp_grad(self) -> torch.Tensor | None:
-        """The averaged gradient: float32, the parameter's shape; None for a layer that is not active.
-
-        Raises:
-            ValueError: the layer is active, but this is not between backward and step.
-        """
+        """The averaged gradient: float32, the parameter's shape; None for a layer that is not active."""
         shard = self._gradient()
         return None if shard is None else self._gather(shard)
 
@@ -116,7 +113,7 @@ class ParamFragment:
         return state.master if key is None else state.moments[key]
 
     def _gradient(self) -> torch.Tensor | None:
-        """The averaged gradient; None for a layer that is not active."""
+        """The averaged gradient; None for a layer that is not active. ValueError if not between backward and step."""
         if not self.unit.active:
             return None
         if self.unit not in self._reducer.shards:
@@ -162,36 +159,24 @@ class PartitionedAccess:
     def __init__(self, fragments: Mapping[nn.Parameter, ParamFragment]):
         self._fragments = fragments
 
-    def _call(self, method: Callable[..., Any], param: nn.Parameter, *arguments: Any) -> Any:
-        fragment = self._fragments.get(param)
-        return None if fragment is None else method(fragment, *arguments)
+    def _get(self, method: Callable[..., Any], param: nn.Parameter, *optim_state_key: str) -> Any:
+        return method(self._fragments[param], *optim_state_key) if param in self._fragments else None
 
-    def get_full_hp_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
-        return self._call(ParamFragment.get_full_hp_param, param, optim_state_key)
+    def _set(self, method: Callable[..., Any], value: Any, param: nn.Parameter, *optim_state_key: str) -> None:
+        if param in self._fragments:
+            method(self._fragments[param], value, *optim_state_key)
 
-    def set_full_hp_param(self, value: torch.Tensor, param: nn.Parameter, optim_state_key: str | None = None) -> None:
-        self._call(ParamFragment.set_full_hp_param, param, value, optim_state_key)
-
-    def get_fp32_grad_for_param(self, param: nn.Parameter) -> torch.Tensor | None:
-        return self._call(ParamFragment.get_full_hp_grad, param)
-
-    def set_fp32_grad_for_param(self, value: torch.Tensor, param: nn.Parameter) -> None:
-        self._call(ParamFragment.set_full_hp_grad, param, value)
+    get_full_hp_param = partialmethod(_get, ParamFragment.get_full_hp_param)
+    set_full_hp_param = partialmethod(_set, ParamFragment.set_full_hp_param)
+    get_fp32_grad_for_param = partialmethod(_get, ParamFragment.get_full_hp_grad)
+    set_fp32_grad_for_param = partialmethod(_set, ParamFragment.set_full_hp_grad)
+    get_local_fp32_param = partialmethod(_get, ParamFragment.get_local_param)
+    set_local_hp_param = partialmethod(_set, ParamFragment.set_local_param)
+    get_local_fp32_grad_for_param = partialmethod(_get, ParamFragment.get_local_grad)
+    set_local_grad_for_param = partialmethod(_set, ParamFragment.set_local_grad)
 
     def update_fp32_grad_for_param_vectorized(self, update_func: Update, param_list: Sequence[nn.Parameter]) -> None:
         for param in param_list:
             gradient = self.get_fp32_grad_for_param(param)
             if gradient is not None:
                 self.set_fp32_grad_for_param(update_func(gradient, param), param)
-
-    def get_local_fp32_param(self, param: nn.Parameter, optim_state_key: str | None = None) -> torch.Tensor | None:
-        return self._call(ParamFragment.get_local_param, param, optim_state_key)
-
-    def set_local_hp_param(self, value: torch.Tensor, param: nn.Parameter, optim_state_key: str | None = None) -> None:
-        self._call(ParamFragment.set_local_param, param, value, optim_state_key)
-
-    def get_local_fp32_grad_for_param(self, param: nn.Parameter) -> torch.Tensor | None:
-        return self._call(ParamFragment.get_local_grad, param)
-
-    def set_local_grad_for_param(self, value: torch.Tensor, param: nn.Parameter) -> None:
-        self._call(ParamFragment.set_local_grad, param, value)

@@ -66,16 +66,9 @@ class GradientReducer:
         overlap = engine.zero_overlap_comm() and not get_accelerator().is_synchronized_device()
         self._stream = get_accelerator().Stream() if overlap else None
         self._on_reduced = on_reduced
-        self.shards: dict[Unit, torch.Tensor] = {}
-        self.squares: dict[Unit, torch.Tensor] = {}
-        self.arrived: set[Unit] = set()
         self.warned: set[Unit] = set()
-        self.micro_steps = self.discarded = 0
         self.peak_bytes = 0
-        self._units: list[Unit] = []
-        self._pending: dict[Unit, _Pending] = {}
-        self._keep = True
-        self._next = 0  # units before this position were reduced in this micro-step
+        self.track([], keep=True)
 
     def track(self, units: Sequence[Unit], keep: bool) -> None:
         """Collect the gradients of these units, in reduction order, from now on.
@@ -89,8 +82,11 @@ class GradientReducer:
     def clear(self) -> None:
         """Discard all gradients and start a new accumulation window."""
         self._pending = {unit: _Pending() for unit in self._units}
-        self.shards, self.squares, self.arrived = {}, {}, set()
-        self.micro_steps = self.discarded = self._next = 0
+        self._next = 0  # units before this position were reduced in this micro-step
+        self.shards: dict[Unit, torch.Tensor] = {}
+        self.squares: dict[Unit, torch.Tensor] = {}
+        self.arrived: set[Unit] = set()
+        self.micro_steps = self.discarded = 0
 
     def discard(self) -> None:
         """Discard all gradients, and stay in this accumulation window."""

@@ -80,8 +80,7 @@ def global_squares(
         )
     if steps and config.missing_gradients == "error":
         missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
-        by_default = config.always_active is None or config.sampler == "full"
-        optional = _OPTIONAL_KINDS if by_default else ()
+        optional = _OPTIONAL_KINDS if config.always_active is None or config.sampler == "full" else ()
         _refuse_missing([unit for unit in missing if unit.kind not in optional], len(units))
         _warn_of_missing(reducer, missing)
     return dict(zip(units, values[:count], strict=True)), dict(zip(units, values[count : 2 * count], strict=True))
@@ -115,9 +114,6 @@ def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss
             numel[unit.layer] = numel.get(unit.layer, 0) + unit.numel
     scale = window * window / micro_steps
     return {layer: math.sqrt(total[layer] * scale / numel[layer]) / loss_scale for layer in total}
-
-
-# ---- missing gradients ----------------------------------------------------------------------------------------------
 
 
 # They may have no gradient if they train by default rather than by the user's choice. Blocks and the final norm need one.

@@ -76,8 +76,7 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """The engine's hook after backward from stage 2 on; ``backward_epilogue``, which follows, does the work."""
 
-    def finalize_gradient_accumulation_boundary(self) -> None:
-        """The engine's hook in unmanaged accumulation; every micro-step was reduced already."""
+    finalize_gradient_accumulation_boundary = overlapping_partition_gradients_reduce_epilogue
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError('engine.offload_states() does not know about layers; use "grass": {"offload": ...}')
