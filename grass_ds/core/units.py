@@ -8,7 +8,7 @@ fp32 weights, and in ZeRO-3 of its low-precision weights. The two classes differ
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,10 +117,6 @@ class Unit(ABC):
     def write_gradient(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         """Copy the whole gradient of parameter ``slot`` into a flat gradient [padded_numel], or add it."""
 
-    @abstractmethod
-    def zero_unwritten(self, flat: torch.Tensor, written: Collection[int]) -> None:
-        """Zero the padding of a flat gradient, and the parameters that are not in ``written``."""
-
 
 @dataclass(eq=False)
 class ReplicatedUnit(Unit):
@@ -182,12 +178,6 @@ class ReplicatedUnit(Unit):
     def write_gradient(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         _copy_or_add(flat.narrow(0, self.offsets[slot], self.sizes[slot]), gradient.reshape(-1), accumulate)
 
-    def zero_unwritten(self, flat: torch.Tensor, written: Collection[int]) -> None:
-        flat[self.numel :].zero_()
-        for slot, size in enumerate(self.sizes):
-            if slot not in written:
-                flat.narrow(0, self.offsets[slot], size).zero_()
-
 
 @dataclass(eq=False)
 class PartitionedUnit(Unit):
@@ -242,25 +232,13 @@ class PartitionedUnit(Unit):
         """Nothing to do: the next gather from the partitions replaces assigned weights."""
 
     def write_gradient(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
-        rows, values = self._rows(flat, slot), gradient.reshape(-1)
+        rows = flat.view(self.world, -1).narrow(1, self.offsets[slot], self.parts[slot])
+        values = gradient.reshape(-1)
         full, rest = divmod(self.sizes[slot], self.parts[slot])
         whole = full * self.parts[slot]
         _copy_or_add(rows[:full], values[:whole].view(full, -1), accumulate)
         if rest:
             _copy_or_add(rows[full, :rest], values[whole:], accumulate)
-
-    def zero_unwritten(self, flat: torch.Tensor, written: Collection[int]) -> None:
-        flat.view(self.world, -1)[:, self.saved_numel :].zero_()
-        for slot, size in enumerate(self.sizes):
-            rows = self._rows(flat, slot)
-            full, rest = divmod(size, self.parts[slot]) if slot in written else (0, 0)
-            if full < self.world:
-                rows[full, rest:].zero_()
-                rows[full + 1 :].zero_()
-
-    def _rows(self, flat: torch.Tensor, slot: int) -> torch.Tensor:
-        """Parameter ``slot`` in a flat gradient: [world, part]."""
-        return flat.view(self.world, -1).narrow(1, self.offsets[slot], self.parts[slot])
 
 
 def whole_numel(param: nn.Parameter) -> int:

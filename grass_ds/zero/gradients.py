@@ -107,7 +107,7 @@ class GradientReducer:
         if pending is None or grad is None:  # an inactive layer
             return
         if pending.flat is None:
-            pending.flat = torch.empty(unit.padded_numel, dtype=self._flat_dtype, device=grad.device)
+            pending.flat = self._zeros(unit)
             pending.filled.clear()
             self._update_peak()
         # Filled already: by an earlier micro-step, or by a first firing in this backward (reentrant checkpointing).
@@ -145,7 +145,9 @@ class GradientReducer:
             self._next += 1
 
     def _reduce(self, unit: Unit) -> None:
-        flat = self._take_flat(unit)
+        pending = self._pending[unit]
+        flat = self._zeros(unit) if pending.flat is None else pending.flat
+        pending.flat = None
         flat = (flat.div_(self._divisor) if self._divisor != 1 else flat).to(self._comm_dtype)
         with self._side_stream(flat):
             shard = torch.empty(unit.shard_numel, dtype=self._comm_dtype, device=flat.device)
@@ -166,14 +168,9 @@ class GradientReducer:
         self.shards[unit] = kept = shard.to(self._accum_dtype)
         self._update_peak(in_flight + (0 if kept is shard else shard.nbytes))
 
-    def _take_flat(self, unit: Unit) -> torch.Tensor:
-        """The unit's flat gradient, with zeros where this rank has none."""
-        pending = self._pending[unit]
-        flat, pending.flat = pending.flat, None
-        if flat is None:
-            return torch.zeros(unit.padded_numel, dtype=self._flat_dtype, device=unit.device)
-        unit.zero_unwritten(flat, pending.filled)
-        return flat
+    def _zeros(self, unit: Unit) -> torch.Tensor:
+        """A flat gradient of zeros, which stay where this rank has no gradient, and in the padding."""
+        return torch.zeros(unit.padded_numel, dtype=self._flat_dtype, device=unit.device)
 
     @contextmanager
     def _side_stream(self, flat: torch.Tensor) -> Iterator[None]:
