@@ -10,11 +10,8 @@ from pathlib import Path
 
 def sync_file(path: Path) -> None:
     """Wait until the content of a file is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
