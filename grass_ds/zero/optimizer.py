@@ -12,7 +12,7 @@ An inactive unit takes part in none of it: no gradient, no buffer, no collective
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +59,6 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self.reducer = GradientReducer(engine, on_reduced=store.prefetch)
         self.dp_process_group = engine.seq_data_parallel_group
         self.grass: Any = None
-        self._saving = False
         self._counts_in_schedule = False  # the last step; False for a skipped or discarded one
         self._layer_rms: dict[int, float] | None = None
         layout = digest([(u.name, u.param_names, [tuple(whole_shape(p)) for p in u.params]) for u in units])
@@ -273,9 +272,8 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self.undo_assignments()
 
     def state_dict(self) -> dict[str, Any]:
-        # All ranks are here while a checkpoint is saved, and none may publish it if another has failed.
-        with self._raise_on_all_ranks() if self._saving else nullcontext():
-            return checkpoint.save(self)
+        """See :func:`grass_ds.checkpoint.state.save`."""
+        return checkpoint.save(self)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """See :func:`grass_ds.checkpoint.state.load`."""
@@ -285,14 +283,14 @@ class GrassZeroOptimizer(OptimizerWrapper):
     @contextmanager
     def all_trainable(self) -> Any:
         """Inside, every parameter of a unit requires a gradient: DeepSpeed takes others for frozen by the user."""
-        nested, self._saving = self._saving, True
+        params = [param for unit in self.units for param in unit.params]
+        before = [param.requires_grad for param in params]
         self._set_requires_grad(everywhere=True)
         try:
             yield
         finally:
-            self._saving = nested
-            if not nested:
-                self._set_requires_grad()
+            for param, trains in zip(params, before, strict=True):
+                param.requires_grad_(trains)
 
     def destroy(self) -> None:
         """Remove all hooks, make every parameter of a unit trainable again, and release all state."""
