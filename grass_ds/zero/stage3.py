@@ -4,6 +4,12 @@
 DeepSpeed's ``DeepSpeedZeRoOffload`` partitions, gathers and prefetches the weights. It serves models without an
 optimizer, so it asks nothing of ours. A unit's shard is the partitions of its parameters in a row: one reduce-scatter
 of the unit's gradient gives every rank the gradient of its own weights, and a step needs no gather at its end.
+
+[Note: Trace] DeepSpeed records the order in which modules run, and gathers weights by that trace. Inactive layers do
+not change the order, with one exception: where the embeddings do not train, backward stops at the lowest active layer.
+With a trace that is too short DeepSpeed starts over in the middle of backward; with one that is too long it gathers
+weights that nobody uses. So each lowest active layer has its own coordinator with its own trace. It is swapped in at
+the start of the first training forward with that layer: an evaluation before has no backward, and would be recorded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +25,6 @@ from grass_ds.core.deepspeed_compat import ZeroParamStatus
 from grass_ds.core.units import Unit
 from grass_ds.zero.fragments import ParamFragment, PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
-from grass_ds.zero.traces import Traces
 
 
 def _is_gathered(param: Any) -> bool:
@@ -34,7 +39,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         full_backward: backward runs down to the embeddings, whichever layers are active.
 
     Attributes:
-        traces: by which DeepSpeed gathers weights ahead of their use.
+        coordinators: lowest layer that backward reaches -> DeepSpeed's coordinator with the trace of such passes.
     """
 
     _destroyed = False
@@ -44,25 +49,46 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.persistent_parameters: list[nn.Parameter] = parameter_offload.persistent_parameters
         self.module = parameter_offload.module
         self._full_backward = full_backward
-        self.traces = Traces(parameter_offload)
+        self.coordinators = {0: parameter_offload.get_param_coordinator()}
+        self._lowest = 0  # key of the coordinator in use
+        self._recorded: set[int] = set()  # keys of those whose trace DeepSpeed may have used already
         self._persistent_data: dict[nn.Parameter, torch.Tensor] = {}  # as of the end of the last step
         self._assigned: dict[nn.Parameter, None] = {}
         super().__init__(*args)  # which activates the first layers, and so needs the above
         self._wait_for_shards()
         self._track_persistent()
 
-    @property
-    def coordinators(self) -> dict[int, Any]:
-        """Lowest layer that backward reaches -> DeepSpeed's coordinator for such passes."""
-        return self.traces.coordinators
+    # ---- passes -----------------------------------------------------------------------------------------------------
 
-    # ---- weights between the steps ----------------------------------------------------------------------------------
+    def clear_backward_seen_flag(self) -> None:
+        """The engine calls it at the start of every forward."""
+        super().clear_backward_seen_flag()
+        self._find_assigned()
+        self._choose_trace(0 if self._full_backward else min(self.controller.active_layers))
+
+    def _choose_trace(self, lowest: int) -> None:
+        """Use the trace of passes down to layer ``lowest``, unless this forward is an evaluation."""
+        # Not module.training: models come from ``from_pretrained`` in evaluation mode, in which they can train, too.
+        if lowest != self._lowest and torch.is_grad_enabled():
+            hooks = self.parameter_offload
+            if lowest not in self.coordinators:
+                self.coordinators[lowest] = deepspeed_compat.without_trace(hooks.param_coordinator)
+            hooks.param_coordinator = self.coordinators[lowest]
+            self._lowest = lowest
+        if not self.coordinators[self._lowest].is_invalid_trace():
+            self._recorded.add(self._lowest)  # complete once this pass begins, even an evaluation
 
     def backward_epilogue(self, **kwargs: Any) -> None:
-        """End of one micro-step."""
+        """End of one micro-step: release what DeepSpeed has not, and clear its decisions if it starts a new trace."""
         super().backward_epilogue(**kwargs)
-        self.traces.end_backward()
+        # Backward does not reach the input of the lowest active layer, so DeepSpeed does not see that layer's end.
+        self.parameter_offload.release_backward_leftovers()
+        if self._lowest in self._recorded and not self.coordinators[self._lowest].is_complete_trace():
+            self._recorded.remove(self._lowest)  # modules ran in another order
+            deepspeed_compat.clear_release_cache()
         self._track_persistent()
+
+    # ---- weights between the steps ----------------------------------------------------------------------------------
 
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         """Release gathered weights that are out of date; gather persistent parameters again."""
@@ -127,12 +153,6 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """Wait until shards are written: DeepSpeed's all-gather stream does not wait for the current stream."""
         if not get_accelerator().is_synchronized_device():
             get_accelerator().current_stream().synchronize()
-
-    def clear_backward_seen_flag(self) -> None:
-        """The engine calls it at the start of every forward."""
-        super().clear_backward_seen_flag()
-        self._find_assigned()
-        self.traces.begin_forward(0 if self._full_backward else min(self.controller.active_layers))
 
     def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
         access = PartitionedAccess(fragments)

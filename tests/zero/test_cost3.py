@@ -226,7 +226,7 @@ def train_twice(config: dict[str, Any]) -> None:
     with engine_of(config, model) as engine:
         with calls_to("fetch_sub_module", gathering.add):
             losses = train(engine, 3)
-        assert gathering and gathering <= set(engine.optimizer.traces.coordinators.values())
+        assert gathering and gathering <= set(engine.optimizer.coordinators.values())
         assert status(model) == {"NOT_AVAILABLE"}
     with engine_of(config, fresh) as engine:
         assert losses == train(engine, 3)
