@@ -70,10 +70,10 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """Use the trace of passes down to layer ``lowest``, unless this forward is an evaluation."""
         # Not module.training: models come from ``from_pretrained`` in evaluation mode, in which they can train, too.
         if lowest != self._lowest and torch.is_grad_enabled():
-            hooks = self.parameter_offload
+            offload = self.parameter_offload
             if lowest not in self.coordinators:
-                self.coordinators[lowest] = deepspeed_compat.without_trace(hooks.param_coordinator)
-            hooks.param_coordinator = self.coordinators[lowest]
+                self.coordinators[lowest] = deepspeed_compat.without_trace(offload.param_coordinator)
+            offload.param_coordinator = self.coordinators[lowest]
             self._lowest = lowest
         if not self.coordinators[self._lowest].is_invalid_trace():
             self._recorded.add(self._lowest)  # complete once this pass begins, even an evaluation
