@@ -138,8 +138,8 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         Without a ``tag`` it loads the newest intact checkpoint in ``load_dir``, and warns of newer damaged ones.
 
         Raises:
-            ValueError: on every rank, before anything is changed: the checkpoint is damaged, or of another model, other
-                param groups, another number of ranks or another ZeRO stage. Names the difference and the remedy.
+            ValueError: on every rank, before anything is changed: the checkpoint is damaged, or of another model,
+                other param groups, another number of ranks or ZeRO stage. Names the difference and the remedy.
         """
         options = (load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only)
         if self.grass is None:
