@@ -69,7 +69,7 @@ ROOM = {name: name.split("/")[0].removesuffix(".py") for name in MODULES}
 PACKAGES = {
     "sampling": {"torch"},
     "config": {"pydantic"},
-    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "wandb"},
+    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "safetensors", "wandb"},
     "core": {"torch", "deepspeed", "packaging"},
     "cluster": {"torch", "deepspeed", "mpi4py"},
     "doctor": {"torch", "deepspeed", "packaging", "psutil"},

@@ -10,13 +10,12 @@ both. DeepSpeed's tools find their files as they know them, and the parts beside
 
 import os
 import shutil
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from grass_ds.checkpoint.part import BLOCK_BYTES, FileSum, Part
+from grass_ds.checkpoint.part import FileSum, Part
 from grass_ds.core.durable_files import replace_file, sync_folder
 
 LATEST = "latest"
@@ -28,11 +27,7 @@ _being_written: set[Path] = set()
 
 
 def check_tag(tag: str) -> None:
-    """Refuse a tag that does not name a folder below ``save_dir``.
-
-    Raises:
-        ValueError: it is empty, absolute, goes upwards or is hidden.
-    """
+    """Raise ValueError for a tag that is empty, absolute, goes upwards or is hidden."""
     path = Path(tag)
     if path.is_absolute() or not path.parts or ".." in path.parts or path.name.startswith("."):
         raise ValueError(
@@ -47,7 +42,6 @@ def saving_tag(tag: str) -> str:
 
 
 def saving_path(folder: Path, tag: str) -> Path:
-    """The folder of :func:`saving_tag`."""
     return folder / saving_tag(tag)
 
 
@@ -74,9 +68,7 @@ def publish(folder: Path, tag: str, latest: bool) -> None:
     """Make the checkpoint visible, see [Note: Publication]. An older one of the same tag stays until then."""
     target = folder / tag
     aside = target.with_name(f".replaced.{target.name}")
-    sync_folder(saving_path(folder, tag))
     if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
         os.rename(target, aside)
     os.rename(saving_path(folder, tag), target)
     _being_written.discard(saving_path(folder, tag))
@@ -100,11 +92,10 @@ def restore_replaced(checkpoint: Path) -> None:
 
 def candidates(folder: Path) -> list[str]:
     """Tags to resume from, best first: that of ``latest``, then the other published ones, newest step first."""
+    steps = {path.parent.name: step_of(path.parent) or 0 for path in folder.glob(f"[!.]*/{Part.name(0)}")}
+    others = sorted(steps, key=lambda tag: steps[tag], reverse=True)
     tag = named_latest(folder)
-    named = [] if tag is None else [tag]
-    steps = {path.parent.name: step_of(path.parent) for path in folder.glob(f"[!.]*/{Part.name(0)}")}
-    others = [tag for tag in steps if tag not in named]
-    return [*named, *sorted(others, key=lambda tag: steps[tag] or 0, reverse=True)]
+    return others if tag is None else [tag, *(other for other in others if other != tag)]
 
 
 def named_latest(folder: Path, name: str = LATEST) -> str | None:
@@ -118,16 +109,14 @@ def named_latest(folder: Path, name: str = LATEST) -> str | None:
 def step_of(checkpoint: Path) -> int | None:
     """Optimizer steps of a checkpoint; None if its first part is missing or damaged."""
     with suppress(ValueError):
-        part = Part.read(checkpoint, 0)
-        return None if part is None else part.step
+        return Part.read(checkpoint, 0).step
     return None
 
 
 def ranks_of(checkpoint: Path) -> range:
     """The ranks that wrote the checkpoint; empty if its first part is missing or damaged."""
     with suppress(ValueError):
-        part = Part.read(checkpoint, 0)
-        return range(0 if part is None else part.world_size)
+        return range(Part.read(checkpoint, 0).world_size)
     return range(0)
 
 
@@ -139,7 +128,7 @@ def has_parts(checkpoint: Path) -> bool:
 def problems(checkpoint: Path) -> list[str]:
     """Files of a published checkpoint that are missing or have another length, as messages. Reads no contents.
 
-    A checkpoint without parts was written by another program and cannot be judged.
+    Without parts another program wrote it, and only an empty folder is found.
     """
     try:
         if not checkpoint.is_dir():
@@ -148,32 +137,20 @@ def problems(checkpoint: Path) -> list[str]:
             return [] if any(checkpoint.iterdir()) else [f"{checkpoint.name} is empty"]
     except OSError as error:
         return [f"{checkpoint.name} cannot be looked into ({error})"]
-    found: list[str] = []
-    first: Part | None = None
+    found: list[str | None] = []
+    first = None
     for rank in ranks_of(checkpoint) or range(1):
         try:
             part = Part.read(checkpoint, rank)
         except ValueError as error:
             found.append(str(error))
             continue
-        if part is None:
-            found.append(f"{Part.name(rank)} is missing")
-            continue
-        first = first or part
-        if part.checkpoint_key != first.checkpoint_key:
+        key = part.world_size, part.zero_stage, part.step
+        first = first or key
+        if key != first:
             found.append(f"{Part.name(rank)} is of another checkpoint")
-        found += [text for name, sums in part.files.items() if (text := _length_problem(checkpoint / name, sums))]
-    return found
-
-
-def _length_problem(path: Path, sums: FileSum) -> str | None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error})"
-    return None if size == sums.bytes else f"{path.name} has {size} of {sums.bytes} bytes"
+        found += [sums.length_problem(checkpoint / name) for name, sums in part.files.items()]
+    return [text for text in found if text]
 
 
 def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
@@ -181,25 +158,8 @@ def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
     expected: dict[str, FileSum] = {}
     for rank in ranks_of(checkpoint) if ranks is None else ranks:
         with suppress(ValueError):  # problems() reports a damaged part
-            part = Part.read(checkpoint, rank)
-            expected |= {} if part is None else part.files
+            expected |= Part.read(checkpoint, rank).files
     workers = min(8, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:  # reading and zlib.crc32 release the GIL
-        actual = list(pool.map(lambda name: _crc32_of(checkpoint / name), expected))
-    return [
-        f"{name} {'cannot be read' if crc32 is None else 'is not what was written (checksum)'}"
-        for name, crc32 in zip(expected, actual, strict=True)
-        if crc32 != expected[name].crc32
-    ]
-
-
-def _crc32_of(path: Path) -> int | None:
-    """CRC-32 of a file; None if it cannot be read."""
-    total = 0
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(BLOCK_BYTES):
-                total = zlib.crc32(block, total)
-    except OSError:
-        return None
-    return total
+        found = pool.map(lambda name: expected[name].content_problem(checkpoint / name), expected)
+        return [text for text in found if text]

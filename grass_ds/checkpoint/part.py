@@ -14,54 +14,68 @@ from typing import Any
 
 from grass_ds.core.durable_files import replace_file
 
-BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class FileSum:
-    """The length of a file in bytes and the CRC-32 of its content."""
+    """Length of a file in bytes, and CRC-32 of its content or None. The methods compare a file with both."""
 
     bytes: int
-    crc32: int
+    crc32: int | None
+
+    def length_problem(self, path: Path) -> str | None:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        size = path.stat().st_size
+        return None if size == self.bytes else f"{path.name} has {size} of {self.bytes} bytes"
+
+    def content_problem(self, path: Path) -> str | None:
+        try:
+            matches = self.crc32 is None or self.crc32 == crc32_of(path)
+        except OSError:
+            return f"{path.name} cannot be read"
+        return None if matches else f"{path.name} is not what was written (checksum)"
+
+
+def crc32_of(path: Path) -> int:
+    total = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            total = zlib.crc32(block, total)
+    return total
 
 
 class SummedFile:
-    """A new file, written from start to end, that computes its :class:`FileSum` and calls fsync on a clean exit.
-
-    Attributes:
-        error: the first error of a write. torch's zip writer goes on after one, and raises another later.
-    """
+    """A new file, written from start to end, that computes its :class:`FileSum` and calls fsync on a clean exit."""
 
     def __init__(self, path: Path):
         self.bytes = self.crc32 = 0
-        self.error: OSError | None = None
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed in __exit__
+        self.error: OSError | None = None  # the first: torch's zip writer goes on after it, and raises another later
+        self._file = open(path, "wb")  # noqa: SIM115  closed in __exit__
 
     def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
         try:
-            while done < len(view):
-                done += self._file.write(view[done : done + BLOCK_BYTES])
+            self._file.write(data)
         except OSError as error:
             self.error = self.error or error
             raise
-        self.crc32 = zlib.crc32(view, self.crc32)
-        self.bytes += len(view)
-        return len(view)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        size = memoryview(data).nbytes
+        self.bytes += size
+        return size
 
     def flush(self) -> None:
-        """Does nothing: writes are not buffered."""
+        """Does nothing: the exit flushes."""
 
     def __enter__(self) -> "SummedFile":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
+        with self._file:
             if kind is None:
+                self._file.flush()
                 os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
 
     @property
     def sums(self) -> FileSum:
@@ -85,11 +99,6 @@ class Part:
     files: dict[str, FileSum] = field(default_factory=dict)
     layout: list[Any] = field(default_factory=list)
 
-    @property
-    def checkpoint_key(self) -> tuple[int, int, int]:
-        """Equal for all parts of one checkpoint."""
-        return self.world_size, self.zero_stage, self.step
-
     @staticmethod
     def name(rank: int) -> str:
         return f"grass_rank_{rank}.json"
@@ -100,11 +109,11 @@ class Part:
         replace_file(checkpoint / self.name(self.rank), json.dumps({**content, "crc32": _crc32(content)}, indent=1))
 
     @classmethod
-    def read(cls, checkpoint: Path, rank: int) -> "Part | None":
-        """The part of ``rank``; None if there is no such file.
+    def read(cls, checkpoint: Path, rank: int) -> "Part":
+        """The part of ``rank``.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the file is missing or damaged.
         """
         path = checkpoint / cls.name(rank)
         try:
@@ -112,8 +121,8 @@ class Part:
             if content.pop("crc32") != _crc32(content):
                 raise ValueError("checksum")
             part = cls(**{**content, "files": {name: FileSum(**sums) for name, sums in content["files"].items()}})
-        except FileNotFoundError:
-            return None
+        except FileNotFoundError as error:
+            raise ValueError(f"{path.name} is missing") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.name} cannot be read ({error})") from error
         if part.rank != rank:

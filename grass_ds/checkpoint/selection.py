@@ -2,6 +2,7 @@
 """Selects the checkpoint to load, before the run changes: intact, fit for this run, and the same on every rank."""
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +34,25 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
         ValueError: on every rank: the checkpoint ``tag``, or without a ``tag`` every one, is damaged.
     """
     tags = [tag] if tag is not None else _from_first_rank(lambda: folders.candidates(folder), group)
-    damage: dict[str, list[str]] = {}
+    damage = []
     for name in tags:
         found = _problems(folder / name, group)
         if not found:
             if dist.get_rank(group=group) == 0:
                 _warn(folder, damage, name, asked=tag is not None)
             return name
-        damage[name] = found
+        damage.append(f"{_name(folder, name)} is damaged: {listed(found)}")
     if not damage:
         return None
     others = [] if tag is None else folders.candidates(folder)
     others = [name for name in others if not folders.problems(folder / name)]
     remedy = f"load another: {', '.join(others)}" if others else "there is no other checkpoint in this folder"
-    raise ValueError(f"{folder}: {'; '.join(_damage(folder, name, damage[name]) for name in damage)}; {remedy}")
+    raise ValueError(f"{folder}: {'; '.join(damage)}; {remedy}")
 
 
 def _from_first_rank(look: Callable[[], list[str]], group: Any) -> list[str]:
-    """What ``look`` returns on rank 0: a folder may change while ranks look into it.
-
-    Raises:
-        ValueError: on every rank, if rank 0 could not look.
-    """
-
-    def task() -> list[str]:
-        try:
-            return look() if dist.get_rank(group=group) == 0 else []
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the checkpoints cannot be read: {error}") from error
-
-    return gather_from_ranks(task, group)[0]
+    """What ``look`` returns on rank 0: a folder may change while ranks look into it."""
+    return gather_from_ranks(lambda: look() if dist.get_rank(group=group) == 0 else [], group)[0]
 
 
 def _problems(checkpoint: Path, group: Any) -> list[str]:
@@ -75,9 +65,21 @@ def _problems(checkpoint: Path, group: Any) -> list[str]:
 
     if missing := _from_first_rank(look, group):
         return missing
-    share = [r for r in folders.ranks_of(checkpoint) if r % world == rank]
-    found = gather_from_ranks(lambda: folders.corrupt(checkpoint, share), group)
-    return [text for texts in found for text in texts]
+    share = folders.ranks_of(checkpoint)[rank::world]
+    return list(chain(*gather_from_ranks(lambda: folders.corrupt(checkpoint, share), group)))
+
+
+def _warn(folder: Path, damage: list[str], used: str, asked: bool) -> None:
+    """Name every damaged checkpoint, a missing ``latest``, and the checkpoint that is used instead."""
+    if not asked and folders.named_latest(folder) is None:
+        damage = [*damage, f"{folder} has no readable {folders.LATEST}"]
+    for text in damage:
+        logger.warning(f"grass_ds: {text}; {_name(folder, used)} is used instead")
+
+
+def _name(folder: Path, tag: str) -> str:
+    step = folders.step_of(folder / tag)
+    return f"checkpoint {tag}" + ("" if step is None else f" (step {step})")
 
 
 def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone: bool) -> None:
@@ -88,27 +90,30 @@ def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone
         weights_alone: optimizer states are not loaded, so only the parameters have to agree.
 
     Raises:
-        ValueError: it is of plain DeepSpeed, another number of ranks, another model or other param groups; the message
-            names the difference and the remedy.
+        ValueError: it is of plain DeepSpeed, another number of ranks, another model or other param groups.
     """
-    part = Part.read(checkpoint, 0)
-    if part is None:
+    if not folders.has_parts(checkpoint):
         if not weights_alone:
             raise ValueError(
                 f"the checkpoint {checkpoint.name} was not written by grass_ds (it has no {Part.name(0)}), so its optimizer "
                 "state has another layout; load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
             )
         return
+    part = Part.read(checkpoint, 0)
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
-        raise ValueError(_convert(checkpoint, part.world_size, world))
+        raise ValueError(
+            f"the checkpoint {checkpoint.name} was saved by {part.world_size} ranks and this run has {world}, whose shards "
+            "are cut elsewhere; convert it once with `python -m deepspeed.checkpoint.ds_to_universal --input_folder "
+            f"{checkpoint} --output_folder {checkpoint}_universal`, then load it with "
+            '"checkpoint": {"load_universal": true} in the DeepSpeed config'
+        )
     check_layout(f"the checkpoint {checkpoint.name}", units, part.layout, weights_alone)
 
 
 def check_layout(what: str, units: Sequence[Unit], saved: list[Any], weights_alone: bool = False) -> None:
-    """Compare the :func:`layout` of this run with the one ``saved`` in ``what``, or with ``weights_alone`` the shapes.
+    """Raise ValueError if the :func:`layout` of this run differs from the one ``saved`` in ``what``.
 
-    Raises:
-        ValueError: they differ; the message names where.
+    With ``weights_alone`` only names and shapes of the parameters are compared.
     """
     here = layout(units)
     ours, theirs = _named(here, weights_alone), _named(saved, weights_alone)
@@ -121,19 +126,18 @@ def check_layout(what: str, units: Sequence[Unit], saved: list[Any], weights_alo
 
 
 def _named(units: list[Any], weights_alone: bool) -> dict[str, Any]:
-    """What is compared: unit name -> parameters, or with ``weights_alone`` parameter name -> shape."""
+    """Unit name -> parameter name -> shape, or with ``weights_alone`` parameter name -> shape."""
     if weights_alone:
-        return dict(sorted((name, shape) for _, params in units for name, shape in params))
+        return dict(map(tuple, chain(*(params for _, params in units))))
     return {name: dict(map(tuple, params)) for name, params in units}
 
 
 def _differences(here: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    found = []
-    for name in dict.fromkeys([*here, *saved]):
-        ours, theirs = here.get(name), saved.get(name)
-        if ours is None or theirs is None:
-            found.append(f"{name} is only {'in the checkpoint' if ours is None else 'here'}")
-        elif ours != theirs:
+    found = [f"{name} is only here" for name in here if name not in saved]
+    found += [f"{name} is only in the checkpoint" for name in saved if name not in here]
+    for name, ours in here.items():
+        theirs = saved.get(name, ours)
+        if ours != theirs:
             found += _differences(ours, theirs) if isinstance(ours, dict) else [f"{name}: here {ours}, saved {theirs}"]
     return found or ["the same ones in another order"]
 
@@ -143,20 +147,20 @@ def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool
 
     Args:
         tag: None for the one that ``latest_universal`` names.
-        universal: a universal checkpoint is to be loaded.
 
     Raises:
         ValueError: the stages differ, or a ``universal`` checkpoint is expected and there is none.
     """
     if tag is None:
         tag = folders.named_latest(Path(folder), "latest_universal")
-        if tag is None:
-            return  # DeepSpeed has a message for that
-    partitioned = any(Path(folder, str(tag)).glob("zero_pp_rank_*_model_states.pt"))
-    replicated = any(Path(folder, str(tag)).glob("mp_rank_*_model_states.pt"))
+    if tag is None:
+        return  # DeepSpeed has a message for that
+    checkpoint = Path(folder, str(tag))
+    partitioned = any(checkpoint.glob("zero_pp_rank_*_model_states.pt"))
+    replicated = any(checkpoint.glob("mp_rank_*_model_states.pt"))
     if universal and not partitioned and not replicated:
         raise ValueError(
-            f"{Path(folder, str(tag))} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load "
+            f"{checkpoint} holds no universal checkpoint; give the folder that ds_to_universal.py wrote, or load "
             'a checkpoint as it was saved, without "checkpoint": {"load_universal": true}'
         )
     if partitioned != replicated and partitioned != (stage == 3):
@@ -166,30 +170,3 @@ def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool
             f"zero_to_fp32.py in the {'folder that it was converted from' if universal else 'checkpoint folder'} writes them "
             "for any run"
         )
-
-
-def _convert(checkpoint: Path, saved: int, here: int) -> str:
-    universal = f"{checkpoint}_universal"
-    return (
-        f"the checkpoint {checkpoint.name} was saved by {saved} ranks and this run has {here}, whose shards are cut elsewhere; "
-        f"convert it once with `python -m deepspeed.checkpoint.ds_to_universal --input_folder {checkpoint} --output_folder "
-        f'{universal}`, then load it with "checkpoint": {{"load_universal": true}} in the DeepSpeed config'
-    )
-
-
-def _warn(folder: Path, damage: dict[str, list[str]], used: str, asked: bool) -> None:
-    """Warn of every damaged checkpoint and of a missing ``latest``; name the checkpoint that is used instead."""
-    instead = f"{_name(folder, used)} is used instead"
-    for name, found in damage.items():
-        logger.warning(f"grass_ds: {_damage(folder, name, found)}; {instead}")
-    if not asked and folders.named_latest(folder) is None:
-        logger.warning(f"grass_ds: {folder} has no readable {folders.LATEST}; {instead}")
-
-
-def _damage(folder: Path, tag: str, found: list[str]) -> str:
-    return f"{_name(folder, tag)} is damaged: {listed(found)}"
-
-
-def _name(folder: Path, tag: str) -> str:
-    step = folders.step_of(folder / tag)
-    return f"checkpoint {tag}" + ("" if step is None else f" (step {step})")

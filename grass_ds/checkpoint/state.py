@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 
 from grass_ds.checkpoint.selection import check_layout, layout
 from grass_ds.checkpoint.universal import WEIGHTS, UniversalCheckpoint
@@ -26,15 +27,10 @@ from grass_ds.offload.store import StateStore, UnitState
 from grass_ds.sampling.controller import Controller
 
 GRASS = "grass"
-_REPLICATED_KEYS = (keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GROUPS)
 
 
 class ShardedOptimizer(Protocol):
-    """The attributes of the ZeRO wrapper that are saved.
-
-    Attributes:
-        skips: number of consecutive steps without an update.
-    """
+    """The attributes of the ZeRO wrapper that are saved."""
 
     units: list[Unit]
     store: StateStore
@@ -45,7 +41,7 @@ class ShardedOptimizer(Protocol):
     dynamic_loss_scale: bool
     overflow: bool
     clip_grad: float
-    skips: int
+    skips: int  # consecutive steps without an update
     dp_process_group: Any
     device: torch.device
 
@@ -57,24 +53,22 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
     """State dict of this rank. Tensors stay on their devices; shards come without padding."""
     get_accelerator().synchronize()
     optimizer.store.flush()
-    units = optimizer.units
-    states = {unit: optimizer.store[unit] for unit in units if unit in optimizer.store}
+    units, store = optimizer.units, optimizer.store
+    states = {unit: _saved_state(unit, store) for unit in units}
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     base = {
-        "state": {
-            unit.index: _saved_state(unit, states[unit]) if unit in states else _initial_state(unit, optimizer.store)
-            for unit in units
-        },
+        "state": {unit.index: {**state.scalars, **state.moments} for unit, state in states.items()},
         "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
     }
-    masters = [_unpadded(unit, states[unit].master) if unit in states else _initial_master(unit) for unit in units]
+    masters = [state.master for state in states.values()]
     stage = optimizer.stage
     return {
         keys.ZERO_STAGE: stage,
         keys.LOSS_SCALER: optimizer.loss_scaler,
         "dynamic_loss_scale": optimizer.dynamic_loss_scale,
         "overflow": optimizer.overflow,
-        **(_partitioned(base, masters, units) if stage == 3 else _replicated(base, masters, units)),
+        **dict(zip(_state_keys(stage), (base, masters), strict=True)),
+        **(_slices(units) if stage < 3 else {keys.PARTITION_COUNT: units[0].world}),
         keys.CLIP_GRAD: optimizer.clip_grad,
         keys.DS_VERSION: deepspeed.__version__,
         GRASS: {
@@ -82,29 +76,44 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
             "layout": layout(units),
             "param_groups": hyper,
             "skips": optimizer.skips,
-            "stepped": {unit.name: state.scalars for unit, state in states.items()},
+            "stepped": {unit.name: state.scalars for unit, state in states.items() if unit in store},
         },
     }
 
 
-def _replicated(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
-    """Keys of stages 1 and 2."""
+def _state_keys(stage: int) -> tuple[str, str]:
+    """DeepSpeed's keys of the states and of the master weights."""
+    if stage == 3:
+        return keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS
+    return keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GROUPS
+
+
+def _slices(units: list[Unit]) -> dict[str, Any]:
+    """Where the parameters of stages 1 and 2 are in this rank's shards, for ``ds_to_universal.py``."""
+    overlaps = [[(name, unit.overlap(slot)) for slot, name in enumerate(unit.param_names)] for unit in units]
     return {
-        keys.BASE_OPTIMIZER_STATE: base,
-        keys.SINGLE_PARTITION_OF_FP32_GROUPS: masters,
-        keys.GROUP_PADDINGS: [0] * len(units),  # ds_to_universal.py cuts off that many elements of every state
+        keys.GROUP_PADDINGS: [0] * len(units),  # the converter cuts off that many elements of every state
         keys.PARTITION_COUNT: [unit.world for unit in units],
-        keys.PARAM_SLICE_MAPPINGS: [_slices(unit) for unit in units],
+        keys.PARAM_SLICE_MAPPINGS: [
+            OrderedDict((name, fragment_address(numel=n, start=start)) for name, (_, start, n) in params if n)
+            for params in overlaps
+        ],
     }
 
 
-def _partitioned(base: dict[str, Any], masters: list[torch.Tensor], units: list[Unit]) -> dict[str, Any]:
-    """Keys of stage 3."""
-    return {
-        keys.OPTIMIZER_STATE_DICT: base,
-        keys.FP32_FLAT_GROUPS: masters,
-        keys.PARTITION_COUNT: units[0].world,
-    }
+def _saved_state(unit: Unit, store: StateStore) -> UnitState:
+    """The unit's state without padding; that of its first step if it was never stepped."""
+    if unit in store:
+        return store[unit].map(lambda tensor: _unpadded(unit, tensor))
+    template = store.template(unit)
+    # A copy: a view of fp32 weights would be saved with the whole storage, which holds the shards of all ranks.
+    master = _unpadded(unit, unit.shard).to(torch.float32, copy=True)
+    zeros = torch.zeros(()).expand(unit.saved_numel)
+    return UnitState(master, dict.fromkeys(template.moments, zeros), copy.deepcopy(dict(template.start or {})))
+
+
+def _unpadded(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()[: unit.saved_numel]
 
 
 def load(
@@ -128,25 +137,24 @@ def load(
         ValueError: the checkpoint is of plain DeepSpeed or of other layers, or a damaged universal one.
     """
     if checkpoint_folder is not None:
-        _load_universal(optimizer, UniversalCheckpoint(Path(checkpoint_folder)), load_optimizer_states)
+        # A file may be damaged where only one rank reads it.
+        with raise_on_all_ranks(optimizer.dp_process_group, optimizer.device):
+            _load_universal(optimizer, UniversalCheckpoint(Path(checkpoint_folder)), load_optimizer_states)
         return
     assert state_dict_list is not None
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
-    ours = _grass_entry(saved)
-    check_layout("the checkpoint", optimizer.units, ours["layout"])
-    stage = optimizer.stage
-    base, masters = (keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS) if stage == 3 else _REPLICATED_KEYS
-    if stage == 3:  # its checkpoints hold no other weights
-        for unit, master in zip(optimizer.units, saved[masters], strict=True):
+    stepped = _check(optimizer, saved, "the checkpoint")
+    states, masters = (saved[key] for key in _state_keys(optimizer.stage))
+    if optimizer.stage == 3:  # its checkpoints hold no other weights
+        for unit, master in zip(optimizer.units, masters, strict=True):
             _unpadded(unit, unit.shard).copy_(master)
     if not load_optimizer_states:
         optimizer.store.clear()
         return
     _restore_progress(optimizer, saved)
-    states = saved[base]["state"]
-    for unit, master in zip(optimizer.units, saved[masters], strict=True):
-        if unit.name in ours["stepped"]:
-            optimizer.store.put(unit, _padded_state(unit, master, states[unit.index]))
+    for unit, master in zip(optimizer.units, masters, strict=True):
+        if unit.name in stepped:
+            optimizer.store.put(unit, _padded_state(unit, master, states["state"][unit.index]))
         else:
             optimizer.store.drop(unit)
     if not load_from_fp32_weights:
@@ -154,49 +162,34 @@ def load(
 
 
 def _load_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
-    """Load this rank's shards. All ranks raise together, since a file may be damaged where only one rank reads it.
-
-    Weights go into this rank's shard of the low-precision ones; the engine copies them to the model.
-    """
-    with raise_on_all_ranks(optimizer.dp_process_group, optimizer.device):
-        _load_shards(optimizer, checkpoint, with_states)
-
-
-def _load_shards(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:
+    """Load this rank's shards, also of the low-precision weights, which the engine copies to the model."""
     units, store = optimizer.units, optimizer.store
     saved = checkpoint.common() if with_states else {}
-    stepped: dict[str, Any] = {}
-    if with_states:
-        ours = _grass_entry(saved)
-        check_layout(f"the checkpoint {checkpoint.folder.name}", units, ours["layout"])
-        stepped = ours["stepped"]
+    stepped = _check(optimizer, saved, f"the checkpoint {checkpoint.folder.name}") if with_states else {}
     moments = {unit: store.template(unit).moments if unit.name in stepped else () for unit in units}
     checkpoint.check(moments)
     if with_states:
         _restore_progress(optimizer, saved)
     for unit in units:
+        tensors = {key: checkpoint.shard(unit, key) for key in (WEIGHTS, *moments[unit])}
+        master = tensors.pop(WEIGHTS)
+        unit.shard.copy_(master)
         if unit.name in stepped:
-            state = checkpoint.state(unit, moments[unit], stepped[unit.name])
-            store.put(unit, state)
-            unit.shard.copy_(state.master)
+            store.put(unit, UnitState(master, tensors, stepped[unit.name]))
         else:
             store.drop(unit)
-            unit.shard.copy_(checkpoint.shard(unit, WEIGHTS))
 
 
-def _grass_entry(saved: dict[str, Any]) -> dict[str, Any]:
-    """The entry ``"grass"`` of a state dict.
-
-    Raises:
-        ValueError: there is none.
-    """
+def _check(optimizer: ShardedOptimizer, saved: dict[str, Any], what: str) -> dict[str, Any]:
+    """Refuse a state dict of another program or of other units. Returns the scalars of each stepped unit by name."""
     if GRASS not in saved:
         raise ValueError(
             "the checkpoint was not written by grass_ds, so its optimizer state has another layout and no sampler; load the "
             "weights alone with load_checkpoint(..., load_optimizer_states=False), or load_module_only=True if it is a "
             "universal one"
         )
-    return saved[GRASS]
+    check_layout(what, optimizer.units, saved[GRASS]["layout"])
+    return dict(saved[GRASS]["stepped"])
 
 
 def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
@@ -211,37 +204,8 @@ def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> Non
         group.update(values)
 
 
-def _unpadded(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach()[: unit.saved_numel]
-
-
-def _saved_state(unit: Unit, state: UnitState) -> dict[str, Any]:
-    return {**state.scalars, **{k: _unpadded(unit, t) for k, t in state.moments.items()}}
-
-
-def _initial_master(unit: Unit) -> torch.Tensor:
-    """Master weights of a unit that was never stepped."""
-    # A copy: a view of fp32 weights would be saved with the whole storage, which holds the shards of all ranks.
-    return _unpadded(unit, unit.shard).to(torch.float32, copy=True)
-
-
-def _initial_state(unit: Unit, store: StateStore) -> dict[str, Any]:
-    """State of a unit that was never stepped."""
-    template = store.template(unit)
-    zeros = torch.zeros(()).expand(unit.saved_numel)
-    return {**copy.deepcopy(dict(template.start or {})), **dict.fromkeys(template.moments, zeros)}
-
-
 def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> UnitState:
     moments = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == master.shape and v.dim() == 1}
     scalars = {k: v for k, v in state.items() if k not in moments}
-    padding = unit.shard_numel - unit.saved_numel
-    return UnitState(master, moments, scalars).map(
-        lambda t: torch.nn.functional.pad(t.to(torch.float32), (0, padding))
-    )
-
-
-def _slices(unit: Unit) -> "OrderedDict[str, fragment_address]":
-    """Parameter name -> its slice of this rank's shard, for the parameters that have one."""
-    overlaps = ((name, unit.overlap(slot)) for slot, name in enumerate(unit.param_names))
-    return OrderedDict((name, fragment_address(numel=n, start=start)) for name, (_, start, n) in overlaps if n)
+    padding = (0, unit.shard_numel - unit.saved_numel)
+    return UnitState(master, moments, scalars).map(lambda t: nn.functional.pad(t.to(torch.float32), padding))

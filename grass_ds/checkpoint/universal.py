@@ -19,24 +19,22 @@ from torch import nn
 from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
 from grass_ds.core.units import Unit, whole_numel
 from grass_ds.offload.state_template import MOMENT_KEYS
-from grass_ds.offload.store import UnitState
 
 WEIGHTS = "fp32"
 
 
 @dataclass(frozen=True)
 class UniversalCheckpoint:
-    """The folder ``<load_dir>/<tag>`` that the converter wrote."""
+    """The folder ``<load_dir>/<tag>`` that the converter wrote.
+
+    Methods raise ValueError if a file is missing, cannot be read, or holds another number of elements.
+    """
 
     folder: Path
 
     def common(self) -> dict[str, Any]:
-        """Rank 0's state dict of the optimizer, for what belongs to no single parameter; tensors are memory-mapped.
-
-        Raises:
-            ValueError: the file is missing or cannot be read.
-        """
-        return _read(self._common_file, weights_only=False)  # it holds a loss scaler
+        """Rank 0's state dict of the optimizer, for what belongs to no single parameter; tensors are memory-mapped."""
+        return _read(self.folder / "zero" / "optimizer_state.pt", weights_only=False)  # it holds a loss scaler
 
     def check(self, moments: Mapping[Unit, Sequence[str]]) -> None:
         """Check that every file exists that will be read: the weights of all units, and these ``moments`` of each.
@@ -62,38 +60,28 @@ class UniversalCheckpoint:
             )
 
     def shard(self, unit: Unit, key: str) -> torch.Tensor:
-        """This rank's shard of one state of the unit: float32, [shard_numel], in host memory, padded with zeros.
-
-        Raises:
-            ValueError: a file cannot be read, or holds another number of elements.
-        """
+        """This rank's shard of one state of the unit: float32, [shard_numel], in host memory, padded with zeros."""
         shard = torch.zeros(unit.shard_numel)
         for slot, name in enumerate(unit.param_names):
             in_param, in_shard, numel = unit.overlap(slot)
             if numel:
-                whole = self._whole(self._file(name, key), unit.sizes[slot])
+                whole = _tensor_in(self._file(name, key), unit.sizes[slot])
                 shard.narrow(0, in_shard, numel).copy_(whole.narrow(0, in_param, numel))
         return shard
-
-    def state(self, unit: Unit, moments: Sequence[str], scalars: Mapping[str, Any]) -> UnitState:
-        """This rank's state of the unit."""
-        return UnitState(self.shard(unit, WEIGHTS), {key: self.shard(unit, key) for key in moments}, dict(scalars))
-
-    # ---- parameters without optimizer state -------------------------------------------------------------------------
 
     def restore_untrained(self, module: nn.Module, owned: Collection[str], rank: int) -> None:
         """Load what DeepSpeed skips: buffers, and parameters not ``owned`` by the optimizer (the user froze them).
 
-        They are in the model files, as the saving ranks wrote them. Parameters that are not in those files
-        (``exclude_frozen_parameters``) keep their values. In ZeRO-3 all parameters must be partitioned.
+        They are in the model files, as the saving ranks wrote them: one file per rank in ZeRO-3, else one. Parameters
+        that are not in those files (``exclude_frozen_parameters``) keep their values. In ZeRO-3 all parameters must be
+        partitioned.
 
         Args:
             rank: of the data-parallel group.
-
-        Raises:
-            ValueError: a file cannot be read, or holds another number of elements.
         """
-        saved = [_read(path, weights_only=False) for path in self._model_files()]
+        files = self.folder.glob("*mp_rank_00_model_states.pt")
+        in_rank_order = sorted(files, key=lambda path: (len(path.name), path.name))  # rank 10 after rank 9
+        saved = [_read(path, weights_only=False) for path in in_rank_order]
         with torch.no_grad():
             for name, param in module.named_parameters():
                 if name not in owned and (whole := _assembled(saved, name, whole_numel(param))) is not None:
@@ -102,29 +90,19 @@ class UniversalCheckpoint:
                 if name in saved[0]["module"]:
                     buffer.copy_(saved[0]["module"][name])
 
-    # ---- files ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _common_file(self) -> Path:
-        return self.folder / "zero" / "optimizer_state.pt"
-
-    def _model_files(self) -> list[Path]:
-        """One per saving rank in ZeRO-3, else one."""
-        found = self.folder.glob("*mp_rank_00_model_states.pt")
-        return sorted(found, key=lambda path: (len(path.name), path.name))  # rank 10 after rank 9
-
     def _file(self, parameter: str, key: str) -> Path:
         return self.folder / "zero" / parameter / f"{key}.pt"
 
-    @staticmethod
-    def _whole(path: Path, numel: int) -> torch.Tensor:
-        """A parameter's tensor, flat."""
-        content = _read(path)
-        tensor = content.get(keys.PARAM) if isinstance(content, dict) else content
-        if not isinstance(tensor, torch.Tensor) or tensor.numel() != numel:
-            found = f"{tensor.numel()} elements" if isinstance(tensor, torch.Tensor) else "no tensor"
-            raise ValueError(f"{path} holds {found}, the parameter has {numel}; load a checkpoint of this model")
-        return tensor.reshape(-1)
+
+def _tensor_in(path: Path, numel: int) -> torch.Tensor:
+    """The tensor of a parameter, flat."""
+    content = _read(path)
+    tensor = content[keys.PARAM] if isinstance(content, dict) else content
+    if tensor.numel() != numel:
+        raise ValueError(
+            f"{path} holds {tensor.numel()} elements, the parameter has {numel}; load a checkpoint of this model"
+        )
+    return tensor.reshape(-1)
 
 
 def _assembled(saved: Sequence[dict[str, Any]], name: str, numel: int) -> torch.Tensor | None:

@@ -18,7 +18,6 @@ from grass_ds.checkpoint.part import Part, SummedFile
 from grass_ds.checkpoint.snapshot import snapshot
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import gather_from_ranks, raise_on_all_ranks
-from grass_ds.core.durable_files import sync_folder
 
 # Seconds that rank 0 waits for the parts of other ranks; the second once the engine is destroyed.
 PART_TIMEOUT = 600.0
@@ -42,68 +41,52 @@ class SaveReport:
     seconds: float | None = None
 
     def sentence(self) -> str:
-        stall = f"checkpoint {self.tag}: training stood still for {self.stall_seconds:.2f} s"
-        return stall + (
-            "; it is being written" if self.seconds is None else f", {self.bytes / 1e6:.1f} MB on this rank"
-        )
+        rest = "; it is being written" if self.seconds is None else f", {self.bytes / 1e6:.1f} MB on this rank"
+        return f"checkpoint {self.tag}: training stood still for {self.stall_seconds:.2f} s{rest}"
 
 
 @dataclass
 class _Save:
-    """One checkpoint until it is published.
-
-    Attributes:
-        queue: contents that this rank has still to write, and their paths.
-        error: the first error of this rank while DeepSpeed handed over the contents.
-        aborted: set to stop waiting for the parts of other ranks.
-        deadline: the end of that waiting (``time.monotonic``).
-        written, published: results of :meth:`write_queue` and :meth:`publish`.
-    """
+    """One checkpoint until it is published."""
 
     folder: Path
     tag: str
     latest: bool
     part: Part
     report: SaveReport
+    zipped: bool
     started: float = field(default_factory=time.perf_counter)
-    queue: list[tuple[Any, Path]] = field(default_factory=list)
-    error: BaseException | None = None
-    aborted: threading.Event = field(default_factory=threading.Event)
-    deadline: float = math.inf
-    written: "Future[None] | None" = None
-    published: "Future[None] | None" = None
+    queue: list[tuple[Any, Path]] = field(default_factory=list)  # contents to write, and their paths
+    error: BaseException | None = None  # the first one while DeepSpeed handed over the contents
+    aborted: threading.Event = field(default_factory=threading.Event)  # ends the waiting for other ranks' parts
+    deadline: float = math.inf  # of that waiting (time.monotonic)
+    written: "Future[None]" = field(default_factory=Future)  # of write_queue()
+    published: "Future[None] | None" = None  # of publish()
 
-    @property
-    def path(self) -> Path:
-        return folders.saving_path(self.folder, self.tag)
-
-    def write(self, content: Any, path: Path, zipped: bool) -> None:
+    def write(self, content: Any, path: Path) -> None:
         with SummedFile(path) as file:
             try:
-                torch.save(content, cast(IO[bytes], file), _use_new_zipfile_serialization=zipped)
+                torch.save(content, cast(IO[bytes], file), _use_new_zipfile_serialization=self.zipped)
             except RuntimeError as error:  # torch hides the OSError of the file
                 raise file.error or error from None
-        self.part.files[path.relative_to(self.path).as_posix()] = file.sums
+        self.part.files[path.relative_to(folders.saving_path(self.folder, self.tag)).as_posix()] = file.sums
         self.report.bytes += file.bytes
 
-    def write_queue(self, zipped: bool) -> None:
+    def write_queue(self) -> None:
         """Write all queued files, then this rank's part, which makes them count."""
         while self.queue:
-            content, path = self.queue.pop(0)
-            self.write(content, path, zipped)
-            del content  # frees the copy before the next file is written
-        sync_folder(self.path)
-        self.part.write(self.path)
+            self.write(*self.queue.pop(0))  # frees the copy before the next file is written
+        self.part.write(folders.saving_path(self.folder, self.tag))
         self.report.seconds = time.perf_counter() - self.started
 
     def publish(self) -> None:
-        """Make the checkpoint visible once all parts are there. On rank 0."""
-        assert self.written is not None
+        """Make the checkpoint visible once all parts are there. On rank 0, after :meth:`write_queue`."""
         if self.written.exception() is not None:  # this rank's part is missing for good
             return
+        path = folders.saving_path(self.folder, self.tag)
         missing = list(range(self.part.world_size))
         self.deadline = min(self.deadline, time.monotonic() + PART_TIMEOUT)
-        while missing := [rank for rank in missing if not (self.path / Part.name(rank)).exists()]:
+        while missing := [rank for rank in missing if not (path / Part.name(rank)).exists()]:
             if self.aborted.wait(_POLL_SECONDS):
                 return
             if time.monotonic() > self.deadline:
@@ -129,18 +112,15 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         config: the DeepSpeed config.
         group, device: process group and device of collectives.
         background: ``"checkpoint": {"async": true}``: :meth:`save` copies; a thread writes and publishes.
-
-    Attributes:
-        report: size and times of the last checkpoint; None before the first.
     """
 
     def __init__(self, config: Any, group: Any, device: torch.device, background: bool):
         super().__init__(config)
-        self._group, self._device = group, device
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grass_ds checkpoint") if background else None
+        self._group, self._device, self._background = group, device, background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grass_ds checkpoint")
         self._open: _Save | None = None  # DeepSpeed hands over its contents
         self._committed: _Save | None = None  # is written and published
-        self.report: SaveReport | None = None
+        self.report: SaveReport | None = None  # on the last checkpoint
 
     # ---- what the engine calls --------------------------------------------------------------------------------------
 
@@ -149,17 +129,22 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
 
         Raises:
             ValueError: on every rank: a bad tag, or the ranks were given different folders.
-            Exception: on every rank: the checkpoint before failed, or the folder cannot be made. Published checkpoints
-                are untouched.
+            Exception: on every rank: the checkpoint before failed, or the folder cannot be made.
         """
         self.wait()
-        self._check_same_folder(folder / tag)
+        paths = gather_from_ranks(lambda: str(folder / tag), self._group)
+        for rank, path in enumerate(paths):
+            if path != paths[0]:
+                raise ValueError(
+                    f"rank 0 saves a checkpoint to {paths[0]} and rank {rank} to {path}; call save_checkpoint() with the "
+                    "same save_dir and tag on every rank"
+                )
         folders.check_tag(tag)
         with raise_on_all_ranks(self._group, self._device):
             if part.rank == 0:
                 folders.prepare(folder, tag)
         self.report = SaveReport(tag)
-        self._open = _Save(folder, tag, latest, part, self.report)
+        self._open = _Save(folder, tag, latest, part, self.report, self.zipfile_serialization)
         return self.report
 
     def add_error(self, error: Exception) -> None:
@@ -184,12 +169,11 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             return
         try:
             with raise_on_all_ranks(self._group, self._device):
-                assert save.written is not None
                 save.written.result()
             with raise_on_all_ranks(self._group, self._device):
-                if save.part.rank == 0 and save.published is None:
-                    save.published = self._run(save.publish)
-                if save.published is not None:
+                if save.part.rank == 0:
+                    # Not asynchronous: only now, as all parts are there and none has to be waited for.
+                    save.published = save.published or self._run(save.publish)
                     save.published.result()
         except BaseException:
             save.abort()
@@ -201,8 +185,7 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         save, self._committed = self._committed, None
         if save is not None:
             save.deadline = min(save.deadline, time.monotonic() + LAST_PART_TIMEOUT)
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._thread.shutdown()
         if save is not None and any(task is not None and task.exception() for task in (save.written, save.published)):
             save.abort()
 
@@ -211,21 +194,16 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
     def create(self, info: Any) -> None:
         """Does nothing, see :meth:`start`."""
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        if self._open is None:
-            super().makedirs(path, exist_ok)
-
     def save(self, state_dict: Any, path: str) -> None:
         """Write a file, or copy its content to write it later. :meth:`commit` raises the errors."""
-        save = self._open
-        if save is None:  # save_16bit_model
+        if self._open is None:  # save_16bit_model
             super().save(state_dict, path)
             return
         try:
-            if self._pool is None:
-                save.write(state_dict, Path(path), self.zipfile_serialization)
+            if self._background:
+                self._open.queue.append((snapshot(state_dict), Path(path)))
             else:
-                save.queue.append((snapshot(state_dict), Path(path)))
+                self._open.write(state_dict, Path(path))
         except Exception as error:
             self.add_error(error)
 
@@ -237,41 +215,21 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         with raise_on_all_ranks(self._group, self._device):
             if save.error is not None:
                 raise save.error
-        save.written = self._run(lambda: save.write_queue(self.zipfile_serialization))
-        if self._pool is not None and save.part.rank == 0:
+        save.written = self._run(save.write_queue)
+        if self._background and save.part.rank == 0:
             save.published = self._run(save.publish)
         self._open, self._committed = None, save
-        if self._pool is None:
+        if not self._background:
             self.wait()
         return True
 
-    # ---- inside -----------------------------------------------------------------------------------------------------
-
     def _run(self, task: Callable[[], None]) -> "Future[None]":
-        """Run ``task`` in the background thread if there is one, else here."""
-        if self._pool is not None:
-            future = self._pool.submit(task)
-            future.add_done_callback(_log_failure)
-            return future
-        done: Future[None] = Future()
-        try:
-            task()
-            done.set_result(None)
-        except Exception as error:
-            done.set_exception(error)
-        return done
-
-    def _check_same_folder(self, checkpoint: Path) -> None:
-        paths = gather_from_ranks(lambda: str(checkpoint), self._group)
-        for rank, path in enumerate(paths):
-            if path != paths[0]:
-                raise ValueError(
-                    f"rank 0 saves a checkpoint to {paths[0]} and rank {rank} to {path}; call save_checkpoint() with the "
-                    "same save_dir and tag on every rank"
-                )
+        """Run ``task`` in the thread. An error is logged when it happens, and raised on all ranks by :meth:`wait`."""
+        future = self._thread.submit(task)
+        future.add_done_callback(_log_failure)
+        return future
 
 
 def _log_failure(task: "Future[None]") -> None:
-    """Log an error when it happens; it is raised only at the next checkpoint, on all ranks."""
     if (error := task.exception()) is not None:
         logger.error(f"grass_ds: the checkpoint will not be published: {type(error).__name__}: {error}")

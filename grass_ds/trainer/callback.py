@@ -5,7 +5,6 @@ The engine samples; the callback only watches, so a run without it trains the sa
 """
 
 import copy
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed  # noqa: F401  # before transformers: some of their releases import each other in a circle
 from accelerate.state import AcceleratorState, is_initialized
-from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import WandbCallback
+from transformers import DefaultFlowCallback, TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
+from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.trainer import dashboards, retention
+from grass_ds.trainer.checkpoints import seal_checkpoint
 from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.metrics import grass_metrics, grass_summary
 from grass_ds.trainer.plots import save_plots
-from grass_ds.trainer.seal import seal_checkpoint
-from grass_ds.trainer.throughput import Throughput, TokenCounter
+from grass_ds.trainer.throughput import Throughput
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -37,17 +39,9 @@ PLOTS_FOLDER = "plots"
 def attach(trainer: "Trainer") -> "GrassCallback":
     """Add a `GrassCallback` to a Trainer before `trainer.train()`, ahead of the callbacks that report to dashboards.
 
-        grass_ds.enable()
-        trainer = Trainer(model, args, ...)
-        callback = grass_ds.attach(trainer)
-
-    Beyond `callbacks=[GrassCallback()]`:
-
-    - Every dashboard sees the summary in the log lines, and TensorBoard the values of each layer. Without `attach` the
-      callbacks that the Trainer puts before it do not; the console and wandb do.
-    - The callback keeps `save_total_limit` itself and counts complete checkpoints only, so every limit is safe. For
-      that, `trainer.args` becomes a copy of your arguments in which it is None; the object that you passed does not
-      change. In a hyperparameter search all checkpoints then stay.
+    So every dashboard sees the summary in the log lines, and TensorBoard the values of each layer. The callback keeps
+    `save_total_limit` itself and counts complete checkpoints only. For that, `trainer.args` becomes a copy of your
+    arguments in which the limit is None. In a hyperparameter search all checkpoints then stay.
 
     Returns:
         The callback: the Trainer's own if it has one, else a new one.
@@ -70,33 +64,17 @@ def attach(trainer: "Trainer") -> "GrassCallback":
 class GrassCallback(TrainerCallback):
     """Report a GRASS run through the HF Trainer, and make its checkpoints safe. Added by `attach` or `callbacks=`.
 
-    - Raises `RuntimeError` when training begins if the DeepSpeed config has an enabled `"grass"` block but the engine
-      is not a `GrassEngine`: the block would be ignored and every layer trained.
-    - Every training log gets the few values of `grass_summary` and `tokens_per_second`; the callbacks that run before
-      this one do not see them (see `attach`).
-    - wandb gets all values of `grass_metrics` in the row of the same step, three or four per layer, under the prefix
-      `train/`. TensorBoard gets them after `attach`. A failure there is logged once, and training goes on.
-    - `<output_dir>/grass_history.jsonl` gets one row per step, on global rank 0. Resuming from a checkpoint drops the
-      rows after it; a file that cannot be continued is renamed to `grass_history.jsonl.old`.
-    - Every checkpoint of a GRASS run is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a
-      complete one from what a killed job left.
-    - A killed job always has a complete checkpoint. `save_total_limit=1` would break that, since the Trainer removes
-      the old checkpoint before the new one is complete: it is a `ValueError` when training begins, unless `attach` has
-      taken it over.
-    - Training ends when the last checkpoint is published.
-    - When training ends, `<output_dir>/plots/*.png` are drawn on global rank 0 and sent to wandb if a run is active.
+    - Every training log gets the few values of `grass_summary` and `tokens_per_second`. wandb gets all values of
+      `grass_metrics` in the row of the same step, TensorBoard after `attach`. A failure there is logged once.
+    - `<output_dir>/grass_history.jsonl` gets one row per step. Resuming from a checkpoint drops the rows after it; a
+      file that cannot be continued is renamed to `grass_history.jsonl.old`.
+    - Every checkpoint is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete one
+      from what a killed job left. Not so with `save_only_model` and in a hyperparameter search.
+    - Training ends when the last checkpoint is published. Then `<output_dir>/plots/*.png` are drawn.
 
-    Without DeepSpeed or without a `"grass"` block only `tokens_per_second` is reported, so one script serves every
-    method that is to be compared. With `save_only_model` and in a hyperparameter search, no checkpoint is sealed.
-
-    `tokens_per_second` counts the input tokens of all ranks over training time (no evaluation, no saving). With
-    `TrainingArguments(include_num_input_tokens_seen="non_padding" | "all")` it uses the Trainer's own count. Without,
-    it counts the tokens, padding included, that this rank's model reads, and multiplies by the number of ranks: no
-    synchronisation, and exact when all ranks have batches of the same shape.
-
-    Pickling or copying keeps none of the run's objects: the copy is as good as new, and not attached. The callback is
-    not an `ExportableState`: a resume needs only the engine's checkpoint and the history file, and the Trainer would
-    replace the user's instance by a new one.
+    Files are written on global rank 0. Without DeepSpeed or without a `"grass"` block only `tokens_per_second` is
+    reported, so one script serves every method that is to be compared. A pickled or copied callback is as good as new,
+    and not attached.
 
     Attributes:
         history: the steps so far on global rank 0 of a GRASS run, else None.
@@ -114,10 +92,9 @@ class GrassCallback(TrainerCallback):
         self._row: HistoryRow | None = None
         self._summary: dict[str, float | str] | None = None  # of the step that just ended
         self._throughput: Throughput | None = None
-        self._token_counter: TokenCounter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **GrassCallback().__dict__}
+        return vars(GrassCallback())
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -126,13 +103,11 @@ class GrassCallback(TrainerCallback):
 
     # ---- events of the Trainer --------------------------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Find the engine and open the history. The Trainer has built the engine and loaded the checkpoint by now.
 
         Raises:
-            RuntimeError: the config asks for GRASS and the engine does not do it.
+            RuntimeError: the config asks for GRASS and the engine would ignore it and train every layer.
             ValueError: `save_total_limit` could leave a killed job without a checkpoint.
         """
         self._release()
@@ -147,84 +122,62 @@ class GrassCallback(TrainerCallback):
         self._seals = self._grass is not None and not args.save_only_model and not state.is_hyper_param_search
         if self._seals and args.save_total_limit:
             retention.prepare_for_trainer(args, state.global_step)
-        self._token_counter = TokenCounter(kwargs.get("model"), state, args)
-        self._throughput = Throughput()
-        self.history = None
-        self.plot_paths = []
+        self._throughput = Throughput(kwargs["model"], state, args)
+        self.history, self.plot_paths = None, []
         if config is not None and state.is_world_process_zero:
             self.history = _open_history(self._grass, config, Path(str(args.output_dir)), state.global_step)
-            self._warn_of_what_is_missing(args)
+            if not self._callbacks and (others := set(args.report_to or ()) - {"wandb"}):
+                logger.warning(
+                    f"{', '.join(sorted(others))} will not show the metrics of GrassCallback: after building the "
+                    "Trainer, call grass_ds.attach(trainer)"
+                )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Read what this step trains: at its end the engine draws the next layers."""
         self._summary = None
-        if self._throughput is not None and self._throughput.average is None:
-            self._throughput.start()  # a resumed run may have spent minutes on skipping data
+        if self.tokens_per_second is None:
+            self._restart_clock()  # a resumed run may have spent minutes on skipping data
         if self.history is not None:
             self._row = HistoryRow.observe(self._grass, state.global_step + 1)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Add the step to the history. All micro-batches of an accumulation are one step."""
-        if self._throughput is not None and self._token_counter is not None:
-            self._throughput.step(self._token_counter.take(state))
+        if self._throughput is not None:
+            self._throughput.step(state)
         if self.history is not None and self._row is not None:
             self.history.append(self._row)
-            self._row = None
-        if control.should_log:
-            self._log_to_wandb(args, state)
+        self._log_to_wandb(args, state, control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Log to wandb if the Trainer logs at the end of epochs."""
-        if control.should_log:
-            self._log_to_wandb(args, state)
+        self._log_to_wandb(args, state, control)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Arguments, state: State, control: Control, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add to the training logs; evaluation logs and the closing summary stay as they are."""
-        if logs is None or "loss" not in logs or self._throughput is None:
+        if logs is None or "loss" not in logs:
             return
         logs.update(self._summarize())
         if self._callbacks and self._grass is not None and state.is_world_process_zero:
             values = {key: value for key, value in grass_metrics(self._grass).items() if key not in logs}
-            self._try(dashboards.log_to_tensorboard, self._callbacks, values, args, state, control)
+            for board in self._callbacks:
+                if isinstance(board, TensorBoardCallback):
+                    self._try(board.on_log, args, state, control, values)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Evaluation is not training time."""
         self._restart_clock()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the checkpoint and remove old ones. Saving is not training time.
-
-        Raises:
-            OSError: a file of the checkpoint could not be put on disk; `RankFailedError` on the other ranks.
-        """
+    def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Seal the checkpoint and remove old ones. Saving is not training time."""
         if self._seals:
             seal_checkpoint(args, state.global_step)
             retention.remove_surplus(args, self._limit, state.global_step, state.best_model_checkpoint)
         self._restart_clock()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Wait until the last checkpoint is published, draw the plots and release the engine.
-
-        Raises:
-            Exception: on every rank, if that checkpoint failed on one.
-        """
+    def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Wait until the last checkpoint is published, which raises its errors; release the engine, draw the plots."""
         try:
             if self._grass is not None:
                 self._grass.wait_for_checkpoint()
@@ -233,7 +186,7 @@ class GrassCallback(TrainerCallback):
                 retention.remove_surplus(args, self._limit, state.global_step, best, at_end=True)
         finally:
             self._release()
-        if self.history is not None and importlib.util.find_spec("matplotlib") is not None:
+        if self.history is not None:
             try:
                 self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
                 dashboards.log_plots_to_wandb(self.plot_paths)
@@ -246,9 +199,8 @@ class GrassCallback(TrainerCallback):
     def _release(self) -> None:
         """Drop the engine: a second `train()` builds another, and both would not fit."""
         self._grass = self._row = self._summary = None
-        if self._token_counter is not None:
-            self._token_counter.remove()
-            self._token_counter = None
+        if self._throughput is not None:
+            self._throughput.close()
 
     def _restart_clock(self) -> None:
         if self._throughput is not None:
@@ -263,10 +215,10 @@ class GrassCallback(TrainerCallback):
                 self._summary |= grass_summary(self._grass)
         return self._summary
 
-    def _log_to_wandb(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _log_to_wandb(self, args: Arguments, state: State, control: Control) -> None:
         """Add to the row that the Trainer's wandb callback logs next, wherever that callback is in the order."""
         logs_to_wandb = "wandb" in (args.report_to or ()) or any(isinstance(c, WandbCallback) for c in self._callbacks)
-        if state.is_world_process_zero and logs_to_wandb:
+        if control.should_log and state.is_world_process_zero and logs_to_wandb:
             values = {} if self._grass is None else grass_metrics(self._grass)
             self._try(dashboards.add_to_wandb_row, {**values, **self._summarize()})
 
@@ -279,15 +231,6 @@ class GrassCallback(TrainerCallback):
         except Exception as error:
             self._dashboards_failed = True
             logger.warning(f"could not log the values of each layer ({error!r}); they are in {HISTORY_FILE} alone")
-
-    def _warn_of_what_is_missing(self, args: TrainingArguments) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            logger.warning("matplotlib is not installed: no plots will be drawn at the end of training")
-        if not self._callbacks and (others := set(args.report_to or ()) - {"wandb"}):
-            logger.warning(
-                f"{', '.join(sorted(others))} will not show the metrics of GrassCallback: after building the Trainer, "
-                "call grass_ds.attach(trainer)"
-            )
 
 
 def _find_grass(model: Any, optimizer: Any) -> Any:
@@ -305,7 +248,7 @@ def _find_grass(model: Any, optimizer: Any) -> Any:
     return None
 
 
-def _grass_config(args: TrainingArguments) -> GrassConfig | None:
+def _grass_config(args: Arguments) -> GrassConfig | None:
     """The enabled block in the DeepSpeed config of `--deepspeed` or of `accelerate launch`; None if there is none."""
     source = getattr(args, "hf_deepspeed_config", None)
     if source is None and is_initialized():
@@ -316,12 +259,12 @@ def _grass_config(args: TrainingArguments) -> GrassConfig | None:
 def _open_history(grass: Any, config: GrassConfig, folder: Path, step: int) -> History:
     layers, path = grass.layers, folder / HISTORY_FILE
     gamma = len(layers) if config.sampler == "full" else min(config.num_active_layers, len(layers))
-    if step:
-        try:
-            return History.resume(path, step, layers=layers, sampler=config.sampler, num_active_layers=gamma)
-        except ValueError as error:
-            # Only this rank reads the file: raising here would leave the others waiting in their next collective.
-            aside = path.with_name(path.name + ".old")
-            logger.warning(f"{error}; it is kept as {aside.name} and a new one is started")
-            os.replace(path, aside)
-    return History.create(path, layers=layers, sampler=config.sampler, num_active_layers=gamma)
+    run = {"layers": layers, "sampler": config.sampler, "num_active_layers": gamma}
+    try:
+        return History.start(path, step, **run)
+    except ValueError as error:
+        # Only this rank reads the file: raising here would leave the others waiting in their next collective.
+        aside = path.with_name(path.name + ".old")
+        logger.warning(f"{error}; it is kept as {aside.name} and a new one is started")
+        os.replace(path, aside)
+        return History.start(path, **run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values and plots for wandb and TensorBoard, beside the Trainer's own log lines. On global rank 0."""
+"""Values and plots for wandb, beside the Trainer's own log lines. On global rank 0."""
 
 import os
 import sys
@@ -7,21 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback, rewrite_logs
-
-
-def log_to_tensorboard(
-    callbacks: Sequence[TrainerCallback],
-    values: Mapping[str, float],
-    args: TrainingArguments,
-    state: TrainerState,
-    control: TrainerControl,
-) -> None:
-    """Write scalars at the current step, with each TensorBoard callback of ``callbacks``."""
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback):
-            callback.on_log(args, state, control, logs=dict(values))
+from transformers.integrations import rewrite_logs
 
 
 def add_to_wandb_row(values: Mapping[str, float | str]) -> None:

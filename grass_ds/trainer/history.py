@@ -2,11 +2,13 @@
 """The history of a run: which layers each optimizer step trained, in memory and in one small JSONL file."""
 
 import json
-import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from grass_ds.core.durable_files import replace_file
 
 
 @dataclass(frozen=True)
@@ -39,132 +41,83 @@ def _short(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in values)
 
 
+@dataclass
 class History:
     """Which layers each step trained; append-only, each row also a line of a JSONL file.
 
-    The first line describes the run; a later line holds the step and only those fields that differ from the line
-    before, so that 5,000 steps of a 30-layer model take well under a megabyte. Every row is on disk when `append`
-    returns, and no file stays open, so that an instance can be pickled and a killed run loses nothing. Write it on one
-    process (global rank 0).
-
-    Attributes:
-        path: the JSONL file.
-        layers: layer names in model order.
-        sampler: name of the sampler, for titles.
-        num_active_layers: gamma, for titles.
-        rows: the rows so far, steps strictly increasing.
+    The first line describes the run. A later line holds the step and those fields that differ from the line before:
+    5,000 steps of a 30-layer model take well under a megabyte. A row is in the file when `append` returns. Write it on
+    one process (global rank 0).
     """
 
-    FIELDS = ("phase", "active_layers", "probabilities", "scores")
-
-    def __init__(self, path: str | Path, *, layers: Sequence[str], sampler: str, num_active_layers: int) -> None:
-        """Describe an empty history; nothing is written before `create`, `resume` or `append`."""
-        self.path = Path(path)
-        self.layers = tuple(layers)
-        self.sampler = sampler
-        self.num_active_layers = num_active_layers
-        self.rows: list[HistoryRow] = []
+    path: Path
+    layers: tuple[str, ...]  # names in model order
+    sampler: str
+    num_active_layers: int  # gamma
+    rows: list[HistoryRow] = field(default_factory=list)
 
     @classmethod
-    def create(cls, path: str | Path, *, layers: Sequence[str], sampler: str, num_active_layers: int) -> "History":
-        """Start a new file, replacing one that an earlier run left there."""
-        history = cls(path, layers=layers, sampler=sampler, num_active_layers=num_active_layers)
-        history._rewrite()
-        return history
-
-    @classmethod
-    def resume(
-        cls, path: str | Path, step: int, *, layers: Sequence[str], sampler: str, num_active_layers: int
-    ) -> "History":
-        """Re-open the file of a run that goes on after `step`: later rows are dropped, since they are trained again.
-
-        Starts a new file if there is none (a checkpoint moved without it). The sampler may have changed; the file then
-        names the new one.
+    def start(cls, path: Path, step: int = 0, **run: Any) -> "History":
+        """Write the file of a run that begins or goes on after `step`: rows up to there, and the new `run`.
 
         Raises:
             ValueError: the file is damaged, or is of a model with other layers.
         """
-        history = cls(path, layers=layers, sampler=sampler, num_active_layers=num_active_layers)
-        if history.path.exists():
-            earlier = cls.load(history.path)
+        history = cls(path, **run)
+        if step and path.exists():
+            earlier = cls.load(path)
             if earlier.layers != history.layers:
                 raise ValueError(
-                    f"{history.path} is of a model of {len(earlier.layers)} layers {_ends(earlier.layers)}, but "
-                    f"this run has {len(history.layers)} layers {_ends(history.layers)}"
+                    f"{path} is of a model that has {_describe(earlier.layers)}, but this run has "
+                    f"{_describe(history.layers)}"
                 )
             history.rows = [row for row in earlier.rows if row.step <= step]
-        history._rewrite()
+        header = {name: getattr(history, name) for name in ("layers", "sampler", "num_active_layers")}
+        pairs = zip(history.rows, [None, *history.rows], strict=False)
+        replace_file(path, json.dumps(header) + "\n" + "".join(_line(row, previous) for row, previous in pairs))
         return history
 
     @classmethod
-    def load(cls, path: str | Path) -> "History":
+    def load(cls, path: Path) -> "History":
         """Read a history. A last line without its newline (a run killed while writing) is ignored.
 
         Raises:
-            ValueError: a line is not what `append` writes; names the file and the line number.
+            ValueError: a line is damaged; names the file and the line number.
         """
-        lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         number = 1
         try:
-            history = cls(path, **json.loads(lines[0]))
+            history = cls(path, **_from_json(lines[0]))
             values: dict[str, Any] = {}
             for line in lines[1:]:
                 number += 1
-                values.update(_from_json(json.loads(line)))
-                history._push(HistoryRow(**values))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                values |= _from_json(line)
+                history.rows.append(HistoryRow(**values))
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not a grass history ({error})") from error
         return history
 
     def append(self, row: HistoryRow) -> None:
-        """Add a row and write it.
-
-        Raises:
-            ValueError: `row.step` is not above the last step in the history.
-        """
-        previous = self.rows[-1] if self.rows else None
-        self._push(row)
+        """Add a row and write it."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(row, previous))
+            file.write(_line(row, self.rows[-1] if self.rows else None))
+        self.rows.append(row)
 
     def visits(self) -> list[int]:
         """Training steps per layer; probe steps do not count."""
-        counts = [0] * len(self.layers)
-        for row in self.rows:
-            if row.phase == "train":
-                for index in row.active_layers:
-                    counts[index] += 1
-        return counts
-
-    def _push(self, row: HistoryRow) -> None:
-        if self.rows and row.step <= self.rows[-1].step:
-            raise ValueError(f"step {row.step} follows step {self.rows[-1].step}: steps must increase")
-        self.rows.append(row)
-
-    def _rewrite(self) -> None:
-        """Write the whole file beside the old one, then replace it, so that a kill leaves one or the other."""
-        header = {"layers": self.layers, "sampler": self.sampler, "num_active_layers": self.num_active_layers}
-        previous = [None, *self.rows]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(header) + "\n")
-            file.writelines(_line(row, before) for row, before in zip(self.rows, previous, strict=False))
-        os.replace(partial, self.path)
+        counts = Counter(layer for row in self.rows if row.phase == "train" for layer in row.active_layers)
+        return [counts[layer] for layer in range(len(self.layers))]
 
 
 def _line(row: HistoryRow, previous: HistoryRow | None) -> str:
-    changed = {"step": row.step}
-    for name in History.FIELDS:
-        value = getattr(row, name)
-        if previous is None or value != getattr(previous, name):
-            changed[name] = value
+    fields = vars(row).items()
+    changed = {name: value for name, value in fields if previous is None or value != getattr(previous, name)}
     return json.dumps(changed, separators=(",", ":")) + "\n"
 
 
-def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+def _from_json(line: str) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(line).items()}
 
 
-def _ends(names: Sequence[str]) -> str:
-    return f"({names[0]} ... {names[-1]})" if names else "()"
+def _describe(layers: Sequence[str]) -> str:
+    return f"{len(layers)} layers ({layers[0]} ... {layers[-1]})"

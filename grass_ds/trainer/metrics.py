@@ -10,10 +10,10 @@ PHASES = {"probe": 0.0, "train": 1.0}
 
 
 def grass_metrics(handle: Any) -> dict[str, float]:
-    """Describe `engine.grass` as flat scalars, for any logger.
+    """Describe `engine.grass` as flat scalars, for any logger. No communication; the same keys on every rank.
 
-    The values are read now: after `engine.step()` they describe the set of layers that the NEXT step trains. `<layer>`
-    is the layer's index, zero-padded so that dashboards which sort by name keep the layers in order.
+    After `engine.step()` the values describe the layers that the NEXT step trains. `<layer>` is the layer's index,
+    zero-padded so that dashboards which sort by name keep the layers in order.
 
     | key | value |
     |---|---|
@@ -25,22 +25,16 @@ def grass_metrics(handle: Any) -> dict[str, float]:
     | `grass/bytes/<category>/<memory>` | bytes of this rank; weights, gradients, optimizer_state; device, host, nvme |
     | `grass/checkpoint/stall_seconds` | pause of training for the last checkpoint; absent before the first |
     | `grass/checkpoint/bytes` | bytes of it that this rank has written so far |
-
-    Args:
-        handle: `engine.grass`.
-
-    Returns:
-        Python floats only; the same keys on every rank. No communication.
     """
-    active = frozenset(handle.active_layers)
-    num_layers = len(handle.layers)
+    columns: dict[str, Sequence[float]] = {
+        "active": [layer in handle.active_layers for layer in range(len(handle.layers))],
+        "score": handle.scores or (),
+        "prob": handle.probabilities,
+        "visits": handle.visits,
+    }
+    width = max(2, len(str(len(handle.layers) - 1)))
     metrics = {"grass/phase": PHASES[handle.phase]}
-    columns: list[tuple[str, Sequence[float]]] = [("active", [float(i in active) for i in range(num_layers)])]
-    if handle.scores is not None:
-        columns.append(("score", handle.scores))
-    columns += [("prob", handle.probabilities), ("visits", handle.visits)]
-    width = max(2, len(str(num_layers - 1)))
-    for name, values in columns:
+    for name, values in columns.items():
         metrics.update({f"grass/{name}/{i:0{width}d}": float(value) for i, value in enumerate(values)})
     for category, sizes in handle.memory().items():
         metrics.update({f"grass/bytes/{category}/{memory}": float(size) for memory, size in sizes.items()})
@@ -51,22 +45,10 @@ def grass_metrics(handle: Any) -> dict[str, float]:
 
 
 def grass_summary(handle: Any) -> dict[str, float | str]:
-    """Describe `engine.grass` in a handful of values that do not grow with the model, for a log line.
+    """The values for a log line, whose number does not grow with the model. They describe the NEXT step, too.
 
-    As in `grass_metrics`, the values describe the NEXT step.
-
-    | key | value |
-    |---|---|
-    | `grass/phase` | 0 while probing, 1 while training |
-    | `grass/active_layers` | indices of the layers in the active set A_t, as text ("3 17"), or "all" |
-    | `grass/bytes/<memory>` | bytes held by this rank in device, host (and nvme) |
-    | `grass/checkpoint/stall_seconds` | pause of training for the last checkpoint; absent before the first |
-
-    Args:
-        handle: `engine.grass`.
-
-    Returns:
-        Floats and one text; the same keys on every rank. No communication.
+    `grass/phase` and `grass/checkpoint/stall_seconds` are those of `grass_metrics`. `grass/active_layers` has the
+    indices of the active set A_t as text ("3 17", or "all"), `grass/bytes/<memory>` the sum over categories.
     """
     active = sorted(handle.active_layers)
     everything = len(active) == len(handle.layers)

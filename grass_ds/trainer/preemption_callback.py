@@ -4,7 +4,10 @@
 from functools import partial
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
 from grass_ds.cluster.preemption import Preemption, ignore_signals
 
@@ -19,32 +22,25 @@ class PreemptionCallback(TrainerCallback):
             sys.exit(preemption.end())
 
     The checkpoint is written whatever `save_strategy` is, and published when `train()` returns. An evaluation due in
-    the same step is skipped: there may be no time for it. The ranks do not ask in the last step, since training ends
-    in any case.
+    the same step is skipped: there may be no time for it.
     """
 
     def __init__(self, preemption: Preemption) -> None:
         self.preemption = preemption
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Keep the signals from the processes that load training data (`dataloader_num_workers`)."""
         loader = kwargs.get("train_dataloader")
         if loader is not None:
             loader.worker_init_fn = partial(ignore_signals, init=loader.worker_init_fn)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Ask at the end of an optimizer step, after the Trainer's own callback has decided what else is due."""
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Ask, unless training ends with this step. The Trainer's own callback has decided what else is due."""
         if state.global_step < state.max_steps and self.preemption.agreed():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """The Trainer ends the epoch all the same, but everything is saved already."""
         if self.preemption.reason:
             control.should_save = control.should_evaluate = False

@@ -3,14 +3,13 @@
 
 [Note: Rotation] The Trainer removes old checkpoints while the newest is not yet complete: files of other ranks may be
 missing, and with asynchronous saving the engine's part. With ``save_total_limit=1`` a job killed then has nothing
-left. With 2 or more the one before the newest stays, and it is complete, since a save begins by waiting for the one
-before; but the Trainer also counts what killed jobs left behind. ``grass_ds.attach`` therefore has
-:func:`remove_surplus` keep the limit. Without it, :func:`prepare_for_trainer` makes the Trainer's own rotation safe.
+left. With 2 or more the one before the newest stays. That one is complete: a save begins by waiting for the one
+before. But the Trainer also counts what killed jobs left behind. After ``grass_ds.attach`` :func:`remove_surplus`
+keeps the limit. Without it, :func:`prepare_for_trainer` makes the Trainer's own rotation safe.
 """
 
 import shutil
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,12 +34,9 @@ def prepare_for_trainer(args: Any, step: int) -> None:
 
 def remove_surplus(args: Any, limit: int | None, step: int, best: str | None, at_end: bool = False) -> None:
     """Remove the checkpoints of :func:`surplus`, on the process that saves. One that cannot be removed stays."""
-    if args.should_save:
-        _remove(surplus(Path(str(args.output_dir)), limit, step, best, at_end))
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    for checkpoint in folders:
+    if not args.should_save:
+        return
+    for checkpoint in surplus(Path(args.output_dir), limit, step, best, at_end):
         with suppress(OSError):  # raised here alone it would leave the other ranks waiting
             # First it must no longer look complete: the job may be killed in the middle.
             (checkpoint / checkpoints.TRAINER_STATE).unlink(missing_ok=True)
@@ -48,30 +44,22 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def surplus(folder: Path, limit: int | None, step: int, best: str | None, at_end: bool = False) -> list[Path]:
-    """The checkpoints to remove, oldest first, so that ``limit`` complete ones stay.
+    """The checkpoints to remove, oldest first, so that ``limit`` complete ones stay (None or 0: all).
 
     The newest complete one always stays, and so do newer ones (not complete yet) and the ``best``. Checkpoints of
-    later steps than ``step`` are of an earlier run that was given up, and count as the oldest.
-
-    Args:
-        limit: ``save_total_limit``; None or 0 for all.
-        step: the steps trained so far.
-        best: ``state.best_model_checkpoint``.
-        at_end: training is over: with a limit of 1 the best alone stays, as with the Trainer.
+    later steps than ``step`` are of an earlier run that was given up, and count as the oldest. ``at_end``, a limit of
+    1 leaves the best alone, as with the Trainer.
     """
-    if not limit or limit < 0:
+    if limit is None or limit <= 0:
         return []
-    ordered = sorted(
-        checkpoints.checkpoints(folder),
-        key=lambda path: (checkpoints.step_of(path) <= step, checkpoints.step_of(path)),
-    )
+    ordered = sorted(checkpoints.checkpoints(folder), key=lambda path: checkpoints.step_of(path) <= step)
     complete = [path for path in ordered if not checkpoints.problems(path, contents=False)]
     if not complete:
         return []
-    kept_best = [path for path in complete if best is not None and path.name == Path(best).name]
-    if at_end and limit == 1 and kept_best:
-        kept = kept_best
-    else:
-        kept = list(dict.fromkeys([complete[-1], *kept_best, *reversed(complete)]))
-        kept = kept[: max(limit, len({complete[-1], *kept_best}))]
+    kept = {path for path in complete if best is not None and path.name == Path(best).name}
+    if not (at_end and limit == 1 and kept):
+        kept.add(complete[-1])
+    for path in reversed(complete):
+        if len(kept) < limit:
+            kept.add(path)
     return [path for path in ordered[: ordered.index(complete[-1]) + 1] if path not in kept]

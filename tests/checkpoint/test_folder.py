@@ -2,7 +2,6 @@
 """Checkpoint folders: complete or invisible at every step of a publication, and judged by what their parts say."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from grass_ds.checkpoint import folder as folders
-from grass_ds.checkpoint import part as parts
 from grass_ds.checkpoint.part import FileSum, Part, SummedFile
 from grass_ds.core.durable_files import sync_folder
 
@@ -159,7 +157,8 @@ def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
     part.write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["grass_rank_1.json"]
     assert Part.read(tmp_path, 1) == part
-    assert Part.read(tmp_path, 0) is None
+    with pytest.raises(ValueError, match=r"grass_rank_0\.json is missing"):
+        Part.read(tmp_path, 0)
 
 
 @pytest.mark.parametrize(
@@ -247,34 +246,24 @@ def test_candidates_are_the_latest_and_then_the_newest(tmp_path: Path) -> None:
 # ---- files that know their sum --------------------------------------------------------------------------------------
 
 
-class Slow(io.FileIO):
-    """The system takes only a few bytes of what it is given, which it may."""
-
-    def write(self, data: Any) -> int:
-        return super().write(data[:7])
-
-
-def test_a_file_that_is_taken_in_small_bites_is_whole(tmp_path: Path, fsync: mock.Mock) -> None:
-    content = {"a": torch.arange(50.0), "b": [1, 2]}
-    torch.save(content, tmp_path / "whole.pt")
-    with (
-        mock.patch.object(parts, "open", lambda path, *_, **__: Slow(path, "wb"), create=True),
-        SummedFile(tmp_path / "bites.pt") as file,
-    ):
+def test_a_file_knows_its_sum_and_is_synced(tmp_path: Path, fsync: mock.Mock) -> None:
+    content = {"a": torch.arange(5000.0), "b": [1, 2]}
+    with SummedFile(tmp_path / "file.pt") as file:
         torch.save(content, file)  # type: ignore[arg-type]
     fsync.assert_called_once()
-    assert torch.equal(torch.load(tmp_path / "bites.pt")["a"], content["a"])
-    assert file.sums == FileSum(
-        (tmp_path / "bites.pt").stat().st_size, zlib.crc32((tmp_path / "bites.pt").read_bytes())
-    )
+    assert torch.equal(torch.load(tmp_path / "file.pt")["a"], content["a"])
+    written = (tmp_path / "file.pt").read_bytes()
+    assert file.sums == FileSum(len(written), zlib.crc32(written))
 
 
 def test_the_first_error_of_a_file_is_kept_and_nothing_is_called_written(fsync: mock.Mock) -> None:
     file = SummedFile(Path("/dev/full"))
     with pytest.raises(OSError, match="No space left") as caught, file:
-        file.write(b"12345")
+        file.write(bytes(1 << 20))
     assert file.error is caught.value
     assert file.sums == FileSum(0, 0)
+    with pytest.raises(OSError, match="No space left"), SummedFile(Path("/dev/full")) as file:
+        file.write(b"12345")  # fails when it is flushed
     fsync.assert_not_called()
 
 

@@ -48,9 +48,7 @@ def latest(folder: Path) -> str:
 
 
 def saved_bytes(checkpoint: Path, rank: int) -> int:
-    part = Part.read(checkpoint, rank)
-    assert part is not None
-    return sum((checkpoint / name).stat().st_size for name in part.files)
+    return sum((checkpoint / name).stat().st_size for name in Part.read(checkpoint, rank).files)
 
 
 def save_and_go_on(config: dict[str, Any], folder: Path, other: dict[str, Any]) -> dict[str, Any]:
@@ -122,8 +120,6 @@ def test_in_the_background_as_at_once(two_ranks: Any, case: str, tmp_path: Path)
     for tag in ("one", "two", "three", "four"):
         for rank in range(2):
             this, that = (Part.read(tmp_path / name / tag, rank) for name in reports)
-            assert this is not None
-            assert that is not None
             assert this.files.keys() == that.files.keys()
             assert (this.step, this.layout) == (that.step, that.layout)
             for file in this.files:  # they hold the config too

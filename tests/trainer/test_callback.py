@@ -13,12 +13,14 @@ import pytest
 import torch
 from helpers.wandb_runs import read_history
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 import grass_ds
 from grass_ds.trainer import callback as callback_module
 from grass_ds.trainer import dashboards
 from grass_ds.trainer.callback import GrassCallback
 from grass_ds.trainer.history import History
+from grass_ds.trainer.throughput import Throughput
 
 NUM_LAYERS = 3
 SEQUENCE = 8
@@ -315,10 +317,10 @@ def test_a_second_train_starts_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", ["no", "all", "non_padding"])
 def test_tokens_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str) -> None:
     counts: list[int] = []
-    monkeypatch.setattr(callback_module.Throughput, "step", lambda self, tokens: counts.append(tokens))
+    monkeypatch.setattr(Throughput, "step", lambda self, state: counts.append(self._tokens(state)))
     options = {"gradient_accumulation_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
     make_trainer(tmp_path, [GrassCallback()], None, include_num_input_tokens_seen=count, **options).train()
-    assert counts == [3 * BATCH * SEQUENCE] * 6
+    assert counts == [step * 3 * BATCH * SEQUENCE for step in range(1, 7)]
 
 
 def test_without_grass_only_the_throughput_is_reported(tmp_path: Path) -> None:
@@ -434,7 +436,7 @@ def test_a_dashboard_that_fails_does_not_end_training(tmp_path: Path, monkeypatc
     warnings: list[str] = []
     monkeypatch.setattr(callback_module.logger, "warning", warnings.append)
 
-    class Broken(dashboards.TensorBoardCallback):
+    class Broken(TensorBoardCallback):
         def __init__(self) -> None:
             pass
 

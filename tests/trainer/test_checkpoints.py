@@ -16,7 +16,7 @@ import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
 from grass_ds.checkpoint.part import Part, SummedFile
 from grass_ds.trainer import checkpoints, retention
-from grass_ds.trainer.seal import sum_of, trainer_files, write_seal
+from grass_ds.trainer.checkpoints import sum_of, trainer_files, write_seal
 from launch.resume import resume_point
 
 RANKS = 2
@@ -100,9 +100,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "rng flipped": (flip("rng_state_1.pth"), "rng_state_1.pth is not what was written (checksum)"),
     "weights cut off": (cut("model.safetensors"), "model.safetensors has"),
     "trainer state missing": (gone("trainer_state.json"), "trainer_state.json is missing"),
-    "trainer state cut off": (cut("trainer_state.json"), "trainer_state.json cannot be read"),
+    "trainer state cut off": (cut("trainer_state.json"), "trainer_state.json has"),
     "seal cut off": (cut("grass_trainer.json"), "grass_trainer.json cannot be read"),
-    "not published": (gone("latest"), "the engine's part was not published (latest is missing)"),
+    "not published": (gone("latest"), "the engine's part was not published (latest is missing or empty)"),
     "optimizer missing": (gone(OPTIM), "global_step9: optim_1.pt is missing"),
     "optimizer cut off": (cut(OPTIM), "global_step9: optim_1.pt has"),
     "optimizer flipped": (flip(OPTIM), "global_step9: optim_1.pt is not what was written (checksum)"),
@@ -114,6 +114,11 @@ UNSEALED: dict[str, tuple[Callable[[Path], None], str]] = {
     "rng cut off": (cut("rng_state_1.pth"), "rng_state_1.pth is cut off"),
     "weights cut off": (cut("model.safetensors"), "model.safetensors is cut off"),
     "trainer state missing": (gone("trainer_state.json"), "trainer_state.json is missing"),
+    "trainer state cut off": (cut("trainer_state.json"), "trainer_state.json is cut off"),
+    "weights empty": (
+        lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b""),
+        "safetensors is cut off",
+    ),
 }
 
 

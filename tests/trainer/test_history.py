@@ -19,7 +19,7 @@ def row(step: int, phase: str = "train", active: tuple[int, ...] = (1,), p: floa
 
 
 def test_history_survives_the_file(tmp_path: Path) -> None:
-    history = History.create(tmp_path / "run" / "h.jsonl", **RUN)
+    history = History.start(tmp_path / "h.jsonl", **RUN)
     rows = [row(1, "probe", (0, 1, 2)), row(2), row(3), row(4, active=(2,)), row(7, active=(2,), p=0.25)]
     for item in rows:
         history.append(item)
@@ -30,7 +30,7 @@ def test_history_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_unchanged_fields_are_not_written_again(tmp_path: Path) -> None:
-    history = History.create(tmp_path / "h.jsonl", **RUN)
+    history = History.start(tmp_path / "h.jsonl", **RUN)
     for item in (row(1), row(2), row(3, active=(0,))):
         history.append(item)
     lines = history.path.read_text().splitlines()
@@ -47,19 +47,11 @@ def test_observe_copies_the_values() -> None:
     assert observed == HistoryRow(5, "train", (1,), (0.333333,) * 3, (0.5, 1.5, 1.0))
 
 
-def test_steps_must_increase(tmp_path: Path) -> None:
-    history = History.create(tmp_path / "h.jsonl", **RUN)
-    history.append(row(5))
-    with pytest.raises(ValueError, match="step 5 follows step 5"):
-        history.append(row(5))
-    assert History.load(history.path).rows == [row(5)]
-
-
 def test_resume_drops_what_is_trained_again(tmp_path: Path) -> None:
-    history = History.create(tmp_path / "h.jsonl", **RUN)
+    history = History.start(tmp_path / "h.jsonl", **RUN)
     for step in range(1, 9):
         history.append(row(step, active=(step % 3,)))
-    resumed = History.resume(history.path, 5, layers=LAYERS, sampler="uniform", num_active_layers=2)
+    resumed = History.start(history.path, 5, layers=LAYERS, sampler="uniform", num_active_layers=2)
     assert [item.step for item in resumed.rows] == [1, 2, 3, 4, 5]
     resumed.append(row(6, active=(0,)))
     loaded = History.load(history.path)
@@ -68,29 +60,29 @@ def test_resume_drops_what_is_trained_again(tmp_path: Path) -> None:
 
 
 def test_resume_without_a_file_starts_one(tmp_path: Path) -> None:
-    resumed = History.resume(tmp_path / "h.jsonl", 5, **RUN)
+    resumed = History.start(tmp_path / "h.jsonl", 5, **RUN)
     resumed.append(row(6))
     assert [item.step for item in History.load(resumed.path).rows] == [6]
 
 
 def test_resume_refuses_another_model(tmp_path: Path) -> None:
-    History.create(tmp_path / "h.jsonl", **RUN)
+    History.start(tmp_path / "h.jsonl", **RUN)
     with pytest.raises(ValueError, match=r"3 layers .*, but this run has 2 layers"):
-        History.resume(tmp_path / "h.jsonl", 1, layers=LAYERS[:2], sampler="grass", num_active_layers=1)
+        History.start(tmp_path / "h.jsonl", 1, layers=LAYERS[:2], sampler="grass", num_active_layers=1)
 
 
 def test_create_replaces_an_earlier_run(tmp_path: Path) -> None:
-    History.create(tmp_path / "h.jsonl", **RUN).append(row(1))
-    assert History.create(tmp_path / "h.jsonl", **RUN).rows == []
+    History.start(tmp_path / "h.jsonl", **RUN).append(row(1))
+    assert History.start(tmp_path / "h.jsonl", **RUN).rows == []
     assert History.load(tmp_path / "h.jsonl").rows == []
 
 
 def test_a_line_cut_by_a_kill_is_ignored(tmp_path: Path) -> None:
-    history = History.create(tmp_path / "h.jsonl", **RUN)
+    history = History.start(tmp_path / "h.jsonl", **RUN)
     history.append(row(1))
     history.append(row(2, active=(0,)))
     history.path.write_text(history.path.read_text()[:-5])
-    resumed = History.resume(history.path, 2, **RUN)
+    resumed = History.start(history.path, 2, **RUN)
     assert resumed.rows == [row(1)]
     resumed.append(row(3))
     assert History.load(history.path).rows == [row(1), row(3)]
@@ -112,7 +104,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str, line: int) -> None:
 
 
 def test_a_pickled_history_goes_on(tmp_path: Path) -> None:
-    history = History.create(tmp_path / "h.jsonl", **RUN)
+    history = History.start(tmp_path / "h.jsonl", **RUN)
     history.append(row(1))
     copy = pickle.loads(pickle.dumps(history))
     copy.append(row(2))
@@ -121,7 +113,9 @@ def test_a_pickled_history_goes_on(tmp_path: Path) -> None:
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     num_layers = 30
-    history = History.create(tmp_path / "h.jsonl", layers=range(num_layers), sampler="grass", num_active_layers=2)
+    history = History.start(
+        tmp_path / "h.jsonl", layers=tuple(range(num_layers)), sampler="grass", num_active_layers=2
+    )
     for step in range(1, 1001):
         values = tuple((step // 50 + i + 1) / 997 for i in range(num_layers))
         active = (step // 25 % num_layers, step // 25 % 7)

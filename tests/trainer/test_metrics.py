@@ -4,7 +4,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from grass_ds.trainer import throughput as throughput_module
 from grass_ds.trainer.metrics import grass_metrics, grass_summary
 from grass_ds.trainer.throughput import Throughput
 
@@ -91,20 +93,32 @@ def test_layer_keys_sort_in_layer_order(num_layers: int, last: str) -> None:
     assert keys[-1] == f"grass/visits/{last}"
 
 
-def test_throughput_ignores_pauses() -> None:
+def test_throughput_ignores_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    throughput = Throughput(clock=lambda: now[0])
+    monkeypatch.setattr(throughput_module, "perf_counter", lambda: now[0])
+    args, state = SimpleNamespace(include_num_input_tokens_seen="all", world_size=1), Seen()
+    throughput = Throughput(torch.nn.Linear(1, 1), state, args)
     assert throughput.interval() is None
     assert throughput.average is None
     now[0] = 2.0
-    throughput.step(100)
+    throughput.step(state.more(100))
     now[0] = 50.0  # an evaluation
     throughput.start()
     now[0] = 52.0
-    throughput.step(300)
+    throughput.step(state.more(300))
     assert throughput.interval() == 100.0
     assert throughput.interval() is None
     now[0] = 53.0
-    throughput.step(600)
+    throughput.step(state.more(600))
     assert throughput.interval() == 600.0
     assert throughput.average == 200.0
+
+
+class Seen:
+    """A TrainerState, of a run that goes on from a checkpoint."""
+
+    num_input_tokens_seen = 5000
+
+    def more(self, tokens: int) -> "Seen":
+        self.num_input_tokens_seen += tokens
+        return self

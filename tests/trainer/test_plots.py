@@ -46,8 +46,7 @@ def test_heatmap_axes_are_steps_and_layers(tmp_path: Path) -> None:
     assert steps.images[0].get_extent() == [20.5, 30.5, -0.5, 3.5]
     assert steps.get_xlabel() == "step"
     assert "layer" in steps.get_ylabel()
-    assert "sampler grass" in steps.get_title(loc="left")
-    assert "= 1" in steps.get_title(loc="left")
+    assert figure.get_suptitle() == "Layers trained at each step: sampler grass, \N{GREEK SMALL LETTER GAMMA} = 1"
     assert [bar.get_width() for bar in totals.patches] == [3, 3, 2, 2]
 
 
@@ -80,10 +79,9 @@ def test_probabilities_are_drawn_while_training_only(tmp_path: Path) -> None:
         assert np.isnan(values[:2]).all()
         np.testing.assert_allclose(values[2:], (1 + index) / 6)
     assert len({tuple(line.get_color()) for line in lines}) == 3
-    assert [text.get_text() for text in axes.texts] == ["layer 2", "layer 1", "layer 0"]
     assert axes.get_xlabel() == "step"
     assert "probability" in axes.get_ylabel()
-    assert "sampler grass" in axes.get_title(loc="left")
+    assert "sampler grass" in figure.get_suptitle()
 
 
 def test_every_probing_has_a_band_and_one_name(tmp_path: Path) -> None:
@@ -116,12 +114,13 @@ def test_no_step_no_plot(tmp_path: Path) -> None:
 def test_matplotlib_is_lazy_and_its_backend_untouched(tmp_path: Path) -> None:
     script = f"""
 import sys
+from pathlib import Path
 from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.plots import save_plots
 assert "matplotlib" not in sys.modules
 history = History({str(tmp_path / "h.jsonl")!r}, layers=["a", "b"], sampler="full", num_active_layers=2)
 history.append(HistoryRow(1, "train", (0, 1), (0.5, 0.5), None))
-save_plots(history, {str(tmp_path)!r})
+save_plots(history, Path({str(tmp_path)!r}))
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

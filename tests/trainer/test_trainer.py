@@ -26,7 +26,7 @@ from torch import nn
 import grass_ds
 from grass_ds.checkpoint import folder as engine_parts
 from grass_ds.trainer import checkpoints
-from grass_ds.trainer.seal import SEAL, seal_checkpoint
+from grass_ds.trainer.checkpoints import SEAL, seal_checkpoint
 from grass_ds.zero.activation_checkpointing import inputs_require_gradients
 
 pytestmark = pytest.mark.dist
