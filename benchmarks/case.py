@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case of a benchmark: one method in one setting with one seed; ``worker.py`` measures it into a row."""
+"""A case of a benchmark: one method in one setting with one seed; ``worker.py`` measures it into a row of a file."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-# What a case is called in the rows where a field is not.
-ROW_NAMES = {"async_save": "async", "ablate_layers": "worth"}
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class Case:
     """Fields have the defaults of a row that does not name them. A row holds its case as JSON under ``cell``.
 
     Attributes:
-        kind: what is measured: "cost", "quality" or "checkpoint".
+        kind: what is measured, a key of ``worker.MEASUREMENTS``.
         method: a name of ``methods.METHODS``.
         model: a name that ``models.load`` knows.
         micro_batch, accumulation, sequence: rows, micro-batches, tokens per row of one optimizer step on one rank.
@@ -26,8 +27,7 @@ class Case:
         async_save: write the checkpoint in the background (checkpoint).
         task, test_rows: what is trained on, and rows per measurement (quality).
         tuning: measure the development loss alone (quality).
-        curve, reprobe: measure that loss, or the scores of all layers, every so many steps (quality); 0: never.
-        ablate_layers: first train each layer alone for so many steps, on a copy (quality).
+        curve: measure that loss every so many steps (quality); 0: never.
         dtype, disk, data: precision, folder on a local disk, folder of data sets; not part of the key.
     """
 
@@ -53,35 +53,58 @@ class Case:
     test_rows: int = 48
     tuning: bool = False
     curve: int = 0
-    reprobe: int = 0
-    ablate_layers: int = 0
     dtype: str = "bf16"
     disk: str | None = None
     data: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Case":
-        """The case of a JSON object, with the names that rows use.
-
-        Raises:
-            ValueError: it names no field of a case.
-        """
-        given = json.loads(text)
-        names = {ROW_NAMES.get(one.name, one.name): one.name for one in fields(cls)}
-        found = {name.replace("-", "_"): value for name, value in given.items()}
-        if unknown := found.keys() - names:
-            raise ValueError(f"{', '.join(sorted(unknown))}: no field of a case; known are {', '.join(names)}")
-        return cls(**{names[name]: value for name, value in found.items()})
+        """The case of a JSON object. Old rows write ``micro-batch``, and ``async`` for ``async_save``."""
+        given = {name.replace("-", "_"): value for name, value in json.loads(text).items()}
+        return cls(**{"async_save" if name == "async" else name: value for name, value in given.items()})
 
     def text(self, *, local: bool = False) -> str:
         """JSON of the fields that differ from their defaults; ``local``: with ``dtype``, ``disk`` and ``data``.
 
         Cases with the same text are the same, so it is the key of a row.
         """
-        plain = asdict(Case(kind="", method=""))
+        default = asdict(Case(kind="", method=""))
+        hidden = () if local else ("dtype", "disk", "data")
         changed = {
-            ROW_NAMES.get(name, name): value
-            for name, value in asdict(self).items()
-            if (value != plain[name] and (local or name not in ("dtype", "disk", "data")))
+            name: value for name, value in asdict(self).items() if value != default[name] and name not in hidden
         }
         return json.dumps(changed, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line asks of a suite; ``rows`` are those in its file.
+
+    Attributes:
+        rounds: repetitions of the whole suite, each with a seed of its own (not of quality).
+        parts, tasks: of the quality suite.
+    """
+
+    rounds: int = 3
+    parts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    rows: Sequence[Row] = ()
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file, none if there is no file. Fields that old rows lack are filled in.
+
+    Raises:
+        ValueError: the file holds rows of several precisions, which no table may compare.
+    """
+    rows = [_complete(json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    if len(found := sorted({row["dtype"] for row in rows})) > 1:
+        raise ValueError(
+            f"{file}: rows of {' and '.join(found)}; a file holds one precision, so keep them in two folders"
+        )
+    return rows
+
+
+def _complete(row: Row) -> Row:
+    """Rows without these fields are of bf16, and cases of quality then ran two at a time."""
+    return {"dtype": "bf16", "jobs": 2 if row["kind"] == "quality" else 1, **row}

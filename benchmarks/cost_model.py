@@ -10,63 +10,44 @@ trains has no input gradient; a frozen one saves only what leads to its input.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
-from benchmarks.methods import EVERYTHING, METHODS, Method
-from benchmarks.offload.variants import OFFLOADS
+from benchmarks.case import Case, Row
+from benchmarks.methods import EVERYTHING, METHODS, grass_config
 from benchmarks.precision import BYTES, STATE
 from grass_ds.config import GrassConfig
 
-Row = dict[str, Any]
 FP32 = BYTES["fp32"]
 # DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters: weights needed again so soon stay gathered.
 REUSE_DISTANCE = 1_000_000_000
 
 
-@dataclass(frozen=True)
 class TrainedStep:
     """What trains in an optimizer step, and the sizes that follow.
 
-    Attributes:
+    Args:
         row: the conditions.
         active: the decoder layers that the step trains; None for methods that always train the same.
     """
 
-    row: Row
-    active: list[int] | None
+    def __init__(self, row: Row, active: list[int] | None) -> None:
+        self.row, self.active, self.shape = row, active, row["shape"]
+        self.method = METHODS[row["method"]]
+        # Rows may hold options that were tried and removed.
+        settings = {name: value for name, value in row["grass"].items() if name in GrassConfig.model_fields}
+        case = Case(kind="cost", method=row["method"], grass=settings, offload=row["offload"], disk=".")
+        self.grass = grass_config(case)
+        self.lora, self.half_lora = self.method.lora_rank is not None, self.method.frozen == "lora_A"
+        self.outside = self._outside()
+        blocks = self.shape["layers"]
+        # Layers of which something trains, and the lowest that backward runs through.
+        self.layers = list(range(blocks)) if self.lora or active is None else sorted(active)
+        self.lowest = 0 if "embed" in self.outside else min(self.layers, default=blocks)
+        self.width = BYTES[row["dtype"]]
+        self.tokens = row["micro_batch"] * row["sequence"]
+        # Whether every micro-batch is reduced: into shards, or for scores, which are means over micro-batches.
+        self.reduces_always = row["stage"] > 1 or (self.grass is not None and self.grass.sampler == "grass")
 
-    @cached_property
-    def shape(self) -> dict[str, Any]:
-        return self.row["shape"]
-
-    @cached_property
-    def method(self) -> Method:
-        return METHODS[self.row["method"]]
-
-    @cached_property
-    def grass(self) -> GrassConfig | None:
-        """The grass block, with defaults; None for other methods."""
-        block = self.method.grass
-        if block is None:
-            return None
-        offload = OFFLOADS[self.row["offload"]] if self.row["offload"] else block.get("offload", {})
-        # Rows hold options that were tried and removed.
-        settings = {name: value for name, value in self.row["grass"].items() if name in GrassConfig.model_fields}
-        return GrassConfig(**{**block, **settings, "offload": {"nvme_path": ".", **offload}})
-
-    @cached_property
-    def lora(self) -> bool:
-        return self.method.lora_rank is not None
-
-    @cached_property
-    def half_lora(self) -> bool:
-        """The first factor of every adapter is frozen (LoRA-FA)."""
-        return self.method.frozen == "lora_A"
-
-    @cached_property
-    def outside(self) -> set[str]:
+    def _outside(self) -> set[str]:
         """Modules outside the blocks that train; tied embeddings are embeddings and head."""
         if self.lora or self.method.package is not None:
             return set()
@@ -76,21 +57,10 @@ class TrainedStep:
             names = {"norm"} if self.grass.always_active is None else set(self.grass.always_active)
         return names | {"embed", "head"} if self.shape["tied"] and names & {"embed", "head"} else names
 
-    @cached_property
-    def layers(self) -> list[int]:
-        """Layers of which something trains."""
-        everywhere = self.lora or self.active is None
-        return list(range(self.shape["layers"])) if everywhere else sorted(self.active or [])
-
-    @cached_property
-    def lowest(self) -> int:
-        """The lowest layer that backward runs through."""
-        return 0 if "embed" in self.outside else min(self.layers, default=self.shape["layers"])
-
     def has_input_gradient(self, layer: int) -> bool:
         return layer > self.lowest or "embed" in self.outside or (self.lora and self.row["checkpointing"])
 
-    @cached_property
+    @property
     def units(self) -> list[int]:
         """Elements of each unit that trains: those outside the blocks first."""
         s = self.shape
@@ -100,28 +70,14 @@ class TrainedStep:
         trained = [numel for name, numel in outside.items() if name in self.outside and numel]
         return trained + [s["layer_numel"]] * len(self.layers)
 
-    @cached_property
-    def reduces_always(self) -> bool:
-        """Whether every micro-batch is reduced: into shards, or for scores, which are means over micro-batches."""
-        return self.row["stage"] > 1 or (self.grass is not None and self.grass.sampler == "grass")
-
-    @cached_property
+    @property
     def numel(self) -> int:
         """Elements of the model, adapters included."""
         s = self.shape
         outside = s["embed_numel"] + s["head_numel"] + s["norm_numel"]
         return outside + s["layers"] * s["layer_numel"] + s["lora_numel"]
 
-    @cached_property
-    def width(self) -> int:
-        """Bytes of a weight, a gradient, an activation."""
-        return BYTES[self.row["dtype"]]
-
-    @cached_property
-    def tokens(self) -> int:
-        return self.row["micro_batch"] * self.row["sequence"]
-
-    @cached_property
+    @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of a layer's matrices."""
         s = self.shape
@@ -134,24 +90,24 @@ class TrainedStep:
         """FLOPs of one pass (forward, input or weight gradient) through these matrices of a layer; default: all."""
         return 2 * self.tokens * sum(i * o for name, (i, o) in self.linears.items() if not names or name in names)
 
-    @cached_property
+    @property
     def adapter_numel(self) -> int:
         """Elements of a layer's adapters that train."""
         inputs = 0 if self.half_lora else sum(i for i, _ in self.linears.values())
         return (self.method.lora_rank or 0) * (inputs + sum(o for _, o in self.linears.values()))
 
-    def adapter_products(self, *, inputs: bool = True, outputs: bool = True) -> int:
-        """FLOPs of one pass through the first factors and the second factors of a layer's adapters."""
-        widths = sum(inputs * i + outputs * o for i, o in self.linears.values())
+    def adapter_products(self, *, inputs: bool = True) -> int:
+        """FLOPs of one pass through the second factors of a layer's adapters, and through the first."""
+        widths = sum(inputs * i + o for i, o in self.linears.values())
         return 2 * self.tokens * (self.method.lora_rank or 0) * widths
 
-    @cached_property
+    @property
     def attention(self) -> int:
         """FLOPs of one product of attention: scores, or their use."""
         s = self.shape
         return 2 * self.tokens * self.row["sequence"] * s["heads"] * s["head_dim"]
 
-    @cached_property
+    @property
     def head_products(self) -> int:
         return 2 * self.tokens * self.shape["vocab"] * self.shape["hidden"]
 
@@ -276,23 +232,20 @@ def _candidates(step: TrainedStep) -> Iterator[dict[str, int]]:
 
 
 def layer_bytes(step: TrainedStep, layer: int) -> int:
-    """What a decoder layer saves for backward. See [Note: What backward needs]."""
-    if layer < step.lowest:
-        return 0
-    s, inner = step.shape, 0
-    trains, tokens = layer in step.layers and not step.lora, step.tokens
+    """What a layer saves for backward, not below the lowest. See [Note: What backward needs]."""
+    s = step.shape
     hidden, inter = s["hidden"], s["intermediate"]
     query, key = s["heads"] * s["head_dim"], s["kv_heads"] * s["head_dim"]
-    inner += step.width * (2 * query + 2 * key) + FP32 * s["heads"]  # attention
+    inner = step.width * (2 * query + 2 * key) + FP32 * s["heads"]  # attention
     inner += step.width * 3 * inter  # gate, its activation, up
     norms = 2 if step.has_input_gradient(layer) else 1
     inner += norms * FP32 * (hidden + 1)  # a norm's input, and one number per token
-    if trains:
+    if layer in step.layers and not step.lora:
         inner += step.width * (2 * hidden + 2 * hidden + inter)  # norms before and after their weight; what goes down
     if step.lora:
         inputs = 0 if step.half_lora else 2 * hidden + inter
         inner += step.width * (inputs + len(step.linears) * s["lora_rank"])
-    return tokens * inner
+    return step.tokens * inner
 
 
 def _recomputed_bytes(step: TrainedStep, layer: int) -> int:
@@ -303,7 +256,14 @@ def _recomputed_bytes(step: TrainedStep, layer: int) -> int:
 
 def saved_bytes(step: TrainedStep) -> int:
     """What forward leaves for backward, the loss apart."""
-    return _outside_bytes(step) + sum(_kept(step).values())
+    s = step.shape
+    # Outside the layers: final norm, head, labels; positions, their sines and cosines.
+    per_token = 8 + step.width * s["hidden"] * (("norm" in step.outside) + ("head" in step.outside))
+    if step.lowest == s["layers"]:
+        return step.tokens * per_token
+    per_place = 2 * step.width * s["head_dim"] + 8 * step.row["checkpointing"]
+    outside = step.tokens * (per_token + FP32 * (s["hidden"] + 1)) + per_place * step.row["sequence"]
+    return outside + sum(_kept(step).values())
 
 
 def _kept(step: TrainedStep) -> dict[int, int]:
@@ -313,31 +273,23 @@ def _kept(step: TrainedStep) -> dict[int, int]:
     return {layer: nbytes if step.row["checkpointing"] else layer_bytes(step, layer) for layer in layers}
 
 
-def _outside_bytes(step: TrainedStep) -> int:
-    """What is saved outside the layers: final norm, head, labels; positions, their sines and cosines."""
-    s = step.shape
-    per_token = 8 + step.width * s["hidden"] * (("norm" in step.outside) + ("head" in step.outside))
-    if step.lowest == s["layers"]:
-        return step.tokens * per_token
-    per_place = 2 * step.width * s["head_dim"] + 8 * step.row["checkpointing"]
-    return step.tokens * (per_token + FP32 * (s["hidden"] + 1)) + per_place * step.row["sequence"]
-
-
 def seconds(row: Row) -> list[dict[str, float]]:
     """Least seconds of every measured step: forward and backward of plain PyTorch, Adam on a shard, traffic.
 
     Args:
         row: with ``plain``, see :func:`benchmarks.measure.plain.plain`.
     """
-    return [_seconds(row, active) for active in row["active"]]
-
-
-def _seconds(row: Row, active: list[int] | None) -> dict[str, float]:
-    plain, trained = row["plain"], sum(TrainedStep(row, active).units)
-    passes = next(done for done in plain["passes"] if done["active"] == active)
-    return {
-        "forward": row["accumulation"] * passes["forward"],
-        "backward": row["accumulation"] * passes["backward"],
-        "adam": plain["adam"]["seconds"] * trained / row["ranks"] / plain["adam"]["numel"],
-        "traffic": sum(nbytes / plain["bandwidth"][name] for name, nbytes in traffic(row, active).items()),
-    }
+    plain, found = row["plain"], []
+    for active in row["active"]:
+        passes = next(done for done in plain["passes"] if done["active"] == active)
+        shard = sum(TrainedStep(row, active).units) / row["ranks"]
+        moved = traffic(row, active)
+        found.append(
+            {
+                "forward": row["accumulation"] * passes["forward"],
+                "backward": row["accumulation"] * passes["backward"],
+                "adam": plain["adam"]["seconds"] * shard / plain["adam"]["numel"],
+                "traffic": sum(nbytes / plain["bandwidth"][name] for name, nbytes in moved.items()),
+            }
+        )
+    return found

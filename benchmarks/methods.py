@@ -2,10 +2,13 @@
 """The methods that are compared: how the config and the model of each differ from stock full fine-tuning."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
+
+from benchmarks.case import Case
+from benchmarks.offload.suite import OFFLOADS
+from grass_ds.config import GrassConfig
 
 EVERYTHING = ["embed", "norm", "head"]
 # DeepSpeed's config of a precision. fp16 has a dynamic loss scale, which skips steps whose gradients overflow.
@@ -56,9 +59,6 @@ METHODS: dict[str, Method] = {
     "grass-sharp": Method(
         "grass at temperature 0.25, 2 layers + final norm", {"sampler": "grass", "temperature": 0.25}
     ),
-    "grass-head": Method(
-        "grass, 2 layers + final norm + head", {"sampler": "grass", "always_active": ["norm", "head"]}
-    ),
     "grass-embed": Method(
         "grass, 2 layers + final norm + head + embeddings", {"sampler": "grass", "always_active": EVERYTHING}
     ),
@@ -68,61 +68,57 @@ METHODS: dict[str, Method] = {
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}
     ),
     "cyclic": Method("cyclic (BAdam's order), 2 layers + final norm", {"sampler": "cyclic"}),
-    "badam": Method(
-        "cyclic as BAdam does it (ours), 1 layer + final norm",
-        {"sampler": "cyclic", "num_active_layers": 1, "state_on_switch": "reset"},
-    ),
     "full-sampler": Method(
         "our wrapper doing all that stock does (sampler `full`)", {"sampler": "full", "offload": {"device": "none"}}
     ),
 }
 
 
-def missing_package(method: str) -> str | None:
-    """The package that the method comes in, if it is not installed."""
-    package = METHODS[method].package
-    return package if package is not None and find_spec(package) is None else None
+def grass_block(case: Case) -> dict[str, Any] | None:
+    """The "grass" block of the case; None for methods that are not ours."""
+    block = METHODS[case.method].grass
+    if block is None:
+        return None
+    block = {**block, "seed": case.seed, **case.grass}
+    if case.offload is not None:
+        path = {"nvme_path": case.disk} if OFFLOADS[case.offload]["device"] == "nvme" else {}
+        block["offload"] = {**OFFLOADS[case.offload], **path}
+    return block
 
 
-def ds_config(
-    method: str,
-    *,
-    dtype: str,
-    stage: int,
-    micro_batch: int,
-    accumulation: int,
-    lr: float,
-    grass: dict[str, Any],
-    bucket: int = 5_000_000,
-    total_steps: int | None = None,
-) -> dict[str, Any]:
-    """The DeepSpeed config: torch's fused AdamW, clip 1.0, 5 warm-up steps; ``grass`` overrides the method's block.
+def grass_config(case: Case) -> GrassConfig | None:
+    """The same with defaults filled in."""
+    block = grass_block(case)
+    return None if block is None else GrassConfig(**block)
+
+
+def ds_config(case: Case, bucket: int = 5_000_000, total_steps: int | None = None) -> dict[str, Any]:
+    """The DeepSpeed config: torch's fused AdamW, clip 1.0, 5 warm-up steps.
 
     Args:
         bucket: elements of DeepSpeed's communication buffers; about one layer, as the default of 5e8 would dominate
             the memory of a small model.
         total_steps: the learning rate falls linearly to zero by then; None: it stays.
     """
+    buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    adam = {"lr": case.lr, "weight_decay": 0.0, "torch_adam": True, "fused": True}
+    warmup = {"warmup_max_lr": case.lr, "warmup_num_steps": 5, "warmup_type": "linear"}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": case.micro_batch,
+        "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": 1.0,
-        **PRECISION[dtype],
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
-        "optimizer": {"type": "AdamW", "params": {"lr": lr, "weight_decay": 0.0, "torch_adam": True, "fused": True}},
-        "scheduler": {
-            "type": "WarmupLR",
-            "params": {"warmup_max_lr": lr, "warmup_num_steps": 5, "warmup_type": "linear"},
-        },
+        **PRECISION[case.dtype],
+        "zero_optimization": {"stage": case.stage, **buckets, **METHODS[case.method].zero},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "scheduler": {"type": "WarmupLR", "params": warmup},
         "steps_per_print": 10**9,
     }
     if total_steps is not None:
-        config["scheduler"]["type"] = "WarmupDecayLR"
-        config["scheduler"]["params"]["total_num_steps"] = total_steps
-    config["zero_optimization"] |= METHODS[method].zero
-    block = METHODS[method].grass
-    if block is not None:
-        config["grass"] = {**block, **grass}
+        config["scheduler"] = {"type": "WarmupDecayLR", "params": {**warmup, "total_num_steps": total_steps}}
+    if case.async_save:
+        config["checkpoint"] = {"async": True}
+    if (block := grass_block(case)) is not None:
+        config["grass"] = block
     return config
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots from the rows: ``benchmarks/RESULTS.md``, and the table between the markers of ``README.md``.
+"""Tables from the rows: ``benchmarks/RESULTS.md``, and the table between the markers of ``README.md``.
 
-python benchmarks/render.py            # write all
-python benchmarks/render.py --check    # exit 1 if a text differs from its rows
-python benchmarks/render.py --rows DIR # from rows in another folder, into that folder
+python benchmarks/render.py            # write both
+python benchmarks/render.py --rows DIR # from rows in another folder: RESULTS.md in that folder
 """
 
 import argparse
@@ -14,20 +13,20 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.case import read_rows
 from benchmarks.methods import METHODS
-from benchmarks.report.readme_tables import readme_table
-from benchmarks.report.rows import read
+from benchmarks.report.readme_table import readme_table
 from benchmarks.suites import SUITES
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
-RESULTS = FOLDER / "RESULTS.md"
 ROWS = FOLDER / "rows"
+RESULTS = FOLDER / "RESULTS.md"
 BLOCK = re.compile(r"(<!-- benchmark table: .*-->\n).*?(<!-- end of benchmark table -->)", re.DOTALL)
 HEAD = """# Results
 
 Generated from `benchmarks/rows/` by `benchmarks/render.py`; do not edit. [README.md](README.md) says how to read the
-tables and what was found."""
+tables and what was found. Finished studies: [STUDIES.md](STUDIES.md)."""
 
 
 def results(folder: Path = ROWS) -> str:
@@ -35,38 +34,23 @@ def results(folder: Path = ROWS) -> str:
     methods = "\n".join(f"- `{name}`: {method.description}" for name, method in METHODS.items())
     blocks = [HEAD, f"## Methods\n\n{methods}"]
     for name, suite in SUITES.items():
-        blocks += suite.tables(read(folder / f"{name}.jsonl"))
+        if rows := read_rows(folder / f"{name}.jsonl"):
+            blocks += suite.tables(rows)
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def readme(folder: Path = ROWS) -> str:
     """README.md with its table replaced."""
-    table = readme_table(read(folder / "cpu.jsonl"), read(folder / "quality.jsonl"))
+    table = readme_table(read_rows(folder / "cpu.jsonl"), read_rows(folder / "quality.jsonl"))
     return BLOCK.sub(lambda found: f"{found[1]}{table}{found[2]}", README.read_text())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows")
-    args = parser.parse_args()
-    own = args.rows == ROWS
-    texts = {RESULTS if own else args.rows / RESULTS.name: results(args.rows)}
-    if own:
-        texts[README] = readme()
-    if args.check:
-        stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text() != text]
-        print("differs from its rows: " + ", ".join(stale) if stale else "tables match their rows")
-        return 1 if stale else 0
-    for path, text in texts.items():
-        path.write_text(text)
-    plots = (FOLDER if own else args.rows) / "plots"
-    plots.mkdir(exist_ok=True)
-    for name, suite in SUITES.items():
-        if suite.plots is not None:
-            suite.plots(read(args.rows / f"{name}.jsonl"), plots)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows")
+    rows = parser.parse_args().rows
+    if rows == ROWS:
+        RESULTS.write_text(results())
+        README.write_text(readme())
+    else:
+        (rows / RESULTS.name).write_text(results(rows))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a suite: one JSON row per case. ``render.py`` makes the tables.
 
-    python benchmarks/run.py --suite cpu         # time, memory and traffic of a step, and how they grow
+    python benchmarks/run.py --suite cpu         # time, memory and traffic of a step
     python benchmarks/run.py --suite quality     # loss and accuracy per method and seed
     python benchmarks/run.py --suite offload     # time and memory per "offload" block
     python benchmarks/run.py --suite checkpoint  # bytes of a checkpoint, and the time that training stalls
@@ -21,32 +21,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import precision
-from benchmarks.case import Case
-from benchmarks.methods import METHODS, missing_package
+from benchmarks.case import Case, Request, Row, read_rows
+from benchmarks.methods import METHODS
 from benchmarks.quality.suite import PARTS
-from benchmarks.report import rows as rowfile
-from benchmarks.suite import Request
 from benchmarks.suites import SUITES
 from benchmarks.tasks import TASKS
-from grass_ds.precision import DTYPES
+from grass_ds.precision import DTYPES, candidates
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 
 
-def run_case(case: Case, timeout: float) -> dict[str, Any]:
+def run_case(case: Case, timeout: float) -> Row:
     """Start the ranks of the case and return its row.
 
     Raises:
@@ -83,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS, help="quality: this part alone; it needs the learning rates of tune")
     parser.add_argument("--task", choices=TASKS, help="quality: this task alone; default: all that need --data")
     parser.add_argument("--model", help="instead of the suite's, for a trial; use --rows with it")
-    parser.add_argument("--limit", type=int, help="cases to run at most")
+    parser.add_argument("--limit", type=int, default=sys.maxsize, help="cases to run at most")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds per case")
     parser.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     parser.add_argument("--commit", help="of this tree; default: from git")
@@ -96,11 +92,12 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
     file = args.rows / f"{args.suite}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    dtype, commit = precision_of(args.dtype, file), args.commit or current_commit()
-    begin, lock, done = time.monotonic(), Lock(), 0
+    for folder in (args.rows, args.nvme_path):
+        folder.mkdir(exist_ok=True)
+    dtype, commit = choose_precision(args.dtype, file), args.commit or current_commit()
+    begin, lock, left = time.monotonic(), Lock(), args.limit
 
-    with disk_folder(args) as disk:
+    with tempfile.TemporaryDirectory(dir=args.nvme_path) as disk:
 
         def measure(case: Case) -> None:
             row = run_case(replace(case, dtype=dtype, disk=disk, data=args.data), args.timeout)
@@ -108,25 +105,19 @@ def main() -> None:
                 rows.write(json.dumps({"cell": case.text(), "commit": commit, "jobs": args.jobs, **row}) + "\n")
             print(f"[{time.monotonic() - begin:6.0f} s] {case.text()}", flush=True)
 
-        while todo := remaining(args, file)[: None if args.limit is None else args.limit - done]:
+        while todo := remaining(args, file)[:left]:
             print(f"{len(todo)} cases to run", flush=True)
             with ThreadPoolExecutor(args.jobs) as pool:
-                running = [pool.submit(measure, case) for case in todo]
-                try:
-                    for one in as_completed(running):
-                        one.result()
-                except BaseException:  # a case that fails ends the suite; those that run are finished
-                    pool.shutdown(cancel_futures=True)
-                    raise
-            done += len(todo)
+                list(pool.map(measure, todo))  # a case that fails ends the suite; those that run are finished
+            left -= len(todo)
 
 
 def remaining(args: argparse.Namespace, file: Path) -> list[Case]:
     """Cases without a row that can run here."""
-    rows = rowfile.read(file)
+    rows = read_rows(file)
     parts = (args.part,) if args.part else PARTS
     tasks = (args.task,) if args.task else tuple(task for task in TASKS if task != "builtin")
-    cases = list(SUITES[args.suite].cases(Request(rounds=args.rounds, parts=parts, tasks=tasks, rows=rows)))
+    cases = SUITES[args.suite].cases(Request(rounds=args.rounds, parts=parts, tasks=tasks, rows=rows))
     if args.model is not None:
         cases = [replace(case, model=args.model) for case in cases]
     done = {Case.parse(row["cell"]).text() for row in rows}
@@ -135,25 +126,23 @@ def remaining(args: argparse.Namespace, file: Path) -> list[Case]:
 
 def installed(cases: list[Case]) -> list[Case]:
     """The cases that can run here; prints which methods are left out."""
-    missing = {method: package for method in METHODS if (package := missing_package(method)) is not None}
-    for method in sorted({case.method for case in cases} & missing.keys()):
-        package = missing[method]
+    packages = {case.method: METHODS[case.method].package for case in cases}
+    missing = {method: package for method, package in packages.items() if package and find_spec(package) is None}
+    for method, package in missing.items():
         print(f"skipped: {method} needs the package {package}, not installed here (pip install {package})", flush=True)
     return [case for case in cases if case.method not in missing]
 
 
-def precision_of(asked: str, file: Path) -> str:
+def choose_precision(asked: str, file: Path) -> str:
     """The precision of the cases to run, printed with the reason; ends the program if the user has to decide."""
     try:
-        rows, allowed = rowfile.read(file), precision.candidates()
+        rows = read_rows(file)
         rates = precision.measured({asked, *(row["dtype"] for row in rows)} - {precision.AUTO})
-        choice = precision.choose(asked, file, rows, rates, allowed)
+        name, reason = precision.choose(asked, file, rows, rates, candidates())
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"precision: {choice.name}, {choice.reason} ({rates.text()})", flush=True)
-    if choice.warning is not None:
-        print(f"warning: {choice.warning}", file=sys.stderr, flush=True)
-    return choice.name
+    print(f"precision: {name}, {reason} ({rates.text()})", flush=True)
+    return name
 
 
 def current_commit() -> str:
@@ -164,17 +153,6 @@ def current_commit() -> str:
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.json")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-
-
-@contextmanager
-def disk_folder(args: argparse.Namespace) -> Iterator[str | None]:
-    """A new folder on the local disk for the time of the suite, if its cases need one."""
-    if not SUITES[args.suite].needs_disk:
-        yield None
-        return
-    args.nvme_path.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.nvme_path) as folder:
-        yield folder
 
 
 if __name__ == "__main__":

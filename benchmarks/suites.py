@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """All suites, in the order of RESULTS.md. The rows of one are in ``rows/<name>.jsonl``."""
 
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from benchmarks.case import Case, Request, Row
 from benchmarks.checkpoint import suite as checkpoint
 from benchmarks.checkpoint import tables as checkpoint_tables
 from benchmarks.cpu import suite as cpu
@@ -9,15 +13,27 @@ from benchmarks.gpu import suite as gpu
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.offload import suite as offload
 from benchmarks.offload import tables as offload_tables
-from benchmarks.quality import plots as quality_plots
 from benchmarks.quality import suite as quality
 from benchmarks.quality import tables as quality_tables
-from benchmarks.suite import Suite
+
+
+class Suite(NamedTuple):
+    """Add a suite by writing both functions and naming it in :data:`SUITES`.
+
+    Attributes:
+        cases: the cases that can run given the rows that are there, in order; ``run.py`` skips those that have a row,
+            and asks again until none is left.
+        tables: rows -> blocks of Markdown: headings, conditions, tables of ``report.table``.
+    """
+
+    cases: Callable[[Request], Iterable[Case]]
+    tables: Callable[[list[Row]], list[str]]
+
 
 SUITES = {
-    "cpu": Suite(cases=cpu.cases, tables=cpu_tables.tables, needs_disk=True),
-    "quality": Suite(cases=quality.cases, tables=quality_tables.tables, plots=quality_plots.draw),
-    "offload": Suite(cases=offload.cases, tables=offload_tables.tables, needs_disk=True),
-    "checkpoint": Suite(cases=checkpoint.cases, tables=checkpoint_tables.tables, needs_disk=True),
-    "gpu": Suite(cases=gpu.cases, tables=gpu_tables.tables),
+    "cpu": Suite(cpu.cases, cpu_tables.tables),
+    "quality": Suite(quality.cases, quality_tables.tables),
+    "offload": Suite(offload.cases, offload_tables.tables),
+    "checkpoint": Suite(checkpoint.cases, checkpoint_tables.tables),
+    "gpu": Suite(gpu.cases, gpu_tables.tables),
 }

@@ -5,6 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ BUILTIN = "builtin:arithmetic"
 ROWS = 48  # per measure, see Exam
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Sources are folders within ``--data``, or the built-in one.
 
@@ -44,14 +45,10 @@ class Task:
         return rows // 2 if self.exact else rows
 
 
+CHOICES = ("arc_easy", "arc_challenge", "boolq")
 TASKS = {
     "arithmetic": Task(train=("gsm8k",), exact=("multiarith", "addsub", "singleeq")),
-    "choice": Task(
-        train=("arc_easy", "arc_challenge", "boolq"),
-        choice=("arc_easy", "arc_challenge", "boolq"),
-        sequence=192,
-        micro_batch=4,
-    ),
+    "choice": Task(train=CHOICES, choice=CHOICES, sequence=192, micro_batch=4),
     "builtin": Task(train=(BUILTIN,), exact=(BUILTIN,), sequence=128),
 }
 
@@ -68,8 +65,7 @@ class Exam:
     """
 
     def __init__(self, task: Task, template: Template, data: Path | None, rows: int) -> None:
-        self.task, self.template, self.rows = task, template, rows
-        self._data = data
+        self.task, self.template, self._data, self._rows = task, template, data, rows
         splits = {source: self._splits(source) for source in task.train}
         self._share = -(-rows // len(task.train))
         parts = {source: list(self._tokens(found["train"])) for source, found in splits.items()}
@@ -93,27 +89,19 @@ class Exam:
 
     def accuracy(self, model: Any) -> dict[str, float]:
         """Share of right answers per source."""
-        found = {}
-        count = self.task.answered(self.rows)
-        for source in self.task.exact:
-            rows = self._unseen(source, count)
-            found[source] = exact_match(model, self.template, rows, batch_size=32, max_new_tokens=100)
-        for source in self.task.choice:
-            rows = self._unseen(source, count)
-            found[source] = choice_accuracy(model, self.template, rows, batch_size=16)
-        return found
+        generate = partial(exact_match, model, self.template, batch_size=32, max_new_tokens=100)
+        choose = partial(choice_accuracy, model, self.template, batch_size=16)
+        found = {source: generate(self._unseen(source)) for source in self.task.exact}
+        return found | {source: choose(self._unseen(source)) for source in self.task.choice}
 
     def constant(self) -> dict[str, float]:
         """Share of right answers per multiple-choice source with the most frequent answer of those rows for all."""
-        found = {}
-        for source in self.task.choice:
-            rows = self._unseen(source, self.task.answered(self.rows)).rows
-            found[source] = Counter(map(reference_answer, rows)).most_common(1)[0][1] / len(rows)
-        return found
+        answers = {source: [*map(reference_answer, self._unseen(source).rows)] for source in self.task.choice}
+        return {source: Counter(mine).most_common(1)[0][1] / len(mine) for source, mine in answers.items()}
 
-    def _unseen(self, source: str, count: int) -> Rows:
+    def _unseen(self, source: str) -> Rows:
         """Test rows of a source behind those that chose the settings."""
-        rows = self._splits(source)["test"]
+        rows, count = self._splits(source)["test"], self.task.answered(self._rows)
         first = self._share if source in self.task.train else 0
         return replace(rows, rows=rows.rows.select(range(first, min(first + count, len(rows)))))
 

@@ -21,23 +21,18 @@ import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from benchmarks.case import Case
+from benchmarks.case import Case, Row
 from benchmarks.checkpoint.saving import checkpoint
 from benchmarks.measure.cost import cost
-from benchmarks.measure.engine import grass_config
 from benchmarks.measure.observer import resident_bytes
 from benchmarks.measure.plain import plain
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, grass_config
 from benchmarks.models import load, shape_of
 from benchmarks.quality.training import quality
 from launch import distributed
 
 # kind -> measurement of a case, its model and its tokenizer: fields of the row.
-MEASUREMENTS: dict[str, Callable[[Case, Any, Any], dict[str, Any]]] = {
-    "cost": cost,
-    "quality": quality,
-    "checkpoint": checkpoint,
-}
+MEASUREMENTS: dict[str, Callable[[Case, Any, Any], Row]] = {"cost": cost, "quality": quality, "checkpoint": checkpoint}
 # Fields of the case that its row repeats under the same names.
 CONDITIONS = (
     *("kind", "dtype", "method", "model", "stage", "micro_batch", "accumulation", "sequence", "steps"),
@@ -76,10 +71,10 @@ def fresh(case: Case) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def conditions(case: Case) -> dict[str, Any]:
+def conditions(case: Case) -> Row:
     """What the row says of its case, the machine and the packages."""
     config, package = grass_config(case), METHODS[case.method].package
-    packages = ("torch", "deepspeed", "transformers", "peft", *([package] if package is not None else []))
+    packages = ("torch", "deepspeed", "transformers", "peft", *filter(None, [package]))
     return {
         **{name: getattr(case, name) for name in CONDITIONS},
         "async": case.async_save,
@@ -94,15 +89,14 @@ def conditions(case: Case) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Name of the accelerator; of a CPU its model, cores (and how many this process may use) and memory."""
+    """Name of the accelerator; of a CPU its model, the cores that this process may use, and memory."""
     module = torch.get_device_module(get_accelerator().device_name())
     if hasattr(module, "get_device_name"):
         return module.get_device_name()
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     name = found.group(1) if found else platform.machine()
-    cores, usable = psutil.cpu_count(), len(os.sched_getaffinity(0))
-    some = "" if usable == cores else f"{usable} of "
-    return f"{name}, {some}{cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, {cores} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ The block stands at the top level of the DeepSpeed config. Every key may be left
 applies. `"auto"` is possible for `offload.io` only. An unknown key or a value out of range is an error at start.
 
 Defaults marked [ours] are this project's choice, because the values of the paper could not be read.
-[Short runs of a small model](../benchmarks/RESULTS.md) show what other values change: little.
+[Short runs of a small model](../benchmarks/STUDIES.md) show what other values change: little.
 
 Ready configs are in `ds_configs/`: `quickstart.json`, `grass.json`, `zero1_grass.json`, `lisa.json`, `badam.json` and
 `full.json`; with partitioned weights `zero3_grass.json`, `zero3_grass_nvme.json`, `zero3_lisa.json` and

@@ -3,9 +3,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
-from benchmarks.case import Case
-from benchmarks.suite import Request
+from benchmarks.case import Case, Request
 
 BASE = Case(kind="checkpoint", method="full", ranks=2, steps=10, grass={"probe_steps": 2, "sample_period": 5})
 # label -> case. "late": the state of all layers is allocated first: the largest checkpoint that the method writes.
@@ -19,7 +19,5 @@ WAYS = {
 
 def cases(request: Request) -> Iterator[Case]:
     """Every way to save, on ZeRO-2 and ZeRO-3."""
-    for seed in range(request.rounds):
-        for stage in (2, 3):
-            for way in WAYS.values():
-                yield replace(way, stage=stage, seed=seed)
+    for seed, stage, way in product(range(request.rounds), (2, 3), WAYS.values()):
+        yield replace(way, stage=stage, seed=seed)

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``cpu``: time, memory and traffic of a step of SmolLM2 on two ranks, and how they grow on random shapes."""
+"""Suite ``cpu``: time, memory and traffic of a step of SmolLM2 on two ranks."""
 
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from benchmarks.case import Case
-from benchmarks.cpu.growth import growth_cases
-from benchmarks.suite import Request
+from benchmarks.case import Case, Request
 
 # One draw in five steps: several within what is measured.
 SMALL: dict[str, Any] = {"kind": "cost", "ranks": 2, "grass": {"sample_period": 5}}
@@ -20,7 +18,7 @@ STOCK = (("full", 2), ("full", 3), ("lora", 2), ("lora-fa", 2), ("lisa-toggle", 
 
 
 def cases(request: Request) -> Iterator[Case]:
-    """What users choose between in interleaved rounds, variants beside the first round, and growth once.
+    """What users choose between in interleaved rounds, and variants beside the first round.
 
     Rounds are outermost, so that a slow minute of the machine hits all methods.
     """
@@ -28,7 +26,6 @@ def cases(request: Request) -> Iterator[Case]:
         yield from _defaults(seed)
         if seed == 0:
             yield from _variants()
-    yield from growth_cases()
 
 
 def _defaults(seed: int) -> Iterator[Case]:

@@ -6,9 +6,8 @@ from itertools import product
 
 from deepspeed.accelerator import get_accelerator
 
-from benchmarks.case import Case
+from benchmarks.case import Case, Request
 from benchmarks.gpu.tables import PAPER
-from benchmarks.suite import Request
 
 
 def cases(request: Request) -> Iterator[Case]:
@@ -17,21 +16,11 @@ def cases(request: Request) -> Iterator[Case]:
     """
     gpus = get_accelerator().device_count()
     for seed, model, batch in product(range(request.rounds), PAPER, (1, 4)):
-        common = {
-            "kind": "cost",
-            "model": model,
-            "micro_batch": batch,
-            "sequence": 1024,
-            "checkpointing": True,
-            "grass": {"sample_period": 5},
-            "warmup": 5,
-            "steps": 25,
-            "seed": seed,
-        }
-        for method in ("full", "lora", "lisa", "grass"):
-            yield Case(**common, method=method)
+        shape = {"micro_batch": batch, "sequence": 1024, "checkpointing": True}
+        common = {"kind": "cost", "model": model, **shape, "warmup": 5, "steps": 25, "seed": seed}
+        common["grass"] = {"sample_period": 5}
+        for stage, ranks in ((2, 1), (3, gpus)) if gpus > 1 else ((2, 1),):
+            for method in ("full", "lora", "lisa", "grass"):
+                yield Case(**common, method=method, stage=stage, ranks=ranks)
         for offload in ("none", "cpu-stream", "cpu-stream-serial"):
             yield Case(**common, method="uniform", offload=offload, prepare_state=offload != "none")
-        if gpus > 1:
-            for method in ("full", "lora", "lisa", "grass"):
-                yield Case(**common, method=method, stage=3, ranks=gpus)

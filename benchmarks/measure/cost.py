@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step costs, on random tokens (cases of kind ``cost``)."""
 
-import statistics
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.baselines import watch
+from benchmarks.baselines import active_layers
 from benchmarks.case import Case
-from benchmarks.measure.engine import PARTS, build, count_first_steps, random_steps, trainable_numel
+from benchmarks.measure.engine import PARTS, build, random_steps, trainable_numel
 from benchmarks.measure.observer import disk_bytes, memory, observe, peak_bytes, reset_peak, resident_bytes
 from launch import distributed
 
@@ -27,26 +26,17 @@ def cost(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
         step()
     peak, skipped, disk = peak_bytes(), engine.skipped_steps, disk_bytes()
     reset_peak()
-    watched = watch(case.method, engine, toggle)
-    measured, active, facts, first_steps = [], [], [], 0
+    measured, active = [], []
     for _ in range(case.steps):
-        active.append(watched.before_step())
-        first_steps += count_first_steps(engine)
+        active.append(active_layers(engine, toggle))
         measured.append(step())
-        facts.append(watched.after_step())
     moved = {direction: nbytes - disk[direction] for direction, nbytes in disk_bytes().items()}
     train_peak = distributed.max_over_ranks(peak_bytes())
-    seconds = {part: [times[part] for times in measured] for part in PARTS}
-    totals = [sum(times.values()) for times in measured]
     return {
-        "seconds": totals,
-        **{f"{part}_seconds": values for part, values in seconds.items()},
-        "median_seconds": statistics.median(totals),
-        **{f"median_{part}": statistics.median(values) for part, values in seconds.items()},
+        "seconds": [sum(times.values()) for times in measured],
+        **{f"{part}_seconds": [times[part] for times in measured] for part in PARTS},
         "probe_seconds": probing,
         "active": active,
-        **{name: [fact[name] for fact in facts] for name in ("changed", "moved_frozen")},
-        "first_steps": first_steps,
         "skipped_steps": engine.skipped_steps - skipped,
         "peak_bytes": max(distributed.max_over_ranks(peak), train_peak),
         "train_peak_bytes": train_peak,
@@ -54,5 +44,5 @@ def cost(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
         "disk_bytes": {direction: distributed.max_over_ranks(nbytes) for direction, nbytes in moved.items()},
         "bytes": memory(engine),
         "trainable": trainable_numel(engine),
-        "observed": observe(engine, case, watched.before_step()),
+        "observed": observe(engine, case, active_layers(engine, toggle)),
     }

@@ -11,30 +11,12 @@ from deepspeed.accelerator import get_accelerator
 import grass_ds
 from benchmarks.baselines import LayerToggle, badam_engine
 from benchmarks.case import Case
-from benchmarks.methods import METHODS, ds_config, prepare_model
-from benchmarks.models import largest_layer
-from benchmarks.offload.variants import OFFLOADS
-from grass_ds.config import GrassConfig
+from benchmarks.methods import METHODS, ds_config, grass_config, prepare_model
 from grass_ds.sampling.controller import Controller
 from launch import distributed
 
 PARTS = ("forward", "backward", "step")
 Step = Callable[[], dict[str, float]]
-
-
-def grass_block(case: Case) -> dict[str, Any]:
-    """What the case says of the "grass" block."""
-    block = {"seed": case.seed, **case.grass}
-    if case.offload is not None:
-        path = {"nvme_path": case.disk} if OFFLOADS[case.offload]["device"] == "nvme" else {}
-        block["offload"] = {**OFFLOADS[case.offload], **path}
-    return block
-
-
-def grass_config(case: Case) -> GrassConfig | None:
-    """The whole "grass" block; None for methods that are not ours."""
-    block = METHODS[case.method].grass
-    return None if block is None else GrassConfig(**{**block, **grass_block(case)})
 
 
 def training_steps(case: Case, num_layers: int) -> int:
@@ -52,19 +34,10 @@ def trainable_numel(engine: Any) -> int:
 
 def build(case: Case, model: Any) -> tuple[Any, LayerToggle | None]:
     """The engine of the method, and what toggles its layers if the method does."""
-    config = ds_config(
-        case.method,
-        dtype=case.dtype,
-        stage=case.stage,
-        micro_batch=case.micro_batch,
-        accumulation=case.accumulation,
-        lr=case.lr,
-        grass=grass_block(case),
-        bucket=max(5_000_000, largest_layer(model)),
-        total_steps=training_steps(case, len(model.get_decoder().layers)) if case.kind == "quality" else None,
-    )
-    if case.async_save:
-        config["checkpoint"] = {"async": True}
+    layers = model.get_decoder().layers
+    largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
+    total_steps = training_steps(case, len(layers)) if case.kind == "quality" else None
+    config = ds_config(case, bucket=max(5_000_000, largest), total_steps=total_steps)
     if case.method == "badam-package":
         return badam_engine(model, config, switch_every=case.grass.get("sample_period", 50)), None
     model = prepare_model(case.method, model)
@@ -125,10 +98,3 @@ def prepare_state(engine: Any) -> None:
     for unit in engine.optimizer.units:
         if unit.ever_active:
             engine.optimizer.store.ensure(unit)
-
-
-def count_first_steps(engine: Any) -> int:
-    """Units whose state the coming step allocates rather than moves; 0 for methods that are not ours."""
-    if engine.grass is None:
-        return 0
-    return sum(unit.active and unit not in engine.optimizer.store for unit in engine.optimizer.units)

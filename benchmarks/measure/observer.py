@@ -19,9 +19,8 @@ from benchmarks.case import Case
 from benchmarks.measure.engine import micro_step
 from launch import distributed
 
+COUNTED = ("flops", "rest_bytes", "peak_bytes")
 _COLLECTIVES = {"allgather": "all_gather", "allreduce": "all_reduce", "reduce_scatter": "reduce_scatter"}
-
-# ---- the process ---------------------------------------------------------------------------------------------------
 
 
 def peak_bytes() -> int:
@@ -49,9 +48,6 @@ def reset_peak() -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-# ---- a step --------------------------------------------------------------------------------------------------------
 
 
 class Observer(TorchDispatchMode):
@@ -120,14 +116,8 @@ def observe(engine: Any, case: Case, active: list[int] | None) -> dict[str, Any]
     with Observer(_state_in_host_memory(engine)) as seen:
         for _ in range(case.accumulation):
             micro_step(engine, {"input_ids": ids, "labels": ids})
-    return {
-        "active": active,
-        "flops": int(distributed.max_over_ranks(seen.flops)),
-        "traffic": dict(seen.traffic),
-        "calls": dict(seen.calls),
-        "rest_bytes": int(distributed.max_over_ranks(seen.rest_bytes)),
-        "peak_bytes": int(distributed.max_over_ranks(seen.peak_bytes)),
-    }
+    counted = {name: int(distributed.max_over_ranks(getattr(seen, name))) for name in COUNTED}
+    return {"active": active, "traffic": dict(seen.traffic), "calls": dict(seen.calls), **counted}
 
 
 def memory(engine: Any) -> dict[str, dict[str, int]]:
@@ -136,7 +126,7 @@ def memory(engine: Any) -> dict[str, dict[str, int]]:
         return engine.grass.memory(peak=True)
     weights = [tensor for param in engine.module.parameters() for tensor in (param, getattr(param, "ds_tensor", None))]
     inner = engine.optimizer.optimizer
-    state = _bytes(_optimizer_tensors(getattr(inner, "base_optimizer", inner)))  # BAdam wraps another optimizer
+    state = _state_bytes(getattr(inner, "base_optimizer", inner))  # BAdam wraps another optimizer
     resting, other = ("host", "device") if engine.zero_cpu_offload() else ("device", "host")
     return {
         "weights": {"device": _bytes(tensor for tensor in weights if tensor is not None), "host": 0},
@@ -150,15 +140,15 @@ def _state_in_host_memory(engine: Any) -> int:
         return 0
     if engine.grass is not None:
         return engine.optimizer.store.host_bytes
-    return _bytes(_optimizer_tensors(engine.optimizer.optimizer)) if engine.zero_cpu_offload() else 0
+    return _state_bytes(engine.optimizer.optimizer) if engine.zero_cpu_offload() else 0
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """fp32 shards, their gradients and states. ZeRO-3 lends its optimizer the shards for the time of a step alone."""
     masters = [param for group in optimizer.param_groups for param in group["params"]]
     masters += [param for param in optimizer.state if isinstance(param, torch.Tensor)]
     gradients = [param.grad for param in masters if param.grad is not None]
-    return [*masters, *gradients, *_tensors(dict(optimizer.state))]
+    return _bytes([*masters, *gradients, *_tensors(dict(optimizer.state))])
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -15,7 +15,8 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from benchmarks.cost_model import Row, TrainedStep
+from benchmarks.case import Row
+from benchmarks.cost_model import TrainedStep
 from benchmarks.measure.engine import finish_compute
 from benchmarks.methods import prepare_model
 from grass_ds.precision import DTYPES

@@ -2,33 +2,36 @@
 """The tables of suite ``quality``, a section per task. ``README.md`` says how to read them."""
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from benchmarks.quality.comparisons import (
-    change_tables,
-    distance_from_uniform,
-    longer_tables,
-    pair_tables,
-    redrawn_tables,
-    trained,
-)
-from benchmarks.quality.equal_budget import budget_table, comparable, untrained_loss
-from benchmarks.quality.layer_tables import layer_tables
-from benchmarks.quality.staleness import staleness_tables
+from benchmarks.case import Row
 from benchmarks.quality.suite import COMPARED, RATES, SETTINGS, STEPS, TUNING_SEED, best_rates, tried_rates
-from benchmarks.report.table import conditions, each, mean, mean_deviation, median, table
+from benchmarks.report.table import conditions, each, interval, mean, mean_deviation, median, table
 from benchmarks.tasks import ROWS, TASKS
 
-Row = dict[str, Any]
+# Methods whose losses are subtracted, within a seed.
+PAIRS = (
+    ("grass", "uniform"),
+    ("grass-sharp", "uniform"),
+    ("grass", "full"),
+    ("grass", "lora"),
+    ("grass", "static"),
+    ("grass-embed", "grass"),
+)
 
 
 def tables(rows: list[Row]) -> list[str]:
+    """A section per task with rows."""
     blocks = []
     for task in TASKS:
-        mine = [row for row in rows if row["task"] == task]
-        if mine:
-            blocks += [f"## Quality: task `{task}`", conditions(mine, *_conditions(task, mine)), *_tables(task, mine)]
+        if mine := [row for row in rows if row["task"] == task]:
+            compared = [row for row in mine if "test_loss" in row]
+            blocks += [
+                f"## Quality: task `{task}`",
+                conditions(mine, *_conditions(task, mine)),
+                rate_table(task, mine),
+            ]
+            blocks += [*result_tables(compared), *pair_tables(compared)]
     return blocks
 
 
@@ -45,22 +48,6 @@ def _conditions(task: str, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _tables(task: str, rows: Sequence[Row]) -> list[str]:
-    compared = [row for row in rows if "test_loss" in row]
-    short = [row for row in rows if row.get("curve") and row["steps"] == STEPS]
-    blocks = [rate_table(task, rows), *result_tables(compared), *pair_tables(compared), *redrawn_tables(rows)]
-    if short:
-        blocks += [budget_table(short, untrained_loss(rows, task))]
-        blocks += [f"![loss](plots/loss-{task}.png)", f"![layers trained](plots/layers-{task}.png)"]
-    blocks += [*longer_tables([row for row in rows if row["steps"] > STEPS], compared)]
-    blocks += change_tables(rows, trained(compared, "grass"))
-    if measured := [row for row in rows if row.get("reprobes")]:
-        blocks += staleness_tables(measured)
-    if ablated := [row for row in rows if "worth" in row]:
-        blocks += [*layer_tables(ablated), f"![loss decrease per layer](plots/layer-ablation-{task}.png)"]
-    return blocks
-
-
 def rate_table(task: str, rows: Sequence[Row]) -> str:
     """Development loss per method and learning rate; the least is bold once no other rate is to be tried."""
     best, tried = best_rates(task, rows), tried_rates(task, rows)
@@ -69,16 +56,15 @@ def rate_table(task: str, rows: Sequence[Row]) -> str:
         text = f"{tried[method][lr]:.3f}" if lr in tried[method] else ""
         return f"**{text}**" if best.get(method) == lr else text
 
-    columns = {"method": lambda method: method, **{f"{lr:g}": lambda m, lr=lr: loss(m, lr) for lr in RATES}}
-    return table(
-        f"Development loss by learning rate, seed {TUNING_SEED}", [m for m in COMPARED if m in tried], columns
-    )
+    columns = {f"{lr:g}": lambda method, lr=lr: loss(method, lr) for lr in RATES}
+    shown = [method for method in COMPARED if method in tried]
+    return table(f"Development loss by learning rate, seed {TUNING_SEED}", shown, {"method": str}, columns)
 
 
 def result_tables(rows: Sequence[Row]) -> list[str]:
     """Losses, accuracies and costs of every method."""
     found = {"(untrained)": [row for row in rows if not row["steps"]]}
-    found |= {method: trained(rows, method) for method in COMPARED}
+    found |= {method: [row for row in rows if row["method"] == method and row["steps"]] for method in COMPARED}
     lines = [(name, mine) for name, mine in found.items() if mine]
     runs = [line for line in lines if line[1][0]["steps"]]
     names = {"method": lambda line: line[0]}
@@ -86,14 +72,12 @@ def result_tables(rows: Sequence[Row]) -> list[str]:
     if constant := next((row["constant"] for row in rows if row.get("constant")), None):
         accuracies.insert(1, ("(most frequent answer)", [constant]))
     losses = {
-        **names,
         "lr": lambda line: f"{line[1][0]['lr']:g}" if line[1][0]["steps"] else "",
         "test loss": lambda line: mean_deviation([row["test_loss"] for row in line[1]]),
         "development loss": lambda line: mean_deviation([row["dev_loss"] for row in line[1]]),
         "seeds": lambda line: str(len(line[1])),
     }
     accuracy = {
-        **names,
         "mean": lambda line: mean_deviation([statistics.fmean(one.values()) for one in line[1]]),
         **{
             source: lambda line, source=source: mean_deviation([one[source] for one in line[1]])
@@ -101,18 +85,52 @@ def result_tables(rows: Sequence[Row]) -> list[str]:
         },
     }
     cost = {
-        **names,
         "CPU s / step": lambda line: (
-            mean(row["cpu_seconds"] / row["steps"] for row in line[1])
-            if comparable("cpu_seconds", line[1], rows)
-            else ""
+            mean(row["cpu_seconds"] / row["steps"] for row in line[1]) if comparable_seconds(line[1], rows) else ""
         ),
         "peak RSS, GB": lambda line: median([row["peak_bytes"] for row in line[1]], 2, 1e-9),
         "weights trained, M": lambda line: f"{line[1][0]['trainable'] / 1e6:.1f}",
-        "draw, from uniform": lambda line: mean(map(distance_from_uniform, line[1])),
     }
     return [
-        table("Loss, nats per answer token", lines, losses),
-        table("Accuracy", accuracies, accuracy),
-        table("Cost of the runs", runs, cost),
+        table("Loss, nats per answer token", lines, names, losses),
+        table("Accuracy", accuracies, names, accuracy),
+        table("Cost of the runs", runs, names, cost),
+    ]
+
+
+def comparable_seconds(mine: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Whether these rows ran on the commits and machines of ``grass``: seconds of other days do not compare."""
+
+    def measured_at(row: Row) -> tuple[str, str, int, int]:
+        return row["commit"], row["hardware"], row["threads"], row["jobs"]
+
+    return set(map(measured_at, mine)) <= {measured_at(row) for row in rows if row["method"] == "grass"}
+
+
+def pair_tables(rows: Sequence[Row]) -> list[str]:
+    """Differences of two methods, one per seed that both have: in the loss less is better, in the accuracy more is."""
+    runs = {(row["method"], row["seed"]): row for row in rows if row["steps"]}
+    seeds = sorted({row["seed"] for row in rows})
+    found = {
+        f"{left} - {right}": [
+            (runs[left, seed], runs[right, seed]) for seed in seeds if {(left, seed), (right, seed)} <= runs.keys()
+        ]
+        for left, right in PAIRS
+    }
+
+    def columns(measure: Callable[[Row], float]) -> dict[str, Callable[[str], str]]:
+        differences = {
+            name: [measure(ours) - measure(theirs) for ours, theirs in both] for name, both in found.items()
+        }
+        return {
+            "mean": lambda name: mean_deviation(differences[name], "+"),
+            "seed by seed": lambda name: ", ".join(f"{value:+.3f}" for value in differences[name]),
+            "95 % interval of the mean": lambda name: interval(differences[name]),
+        }
+
+    shown, names = [name for name, both in found.items() if both], {"difference": str}
+    accuracy = columns(lambda row: statistics.fmean(row["accuracy"].values()))
+    return [
+        table("Test loss: differences within a seed", shown, names, columns(lambda row: row["test_loss"])),
+        table("Accuracy: differences within a seed", shown, names, accuracy),
     ]

@@ -5,41 +5,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import Case
+from benchmarks.case import Case, Row
 from benchmarks.measure.engine import build, micro_step, trainable_numel
 from benchmarks.measure.observer import memory, peak_bytes, reset_peak
-from benchmarks.quality.layer_ablation import train_each_layer
-from benchmarks.quality.scores import REPROBE_BATCHES, ScoreProbe
 from benchmarks.tasks import TASKS, Exam
 from launch import distributed
 from launch.data.chat_template import Template
 from launch.data.tokenization import Collator
 
-REPROBE_SEED = 77  # of batches that no run trains on in this order
 
-
-def quality(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
+def quality(case: Case, model: Any, tokenizer: Any) -> Row:
     """Train and measure; without steps, the untrained model.
 
     Cases may run side by side, so time is CPU time of the steps (seconds of this process, all its threads).
     """
-    exam = Exam(
-        TASKS[str(case.task)], Template.choose(tokenizer), Path(case.data) if case.data else None, case.test_rows
-    )
-    row: dict[str, Any] = {"data": exam.fingerprint(), "train_rows": exam.train_rows}
+    data = Path(case.data) if case.data else None
+    exam = Exam(TASKS[str(case.task)], Template.choose(tokenizer), data, case.test_rows)
+    row: Row = {"data": exam.fingerprint(), "train_rows": exam.train_rows}
     row |= {"dev_rows": len(exam.dev), "test_rows": len(exam.test)}
-    collate = Collator(tokenizer.pad_token_id)
-    probe = None
-    if case.reprobe:
-        others = exam.batches(REPROBE_SEED)
-        probe = ScoreProbe(model, [collate(next(others)) for _ in range(REPROBE_BATCHES)])
-    if case.ablate_layers:
-        batches = exam.batches(case.seed)
-        some = [collate(next(batches)) for _ in range(case.ablate_layers)]
-        ablation = train_each_layer(model, some, case.lr, lambda trained: exam.loss(trained, "dev"))
-        row["worth"] = {"steps": case.ablate_layers, **ablation}
     if case.steps:
-        row |= _train(case, model, exam, collate, probe)
+        row |= _train(case, model, exam, Collator(tokenizer.pad_token_id))
     row["dev_loss"] = exam.loss(model, "dev")
     if not case.tuning:
         row["test_loss"] = exam.loss(model, "test")
@@ -48,10 +33,10 @@ def quality(case: Case, model: Any, tokenizer: Any) -> dict[str, Any]:
     return row
 
 
-def _train(case: Case, model: Any, exam: Exam, collate: Collator, probe: ScoreProbe | None) -> dict[str, Any]:
+def _train(case: Case, model: Any, exam: Exam, collate: Collator) -> Row:
     engine, _ = build(case, model)
     grass, batches = engine.grass, exam.batches(case.seed)
-    losses, batch_shapes, active, curve, drawn, reprobes = [], [], [], [], [], []
+    losses, batch_shapes, active, curve, drawn = [], [], [], [], []
     tokens = peak = trainable = 0
     cpu = wall = 0.0
     reset_peak()
@@ -70,8 +55,6 @@ def _train(case: Case, model: Any, exam: Exam, collate: Collator, probe: ScorePr
         scores = list(grass.scores) if grass is not None and grass.scores else None
         if scores is not None and (not drawn or drawn[-1]["scores"] != scores):
             drawn.append({"step": number, "scores": scores, "probabilities": list(grass.probabilities or [])})
-        if probe is not None and scores is not None and (not reprobes or number % case.reprobe == 0):
-            reprobes.append({"step": number, "scores": scores, "true": probe.measure(model)})
         if case.curve and number % case.curve == 0:
             peak = max(peak, peak_bytes())
             curve.append({"step": number, "cpu_seconds": cpu, "dev_loss": exam.loss(model, "dev")})
@@ -85,7 +68,6 @@ def _train(case: Case, model: Any, exam: Exam, collate: Collator, probe: ScorePr
         "curve": curve,
         "active": active,
         "scores": drawn,
-        **({"reprobes": reprobes} if case.reprobe else {}),
         "peak_bytes": distributed.max_over_ranks(max(peak, peak_bytes())),
         "bytes": memory(engine),
         "trainable": trainable,

@@ -3,14 +3,14 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from benchmarks import cost_model
+from benchmarks.case import Row
 from benchmarks.methods import METHODS
+from benchmarks.offload.suite import OFFLOADS
 from benchmarks.precision import STATE
 
-Row = dict[str, Any]
 Measure = Callable[[Row], float]
 
 
@@ -27,27 +27,29 @@ class Setting(NamedTuple):
     @property
     def label(self) -> str:
         """The method, and what differs from the defaults."""
-        parts = [self.method]
-        parts += [self.offload if self.offload != "none" else "offload none"] if self.offload is not None else []
-        parts += [f"accumulation {self.accumulation}"] if self.accumulation != 1 else []
-        parts += ["checkpointing"] if self.checkpointing else []
-        parts += ["all state made"] if self.prepare_state else []
-        return ", ".join(parts)
+        parts = {
+            self.method: True,
+            "offload none" if self.offload == "none" else self.offload: self.offload is not None,
+            f"accumulation {self.accumulation}": self.accumulation != 1,
+            "checkpointing": self.checkpointing,
+            "all state made": self.prepare_state,
+        }
+        return ", ".join(str(part) for part, differs in parts.items() if differs)
 
     @property
     def order(self) -> tuple[Any, ...]:
         """Methods in their defaults first, then the variants."""
         variant = self != Setting(self.method, self.stage)
-        settings = (variant, self.prepare_state, self.accumulation, self.checkpointing)
-        return (*settings, list(METHODS).index(self.method), self.stage, self.offload or "")
+        offload = [None, *OFFLOADS].index(self.offload)
+        method = list(METHODS).index(self.method)
+        return variant, self.prepare_state, self.accumulation, self.checkpointing, method, self.stage, offload
 
 
 def setting(row: Row) -> Setting:
     return Setting(*(row[name] for name in Setting._fields))
 
 
-@dataclass(frozen=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """Rows of one setting, beside all rows that they are compared with."""
 
     setting: Setting
@@ -59,24 +61,22 @@ class RowGroup:
 
     def every(self, name: str) -> list[Any]:
         """The values of all steps of a field that has one per step."""
-        return [value for row in self.rows for value in row[name]]
+        return [value for row in self.rows for value in row.get(name, ())]
+
+    def pairs(self, method: str, stage: int, offload: str | None = None) -> list[tuple[Row, Row]]:
+        """Each row with that method's in the same round, with the same accumulation and checkpointing."""
+        others = {_round(row): row for row in self.table if setting(row)[:3] == (method, stage, offload)}
+        return [(row, others[_round(row)]) for row in self.rows if _round(row) in others]
 
     def ratios(self, method: str, stage: int, measure: Measure) -> list[float]:
-        """To that method in the same round, with the same accumulation and checkpointing."""
-        bases = {
-            _round(row): row
-            for row in self.table
-            if setting(row)[:3] == (method, stage, None) and not row["prepare_state"]
-        }
-        return [measure(row) / measure(bases[_round(row)]) for row in self.rows if _round(row) in bases]
+        """Over that method's, one per round."""
+        return [measure(row) / measure(other) for row, other in self.pairs(method, stage)]
 
 
 def group_rows(rows: Sequence[Row]) -> list[RowGroup]:
     """One group per setting, methods in their defaults first."""
-    found: dict[Setting, list[Row]] = {}
-    for row in rows:
-        found.setdefault(setting(row), []).append(row)
-    return [RowGroup(one, found[one], rows) for one in sorted(found, key=lambda one: one.order)]
+    settings = sorted(set(map(setting, rows)), key=lambda one: one.order)
+    return [RowGroup(one, [row for row in rows if setting(row) == one], rows) for one in settings]
 
 
 def _round(row: Row) -> tuple[int, int, bool]:
@@ -89,6 +89,11 @@ def _round(row: Row) -> tuple[int, int, bool]:
 def step_seconds(row: Row) -> float:
     """Mean over the draws of a round; without probing."""
     return statistics.fmean(row["seconds"])
+
+
+def tokens(row: Row) -> int:
+    """Tokens of an optimizer step, all ranks."""
+    return row["ranks"] * row["micro_batch"] * row["accumulation"] * row["sequence"]
 
 
 def live_peak(row: Row) -> float:

@@ -4,32 +4,37 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-Row = dict[str, Any]
-Group = TypeVar("Group")
+from benchmarks.case import Row
+
+# Name of a column -> cell of a group.
+Columns = Mapping[str, Callable[[Any], str]]
 # Student's t, 97.5 %, by number of values.
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
 
 
-def table(title: str, groups: Iterable[Group], columns: Mapping[str, Callable[[Group], str]]) -> str:
-    """A heading and a line per group. Columns that are empty throughout are left out; without lines, nothing."""
-    lines = [[cell(group) for cell in columns.values()] for group in groups]
-    shown = [index for index in range(len(columns)) if any(line[index] for line in lines)]
+def table(title: str, groups: Iterable[Any], names: Columns, columns: Columns) -> str:
+    """A heading and a line per group: its names, its figures. Lines and columns without figures are left out."""
+    lines = [
+        ([name(group) for name in names.values()], [cell(group) for cell in columns.values()]) for group in groups
+    ]
+    lines = [line for line in lines if any(line[1])]
     if not lines:
         return ""
-    names = list(columns)
-    head = [[names[index] for index in shown], ["---"] * len(shown)]
-    body = [[line[index] for index in shown] for line in lines]
-    return "\n".join([f"### {title}", "", *(f"| {' | '.join(cells)} |" for cells in (*head, *body))])
+    shown = [index for index in range(len(columns)) if any(cells[index] for _, cells in lines)]
+    head = [*names, *(list(columns)[index] for index in shown)]
+    body = [[*name, *(cells[index] for index in shown)] for name, cells in lines]
+    marked = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+    return "\n".join([*([f"### {title}", ""] if title else []), *marked])
 
 
-def conditions(rows: Sequence[Row], *more: str, model: str = "") -> str:
+def conditions(rows: Sequence[Row], *more: str) -> str:
     """What all rows of a suite share, one line per subject."""
     one = rows[0]
     versions = {name: version for row in rows for name, version in row["versions"].items()}
     lines = [
-        f"{model or one['model']}, {each(rows, 'dtype')}, fused AdamW, clip 1.0",
+        f"{one['model']}, {each(rows, 'dtype')}, fused AdamW, clip 1.0",
         f"micro-batch {each(rows, 'micro_batch')} x {each(rows, 'sequence')} tokens, {each(rows, 'ranks')} rank(s)",
         f"{one['device']}: {each(rows, 'hardware')}; threads per rank {each(rows, 'threads')}",
         f"cases at a time {each(rows, 'jobs')}",
@@ -37,7 +42,7 @@ def conditions(rows: Sequence[Row], *more: str, model: str = "") -> str:
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"commits {each(rows, 'commit', ', ')}",
     ]
-    return "\n".join(f"- {line}" for line in lines if line)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def each(rows: Iterable[Row], key: str, separator: str = " / ") -> str:
@@ -52,11 +57,9 @@ def median(values: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
     return f"{statistics.median(values) * scale:.{digits}f}" if values else ""
 
 
-def mean(values: Iterable[float | None], digits: int = 2) -> str:
-    """Empty unless all values are known."""
+def mean(values: Iterable[float], digits: int = 2) -> str:
     found = list(values)
-    known = [value for value in found if value is not None]
-    return f"{statistics.fmean(known):.{digits}f}" if known and len(known) == len(found) else ""
+    return f"{statistics.fmean(found):.{digits}f}" if found else ""
 
 
 def median_range(values: Sequence[float], digits: int = 2) -> str:
@@ -68,15 +71,8 @@ def median_range(values: Sequence[float], digits: int = 2) -> str:
 
 def mean_deviation(values: Sequence[float], sign: str = "") -> str:
     """Mean, and with several values their standard deviation; ``sign`` "+": of differences."""
-    if not values:
-        return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.3f}{deviation}"
-
-
-def listed(values: Iterable[float]) -> str:
-    """Differences one by one."""
-    return ", ".join(f"{value:+.3f}" for value in values)
 
 
 def interval(values: Sequence[float]) -> str:

@@ -10,42 +10,31 @@ import pytest
 import torch
 from helpers.ranks import RankPool
 from helpers.tiered import tiered
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import cost_model
 from benchmarks.case import Case
 from benchmarks.cost_model import TrainedStep
-from benchmarks.measure.plain import TORCH_LINEAR
+from benchmarks.measure import observer
+from benchmarks.measure.engine import build, random_steps
+from benchmarks.measure.plain import TORCH_LINEAR, freeze_all_but
+from benchmarks.methods import prepare_model
+from benchmarks.models import shape_of
 from grass_ds.precision import DTYPES
+from launch import distributed
 
 LAYERS, ROWS, TOKENS = 4, 2, 32
-CONDITIONS = {
-    "dtype": "bf16",
-    "stage": 2,
-    "micro_batch": ROWS,
-    "sequence": TOKENS,
-    "accumulation": 1,
-    "grass": {},
-    "offload": None,
-    "checkpointing": False,
-    "prepare_state": False,
-    "active": [],
-}
 EVERYWHERE = list(range(LAYERS))
+CONDITIONS = {
+    **{"dtype": "bf16", "stage": 2, "micro_batch": ROWS, "sequence": TOKENS, "accumulation": 1, "grass": {}},
+    **{"offload": None, "checkpointing": False, "prepare_state": False, "active": []},
+}
 
 
 def llama(tied: bool, checkpointing: bool, hidden: int = 64, dtype: str = "bf16") -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden + 16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1024,
-        tie_word_embeddings=tied,
-        use_cache=False,
-    )
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden + 16, "num_hidden_layers": LAYERS}
+    config = LlamaConfig(**heads, **sizes, vocab_size=1024, tie_word_embeddings=tied, use_cache=False)
     model = LlamaForCausalLM(config).to(DTYPES[dtype]).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -58,11 +47,6 @@ def llama(tied: bool, checkpointing: bool, hidden: int = 64, dtype: str = "bf16"
 @TORCH_LINEAR
 def watch_passes(tied: bool, checkpointing: bool, lora: str | None, dtype: str) -> list[dict[str, Any]]:
     """Per active set: FLOPs of forward and backward, bytes that forward leaves for backward, and the row that they belong to."""
-    from benchmarks.measure.observer import Observer
-    from benchmarks.measure.plain import freeze_all_but
-    from benchmarks.methods import prepare_model
-    from benchmarks.models import shape_of
-
     model = prepare_model(lora or "full", llama(tied, checkpointing, dtype=dtype))
     model.to(DTYPES[dtype])
     if checkpointing and not lora:
@@ -76,7 +60,7 @@ def watch_passes(tied: bool, checkpointing: bool, lora: str | None, dtype: str) 
         row = {**CONDITIONS, "method": method, "ranks": 1, "checkpointing": checkpointing, "shape": shape_of(model)}
         row["dtype"] = dtype
         gc.collect()
-        with Observer() as seen:
+        with observer.Observer() as seen:
             loss = model(input_ids=ids, labels=ids).loss
             saved = seen.now - seen.rest_bytes
             loss.backward()
@@ -122,17 +106,13 @@ CASES: dict[str, dict[str, Any]] = {
     "full-2": {"method": "full"},
     "full-3": {"method": "full", "stage": 3},
     "lora-2": {"method": "lora"},
+    "fp32": {"method": "grass-embed", "checkpointing": True, "dtype": "fp32"},
 }
 
 
 @TORCH_LINEAR
 def watch_step(**arguments: Any) -> dict[str, Any]:
     """A row with its step as this rank observes it, in the middle of a period; what other tests have left alive is taken off its memory."""
-    from benchmarks.measure import observer
-    from benchmarks.measure.engine import build, random_steps
-    from benchmarks.models import shape_of
-    from launch import distributed
-
     gc.collect()
     left = observer.Observer().rest_bytes
     row = {**CONDITIONS, **arguments, "grass": {"probe_steps": 1, "sample_period": 9, "seed": 3}}
@@ -153,7 +133,7 @@ def watch_step(**arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("case", tiered(CASES, "grass-1", "embed-2", "grass-3", "full-2", "lora-2"))
+@pytest.mark.parametrize("case", tiered(CASES, "grass-1", "embed-2", "grass-3", "full-2", "lora-2", "fp32"))
 def test_steps_cost_what_the_model_says(two_ranks: RankPool, case: str) -> None:
     row = max(two_ranks.run(watch_step, **CASES[case]), key=lambda row: row["observed"]["peak_bytes"])
     seen, active = row["observed"], row["observed"]["active"]
@@ -165,21 +145,10 @@ def test_steps_cost_what_the_model_says(two_ranks: RankPool, case: str) -> None:
         least * (1.5 if stock and row["stage"] < 3 else 1), rel=0.02
     )
     ratio = seen["peak_bytes"] / cost_model.memory(row, active)["total"]
-    # On ZeRO-3 this small DeepSpeed's buffers count: what it has gathered is there twice for a moment.
-    assert 1 <= ratio < (math.inf if stock else 1.1 if row["stage"] < 3 else 1.3)
-
-
-@pytest.mark.dist
-def test_a_step_in_fp32_costs_what_the_model_says(two_ranks: RankPool) -> None:
-    case = {"method": "grass-embed", "checkpointing": True, "dtype": "fp32"}
-    row = max(two_ranks.run(watch_step, **case), key=lambda row: row["observed"]["peak_bytes"])
-    seen, active = row["observed"], row["observed"]["active"]
-    assert seen["flops"] == cost_model.flops(row, active)
-    assert cost_model.wire_bytes(seen["traffic"]) == pytest.approx(
-        cost_model.wire_bytes(cost_model.traffic(row, active)), rel=0.02
-    )
-    # DeepSpeed's buffer of reduced gradients, which the model leaves out, is as much larger as they are; the optimizer state is not.
-    assert 1 <= seen["peak_bytes"] / cost_model.memory(row, active)["total"] < 1.2
+    # On ZeRO-3 this small DeepSpeed's buffers count: what it has gathered is there twice for a moment. In fp32 its buffer
+    # of reduced gradients, which the model leaves out, is twice as large, and the optimizer state is not.
+    most = 1.3 if row["stage"] == 3 else 1.2 if case == "fp32" else 1.1
+    assert 1 <= ratio < (math.inf if stock else most)
 
 
 # ---- time ---------------------------------------------------------------------------------------------------------------------
@@ -188,25 +157,16 @@ def test_a_step_in_fp32_costs_what_the_model_says(two_ranks: RankPool) -> None:
 def test_the_least_time_is_that_of_plain_passes_and_traffic() -> None:
     shape = {"layers": LAYERS, "lora_rank": None, "lora_numel": 0, "tied": False, "hidden": 64}
     numels = {"layer_numel": 1000, "embed_numel": 500, "head_numel": 500, "norm_numel": 10}
+    passes = [{"active": active, "forward": 1.0, "backward": float(len(active))} for active in ([0, 3], [3])]
     speeds = {"reduce_scatter": 1e6, "all_gather": 2e6, "all_reduce": 4e6}
-    plain = {
-        "passes": [
-            {"active": [0, 3], "forward": 1.0, "backward": 2.0},
-            {"active": [3], "forward": 1.1, "backward": 0.5},
-        ],
-        "adam": {"numel": 1000, "seconds": 0.3},
-        "bandwidth": speeds,
-    }
-    row = {**CONDITIONS, "ranks": 2, "method": "grass", "shape": {**shape, **numels}, "active": [[0, 3], [3], [0, 3]]}
-    found = cost_model.seconds({**row, "plain": plain})
-    for numel, count, (forward, backward), parts in zip(
-        (2010, 1010, 2010), (3, 2, 3), ((1.0, 2.0), (1.1, 0.5), (1.0, 2.0)), found, strict=True
-    ):
-        sent = 2 * numel / 1e6 + 2 * numel / 2e6 + 4 * count / 4e6
-        expected = {"forward": forward, "backward": backward, "adam": 0.3 * numel / 2 / 1000, "traffic": sent}
-        assert parts == pytest.approx(expected)
+    plain = {"passes": passes, "adam": {"numel": 1000, "seconds": 0.3}, "bandwidth": speeds}
+    row = {**CONDITIONS, "ranks": 2, "method": "grass", "shape": {**shape, **numels}, "plain": plain}
+    found = cost_model.seconds({**row, "active": [[0, 3], [3]]})
+    for numel, layers, parts in zip((2010, 1010), (2, 1), found, strict=True):
+        sent = 2 * numel / 1e6 + 2 * numel / 2e6 + 4 * (1 + layers) / 4e6
+        adam = 0.3 * numel / 2 / 1000
+        assert parts == pytest.approx({"forward": 1.0, "backward": float(layers), "adam": adam, "traffic": sent})
     plain = {**plain, "passes": [{"active": None, "forward": 1.0, "backward": 2.0}], "bandwidth": {}}
     whole = {**row, "method": "full", "ranks": 1, "accumulation": 3, "active": [None], "plain": plain}
-    assert cost_model.seconds(whole) == [
-        pytest.approx({"forward": 3.0, "backward": 6.0, "adam": 0.3 * 5.01, "traffic": 0.0})
-    ]
+    expected = {"forward": 3.0, "backward": 6.0, "adam": 0.3 * 5.01, "traffic": 0.0}
+    assert cost_model.seconds(whole) == [pytest.approx(expected)]
