@@ -14,7 +14,7 @@ from grass_ds.config import OffloadConfig
 from grass_ds.core.units import Unit
 from grass_ds.offload.block_io import open_io
 from grass_ds.offload.chunk_files import ChunkFiles, file_bytes
-from grass_ds.offload.chunks import StateLayout, effective_chunk_numel, round_up
+from grass_ds.offload.chunks import GRAIN, StateLayout, round_up
 from grass_ds.offload.copies import Copies, copies_for
 from grass_ds.offload.device_buffers import DeviceBuffers
 from grass_ds.offload.host import HostTier
@@ -44,62 +44,57 @@ def open_store(
 
     Args:
         templates: what the optimizer keeps, per param group.
-        num_active_layers: gamma.
         device: of the model.
-        rank: of this process in the whole job; its files are named by it.
+        rank: of this process in the whole job.
         aio: DeepSpeed's ``"aio"`` block.
 
     Raises:
         GrassConfigError: the disk cannot be used, see :class:`~grass_ds.offload.state_files.StateFiles`.
     """
     copies = copies_for(device, Trace(config.trace, rank))
-    if config.device == "none":
-        chunk_numel = round_up(max(unit.shard_numel for unit in units))  # one chunk per unit
-    else:
-        chunk_numel = effective_chunk_numel(config.chunk_numel, units)
-    layout = StateLayout(tuple(template.planes for template in templates), chunk_numel)
-    tier: Tier | None = None
+    layout = StateLayout(tuple(template.planes for template in templates), _chunk_numel(config, units))
+    tier = Tier()
     if config.device == "cpu":
         tier = HostTier(copies, config.pin_memory)
     elif config.device == "nvme":
+        sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
         count = _host_buffers(config, layout, units, num_active_layers)
-        tier = _open_nvme(config, layout, units, copies, count, rank, aio)
-    buffers = DeviceBuffers(tier, copies, device, layout, config)
-    return StateStore(tier, buffers, templates, layout, copies.trace)
+        files = StateFiles(resolve_path(str(config.nvme_path)), rank, _job(), sizes)
+        tier = _open_nvme(config, layout, files, count, copies, aio)
+        if rank == 0:
+            logger.info(
+                f"grass_ds: optimizer state in {config.nvme_path}: {tier.nvme_bytes / 1e9:.2f} GB of files and "
+                f"{count} host buffers of {layout.buffer_bytes / 1e6:.1f} MB per rank"
+            )
+    return StateStore(tier, DeviceBuffers(tier, copies, device, layout, config), templates, layout, copies.trace)
 
 
 def _open_nvme(
-    config: OffloadConfig,
-    layout: StateLayout,
-    units: Sequence[Unit],
-    copies: Copies,
-    count: int,
-    rank: int,
-    aio: Mapping[str, Any],
+    config: OffloadConfig, layout: StateLayout, files: StateFiles, count: int, copies: Copies, aio: Mapping[str, Any]
 ) -> NvmeTier:
-    """The NVMe tier with ``count`` host buffers. If a part cannot be made, those made before it are closed."""
-    sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
+    """The NVMe tier with ``count`` host buffers. If a part cannot be made, the others are closed."""
     with ExitStack() as undo:
-        files = StateFiles(resolve_path(str(config.nvme_path)), rank, _job(), sizes)
         undo.callback(files.close)
         memory = BufferMemory(count, layout.buffer_bytes, pin=config.pin_memory, lock=config.io != "posix")
         undo.callback(memory.close)
         make_io = open_io(config.io, aio, files.direct, memory.locked)
         tier = NvmeTier(ChunkFiles(files, make_io, config.checksum, copies.trace), memory, copies, layout)
         undo.pop_all()
-    if rank == 0:
-        logger.info(
-            f"grass_ds: optimizer state in {config.nvme_path}: {files.nbytes / 1e9:.2f} GB of files and {count} host "
-            f"buffers of {layout.buffer_bytes / 1e6:.1f} MB per rank"
-        )
     return tier
 
 
+def _chunk_numel(config: OffloadConfig, units: Sequence[Unit]) -> int:
+    """A multiple of :data:`GRAIN`, at most the largest shard that can ever train. ``none``: one chunk per unit."""
+    if config.device == "none":
+        return round_up(max(unit.shard_numel for unit in units))
+    largest = max((unit.shard_numel for unit in units if unit.ever_active), default=GRAIN)
+    return round_up(min(config.chunk_numel, largest))
+
+
 def _host_buffers(config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int) -> int:
-    """``host_buffers`` of the config or by default."""
-    least = config.device_buffers + SPARE_BUFFERS
     if config.host_buffers is not None:
         return config.host_buffers
+    least = config.device_buffers + SPARE_BUFFERS
     if config.residency == "period":
         return max(least, 4)
     wanted = layout.largest_active_set(units, num_active_layers) + SPARE_BUFFERS

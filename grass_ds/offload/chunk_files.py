@@ -16,7 +16,6 @@ from grass_ds.offload.trace import Trace
 
 
 def file_bytes(unit: Unit, planes: int) -> int:
-    """Size of a unit's file."""
     return planes * round_up(unit.shard_numel) * ELEMENT
 
 
@@ -24,22 +23,17 @@ class ChunkFiles:
     """Reads and writes chunks; one thread may read while another one writes another chunk.
 
     Args:
-        files: this rank's state files; closed by :meth:`close`.
         open_io: makes an I/O object; called once per direction.
         checksum: keep a CRC-32 of every chunk that is written, and compare it when the chunk is read.
-
-    Planes have room for the chunk padded to the alignment. Errors are those of
-    :class:`~grass_ds.offload.block_io.BlockIO`.
     """
 
     def __init__(self, files: StateFiles, open_io: Callable[[], BlockIO], checksum: bool, trace: Trace):
-        self._files, self._trace = files, trace
+        self._files, self._checksum, self._trace = files, checksum, trace
         self._reader, self._writer = open_io(), open_io()
-        self._checksums: dict[Chunk, int] | None = {} if checksum else None
+        self._checksums: dict[Chunk, int] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
         return self._files.nbytes
 
     def add(self, unit: Unit, planes: int) -> None:
@@ -47,11 +41,11 @@ class ChunkFiles:
         self._files.add(unit.name, file_bytes(unit, planes))
 
     def read(self, chunk: Chunk, planes: Planes) -> None:
-        """Raises also :class:`OffloadError` if the chunk's checksum is not that of what was written."""
+        """Raises :class:`OffloadError` if the checksum is not that of what was written."""
         file = self._files[chunk.unit.name]
         with self._trace.span("read", str(chunk)):
-            self._reader.read(file, _pieces(chunk, planes))
-        written = (self._checksums or {}).get(chunk)
+            self._reader.read(file, pieces_of(chunk, planes))
+        written = self._checksums.get(chunk)
         if written is not None and written != _crc32(chunk, planes):
             raise OffloadError(
                 f"checksum mismatch: {file.path} does not hold what was written there for {chunk}. The disk or its "
@@ -60,19 +54,19 @@ class ChunkFiles:
             )
 
     def write(self, chunk: Chunk, planes: Planes) -> None:
-        if self._checksums is not None:
+        if self._checksum:
             self._checksums[chunk] = _crc32(chunk, planes)
         with self._trace.span("write", str(chunk)):
-            self._writer.write(self._files[chunk.unit.name], _pieces(chunk, planes))
+            self._writer.write(self._files[chunk.unit.name], pieces_of(chunk, planes))
 
     def close(self) -> None:
-        """Close and remove the files. Idempotent."""
         with ExitStack() as release:  # from the last to the first, and on if one of them raises
             for part in (self._files, self._writer, self._reader):
                 release.callback(part.close)
 
 
-def _pieces(chunk: Chunk, planes: Sequence[torch.Tensor]) -> list[Piece]:
+def pieces_of(chunk: Chunk, planes: Sequence[torch.Tensor]) -> list[Piece]:
+    """Whole pages of memory, and where they are in the unit's file."""
     numel, plane_bytes = round_up(chunk.numel), file_bytes(chunk.unit, 1)
     return [
         Piece(plane.narrow(0, 0, numel), index * plane_bytes + chunk.start * ELEMENT)

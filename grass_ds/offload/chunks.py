@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chunks: the pieces in which optimizer state moves between device, host and disk, and in which it is stepped.
+"""Chunks: the pieces in which optimizer state moves between device, host and disk, and in which it is stepped."""
 
-A unit can be as large as the head of a 128k vocabulary; a chunk has at most as many elements as a device buffer,
-whatever the unit.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +10,14 @@ import torch
 from grass_ds.core.units import Unit
 
 ELEMENT = 4  # bytes: all state is fp32
-# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O needs, and a multiple of every
-# vector width, so that vectorised optimizers treat an element alike in every chunk and results do not depend on the
-# chunk size.
+# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O needs. It is a multiple of every
+# vector width, so vectorised optimizers treat an element alike in every chunk.
 GRAIN = 1024
 
 
-def round_up(numel: int, grain: int = GRAIN) -> int:
-    """The smallest multiple of ``grain`` that is at least ``numel``."""
-    return -(-numel // grain) * grain
+def round_up(numel: int) -> int:
+    """The smallest multiple of :data:`GRAIN` that is at least ``numel``."""
+    return -(-numel // GRAIN) * GRAIN
 
 
 @dataclass(frozen=True)
@@ -75,17 +71,11 @@ class StateLayout:
 
     def largest_active_set(self, units: Iterable[Unit], num_active_layers: int) -> int:
         """Most chunks that train at a time: always-active units and the ``num_active_layers`` largest layers."""
-        always, layers = 0, dict[int, int]()
+        always, layers = 0, Counter[int]()
         for unit in units:
             count = len(self.chunks(unit))
             if unit.always:
                 always += count
             elif unit.layer is not None:
-                layers[unit.layer] = layers.get(unit.layer, 0) + count
-        return always + sum(sorted(layers.values(), reverse=True)[:num_active_layers])
-
-
-def effective_chunk_numel(asked: int, units: Sequence[Unit]) -> int:
-    """``asked`` rounded up to :data:`GRAIN`, but at most the largest shard that can ever train."""
-    largest = max((unit.shard_numel for unit in units if unit.ever_active), default=GRAIN)
-    return min(round_up(asked), round_up(largest))
+                layers[unit.layer] += count
+        return always + sum(count for _, count in layers.most_common(num_active_layers))

@@ -2,11 +2,9 @@
 """Copies between host and device, on streams of their own where the accelerator has streams.
 
 [Note: Ordering] Three streams touch a device buffer: loads (host to device), compute, stores (device to host). Each
-copy waits for the events it is given and ends with an event; nothing else orders them. The allocator is told of memory
-that was allocated under the compute stream and is used by another one (``record_stream``): otherwise it would hand out
-that memory again while a copy still runs.
-
-On a synchronous accelerator (the CPU) events are ``None``, and the path is the same.
+copy waits for the events it is given and ends with an event; nothing else orders them. ``record_stream`` tells the
+allocator not to hand out memory of the compute stream again while a copy on another one still runs. On a synchronous
+accelerator (the CPU) events are ``None``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,9 +44,7 @@ class Copies:
         """Every thread that issues copies calls this first."""
 
     def _copy(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Any:
-        for event in after:
-            if event is not None:
-                event.synchronize()
+        synchronize(after)
         with self.trace.span(lane, name):
             for target, source in pairs:
                 target.copy_(source)
@@ -68,29 +64,37 @@ class StreamCopies(Copies):
             get_accelerator().current_stream().wait_event(event)
 
     def compute_event(self) -> Any:
-        event = get_accelerator().Event()
-        event.record(get_accelerator().current_stream())
-        return event
+        return _event(get_accelerator().current_stream())
 
     def enter_thread(self) -> None:
         get_accelerator().set_device(self._device.index or 0)
 
     def _copy(self, pairs: Pairs, after: Sequence[Any], lane: str, name: str) -> Any:
         stream = self._streams[lane]
-        with get_accelerator().stream(stream), self.trace.device_span(lane, name, stream):
+        with get_accelerator().stream(stream), self.trace.span(lane, name, stream):
             for event in after:
                 if event is not None:
                     stream.wait_event(event)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
                 (target if target.device.type != "cpu" else source).record_stream(stream)
-            event = get_accelerator().Event()
-            event.record(stream)
-        return event
+            return _event(stream)
 
 
 def copies_for(device: torch.device, trace: Trace) -> Copies:
-    """The copies that suit the accelerator."""
     if get_accelerator().is_synchronized_device() or device.type == "cpu":
         return Copies(trace)
     return StreamCopies(trace, device)
+
+
+def synchronize(events: Iterable[Any]) -> None:
+    """The host waits for the events."""
+    for event in events:
+        if event is not None:
+            event.synchronize()
+
+
+def _event(stream: Any) -> Any:
+    event = get_accelerator().Event()
+    event.record(stream)
+    return event

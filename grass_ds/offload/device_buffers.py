@@ -2,17 +2,14 @@
 """Device buffers: each holds the state of one chunk while it is stepped.
 
 [Note: Residency] One mechanism, three policies:
-  ``stream``  at most ``device_buffers`` buffers of chunk size, reused for ever. A chunk is evicted once it was
-              stepped; its buffer takes the next chunk of the plan, whose load waits (on its stream) for the store
-              before it.
-  ``period``  a buffer per chunk of the active set, kept as long as the chunk is active. The next set's chunks are
-              loaded before the switch; those of the old set are stored after it, and their buffers freed when that is
-              done.
-  no tier     (``device: none``) a buffer per chunk, kept for ever.
+  ``stream``  at most ``device_buffers`` buffers of chunk size. A chunk is evicted once it was stepped. Its buffer
+              takes the next chunk of the plan, whose load waits (on its stream) for the store before it.
+  ``period``  a buffer per chunk of the active set. The next set's chunks are loaded before the switch. Those of the
+              old set are stored after it, and their buffers are then freed.
+  ``device: none``  a buffer per chunk, kept for ever.
 
 [Note: Order] A step uses chunks in the order of the plan, so loads are issued in that order and never further ahead
-than there are buffers. ``pending`` is the last copy into or out of a buffer: whoever uses the buffer next, waits for
-it.
+than there are buffers. Whoever uses a buffer waits for ``pending``, the last copy into or out of it.
 """
 
 from collections import deque
@@ -26,7 +23,7 @@ import torch
 from grass_ds.config import OffloadConfig
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import Chunk, StateLayout
-from grass_ds.offload.copies import Copies
+from grass_ds.offload.copies import Copies, synchronize
 from grass_ds.offload.state_files import OffloadError
 from grass_ds.offload.tier import Planes, Tier, Transfer
 
@@ -49,64 +46,49 @@ class DeviceBuffer:
         return self.pending is None or self.pending.done()
 
     def synchronize(self) -> None:
-        """The host waits for the last copy."""
-        event = self.pending.result() if self.pending is not None else None
-        if event is not None:
-            event.synchronize()
-        self.pending = None
+        if self.pending is not None:
+            synchronize([self.pending.result()])
+            self.pending = None
 
 
 class DeviceBuffers:
     """Loads chunks in the order of a plan, and evicts them.
 
-    Args:
-        tier: where state is kept while it is not on the device; None: it stays on the device.
-        config: ``residency``, ``device_buffers`` (of ``stream``) and ``prefetch``: ``backward`` lets transfers begin
-            between steps.
-
     Attributes:
+        keeps_all: nothing is evicted (``device: none``).
+        stored: a view of the units that have state; only theirs is loaded.
         peak_bytes: highest :attr:`nbytes` so far.
     """
 
-    def __init__(
-        self, tier: Tier | None, copies: Copies, device: torch.device, layout: StateLayout, config: OffloadConfig
-    ):
+    def __init__(self, tier: Tier, copies: Copies, device: torch.device, layout: StateLayout, config: OffloadConfig):
         self._tier, self._copies, self._device, self._layout = tier, copies, device, layout
-        self._streams = tier is not None and config.residency == "stream"
+        self.keeps_all = config.device == "none"
+        self._streams = not self.keeps_all and config.residency == "stream"
         self._max_buffers, self._eager = config.device_buffers, config.prefetch == "backward"
-        self._stored: Container[Unit] = ()
         self._held: dict[Chunk, DeviceBuffer] = {}
         self._free: deque[DeviceBuffer] = deque()
         self._evicted: list[DeviceBuffer] = []
         self._plan: list[Chunk] = []
         self._position: dict[Chunk, int] = {}
         self._next = 0  # of the plan: neither loaded nor used in this step yet
+        self.stored: Container[Unit] = ()
         self.peak_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of device memory held now."""
         return sum(buffer.nbytes for buffer in self._all())
 
     # ---- before a step ----------------------------------------------------------------------------------------------
 
-    def plan(self, chunks: Sequence[Chunk], stored: Container[Unit]) -> None:
-        """The coming steps use ``chunks`` in this order; all others are evicted.
-
-        Args:
-            stored: units whose state exists, a live view; state of the others is made in its buffer rather than
-                loaded.
-        """
-        self._stored = stored
+    def plan(self, chunks: Sequence[Chunk]) -> None:
+        """The coming steps use ``chunks`` in this order; all others are evicted."""
         self._plan, self._next = list(chunks), 0
         self._position = {chunk: index for index, chunk in enumerate(self._plan)}
-        if self._tier is not None:
+        if not self.keeps_all:
             for chunk in [chunk for chunk in self._held if chunk not in self._position]:
                 self._evict(chunk)
-            self._tier.plan(self._plan if self._streams else ())
-        self._free_evicted()
-        if self._eager:
-            self._read_ahead()
+        self._tier.plan(self._plan if self._streams else ())
+        self.end_step()
 
     def prefetch(self, chunks: Iterable[Chunk]) -> None:
         """These will be stepped soon. Called in backward, where transfers may begin if ``prefetch`` says so."""
@@ -118,21 +100,22 @@ class DeviceBuffers:
 
     def prepare(self, chunks: Iterable[Chunk]) -> None:
         """Load what may be planned next beside what is here; nothing with ``stream``, which has no room for it."""
-        if self._tier is None or self._streams or not self._eager:
-            return
-        for chunk in chunks:
-            if chunk not in self._held and chunk.unit in self._stored:
-                self._assign(chunk, self._allocate_for(chunk))
+        if self._eager and not (self.keeps_all or self._streams):
+            for chunk in chunks:
+                if chunk not in self._held and chunk.unit in self.stored:
+                    self._assign(chunk, self._allocate(chunk))
 
     # ---- in a step --------------------------------------------------------------------------------------------------
 
     def acquire(self, chunk: Chunk) -> Planes:
-        """The chunk's planes on the device, each [chunk.numel]; what is computed next comes after its load.
-
-        For a unit that was never stored the planes hold anything: the caller fills them.
-        """
+        """The chunk's planes on the device, each [chunk.numel], loaded, or uninitialised if it was never stored."""
         if chunk not in self._held:
-            self._assign(chunk, self._buffer_for(chunk))
+            buffer = self._unused_buffer(chunk)
+            if buffer is None:  # all are filled ahead, with what turned out not to come next
+                for other in list(self._held):
+                    self._evict(other)
+                buffer = self._free.popleft()
+            self._assign(chunk, buffer)
         self._next = max(self._next, self._position.get(chunk, -1) + 1)
         buffer = self._held[chunk]
         if buffer.pending is not None:
@@ -142,7 +125,7 @@ class DeviceBuffers:
 
     def release(self, chunk: Chunk) -> None:
         """The chunk was stepped: ``stream`` stores it and loads the next ones, the others keep it."""
-        self._held[chunk].dirty = self._tier is not None
+        self._held[chunk].dirty = not self.keeps_all
         if self._streams:
             self._evict(chunk)
             if self._plan:
@@ -175,15 +158,21 @@ class DeviceBuffers:
                 self._store(chunk, buffer)
 
     def read(self, unit: Unit) -> Planes:
-        """Without a tier: views of the unit's planes, each [shard_numel]."""
-        [chunk] = self._layout.chunks(unit)
-        return self._views(self._held[chunk], chunk)
+        """The unit's planes, each [shard_numel], read-only: on the host, or on the device without a tier."""
+        if self.keeps_all:
+            [chunk] = self._layout.chunks(unit)
+            return self._views(self._held[chunk], chunk)
+        self.flush()
+        return self._tier.read(unit)
 
     def write(self, unit: Unit, planes: Planes) -> None:
-        """Without a tier: set the unit's planes."""
+        self.discard(unit)
+        if not self.keeps_all:
+            self._tier.write(unit, planes)
+            return
         [chunk] = self._layout.chunks(unit)
-        buffer = self._held[chunk] = self._allocate_for(chunk)
-        for target, source in zip(self._views(buffer, chunk), planes, strict=True):
+        self._held[chunk] = self._allocate(chunk)
+        for target, source in zip(self._views(self._held[chunk], chunk), planes, strict=True):
             target.copy_(source)
 
     def close(self) -> None:
@@ -198,40 +187,37 @@ class DeviceBuffers:
     # ---- copies -----------------------------------------------------------------------------------------------------
 
     def _load_up_to(self, last: Chunk) -> None:
-        """Load the plan up to this chunk, as far as there are buffers; never blocks the host."""
+        """Load the plan up to this chunk as far as there are buffers, without blocking the host."""
         while self._next <= self._position[last]:
             chunk = self._plan[self._next]
             if chunk not in self._held:
-                buffer = self._unused_buffer()
-                if buffer is None:
+                if self._free and not self._free[0].is_issued:
                     return
-                if not buffer.is_issued:
-                    self._free.appendleft(buffer)
+                buffer = self._unused_buffer(chunk)
+                if buffer is None:
                     return
                 self._assign(chunk, buffer)
             self._next += 1
 
     def _read_ahead(self) -> None:
         """Let the tier read what comes after the chunks for which there are buffers."""
-        if self._streams and self._tier is not None:
+        if self._streams:
             coming = islice(self._plan, self._next, None)
-            self._tier.read_ahead(chunk for chunk in coming if chunk.unit in self._stored)
+            self._tier.read_ahead(chunk for chunk in coming if chunk.unit in self.stored)
 
     def _assign(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
         """From now on the buffer holds the chunk; load it if it was ever stored."""
-        if self._tier is not None and chunk.unit in self._stored:
+        if chunk.unit in self.stored:
             self._load(chunk, buffer)
         self._held[chunk] = buffer
 
     def _load(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
-        assert self._tier is not None
         # After the last copy out of the buffer; new memory: after whatever was computed in it before.
         free = buffer.pending.result() if buffer.pending is not None else self._copies.compute_event()
         buffer.pending = self._tier.load(chunk, self._views(buffer, chunk), [free])
         buffer.dirty = False
 
     def _store(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
-        assert self._tier is not None
         buffer.pending = self._tier.store(chunk, self._views(buffer, chunk), [self._copies.compute_event()])
         buffer.dirty = False
 
@@ -245,29 +231,17 @@ class DeviceBuffers:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
-    def _buffer_for(self, chunk: Chunk) -> DeviceBuffer:
-        """A buffer for a chunk that is needed now."""
-        if not self._streams:
-            return self._allocate_for(chunk)
-        buffer = self._unused_buffer()
-        if buffer is None:  # all are filled ahead, with what turned out not to come next
-            for other in list(self._held):
-                self._evict(other)
-            buffer = self._free.popleft()
-        return buffer
-
-    def _unused_buffer(self) -> DeviceBuffer | None:
-        """A buffer of ``stream`` that holds no chunk, the one evicted first; None if all do."""
+    def _unused_buffer(self, chunk: Chunk) -> DeviceBuffer | None:
+        """A buffer that holds no chunk, with ``stream`` the one evicted first; None if it has no more."""
         if self._free:
             return self._free.popleft()
-        if len(self._held) < self._max_buffers:
-            return self._allocate(self._layout.chunk_numel, self._layout.max_planes)
-        return None
+        return None if self._streams and len(self._held) >= self._max_buffers else self._allocate(chunk)
 
-    def _allocate_for(self, chunk: Chunk) -> DeviceBuffer:
-        return self._allocate(chunk.numel, self._layout.planes_of(chunk.unit))
-
-    def _allocate(self, numel: int, planes: int) -> DeviceBuffer:
+    def _allocate(self, chunk: Chunk) -> DeviceBuffer:
+        """A new buffer for the chunk, and for any other one with ``stream``."""
+        numel, planes = chunk.numel, self._layout.planes_of(chunk.unit)
+        if self._streams:
+            numel, planes = self._layout.chunk_numel, self._layout.max_planes
         self._free_evicted()
         buffer = DeviceBuffer([torch.empty(numel, dtype=torch.float32, device=self._device) for _ in range(planes)])
         self.peak_bytes = max(self.peak_bytes, self.nbytes + buffer.nbytes)

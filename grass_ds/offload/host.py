@@ -1,36 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host tier: state is kept in (pinned) host memory."""
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import ELEMENT, Chunk
-from grass_ds.offload.copies import Copies
+from grass_ds.offload.copies import Copies, synchronize
 from grass_ds.offload.pinned_memory import HostMemory
-from grass_ds.offload.tier import Planes, Transfer, issued
+from grass_ds.offload.tier import Planes, Tier, Transfer, issued
 
 
-class HostTier:
+class HostTier(Tier):
     """One set of planes per unit, made when it is stored for the first time; copies go straight there.
 
-    Planes are whole units, so that a checkpoint is written from them without a copy.
-
-    Args:
-        pin: page-lock them, for copies that run beside compute. No effect where device memory is host memory.
+    A plane is a whole unit in memory of its own, so that a checkpoint is written from it without a copy and without
+    more than it. ``pin``: page-lock the planes.
     """
 
     def __init__(self, copies: Copies, pin: bool):
-        self.error: BaseException | None = None
-        self.nvme_bytes = 0
-        self._copies = copies
-        self._pin = pin and get_accelerator().device_name() != "cpu"
-        self._states: dict[Unit, Planes] = {}
+        self._copies, self._pin = copies, pin
         self._memory: dict[Unit, list[HostMemory]] = {}
-        self._events: dict[Unit, dict[Chunk, Any]] = {}  # of the last copy of each chunk
+        self._states: dict[Unit, Planes] = {}
+        self._events: defaultdict[Unit, dict[Chunk, Any]] = defaultdict(dict)  # of the last copy of each chunk
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
         events = self._events[chunk.unit]
@@ -44,12 +39,6 @@ class HostTier:
         event = self._events[chunk.unit][chunk] = self._copies.store(pairs, after, str(chunk))
         return issued(event)
 
-    def plan(self, chunks: Sequence[Chunk]) -> None:
-        """Everything is here already."""
-
-    def read_ahead(self, chunks: Iterable[Chunk]) -> None:
-        """Everything is here already."""
-
     def read(self, unit: Unit) -> Planes:
         self._synchronize(unit)
         return self._states[unit]
@@ -62,8 +51,8 @@ class HostTier:
     def drop(self, unit: Unit) -> None:
         self._synchronize(unit)
         self._states.pop(unit, None)
-        self._events.pop(unit, None)
         for memory in self._memory.pop(unit, ()):
+            self.host_bytes -= memory.data.nbytes
             memory.close()
 
     def flush(self) -> None:
@@ -74,21 +63,12 @@ class HostTier:
         for unit in list(self._states):
             self.drop(unit)
 
-    @property
-    def host_bytes(self) -> int:
-        return sum(plane.nbytes for planes in self._states.values() for plane in planes)
-
     def _state(self, unit: Unit, planes: int) -> Planes:
         if unit not in self._states:
-            memory = [HostMemory(unit.shard_numel * ELEMENT, self._pin) for _ in range(planes)]
-            self._memory[unit], self._events[unit] = memory, {}
-            self._states[unit] = [part.data.view(torch.float32) for part in memory]
+            self._memory[unit] = [HostMemory(unit.shard_numel * ELEMENT, self._pin) for _ in range(planes)]
+            self.host_bytes += planes * unit.shard_numel * ELEMENT
+            self._states[unit] = [memory.data.view(torch.float32) for memory in self._memory[unit]]
         return self._states[unit]
 
     def _synchronize(self, unit: Unit) -> None:
-        """The host waits for the unit's copies under way."""
-        events = self._events.get(unit, {})
-        for event in events.values():
-            if event is not None:
-                event.synchronize()
-        events.clear()
+        synchronize(self._events.pop(unit, {}).values())

@@ -2,11 +2,9 @@
 """Host buffers between disk and device: a cache of chunks."""
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import Chunk
@@ -18,16 +16,14 @@ class HostBuffer:
     """Host memory for one chunk.
 
     Attributes:
-        planes: views of the memory, each [chunk_numel] float32.
+        planes: each [chunk_numel] float32.
         chunk: whose state it holds, also after it was used: a chunk that comes back soon is served from here.
         users: copies and transfers under way; the buffer keeps its chunk meanwhile.
         filled: it holds the chunk's state rather than waiting for it.
         dirty: newer than the file.
-        writing: being written to the file.
         prefetched: read ahead and not used since.
         copy_lock: held while a copy is issued, so that ``event`` is that of the later one of two threads.
         event: device event of the last copy into or out of it.
-        last_use: of a clock that every use advances.
     """
 
     planes: Planes
@@ -43,12 +39,7 @@ class HostBuffer:
 
     @property
     def idle(self) -> bool:
-        """Whether no thread works on it."""
         return not (self.users or self.writing)
-
-    def views(self, numel: int, count: int) -> Planes:
-        """The first ``numel`` elements of the first ``count`` planes."""
-        return [plane.narrow(0, 0, numel) for plane in self.planes[:count]]
 
     def copy(self, issue: Callable[["HostBuffer"], Any]) -> Any:
         """``issue`` a copy into or out of it; returns the copy's event."""
@@ -59,31 +50,17 @@ class HostBuffer:
             return event
 
     def synchronize(self) -> None:
-        """The host waits for the copies under way."""
         if self.event is not None:
             self.event.synchronize()
             self.event = None
 
 
-class HostBuffers:
+class HostBuffers(list[HostBuffer]):
     """The buffers, and which of them to use next. Not thread-safe: the tier holds its lock around every call."""
 
-    def __init__(self, memory: Iterable[torch.Tensor], planes: int):
-        self._buffers = [HostBuffer(list(part.view(torch.float32).chunk(planes))) for part in memory]
-        self._clock = 0
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __iter__(self) -> Iterator[HostBuffer]:
-        return iter(self._buffers)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(plane.nbytes for buffer in self for plane in buffer.planes)
+    _clock = 0
 
     def find(self, chunk: Chunk) -> HostBuffer | None:
-        """The buffer that holds the chunk's state."""
         return next((buffer for buffer in self if buffer.filled and buffer.chunk == chunk), None)
 
     def is_filling(self, chunk: Chunk) -> bool:
@@ -91,7 +68,6 @@ class HostBuffers:
         return any(buffer.chunk == chunk and not buffer.filled for buffer in self)
 
     def acquire(self, buffer: HostBuffer) -> HostBuffer:
-        """Count one more user."""
         self._clock += 1
         buffer.last_use, buffer.users = self._clock, buffer.users + 1
         return buffer
@@ -101,15 +77,10 @@ class HostBuffers:
         buffer.chunk, buffer.filled, buffer.prefetched = chunk, False, False
         return self.acquire(buffer)
 
-    def reusable(self, cached: Collection[Chunk]) -> HostBuffer | None:
-        """The clean idle buffer to reuse: not read ahead, not ``cached`` if possible, and used longest ago."""
-        clean = [buffer for buffer in self if buffer.idle and not buffer.dirty]
-        return min(clean, key=lambda b: (b.prefetched, b.chunk in cached, b.last_use), default=None)
-
-    def oldest_dirty(self, cached: Collection[Chunk]) -> HostBuffer | None:
-        """The idle buffer to write when none is reusable."""
-        dirty = [buffer for buffer in self if buffer.idle and buffer.dirty]
-        return min(dirty, key=lambda b: (b.chunk in cached, b.last_use), default=None)
+    def next_idle(self, dirty: bool, cached: Collection[Chunk]) -> HostBuffer | None:
+        """The buffer to reuse, or if ``dirty`` to write: not read ahead, not ``cached`` if possible, the oldest."""
+        idle = [buffer for buffer in self if buffer.idle and buffer.dirty == dirty]
+        return min(idle, key=lambda b: (b.prefetched, b.chunk in cached, b.last_use), default=None)
 
     def drop(self, unit: Unit) -> None:
         """Empty the unit's buffers; those in use, or being written, are merely not written again."""
@@ -118,6 +89,3 @@ class HostBuffers:
                 buffer.dirty = buffer.prefetched = False
                 if buffer.idle:  # as long as its file changes, no thread may miss the chunk here
                     buffer.chunk, buffer.filled = None, False
-
-    def clear(self) -> None:
-        self._buffers.clear()

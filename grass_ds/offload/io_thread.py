@@ -16,15 +16,15 @@ JOIN_SECONDS = 60.0
 
 
 class IOThread:
-    """One thread, which ends with :meth:`shutdown` or with the interpreter."""
+    """``explain`` is called in the thread with what a task raised, and returns what the task's future raises."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, explain: Callable[[BaseException], BaseException] = lambda error: error):
+        self._explain = explain
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """Run ``task(*arguments)`` after all tasks submitted before; the future has its result, or what it raised."""
         future: Future[Any] = Future()
         self._tasks.put((future, task, arguments))
         return future
@@ -40,5 +40,5 @@ class IOThread:
             try:
                 future.set_result(task(*arguments))
             except BaseException as error:  # must not end the thread: others wait for their tasks
-                future.set_exception(error)
+                future.set_exception(self._explain(error))
             del entry, future, task, arguments  # which hold tensors

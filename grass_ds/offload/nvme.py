@@ -2,22 +2,20 @@
 """The NVMe tier: state is kept in files, and passes through a few host buffers on its way.
 
 [Note: Two threads] A reader and a writer thread move chunks between the disk and host buffers. A copy between a host
-buffer and the device is issued by the thread that has the buffer at hand, in the stream order of copies.py.
+buffer and the device is issued by the thread that has the buffer at hand.
 
 [Note: Cache] A buffer keeps its chunk until it is needed for another one. A load that finds the chunk in a buffer
-takes it from there, whether or not the file is up to date; a load of a chunk whose store is still queued waits for
-that store. So no file is read before what was stored last is in it.
+takes it from there. A load of a chunk whose store is still queued waits for that store. So no file is read before what
+was stored last is in it.
 
-[Note: When files are written] If the buffers hold all chunks that the coming steps use, these stay in host memory and
-are written when they leave the active set (or at a flush): an SSD wears by bytes written, and a period of 25 steps
-would write each state 25 times. Otherwise a chunk is written at once after its step.
+[Note: When files are written] If the buffers hold all chunks that the coming steps use, these are written when they
+leave the active set, or at a flush: an SSD wears by bytes written. Otherwise a chunk is written after its step.
 """
 
 import atexit
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,12 +24,12 @@ import torch
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunk_files import ChunkFiles
 from grass_ds.offload.chunks import Chunk, StateLayout
-from grass_ds.offload.copies import Copies
+from grass_ds.offload.copies import Copies, synchronize
 from grass_ds.offload.host_buffers import HostBuffer, HostBuffers
 from grass_ds.offload.io_thread import IOThread
 from grass_ds.offload.pinned_memory import BufferMemory
 from grass_ds.offload.state_files import OffloadError
-from grass_ds.offload.tier import Planes, Transfer, issued
+from grass_ds.offload.tier import Planes, Tier, Transfer, issued
 
 SPARE_BUFFERS = 2
 """Buffers that no chunk is read ahead into: one for a load that is needed now, one for a store."""
@@ -40,45 +38,31 @@ Issue = Callable[[HostBuffer], Any]
 """Issues a copy into or out of a buffer; returns its event."""
 
 
-class NvmeTier:
-    """See the notes above.
-
-    Args:
-        files: where chunks are kept; owned, and closed by :meth:`close`.
-        memory: host memory of the buffers; owned, and released by :meth:`close`.
-    """
+class NvmeTier(Tier):
+    """See the notes above. It owns ``files`` and ``memory`` and closes both."""
 
     def __init__(self, files: ChunkFiles, memory: BufferMemory, copies: Copies, layout: StateLayout):
-        self.error: BaseException | None = None
-        self._files, self._memory, self._copies, self._layout = files, memory, copies, layout
+        self._files, self._copies, self._layout = files, copies, layout
+        self.host_bytes, self.nvme_bytes = memory.nbytes, files.nbytes
         self._host_copies = Copies(copies.trace)
-        self._buffers = HostBuffers(memory, layout.max_planes)
+        planes = (part.view(torch.float32).chunk(layout.max_planes) for part in memory.buffers)
+        self._buffers = HostBuffers(HostBuffer(list(each)) for each in planes)
         self._lock = threading.Condition()
         self._queued: Counter[Chunk] = Counter()  # stores that the writer has not begun or not finished
         self._ahead: set[Chunk] = set()  # read-aheads that the reader has not finished
         self._planned: frozenset[Chunk] = frozenset()
         self._cached: frozenset[Chunk] = frozenset()  # written only when they leave the plan
-        self._closed = False
-        self._reader, self._writer = IOThread("grass-read"), IOThread("grass-write")
+        self._reader, self._writer = (IOThread(name, self._fail) for name in ("grass-read", "grass-write"))
         for thread in (self._reader, self._writer):
-            self._submit(thread, copies.enter_thread)
+            thread.submit(copies.enter_thread)
+        self._resources = ExitStack()  # released from the last to the first, and on if one of them raises
+        for release in (memory.close, self._buffers.clear, files.close, *(each.synchronize for each in self._buffers)):
+            self._resources.callback(release)
+        for thread in (self._reader, self._writer):
+            self._resources.callback(thread.shutdown)
         atexit.register(self.close)
 
-    @property
-    def host_bytes(self) -> int:
-        return self._buffers.nbytes
-
-    @property
-    def nvme_bytes(self) -> int:
-        return self._files.nbytes
-
     # ---- copies to and from the device ------------------------------------------------------------------------------
-
-    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
-        return self._load(chunk, target, after, self._copies)
-
-    def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Transfer:
-        return self._store(chunk, source, after, self._copies)
 
     def plan(self, chunks: Sequence[Chunk]) -> None:
         with self._lock:
@@ -88,7 +72,7 @@ class NvmeTier:
                 buffer.prefetched = buffer.prefetched and buffer.chunk in self._planned
             leaving = [buffer for buffer in self._buffers if buffer.dirty and buffer.chunk not in self._cached]
         for buffer in leaving:
-            self._submit(self._writer, self._write, buffer)
+            self._writer.submit(self._write, buffer)
 
     def read_ahead(self, chunks: Iterable[Chunk]) -> None:
         with self._lock:
@@ -101,40 +85,41 @@ class NvmeTier:
                     continue
                 self._ahead.add(chunk)
                 room -= 1
-                self._submit(self._reader, self._read_ahead, chunk)
+                self._reader.submit(self._read_ahead, chunk)
 
-    def _load(self, chunk: Chunk, target: Planes, after: Sequence[Any], copies: Copies) -> Transfer:
+    def load(self, chunk: Chunk, target: Planes, after: Sequence[Any], copies: Copies | None = None) -> Transfer:
         self._check()
+        copy = (copies or self._copies).load
 
         def issue(buffer: HostBuffer) -> Any:
-            pairs = zip(target, buffer.views(chunk.numel, len(target)), strict=True)
-            return copies.load(pairs, [*after, buffer.event], str(chunk))
+            pairs = [(there, here[: chunk.numel]) for there, here in zip(target, buffer.planes, strict=False)]
+            return copy(pairs, [*after, buffer.event], str(chunk))
 
         with self._lock:
             buffer = None if self._queued[chunk] else self._buffers.find(chunk)
             if buffer is None:
-                return self._submit(self._reader, self._read_and_copy, chunk, issue)
+                return self._reader.submit(self._read_and_copy, chunk, issue)
             self._buffers.acquire(buffer).prefetched = False
         return issued(self._copy_from(buffer, issue))
 
-    def _store(self, chunk: Chunk, source: Planes, after: Sequence[Any], copies: Copies) -> Transfer:
+    def store(self, chunk: Chunk, source: Planes, after: Sequence[Any], copies: Copies | None = None) -> Transfer:
         self._check()
+        copy = (copies or self._copies).store
 
         def issue(buffer: HostBuffer) -> Any:
-            pairs = zip(buffer.views(chunk.numel, len(source)), source, strict=True)
-            return copies.store(pairs, [*after, buffer.event], str(chunk))
+            pairs = [(here[: chunk.numel], there) for here, there in zip(buffer.planes, source, strict=False)]
+            return copy(pairs, [*after, buffer.event], str(chunk))
 
         with self._lock:
             buffer = None if self._queued[chunk] else self._buffers.find(chunk)
             if buffer is None or buffer.writing:
                 self._queued[chunk] += 1
-                return self._submit(self._writer, self._store_queued, chunk, issue)
+                return self._writer.submit(self._store_queued, chunk, issue)
             # A write that was queued earlier does nothing while the buffer changes.
             self._buffers.acquire(buffer).dirty = False
         return issued(self._copy_into(buffer, issue, chunk))
 
     def _copy_from(self, buffer: HostBuffer, issue: Issue) -> Any:
-        """Copy out of a buffer in use, and release it."""
         try:
             return buffer.copy(issue)
         finally:
@@ -148,7 +133,7 @@ class NvmeTier:
         finally:
             self._release(buffer)
         if chunk not in self._cached:
-            self._submit(self._writer, self._write, buffer)
+            self._writer.submit(self._write, buffer)
         return event
 
     # ---- in the reader thread ---------------------------------------------------------------------------------------
@@ -212,7 +197,7 @@ class NvmeTier:
                 self._lock.notify_all()
 
     def _write(self, buffer: HostBuffer) -> None:
-        """Bring the file up to date with the buffer; nothing to do if it is, or if its chunk was dropped."""
+        """Write the buffer to the file if it is newer."""
         with self._lock:
             self._check()
             chunk = buffer.chunk
@@ -220,9 +205,7 @@ class NvmeTier:
                 return
             buffer.dirty, buffer.writing = False, True
         try:
-            event = buffer.event
-            if event is not None:
-                event.synchronize()
+            synchronize([buffer.event])
             self._files.write(chunk, self._planes(buffer, chunk))
         finally:
             with self._lock:
@@ -234,14 +217,15 @@ class NvmeTier:
     def read(self, unit: Unit) -> Planes:
         planes = [torch.empty(unit.shard_numel, dtype=torch.float32) for _ in range(self._layout.planes_of(unit))]
         for chunk in self._layout.chunks(unit):
-            self._load(chunk, [chunk.of(plane) for plane in planes], (), self._host_copies).result()
+            self.load(chunk, [chunk.of(plane) for plane in planes], (), self._host_copies).result()
         return planes
 
     def write(self, unit: Unit, planes: Planes) -> None:
         self._files.add(unit, len(planes))  # of a unit that never trains, whose state was set by hand
+        self.nvme_bytes = self._files.nbytes
         for chunk in self._layout.chunks(unit):
             source = [chunk.of(plane).to("cpu") for plane in planes]  # here, on the caller's stream
-            self._store(chunk, source, (), self._host_copies).result()
+            self.store(chunk, source, (), self._host_copies).result()
 
     def drop(self, unit: Unit) -> None:
         with self._lock:
@@ -251,40 +235,26 @@ class NvmeTier:
     def flush(self) -> None:
         self._check()
         self._wait_for_threads()  # queued stores leave more to write
-        with self._lock:
-            dirty = [buffer for buffer in self._buffers if buffer.dirty]
-        for buffer in dirty:
-            self._submit(self._writer, self._write, buffer)
+        for buffer in self._buffers:
+            self._writer.submit(self._write, buffer)
         self._wait_for_threads()
         self._check()
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
         atexit.unregister(self.close)
         self._fail(OffloadError("the optimizer state was released by destroy()"))
-        with ExitStack() as release:  # from the last to the first, and on if one of them raises
-            release.callback(self._memory.close)
-            release.callback(self._buffers.clear)
-            release.callback(self._files.close)
-            for buffer in self._buffers:
-                release.callback(buffer.synchronize)
-            for thread in (self._reader, self._writer):
-                release.callback(thread.shutdown)
+        self._resources.close()
+        self.host_bytes = self.nvme_bytes = 0
 
     # ---- buffers and threads ----------------------------------------------------------------------------------------
 
     def _try_assign(self, chunk: Chunk, in_writer: bool = False) -> HostBuffer | None:
-        """A buffer for the chunk, in use and not filled; None after waiting, for the caller to look again.
-
-        Called with the lock held.
-        """
+        """A buffer for the chunk, in use and not filled; None after waiting. Called with the lock held."""
         self._check()
-        buffer = self._buffers.reusable(self._cached)
+        buffer = self._buffers.next_idle(False, self._cached)
         if buffer is not None:
             return self._buffers.assign(buffer, chunk)
-        dirty = self._buffers.oldest_dirty(self._cached)
+        dirty = self._buffers.next_idle(True, self._cached)
         if dirty is not None and in_writer:  # it would wait for itself
             self._lock.release()
             try:
@@ -293,7 +263,7 @@ class NvmeTier:
                 self._lock.acquire()
             return None
         if dirty is not None:
-            self._submit(self._writer, self._write, dirty)
+            self._writer.submit(self._write, dirty)
         self._lock.wait()
         return None
 
@@ -305,23 +275,12 @@ class NvmeTier:
     def _planes(self, buffer: HostBuffer, chunk: Chunk) -> Planes:
         return buffer.planes[: self._layout.planes_of(chunk.unit)]
 
-    def _submit(self, thread: IOThread, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        return thread.submit(self._run, task, *arguments)
-
-    def _run(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return task(*arguments)
-        except BaseException as error:
-            failure = self._fail(error)
-        raise failure
-
     def _wait_for_threads(self) -> None:
-        """Block until all tasks submitted so far are done."""
         for thread in (self._reader, self._writer):
             thread.submit(int).result()
 
     def _fail(self, error: BaseException) -> BaseException:
-        """No state can be relied upon from here on; wakes all threads that wait. Returns what their callers raise."""
+        """Stop all transfers, and wake the threads that wait. Returns what their callers raise."""
         if not isinstance(error, OffloadError):
             cause, error = error, OffloadError(f"state could not be moved: {type(error).__name__}: {error}")
             error.__cause__ = cause

@@ -11,16 +11,15 @@ locked.
 import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from deepspeed.utils import logger
@@ -55,9 +54,8 @@ def resolve_path(path: str) -> Path:
 
 @dataclass(frozen=True)
 class StateFile:
-    """An open file of ``nbytes`` bytes for the state of the unit ``name``."""
+    """An open file of ``nbytes`` bytes for the state of a unit."""
 
-    name: str
     path: Path
     fd: int
     nbytes: int
@@ -65,10 +63,7 @@ class StateFile:
     def check(self) -> None:
         """Raise :class:`OffloadError` if the file is not as long as it was made."""
         # Of the open file, not of the path: a file that was deleted lives on until it is closed, and nothing is lost.
-        try:
-            found = os.fstat(self.fd).st_size
-        except OSError as error:
-            raise OffloadError(f"{self.path}: {error.strerror}") from error
+        found = os.fstat(self.fd).st_size
         if found != self.nbytes:
             raise OffloadError(
                 f"{self.path} has {found} bytes instead of {self.nbytes}: something else has truncated or written it, "
@@ -82,8 +77,7 @@ class StateFiles:
     ``root`` is not created: on a disk that is not mounted the state would land wherever the mount point is.
 
     Args:
-        root: an existing directory on a local disk.
-        rank: distinguishes the ranks that share the directory.
+        root: an existing directory on a local disk, which ranks share.
         job: name of this job, for the error of a second job that is given the directory.
         sizes: unit name -> bytes, a multiple of :data:`ALIGNMENT`.
 
@@ -93,7 +87,6 @@ class StateFiles:
     Raises:
         GrassConfigError: the directory is missing, cannot be written, has too little space, or is used by another job.
             No file is left behind.
-        ValueError: a size that is not a positive multiple of :data:`ALIGNMENT`.
     """
 
     def __init__(self, root: Path, rank: int, job: str, sizes: Mapping[str, int]):
@@ -109,11 +102,10 @@ class StateFiles:
             self._check_space(sum(sizes.values()))
             for name, size in sizes.items():
                 self.add(name, size)
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise self._explained(error) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise self._explained(error) from error
             raise
 
     def __getitem__(self, name: str) -> StateFile:
@@ -121,26 +113,16 @@ class StateFiles:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
         return sum(file.nbytes for file in self._files.values())
 
     def add(self, name: str, nbytes: int) -> None:
-        """Make the file of one more unit; nothing to do if there is one of that size.
-
-        Raises:
-            GrassConfigError: it cannot be made; it is then removed again, the others stay.
-            ValueError: a size that is not a positive multiple of :data:`ALIGNMENT`, or another than the file has.
-        """
-        if nbytes <= 0 or nbytes % ALIGNMENT:
-            raise ValueError(f"{name}: {nbytes} bytes; a positive multiple of {ALIGNMENT} is needed")
+        """Make the file of one more unit, unless there is one. If that fails, the other files stay."""
         if name in self._files:
-            if self._files[name].nbytes != nbytes:
-                raise ValueError(f"{self._files[name].path} has {self._files[name].nbytes} bytes, asked for {nbytes}")
             return
         # Percent-encoded, so that two units cannot share a file.
         path = self._directory / f"{quote(name, safe='')}.state"
         try:
-            self._files[name] = StateFile(name, path, _create(path, nbytes, self.direct), nbytes)
+            self._files[name] = StateFile(path, _create(path, nbytes, self.direct), nbytes)
         except OSError as error:
             self._remove(path)
             raise self._explained(error, self.nbytes + nbytes) from error
@@ -152,12 +134,11 @@ class StateFiles:
                 os.close(file.fd)
             self._remove(file.path)
         self._files = {}
-        if self._lock is None:
-            return
-        self._remove(self._directory)
-        self._remove(self._lock_path)
-        os.close(self._lock)
-        self._lock = None
+        if self._lock is not None:
+            self._remove(self._directory)
+            self._remove(self._lock_path)
+            os.close(self._lock)
+            self._lock = None
 
     def _open_directory(self, job: str) -> None:
         """Lock the directory, and empty it."""
@@ -166,7 +147,8 @@ class StateFiles:
                 f'{_KEY} = "{self._root}": no such directory. It must exist and is not created, so that a disk '
                 "that is not mounted is noticed: mount the disk or create the directory"
             )
-        self._lock = self._take_lock(job)
+        while self._lock is None:
+            self._lock = self._try_lock(job)
         self._directory.mkdir(exist_ok=True)
         stale = list(self._directory.glob("*.state"))
         if stale:
@@ -179,31 +161,29 @@ class StateFiles:
         elif not self.direct:
             logger.info(f"{self._root} does not support direct I/O: transfers go through the page cache")
 
-    def _take_lock(self, job: str) -> int:
-        while True:
+    def _try_lock(self, job: str) -> int | None:
+        """Lock the directory and write who holds it; None if its former holder removed the lock file meanwhile."""
+        with contextlib.ExitStack() as undo:
             lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o600)
+            undo.callback(os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not _is_at(lock, self._lock_path):  # its former holder removed it in between
-                    os.close(lock)
-                    continue
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, json.dumps(_holder(job)).encode(), 0)
-                return lock
             except BlockingIOError:
-                holder = _read_holder(lock)
-                os.close(lock)
+                holder = os.pread(lock, ALIGNMENT, 0).decode() or "another process, which has not written its name yet"
                 raise GrassConfigError(
                     f'{_KEY} = "{self._root}" is in use: {self._lock_path.name} is held by {holder}. Give every job a '
                     'path of its own, for example with "$SLURM_JOB_ID" in it'
                 ) from None
-            except BaseException:
-                os.close(lock)
-                raise
+            if not _is_at(lock, self._lock_path):
+                return None
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"job {job} (process {os.getpid()} on {socket.gethostname()}, since {since})".encode(), 0)
+            undo.pop_all()
+        return lock
 
     def _check_space(self, needed: int) -> None:
-        disk = os.statvfs(self._directory)
-        available = disk.f_bavail * disk.f_frsize
+        available = shutil.disk_usage(self._directory).free
         if available < needed:
             raise GrassConfigError(
                 f'{_KEY} = "{self._root}": this rank needs {_gigabytes(needed)} for optimizer state, but only '
@@ -232,15 +212,14 @@ class StateFiles:
 
 def _create(path: Path, nbytes: int, direct: bool) -> int:
     """Make and open a file with that many bytes reserved on the disk."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
+    with contextlib.ExitStack() as undo:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        undo.callback(os.close, fd)
         # Before O_DIRECT: where the filesystem cannot preallocate, the C library writes single bytes.
         os.posix_fallocate(fd, 0, nbytes)
         if direct:
             fcntl.fcntl(fd, fcntl.F_SETFL, os.O_RDWR | os.O_DIRECT)
-    except BaseException:
-        os.close(fd)
-        raise
+        undo.pop_all()
     return fd
 
 
@@ -248,12 +227,8 @@ def _supports_direct(directory: Path) -> bool:
     """Whether files can be switched to O_DIRECT and then read in aligned pages."""
     path = directory / "probe.state"
     try:
-        fd = _create(path, ALIGNMENT, direct=True)
-        try:
-            with mmap.mmap(-1, ALIGNMENT) as page:
-                return os.preadv(fd, [page], 0) == ALIGNMENT
-        finally:
-            os.close(fd)
+        with open(_create(path, ALIGNMENT, direct=True), "rb", buffering=0) as file, mmap.mmap(-1, ALIGNMENT) as page:
+            return file.readinto(page) == ALIGNMENT
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -267,23 +242,6 @@ def _is_at(fd: int, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False
-
-
-def _holder(job: str) -> dict[str, Any]:
-    return {
-        "job": job,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
-
-
-def _read_holder(lock: int) -> str:
-    try:
-        holder = json.loads(os.pread(lock, ALIGNMENT, 0))
-        return "job {job} (process {pid} on {host}, since {since})".format_map(holder)
-    except (ValueError, KeyError, TypeError):
-        return "another process, which has not written its name yet"
 
 
 def _gigabytes(nbytes: int) -> str:

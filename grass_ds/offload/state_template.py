@@ -34,34 +34,27 @@ class StateTemplate:
         """Tensors of a unit's length: master weights and moments."""
         return 1 + len(self.moments)
 
-    @property
-    def keeps_nothing(self) -> bool:
-        return not self.moments and not self.start
-
 
 def learn_template(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], device: torch.device) -> StateTemplate:
     """Step a parameter of 8 elements with the group's hyper-parameters; the optimizer is left as it was.
 
     Raises:
-        GrassConfigError: an optimizer that cannot step a parameter it was not built with, or that counts steps per
-            group.
+        GrassConfigError: the optimizer cannot step parameters it was not built with, or counts steps per group.
     """
-    weights, state = _one_step(optimizer, group, device, None)
-    moments = tuple(name for name, value in state.items() if _per_element(value))
+    weights, state = _one_step(optimizer, group, device, {})
+    moments = tuple(name for name, value in state.items() if torch.is_tensor(value) and value.shape == (_NUMEL,))
     start = {name: _zero(value) for name, value in state.items() if name not in moments}
     zeros = {name: torch.zeros(_NUMEL, device=device) for name in moments}
-    if state:
-        try:
-            again, repeated = _one_step(optimizer, group, device, {**copy.deepcopy(start), **zeros})
-        except Exception:
-            return StateTemplate(moments, None)
-        if not (torch.equal(weights, again) and _equal(state, repeated)):
-            return StateTemplate(moments, None)
-    return StateTemplate(moments, start)
+    try:
+        again, repeated = _one_step(optimizer, group, device, {**copy.deepcopy(start), **zeros})
+    except Exception:
+        return StateTemplate(moments, None)
+    same = torch.equal(weights, again) and _equal(state, repeated)
+    return StateTemplate(moments, start if same else None)
 
 
 def _one_step(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], device: torch.device, state: dict[str, Any] | None
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], device: torch.device, state: dict[str, Any]
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Weights and state after a step from ``state``."""
     param = nn.Parameter(torch.linspace(-1.0, 1.0, _NUMEL, device=device))
@@ -69,7 +62,7 @@ def _one_step(
     probe = {**group, "params": [param]}
     groups, optimizer.param_groups = optimizer.param_groups, [probe]
     name = type(optimizer).__name__
-    if state is not None:
+    if state:
         optimizer.state[param] = state
     try:
         optimizer.step()
@@ -87,10 +80,6 @@ def _one_step(
             "use one that keeps it per parameter, such as torch.optim.AdamW"
         )
     return param.detach(), dict(after)
-
-
-def _per_element(value: Any) -> bool:
-    return torch.is_tensor(value) and value.shape == (_NUMEL,)
 
 
 def _zero(value: Any) -> Any:

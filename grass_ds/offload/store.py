@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer states of all units, on the device, in host memory or on disk.
 
-State is made when a unit is stepped for the first time: the fp32 master shard is then copied from the low-precision
-weights, which have not changed until then. So nothing is lost, and a layer that was never drawn costs nothing.
+State is made when a unit is stepped for the first time: its fp32 master weights are copied from the low-precision
+ones, which have not changed until then. So a layer that was never drawn costs nothing.
 
 [Note: Errors] A transfer can fail on one rank alone. Its peers can only hear of it in calls that every rank makes:
-``step`` and some others (``agreement.raise_on_all_ranks``). Backward, and what is done between steps, therefore raise
-no ``OffloadError``: the tier keeps its ``error``, and the next step raises it on every rank.
+``step`` and some others (``agreement.raise_on_all_ranks``). All other calls raise no ``OffloadError``: the tier keeps
+its ``error``, and the next step raises it on every rank.
 """
 
 import copy
@@ -47,52 +47,34 @@ class UnitState:
 
 
 class StateStore:
-    """Optimizer states of all units that were ever stepped: device buffers over a tier on the host or on disk.
-
-    Args:
-        tier: where states are kept; None: on the device.
-        templates: what the optimizer keeps, per param group.
-    """
+    """Optimizer states of all units that were ever stepped: device buffers over a tier on the host or on disk."""
 
     def __init__(
-        self,
-        tier: Tier | None,
-        buffers: DeviceBuffers,
-        templates: Sequence[StateTemplate],
-        layout: StateLayout,
-        trace: Trace,
+        self, tier: Tier, buffers: DeviceBuffers, templates: Sequence[StateTemplate], layout: StateLayout, trace: Trace
     ):
         self.trace = trace
         self.chunk_numel = layout.chunk_numel
         self._tier, self._buffers, self._templates, self._layout = tier, buffers, templates, layout
         self._scalars: dict[Unit, dict[str, Any]] = {}
+        buffers.stored = self._scalars.keys()
 
     def __contains__(self, unit: Unit) -> bool:
         return unit in self._scalars
 
     def __getitem__(self, unit: Unit) -> UnitState:
-        """The unit's state, read-only: :meth:`put` changes it. On the host, or on the device without a tier."""
-        if self._tier is None:
-            planes = self._buffers.read(unit)
-        else:
-            self._buffers.flush()
-            planes = self._tier.read(unit)
+        """The unit's state, read-only: :meth:`put` changes it. On the host, or on the device with ``device: none``."""
+        planes = self._buffers.read(unit)
         moments = dict(zip(self.template(unit).moments, planes[1:], strict=True))
         return UnitState(planes[0], moments, self._scalars[unit])
 
     def template(self, unit: Unit) -> StateTemplate:
-        """What the optimizer keeps for the unit."""
         return self._templates[unit.group]
 
     def chunks(self, unit: Unit) -> list[Chunk]:
-        """The pieces in which the unit is stepped, in order."""
         return self._layout.chunks(unit)
-
-    # ---- memory -----------------------------------------------------------------------------------------------------
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device now, buffers included."""
         return self._buffers.nbytes
 
     @property
@@ -101,13 +83,13 @@ class StateStore:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in host memory now, buffers included."""
-        return 0 if self._tier is None else self._tier.host_bytes
+        """Bytes in host memory, buffers included."""
+        return self._tier.host_bytes
 
     @property
     def nvme_bytes(self) -> int:
-        """Bytes on disk now, preallocated ones included."""
-        return 0 if self._tier is None else self._tier.nvme_bytes
+        """Bytes on disk, preallocated ones included."""
+        return self._tier.nvme_bytes
 
     @property
     def fallible(self) -> bool:
@@ -116,15 +98,14 @@ class StateStore:
 
     @property
     def error(self) -> BaseException | None:
-        """What failed in an I/O thread."""
-        return None if self._tier is None else self._tier.error
+        return self._tier.error
 
     # ---- before a step ----------------------------------------------------------------------------------------------
 
     def plan(self, units: Sequence[Unit]) -> None:
         """The coming steps step ``units``, in this order."""
         with suppress(OffloadError):
-            self._buffers.plan([chunk for unit in units for chunk in self.chunks(unit)], self._scalars.keys())
+            self._buffers.plan([chunk for unit in units for chunk in self.chunks(unit)])
 
     def prefetch(self, unit: Unit) -> None:
         """The unit's gradient is reduced, so it will be stepped soon."""
@@ -142,8 +123,7 @@ class StateStore:
     def on_device(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
         """Hold the chunk's state on the device, as ``optimizer``'s state of the yielded master [chunk.numel].
 
-        All chunks of a unit must be stepped, in order: the scalars they share (the step count) advance with the last
-            one.
+        All chunks of a unit must be stepped in order: the scalars they share (the step count) advance with the last.
 
         Raises:
             OffloadError: a transfer failed, now or since the last step.
@@ -158,7 +138,7 @@ class StateStore:
                 plane.zero_()
         master, moments = nn.Parameter(planes[0]), dict(zip(template.moments, planes[1:], strict=True))
         scalars: Any = self._scalars.get(unit, template.start)
-        if scalars is not None and not template.keeps_nothing:
+        if scalars is not None and (scalars or moments):
             optimizer.state[master] = {**copy.deepcopy(dict(scalars)), **moments}
         try:
             yield master
@@ -167,7 +147,8 @@ class StateStore:
             if chunk.last:
                 self._scalars[unit] = scalars
         except BaseException:
-            self._buffers.discard(unit)  # half stepped
+            if not self._buffers.keeps_all:  # half stepped, but the tier has the state before
+                self._buffers.discard(unit)
             raise
         finally:
             optimizer.state.pop(master, None)
@@ -180,7 +161,7 @@ class StateStore:
     # ---- between steps ----------------------------------------------------------------------------------------------
 
     def put(self, unit: Unit, state: UnitState) -> None:
-        """Set the state of a unit (from a checkpoint, or a user's own value). Moments that it lacks start at zero.
+        """Set the state of a unit. Moments that it lacks start at zero.
 
         Raises:
             ValueError: a moment that the optimizer does not keep, or none where it cannot start at zero.
@@ -195,8 +176,7 @@ class StateStore:
             raise ValueError(f"{unit.name}: state of this optimizer cannot be set before the first step of the layer")
         zeros = torch.zeros((), device=state.master.device).expand(unit.shard_numel)
         planes = [state.master, *(state.moments.get(name, zeros) for name in template.moments)]
-        self._buffers.discard(unit)
-        (self._buffers if self._tier is None else self._tier).write(unit, planes)
+        self._buffers.write(unit, planes)
         self._scalars[unit] = copy.deepcopy(dict(scalars))
 
     def ensure(self, unit: Unit) -> UnitState:
@@ -206,24 +186,21 @@ class StateStore:
         return self[unit]
 
     def drop(self, unit: Unit) -> None:
-        """Delete the unit's state, if any; it is made from the weights again at the unit's next step."""
+        """Delete the unit's state, if any; the next step makes it from the weights again."""
         if self._scalars.pop(unit, None) is None:
             return
         with suppress(OffloadError):
             self._buffers.discard(unit)
-        if self._tier is not None:
-            self._tier.drop(unit)
+        self._tier.drop(unit)
 
     def clear(self) -> None:
-        """Delete all states."""
         for unit in list(self._scalars):
             self.drop(unit)
 
     def flush(self) -> None:
-        """Block until no transfer is under way and every state is where it is kept; raise what failed."""
-        if self._tier is not None:
-            self._buffers.flush()
-            self._tier.flush()
+        """Write all states back to the tier and wait; raise what failed."""
+        self._buffers.flush()
+        self._tier.flush()
 
     def close(self) -> None:
         """Release device memory, host memory, threads and files; write the trace. Idempotent."""
@@ -231,8 +208,7 @@ class StateStore:
         try:
             self._buffers.close()
         finally:
-            if self._tier is not None:
-                self._tier.close()
+            self._tier.close()
             self.trace.write()
 
 

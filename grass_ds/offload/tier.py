@@ -3,13 +3,12 @@
 
 [Note: Futures and events] A copy has two ends. The host only waits until it has been *issued*, perhaps by an I/O
 thread that must read a file first: that is the :class:`~concurrent.futures.Future`. Streams wait until it is *over*:
-that is the device event, the future's result. A future that stood for the event itself would need a thread to block on
-the device for every copy.
+that is the device event, the future's result.
 """
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -30,17 +29,26 @@ def issued(event: Any) -> Transfer:
     return transfer
 
 
-class Tier(Protocol):
-    """Keeps state that is not on the device. Copies are ordered by the events that they take and return."""
+class Tier:
+    """Keeps state that is not on the device; this class keeps nothing, for ``device: none``.
 
-    error: BaseException | None
+    Copies are ordered by the events that they take and return.
+    """
+
+    error: BaseException | None = None
     """What failed in a thread of the tier; from then on no state can be relied upon."""
+    host_bytes = 0
+    """Bytes of host memory held."""
+    nvme_bytes = 0
+    """Bytes of disk held."""
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
         """Copy the chunk to ``target`` (device) after the events of ``after``. It must have been stored before."""
+        raise NotImplementedError
 
     def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Transfer:
         """Copy the chunk from ``source`` (device) after the events of ``after``."""
+        raise NotImplementedError
 
     def plan(self, chunks: Sequence[Chunk]) -> None:
         """The coming steps use these chunks and no others."""
@@ -50,9 +58,11 @@ class Tier(Protocol):
 
     def read(self, unit: Unit) -> Planes:
         """The unit's state in host memory, each plane [shard_numel], read-only; blocks until it is there."""
+        raise NotImplementedError
 
     def write(self, unit: Unit, planes: Planes) -> None:
         """Set the unit's state from tensors on any device, each [shard_numel]; blocks until it can be read."""
+        raise NotImplementedError
 
     def drop(self, unit: Unit) -> None:
         """Delete the unit's state."""
@@ -62,11 +72,3 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Release memory, threads and files. Idempotent."""
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of host memory held."""
-
-    @property
-    def nvme_bytes(self) -> int:
-        """Bytes of disk held."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Chrome trace (load it in ``chrome://tracing`` or Perfetto) of transfers beside backward and step.
 
-[Note: Not torch.profiler] It does not see spans of the I/O threads, records every operator of a run (100 KB for a step
-of a single matrix product), and there can be only one at a time, which the user may need.
+[Note: Not torch.profiler] It does not see spans of the I/O threads, and it records every operator of a run: 100 KB for
+a step of a single matrix product. There can be only one at a time, which the user may need.
 """
 
 import atexit
@@ -27,100 +27,84 @@ class Trace:
     """Spans of this rank, written by :meth:`write` and at exit; costs nothing without a path.
 
     Args:
-        path: file to write; ``{rank}`` in it is replaced, otherwise ``.rank<r>`` goes before the suffix. None: no
-            trace.
-
-    Attributes:
-        path: the file of this rank.
+        path: file to write; ``.rank<r>`` goes before its suffix. None: no trace.
     """
 
     def __init__(self, path: str | None, rank: int = 0):
-        self.path = None if path is None else _path_of_rank(path, rank)
+        self._path: Path | None = None
         self._rank, self._start = rank, time.perf_counter()
-        self._spans: list[tuple[str, str, float, float]] = []  # lane, name, begin and end in seconds since the start
-        self._device_spans: list[tuple[str, str, Any, Any]] = []  # lane, name, begin and end as events
-        self._device_start: tuple[Any, float] | None = None  # one moment as an event and in seconds
-        self._begun: dict[str, float] = {}
+        # Lane, name, begin and end. The ends are seconds since the start, or events on a stream.
+        self._spans: list[tuple[str, str, Any, Any]] = []
+        self._reference: tuple[Any, float] | None = None  # one moment as an event and in seconds
+        self._begun: dict[str, Any] = {}
         if path is not None:
+            whole = Path(os.path.expandvars(path)).expanduser()
+            self._path = whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix or '.json'}")
             atexit.register(self.write)
 
     @contextmanager
-    def span(self, lane: str, name: str) -> Iterator[None]:
-        """Time the body on the host."""
-        begin = self._now()
+    def span(self, lane: str, name: str, stream: Any = None) -> Iterator[None]:
+        """Time the body on the host, or its work on ``stream``."""
+        begin = self._moment(stream)
         try:
             yield
         finally:
-            self._add(lane, name, begin)
+            self._add(lane, name, begin, self._moment(stream))
 
     def begin(self, lane: str) -> None:
         """Begin the lane's span, unless one has begun."""
-        self._begun.setdefault(lane, self._now())
+        self._begun.setdefault(lane, self._moment())
 
     def end(self, lane: str, name: str) -> None:
         """End the lane's span, if one has begun."""
         begin = self._begun.pop(lane, None)
         if begin is not None:
-            self._add(lane, name, begin)
-
-    @contextmanager
-    def device_span(self, lane: str, name: str, stream: Any) -> Iterator[None]:
-        """Time the body's work on ``stream``."""
-        if self.path is None or len(self._device_spans) >= MAX_SPANS:
-            yield
-            return
-        if self._device_start is None:
-            get_accelerator().synchronize()  # on an idle device an event happens when it is recorded
-            event = _timed_event(get_accelerator().current_stream())
-            self._device_start = (event, self._now())
-        begin = _timed_event(stream)
-        yield
-        self._device_spans.append((lane, name, begin, _timed_event(stream)))
+            self._add(lane, name, begin, self._moment())
 
     def write(self) -> None:
         """Write the file. If that fails, the run goes on with a warning."""
-        if self.path is None:
+        if self._path is None:
             return
         atexit.unregister(self.write)
+        if self._reference is not None:
+            get_accelerator().synchronize()
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": self._rank, "tid": row, "args": {"name": lane}}
             for row, lane in enumerate(LANES)
         ]
-        for lane, name, begin, end in (*self._spans, *self._host_times()):
-            times = {"ts": begin * 1e6, "dur": (end - begin) * 1e6}
+        for lane, name, *ends in self._spans:
+            begin, end = (self._seconds(moment) * 1e6 for moment in ends)
+            times = {"ts": begin, "dur": end - begin}
             events.append({"ph": "X", "name": name, "pid": self._rank, "tid": LANES.index(lane), **times})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         except OSError as error:
-            logger.warning(f"grass.offload.trace: could not write {self.path}: {error}")
+            logger.warning(f"grass.offload.trace: could not write {self._path}: {error}")
 
-    def _now(self) -> float:
-        return time.perf_counter() - self._start
+    def _moment(self, stream: Any = None) -> Any:
+        if self._path is None or len(self._spans) >= MAX_SPANS:
+            return 0.0
+        if stream is None:
+            return time.perf_counter() - self._start
+        if self._reference is None:
+            get_accelerator().synchronize()  # on an idle device an event happens when it is recorded
+            self._reference = (_timed_event(stream), time.perf_counter() - self._start)
+        return _timed_event(stream)
 
-    def _add(self, lane: str, name: str, begin: float) -> None:
-        if self.path is not None and len(self._spans) < MAX_SPANS:
-            self._spans.append((lane, name, begin, self._now()))
+    def _add(self, lane: str, name: str, begin: Any, end: Any) -> None:
+        if self._path is not None and len(self._spans) < MAX_SPANS:
+            self._spans.append((lane, name, begin, end))
 
-    def _host_times(self) -> Iterator[tuple[str, str, float, float]]:
-        """The device's spans in seconds since the start."""
-        if self._device_start is None:
-            return
-        get_accelerator().synchronize()
-        event, offset = self._device_start
-        for lane, name, *ends in self._device_spans:
-            begin, end = (offset + event.elapsed_time(moment) / 1e3 for moment in ends)
-            yield lane, name, begin, end
+    def _seconds(self, moment: Any) -> float:
+        if isinstance(moment, float):
+            return moment
+        assert self._reference is not None
+        event, seconds = self._reference
+        return seconds + event.elapsed_time(moment) / 1e3
 
 
 def _timed_event(stream: Any) -> Any:
     event = get_accelerator().Event(enable_timing=True)
     event.record(stream)
     return event
-
-
-def _path_of_rank(path: str, rank: int) -> Path:
-    if "{rank}" in path:
-        return Path(path.replace("{rank}", str(rank)))
-    expanded = Path(os.path.expandvars(path)).expanduser()
-    return expanded.with_name(f"{expanded.stem}.rank{rank}{expanded.suffix or '.json'}")

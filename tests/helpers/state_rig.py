@@ -195,7 +195,7 @@ class SlowIO:
         time.sleep(self._rng.random() * self._seconds)
         self._inner.write(file, pieces)
         if not all(torch.equal(piece.data, old) for piece, old in zip(pieces, before, strict=True)):
-            self.torn.append(file.name)
+            self.torn.append(file.path.name)
 
     def close(self) -> None:
         self._inner.close()

@@ -2,6 +2,7 @@
 """Transfers to and from state files: every byte arrives, or an error says which did not; nothing ends the process."""
 
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.utils import logger
 from helpers.disks import run_python
+from helpers.state_rig import make_units
 
 from grass_ds.config import GrassConfigError
 from grass_ds.offload.block_io import AioIO, AioSettings, BlockIO, Piece, PosixIO, open_io
-from grass_ds.offload.pinned_memory import BufferMemory
+from grass_ds.offload.chunk_files import file_bytes, pieces_of
+from grass_ds.offload.chunks import GRAIN, StateLayout, round_up
+from grass_ds.offload.pinned_memory import BufferMemory, HostMemory
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFile, StateFiles
 
 PAGES = 64
@@ -64,9 +68,9 @@ def file(tmp_path: Path) -> Iterator[StateFile]:
 def buffers() -> Iterator[list[torch.Tensor]]:
     """Two of them, with random contents."""
     memory = BufferMemory(2, NBYTES, pin=False, lock=True)
-    for buffer in memory:
+    for buffer in memory.buffers:
         buffer.random_(0, 256)
-    yield list(memory)
+    yield list(memory.buffers)
     memory.close()
 
 
@@ -153,19 +157,20 @@ def test_a_deleted_file_is_still_there(
     assert not file.path.exists()
 
 
-def test_memory_that_is_not_pages_and_ranges_outside_the_file_are_refused(
-    new_io: Callable[..., BlockIO], file: StateFile, buffers: list[torch.Tensor]
-) -> None:
-    io, buffer = new_io(), buffers[0]
-    matrix = buffer.view(PAGES, ALIGNMENT)
-    for tensor in (buffer[512:][:ALIGNMENT], buffer[: ALIGNMENT + 512], buffer[:0], matrix, buffer[::2]):
-        with pytest.raises(ValueError, match=r"multiples of 4096|not a run of bytes"):
-            Piece(tensor, 0)
-    with pytest.raises(ValueError, match="multiples of 4096"):
-        Piece(buffer, 512)
-    for transfer in (io.read, io.write):
-        with pytest.raises(ValueError, match=f"end after {NBYTES}"):
-            transfer(file, [Piece(buffer, ALIGNMENT)])
+def test_pieces_of_chunks_are_whole_pages_inside_the_file() -> None:
+    """Nothing checks them later: AIO aborts the process when it reads beyond the end of a file."""
+    layout = StateLayout(planes=(3,), chunk_numel=2 * GRAIN)
+    for unit in make_units(random.Random(0)):
+        memory, numels = HostMemory(layout.buffer_bytes, pin=False), []
+        planes = list(memory.data.view(torch.float32).chunk(3))
+        offsets = set()
+        for chunk in layout.chunks(unit):
+            for piece in pieces_of(chunk, planes):
+                assert piece.tensor.data_ptr() % ALIGNMENT == piece.tensor.nbytes % ALIGNMENT == 0
+                offsets |= set(range(piece.offset, piece.offset + piece.tensor.nbytes, ALIGNMENT))
+                numels.append(piece.tensor.numel())
+        assert offsets == set(range(0, file_bytes(unit, 3), ALIGNMENT))
+        assert sum(numels) == 3 * round_up(unit.shard_numel)  # no page belongs to two of them
 
 
 @pytest.fixture(params=["posix", "aio"])
@@ -230,7 +235,7 @@ def test_files_that_are_closed(new_io: Callable[..., BlockIO], tmp_path: Path, b
     file = files["unit"]
     files.close()
     for transfer in (io.read, io.write):
-        with pytest.raises(OffloadError, match=r"unit\.state: Bad file descriptor"):
+        with pytest.raises(OSError, match="Bad file descriptor"):
             transfer(file, [Piece(buffers[0], 0)])
 
 
@@ -412,14 +417,12 @@ def test_keys_that_are_missing_or_null_have_deepspeeds_defaults() -> None:
 @pytest.mark.parametrize("lock", [True, False])
 def test_buffer_memory_is_pages(lock: bool) -> None:
     memory = BufferMemory(3, 5 * ALIGNMENT, pin=True, lock=lock)
-    assert len({buffer.data_ptr() for buffer in memory}) == 3
-    assert all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.nbytes == 5 * ALIGNMENT for buffer in memory)
+    assert len({buffer.data_ptr() for buffer in memory.buffers}) == 3
+    assert all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.nbytes == 5 * ALIGNMENT for buffer in memory.buffers)
     assert memory.nbytes == 15 * ALIGNMENT
     memory.close()
     memory.close()
     assert memory.nbytes == 0
-    with pytest.raises(ValueError, match="multiple of 4096"):
-        BufferMemory(1, 1000, pin=True, lock=lock)
 
 
 def test_the_limit_of_locked_memory_is_respected_and_memory_given_back(aio_op: Any) -> None:

@@ -173,7 +173,7 @@ class ReaderIgnoresQueuedStores(NvmeTier):
 class LoadIgnoresQueuedStores(NvmeTier):
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
-        self._queued = NothingQueued(("_load",))
+        self._queued = NothingQueued(("load",))
 
 
 class HostTierForgetsItsStores(HostTier):
@@ -378,3 +378,16 @@ def test_a_buffer_remembers_a_copy_that_another_thread_issued(tmp_path: Path) ->
         tier.read(next(u for u in rig.units if u is not unit and u in rig.store))
         tier._copies.run(transfer.result())
         assert torch.equal(target[0], chunk.of(state))
+
+
+@pytest.mark.parametrize("case", ["none", "cpu-stream", "cpu-period", "nvme-stream"])
+def test_a_step_that_raises_leaves_the_state_as_it_was(case: str, tmp_path: Path) -> None:
+    """``none`` has no other copy than the one in the buffer."""
+    with rig_of(CASES[case], tmp_path, 0) as rig:
+        rig.play(periods=3)
+        unit = next(unit for unit in rig.active if unit in rig.store)
+        chunk = rig.store.chunks(unit)[0]
+        with pytest.raises(ZeroDivisionError), rig.store.on_device(chunk, torch.optim.AdamW([torch.zeros(1)])):
+            raise ZeroDivisionError
+        rig.check()
+        rig.play(periods=3)

@@ -104,6 +104,6 @@ def test_locked_memory_does_not_show_what_was_in_the_heap() -> None:
     for _ in range(20):
         memory = BufferMemory(3, 8192, pin=False, lock=True)
         assert memory.locked
-        assert not any(buffer.any() for buffer in memory)
-        for buffer in memory:
+        assert not any(buffer.any() for buffer in memory.buffers)
+        for buffer in memory.buffers:
             buffer.fill_(255)

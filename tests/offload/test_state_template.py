@@ -35,7 +35,6 @@ def test_a_state_that_starts_at_zero(kind: Any, settings: dict[str, Any], moment
     assert sorted(template.moments) == sorted(moments)
     assert template.start is not None and set(template.start) == scalars
     assert template.planes == 1 + len(moments)
-    assert template.keeps_nothing == (not moments)
 
 
 @pytest.mark.parametrize(
