@@ -29,6 +29,7 @@ from benchmarks.measure.plain import plain
 from benchmarks.methods import METHODS, grass_config
 from benchmarks.models import load, shape_of
 from benchmarks.quality.training import quality
+from grass_ds.sampling.samplers import SAMPLERS
 from launch import distributed
 
 # kind -> measurement of a case, its model and its tokenizer: fields of the row.
@@ -79,7 +80,7 @@ def conditions(case: Case) -> Row:
         **{name: getattr(case, name) for name in CONDITIONS},
         "async": case.async_save,
         **({"task": case.task} if case.kind == "quality" else {}),
-        "temperature": config.temperature if config is not None and config.probes else None,
+        "temperature": config.temperature if config is not None and SAMPLERS[config.sampler].needs_scores else None,
         "ranks": distributed.world_size(),
         "device": get_accelerator().device_name(),
         "hardware": hardware(),

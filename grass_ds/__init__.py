@@ -7,9 +7,10 @@ where torch or DeepSpeed does not load.
 
 import warnings
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from grass_ds import versions
 
 if TYPE_CHECKING:
     from grass_ds.cluster.heartbeat import RANK_LOST, Heartbeat
@@ -22,61 +23,33 @@ if TYPE_CHECKING:
     from grass_ds.trainer.preemption_callback import PreemptionCallback
     from grass_ds.zero.engine import GrassEngine
 
-try:
-    __version__ = version("grass_ds")
-except PackageNotFoundError:  # used from a source tree
-    __version__ = "0+source"
+__all__ = ["PREEMPTED", "RANK_LOST", "GrassCallback", "GrassConfig", "GrassConfigError", "GrassEngine", "Heartbeat"]
+__all__ += ["PlacementError", "Preemption", "PreemptionCallback", "attach", "enable", "initialize", "last_checkpoint"]
+__version__ = versions.installed("grass_ds") or "0+source"
 
-_MODULES = {
-    "PREEMPTED": "cluster.preemption",
-    "RANK_LOST": "cluster.heartbeat",
-    "GrassCallback": "trainer.callback",
-    "GrassConfig": "config",
-    "GrassConfigError": "config",
-    "GrassEngine": "zero.engine",
-    "Heartbeat": "cluster.heartbeat",
-    "PlacementError": "cluster.placement",
-    "Preemption": "cluster.preemption",
-    "PreemptionCallback": "trainer.preemption_callback",
-    "attach": "trainer.callback",
-    "enable": "entry",
-    "initialize": "entry",
-    "last_checkpoint": "trainer.checkpoints",
+_NAMES = {
+    "cluster.heartbeat": ("RANK_LOST", "Heartbeat"),
+    "cluster.placement": ("PlacementError",),
+    "cluster.preemption": ("PREEMPTED", "Preemption"),
+    "config": ("GrassConfig", "GrassConfigError"),
+    "entry": ("enable", "initialize"),
+    "trainer.callback": ("GrassCallback", "attach"),
+    "trainer.checkpoints": ("last_checkpoint",),
+    "trainer.preemption_callback": ("PreemptionCallback",),
+    "zero.engine": ("GrassEngine",),
 }
-
-__all__ = [
-    "PREEMPTED",
-    "RANK_LOST",
-    "GrassCallback",
-    "GrassConfig",
-    "GrassConfigError",
-    "GrassEngine",
-    "Heartbeat",
-    "PlacementError",
-    "Preemption",
-    "PreemptionCallback",
-    "attach",
-    "enable",
-    "initialize",
-    "last_checkpoint",
-]
-
-
-# Modules that moved: their old names keep working for one release.
-_MOVED = {"placement": "cluster.placement"}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def _module(name: str) -> ModuleType:
-    """Import a module. The error names a missing extra, or the packages outside of their tested range."""
-    from grass_ds.versions import EXTRAS, RANGES, remedy, untested
-
+    """Import a module. The error names a missing extra, or packages outside of their tested range."""
     try:
         return import_module(name)
     except (ImportError, RuntimeError) as error:  # transformers 4 makes a RuntimeError of every failed import
-        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-            command = remedy(error.name) if error.name in RANGES else f"pip install {error.name}"
-            raise ImportError(f"{error}: {command} (extra {EXTRAS[error.name]!r} of grass_ds)") from error
-        sentence = untested(package for package in RANGES if f"pip install '{package}" not in str(error))
+        if isinstance(error, ModuleNotFoundError) and error.name in versions.EXTRAS:
+            command = versions.remedy(error.name) if error.name in versions.RANGES else f"pip install {error.name}"
+            raise ImportError(f"{error}: {command} (extra {versions.EXTRAS[error.name]!r} of grass_ds)") from error
+        sentence = versions.untested(name for name in versions.RANGES if f"pip install '{name}" not in str(error))
         if not sentence:
             raise
         raise ImportError(f"{error}. It may be why: {sentence}") from error
@@ -85,8 +58,7 @@ def _module(name: str) -> ModuleType:
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(_module(f"grass_ds.{_MODULES[name]}"), name)
-    if name in _MOVED:
-        path = f"grass_ds.{_MOVED[name]}"
-        warnings.warn(f"grass_ds.{name} is now {path}", DeprecationWarning, stacklevel=2)
-        return _module(path)
+    if name == "placement":  # moved; its old name works for one release
+        warnings.warn("grass_ds.placement is now grass_ds.cluster.placement", DeprecationWarning, stacklevel=2)
+        return _module("grass_ds.cluster.placement")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

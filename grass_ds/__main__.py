@@ -11,26 +11,19 @@ from grass_ds.doctor.run import run
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command that ``arguments`` (default: those of the process) name; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m grass_ds", description="Layer-sampled fine-tuning under DeepSpeed ZeRO."
+        "python -m grass_ds", description="Layer-sampled fine-tuning under DeepSpeed ZeRO."
     )
     # DeepSpeed's launcher puts it before all other arguments; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command")
-    doctor = commands.add_parser(
+    doctor = parser.add_subparsers(dest="command").add_parser(
         "doctor",
         help="would training start on this machine, or under this launcher, and if not, why",
         description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: "
         "it would fail, or compute in an emulated precision.",
     )
-    doctor.add_argument(
-        "--deepspeed",
-        metavar="CONFIG",
-        help="the DeepSpeed config to train with: does this device compute its precision?",
-    )
+    doctor.add_argument("--deepspeed", metavar="CONFIG", help="check that this device computes the config's precision")
     doctor.add_argument("--nvme_path", metavar="FOLDER", help='measure the folder meant for "grass.offload.nvme_path"')
-    doctor.add_argument(
-        "--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there (--output_dir)"
-    )
+    doctor.add_argument("--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
     if options.command is None:

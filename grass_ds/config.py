@@ -5,6 +5,7 @@ Defaults marked [ours] are this project's choice: the paper's values could not b
 they change.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
-from grass_ds.sampling.samplers import SAMPLERS
+from grass_ds.sampling.samplers import SamplingSettings
 
 BLOCK = "grass"
 # Remedies beyond a value in the range.
@@ -27,7 +28,10 @@ class GrassConfigError(ValueError):
 
 
 class _Block(DeepSpeedConfigModel):
-    """An object of the JSON: null means the default, and ``true`` is not the number 1."""
+    """An object of the JSON: null means the default, ``true`` is not 1, and "auto" is a choice of ``io`` only."""
+
+    def __init__(self, **data: Any) -> None:
+        super().__init__(**{**data, "strict": True})  # otherwise DeepSpeed drops every "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -36,7 +40,9 @@ class _Block(DeepSpeedConfigModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_auto_and_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "auto" and info.field_name != "io":  # the Trainer replaces it in other blocks, but not in this one
+            raise ValueError('"auto" is not possible here; leave the key out or write null for its default')
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation in (int, float):
             raise ValueError("Input should be a valid " + ("integer" if annotation is int else "number"))
@@ -183,22 +189,9 @@ class GrassConfig(_Block):
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     """Where optimizer state is kept while its layer does not step: the keys below."""
 
-    @model_validator(mode="after")
-    def _no_duplicates(self) -> "GrassConfig":
-        if self.always_active is not None and len(set(self.always_active)) != len(self.always_active):
-            raise ValueError(f"always_active names a module twice: {self.always_active}; name each once")
-        return self
-
-    @property
-    def probes(self) -> bool:
-        """Whether training starts with a probing phase."""
-        return SAMPLERS[self.sampler].needs_scores
-
     def controller_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`grass_ds.sampling.controller.Controller` (all but the number of layers)."""
-        schedule = {"probe_steps", "sample_period", "refresh_period", "reprobe_period"}
-        draw = {"sampler", "num_active_layers", "temperature", "score_normalization", "cyclic_order", "seed"}
-        return self.model_dump(include=schedule | draw | {"ema_alpha"})
+        return self.model_dump(include={field.name for field in dataclasses.fields(SamplingSettings)})
 
 
 def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
@@ -217,23 +210,11 @@ def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
         return None
     if not isinstance(block, Mapping):
         raise GrassConfigError(f'"{BLOCK}" must be an object {{...}}, got {block!r}')
-    _refuse_auto(block)
     try:
         config = GrassConfig(**block)
     except ValidationError as error:
         raise GrassConfigError(_explain(error)) from None
     return config if config.enabled else None
-
-
-def _refuse_auto(block: Mapping[str, Any], path: str = BLOCK) -> None:
-    """Refuse ``"auto"``, which the Trainer replaces in other blocks but not in this one. It is a choice of one key."""
-    for key, value in block.items():
-        if value == "auto" and f"{path}.{key}" != f"{BLOCK}.offload.io":
-            raise GrassConfigError(
-                f'{path}.{key}: "auto" is not possible here; leave the key out or write null for its default'
-            )
-        if isinstance(value, Mapping):
-            _refuse_auto(value, f"{path}.{key}")
 
 
 def _explain(error: ValidationError) -> str:

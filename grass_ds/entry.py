@@ -4,8 +4,8 @@
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from grass_ds import precision
 from grass_ds.cluster import placement
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.core import deepspeed_compat
-from grass_ds.sampling.layers import ModelLayers
 from grass_ds.validation import check_ds_config, check_model, check_optimizer
 from grass_ds.versions import RANGES, untested
 from grass_ds.zero.engine import GrassEngine
@@ -40,9 +39,7 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
         ValueError: the block, another setting (GrassConfigError) or the model (LayerDiscoveryError) cannot be used. It
             is raised on every rank, before anything is allocated or a process group is made.
     """
-    call = _SIGNATURE.bind(*args, **kwargs)
-    ds_config = _ds_config(call.arguments)
-    return _initialize(call, ds_config, _grass_config(ds_config, call.arguments))
+    return _initialize(args, kwargs, always=True)
 
 
 initialize.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
@@ -51,48 +48,47 @@ initialize.__signature__ = _SIGNATURE  # type: ignore[attr-defined]
 def enable() -> ExitStack:
     """Make ``deepspeed.initialize`` read the ``"grass"`` block, so that HF Trainer, accelerate and TRL work unchanged.
 
-    Call ``grass_ds.enable()`` once, before the Trainer is built; calling it again changes nothing. As a context manager
-    it ends with the ``with`` block: ``with grass_ds.enable(): trainer.train()``. Code that has run
+    Call it once, before the Trainer is built; calling it again changes nothing. Code that has run
     ``from deepspeed import initialize`` before keeps the stock function; call :func:`initialize` there.
 
     Returns:
         A context manager that gives ``deepspeed.initialize`` back as it was found, at its end or at ``close()``.
     """
-    undo = ExitStack()
-    undo.callback(setattr, deepspeed, "initialize", deepspeed.initialize)
-    deepspeed.initialize = _initialize_if_asked
-    return undo
+    return _replaced("initialize", _initialize_if_asked)
 
 
 def _initialize_if_asked(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    call = _SIGNATURE.bind(*args, **kwargs)
-    ds_config = _ds_config(call.arguments)
-    config = _grass_config(ds_config, call.arguments)
-    return _STOCK_INITIALIZE(*args, **kwargs) if config is None else _initialize(call, ds_config, config)
+    return _initialize(args, kwargs, always=False)
 
 
-def _initialize(
-    call: inspect.BoundArguments, ds_config: Mapping[str, Any], config: GrassConfig | None
-) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` with a :class:`GrassEngine` that samples layers by ``config``; None: a stock one."""
-    layers = None if config is None else _check(call.arguments, ds_config, config)
+def _initialize(args: tuple[Any, ...], kwargs: dict[str, Any], always: bool) -> tuple[Any, Any, Any, Any]:
+    """``always``: build a :class:`GrassEngine` also for a call that samples no layers, as a stock engine."""
+    arguments = _SIGNATURE.bind(*args, **kwargs).arguments
+    ds_config = _ds_config(arguments)
+    config = _grass_config(ds_config, arguments)
+    if config is None and not always:
+        return _STOCK_INITIALIZE(*args, **kwargs)
+    layers, model = None, arguments.get("model")
+    if config is not None:
+        check_ds_config(ds_config, config)
+        check_optimizer(arguments.get("optimizer"))
+        layers = None if model is None else check_model(model, config)
     if not dist.is_initialized():
         placement.find().export()
     _warn_of_untested_versions()
-    with _engine_built_by(partial(GrassEngine, grass_config=config, layers=layers)):
-        made = _STOCK_INITIALIZE(*call.args, **call.kwargs)
+    # deepspeed.initialize looks up the engine class in its module.
+    with _replaced("DeepSpeedEngine", partial(GrassEngine, grass_config=config, layers=layers)):
+        made = _STOCK_INITIALIZE(*args, **kwargs)
     _warn_of_emulation(made[0])
     return made
 
 
-@contextmanager
-def _engine_built_by(build: Any) -> Iterator[None]:
-    """``deepspeed.initialize`` looks up the engine class in its module: let it find ``build`` there for one call."""
-    stock, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, build
-    try:
-        yield
-    finally:
-        deepspeed.DeepSpeedEngine = stock
+def _replaced(name: str, value: Any) -> ExitStack:
+    """Replace ``deepspeed.<name>`` until the end of the returned context manager."""
+    undo = ExitStack()
+    undo.callback(setattr, deepspeed, name, getattr(deepspeed, name))
+    setattr(deepspeed, name, value)
+    return undo
 
 
 @cache
@@ -105,7 +101,7 @@ def _warn_of_untested_versions() -> None:
 
 
 def _warn_of_emulation(engine: Any) -> None:
-    """Warn on rank 0 before the first step of a dtype that the device emulates: it makes steps many times slower."""
+    """Warn on rank 0 of a dtype that the device emulates: it makes steps many times slower."""
     if getattr(engine, "grass", None) is not None and engine.global_rank == 0:
         name = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
         with suppress(torch.OutOfMemoryError):  # a full device cannot be measured, but may well train
@@ -113,7 +109,7 @@ def _warn_of_emulation(engine: Any) -> None:
 
 
 def _ds_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The DeepSpeed config of a call, read from its file where the call names one; empty if the call has none."""
+    """The DeepSpeed config of a call, read from its file if need be; empty if the call has none."""
     named = [arguments.get(name) for name in ("config", "config_params")]
     named += [getattr(arguments.get("args"), name, None) for name in ("deepspeed_config", "deepscale_config")]
     config: Any = next(filter(None, named), {})
@@ -129,12 +125,3 @@ def _grass_config(ds_config: Mapping[str, Any], arguments: Mapping[str, Any]) ->
     section = ds_config.get("optimizer")
     named = isinstance(section, Mapping) and section.get("type") is not None
     return parse_grass_block(ds_config) if named or arguments.get("optimizer") is not None else None
-
-
-def _check(arguments: Mapping[str, Any], ds_config: Mapping[str, Any], config: GrassConfig) -> ModelLayers | None:
-    """Refuse mistakes before DeepSpeed starts; return the model's layers, None without a model."""
-    check_ds_config(ds_config, config)
-    model, optimizer = arguments.get("model"), arguments.get("optimizer")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        check_optimizer(optimizer)
-    return None if model is None else check_model(model, config)

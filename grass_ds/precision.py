@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
+from torch.utils.benchmark import Timer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A dtype is emulated where its products run below this share of the fastest rate. It separates what was measured with
@@ -22,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EMULATED_BELOW = 1 / 3
 # (rows, inputs, outputs) of the product: a small layer for the CPU, enough work to fill a GPU.
 _CPU_SHAPE, _DEVICE_SHAPE = (64, 512, 512), (2048, 2048, 2048)
-_TIMES, _SECONDS = 5, 0.1  # a dtype is timed at least so often and so long; the best counts
+_SECONDS = 0.1  # a dtype is timed at least so long; the best block counts
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,16 @@ class Rates:
         return max(self.gflops.values())
 
     def emulated(self, name: str) -> bool:
-        """Whether products run at less than :data:`EMULATED_BELOW` of the fastest rate: the device lacks the dtype.
-
-        fp32 is never emulated: on a GPU it is slower than 16 bits by design.
-        """
+        """Whether the device lacks the dtype; never of fp32, which is slower than 16 bits on a GPU by design."""
         return name != "fp32" and (not self.gflops[name] or self.gflops[name] < EMULATED_BELOW * self.fastest)
 
     def recommended(self, among: Collection[str] = tuple(DTYPES)) -> str:
         """bf16 where the device computes it, else fp16 where it does, else fp32; ``among`` always allows fp32.
 
-        bf16 comes first although a CPU may compute fp32 products somewhat faster: it halves the memory of weights and
-        gradients.
+        bf16 comes first although a CPU may compute fp32 faster: it halves the memory of weights and gradients.
         """
-        computed = (name for name in ("bf16", "fp16") if name in among and name in self.gflops)
-        return next((name for name in computed if not self.emulated(name)), "fp32")
+        allowed = (name for name in ("bf16", "fp16") if name in among and name in self.gflops)
+        return next((name for name in allowed if not self.emulated(name)), "fp32")
 
     def text(self) -> str:
         """The figures in words: ``bf16 matrix products at 73.4 GFLOP/s, fp32 at 98.4``."""
@@ -77,8 +74,7 @@ def candidates() -> tuple[str, ...]:
 
 
 def measure(names: Collection[str] = ()) -> Rates:
-    """The rates of :func:`candidates` and of ``names`` on the current device. Each dtype is measured once per
-    process."""
+    """The rates of :func:`candidates` and of ``names`` on the current device, each measured once per process."""
     wanted = {*candidates(), *names}
     return Rates({name: _gflops(name) for name in DTYPES if name in wanted})
 
@@ -104,35 +100,26 @@ _WARNED: set[str] = set()
 
 @cache
 def _gflops(name: str) -> float:
-    """GFLOP/s of the fastest of some products as in ``nn.Linear``, on the CPU of one core; 0 if the dtype fails."""
+    """GFLOP/s of products as in ``nn.Linear``, on the CPU of one core; 0 if the dtype fails."""
     accelerator = get_accelerator()
     on_cpu, device = accelerator.device_name() == "cpu", accelerator.current_device_name()
-    # Other processes on the same cores must not look like emulation: a thread's own time does not run while it waits
-    # for a core. But it does while it waits for other threads of its product.
-    clock, threads = time.thread_time if on_cpu else time.perf_counter, torch.get_num_threads()
     rows, inputs, outputs = _CPU_SHAPE if on_cpu else _DEVICE_SHAPE
-    torch.set_num_threads(1)
+
+    def clock() -> float:
+        accelerator.synchronize()
+        # Other processes on the same cores must not look like emulation: a thread's own time does not run while it
+        # waits for a core.
+        return time.thread_time() if on_cpu else time.perf_counter()
+
     try:
-        with torch.no_grad():
-            left = torch.ones(rows, inputs, dtype=DTYPES[name], device=device)
-            weight = torch.ones(outputs, inputs, dtype=DTYPES[name], device=device)
-
-            def product() -> float:
-                start = clock()
-                torch.nn.functional.linear(left, weight)
-                accelerator.synchronize()
-                return clock() - start
-
-            spent = product()  # sets libraries up
-            while not on_cpu and spent < _SECONDS:  # a GPU raises its clock
-                spent += product()
-            seconds = [product() for _ in range(_TIMES)]
-            while sum(seconds) < _SECONDS:
-                seconds.append(product())
+        left = torch.ones(rows, inputs, dtype=DTYPES[name], device=device)
+        weight = torch.ones(outputs, inputs, dtype=DTYPES[name], device=device)
+        timer = Timer(
+            "torch.nn.functional.linear(left, weight)", globals={"left": left, "weight": weight}, timer=clock
+        )
+        seconds = min(timer.blocked_autorange(min_run_time=_SECONDS).times)  # with one thread
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
         return 0.0
-    finally:
-        torch.set_num_threads(threads)
-    return 2e-9 * rows * inputs * outputs / min(seconds)
+    return 2e-9 * rows * inputs * outputs / seconds

@@ -4,7 +4,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from grass_ds.config import GrassConfig, GrassConfigError
@@ -13,48 +12,41 @@ from grass_ds.offload.block_io import AioSettings
 from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.versions import installed
 
-SUPPORTED_STAGES = (1, 2, 3)
-
-# Path in the DeepSpeed config -> reason and remedy. Allowed are null and false, or the ALLOWED_VALUES of the path.
-REFUSED_SETTINGS = {
-    "zero_optimization.offload_optimizer.device": 'optimizer state is moved by the "grass" block: use grass.offload',
-    "zero_optimization.offload_optimizer.super_offload": "SuperOffload replaces our optimizer: use grass.offload",
-    "zero_optimization.cpu_offload": 'optimizer state is moved by the "grass" block: use grass.offload',
-    "zero_optimization.cpu_offload_param": "deprecated by DeepSpeed: use offload_param.device, on ZeRO stage 3",
-    "zero_optimization.zero_hpz_partition_size": "a second partition of the weights is kept: set it to 1",
-    "zero_optimization.mics_shard_size": "MiCS shards over groups of their own: remove it",
-    "zero_optimization.zenflow": "ZenFlow replaces our optimizer: remove one of the two",
-    "zero_optimization.elastic_checkpoint": "layers have step counts of their own: remove it",
-    "zero_optimization.zero_quantized_weights": "quantised weights are not supported: remove it",
-    "zero_optimization.zero_quantized_gradients": "quantised gradients are not supported: remove it",
-    "zero_optimization.zero_quantized_nontrainable_weights": "inactive layers would be quantised: remove it",
-    "zero_optimization.compute_grad_norm": "gradient norms decide what is trained: remove it",
-    "bf16.bf16_master_weights_and_grads": "master weights are fp32: remove it",
-    "fp16.fp16_master_weights_and_grads": "master weights are fp32: remove it",
-    "torch_autocast.enabled": "use bf16 or fp16 instead",
-    "prescale_gradients": "gradients are averaged by one reduce-scatter: remove it",
-    "gradient_predivide_factor": "gradients are averaged by one reduce-scatter: remove it",
-    "sparse_gradients": "gradients are dense and flat: remove it",
-    "compile.deepcompile": "DeepCompile captures which layers train: remove it",
-    "hybrid_engine.enabled": "the hybrid engine is another engine class: remove it",
-    "elasticity.enabled": "the world size is fixed within a run: remove it",
-    "tensor_parallel.autotp_size": "tensor parallelism is not supported yet: remove it",
-    "checkpoint.async": "expected true or false",
-    "checkpoint.writer": 'grass_ds writes checkpoints: remove it; for a short stall use "checkpoint": {"async": true}',
-    "checkpoint.use_node_local_storage": "a checkpoint is one folder for all nodes: remove it",
-    "datastates_ckpt": 'grass_ds writes checkpoints: use "checkpoint": {"async": true}',
-    "expert_parallel.enabled": "mixture-of-experts parallelism is not supported: remove it",
-}
-ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
-    "zero_optimization.offload_optimizer.device": (None, "none"),
-    "zero_optimization.zero_hpz_partition_size": (None, 0, 1),
-    "zero_optimization.mics_shard_size": (None, -1, 0),
-    "zero_optimization.zenflow": (None,),
-    "zero_optimization.compute_grad_norm": (None, True),
-    "gradient_predivide_factor": (None, 1.0),
-    "tensor_parallel.autotp_size": (None, 0, 1),
-    "checkpoint.async": (None, False, True),
-    "checkpoint.writer": (None,),
+# Path in the DeepSpeed config -> reason and remedy, then the values that are allowed beside null (default: false).
+REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "zero_optimization.offload_optimizer.device": (
+        'optimizer state is moved by the "grass" block: use grass.offload',
+        "none",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": ("SuperOffload replaces our optimizer: use grass.offload",),
+    "zero_optimization.cpu_offload": ('optimizer state is moved by the "grass" block: use grass.offload',),
+    "zero_optimization.cpu_offload_param": ("deprecated by DeepSpeed: use offload_param.device, on ZeRO stage 3",),
+    "zero_optimization.zero_hpz_partition_size": ("a second partition of the weights is kept: set it to 1", 0, 1),
+    "zero_optimization.mics_shard_size": ("MiCS shards over groups of their own: remove it", -1, 0),
+    "zero_optimization.zenflow": ("ZenFlow replaces our optimizer: remove one of the two", None),
+    "zero_optimization.elastic_checkpoint": ("layers have step counts of their own: remove it",),
+    "zero_optimization.zero_quantized_weights": ("quantised weights are not supported: remove it",),
+    "zero_optimization.zero_quantized_gradients": ("quantised gradients are not supported: remove it",),
+    "zero_optimization.zero_quantized_nontrainable_weights": ("inactive layers would be quantised: remove it",),
+    "zero_optimization.compute_grad_norm": ("gradient norms decide what is trained: remove it", True),
+    "bf16.bf16_master_weights_and_grads": ("master weights are fp32: remove it",),
+    "fp16.fp16_master_weights_and_grads": ("master weights are fp32: remove it",),
+    "torch_autocast.enabled": ("use bf16 or fp16 instead",),
+    "prescale_gradients": ("gradients are averaged by one reduce-scatter: remove it",),
+    "gradient_predivide_factor": ("gradients are averaged by one reduce-scatter: remove it", 1.0),
+    "sparse_gradients": ("gradients are dense and flat: remove it",),
+    "compile.deepcompile": ("DeepCompile captures which layers train: remove it",),
+    "hybrid_engine.enabled": ("the hybrid engine is another engine class: remove it",),
+    "elasticity.enabled": ("the world size is fixed within a run: remove it",),
+    "tensor_parallel.autotp_size": ("tensor parallelism is not supported yet: remove it", 0, 1),
+    "checkpoint.async": ("expected true or false", False, True),
+    "checkpoint.writer": (
+        'grass_ds writes checkpoints: remove it; for a short stall use "checkpoint": {"async": true}',
+        None,
+    ),
+    "checkpoint.use_node_local_storage": ("a checkpoint is one folder for all nodes: remove it",),
+    "datastates_ckpt": ('grass_ds writes checkpoints: use "checkpoint": {"async": true}',),
+    "expert_parallel.enabled": ("mixture-of-experts parallelism is not supported: remove it",),
 }
 # Optimizers whose update of an element depends on its tensor: ranks hold flat shards of layers.
 _NEED_WHOLE_TENSORS = {"muon", "muonwithauxadam", "adafactor", "lamb", "fusedlamb"}
@@ -71,13 +63,8 @@ def _lookup(config: Mapping[str, Any], path: str) -> Any:
 
 
 def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
-    """Raise :class:`GrassConfigError` with every setting that does not work with the ``"grass"`` block.
-
-    Args:
-        ds_config: the whole DeepSpeed config.
-        config: its parsed ``"grass"`` block.
-    """
-    problems = [*_stage_problems(ds_config), *_setting_problems(ds_config), *_optimizer_problems(ds_config)]
+    """Raise :class:`GrassConfigError` with every setting of ``ds_config`` that does not work with its block."""
+    problems = [*_stage_problems(ds_config), *_setting_problems(ds_config)]
     if config.offload.device == "nvme":
         try:
             AioSettings.parse(_lookup(ds_config, "aio") or {})
@@ -91,9 +78,8 @@ def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
 
 def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
     stage = _lookup(ds_config, "zero_optimization.stage")
-    if stage not in SUPPORTED_STAGES:
-        wanted = " or ".join(map(str, SUPPORTED_STAGES))
-        yield f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage {wanted}; set one of them"
+    if stage not in (1, 2, 3):
+        yield f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage 1 or 2 or 3; set one of them"
     if stage == 3 and not deepspeed_compat.waits_for_all_gathers():
         yield (
             f"zero_optimization.stage = 3 on CPU ranks with deepspeed {installed('deepspeed')}: it reads gathered "
@@ -109,22 +95,19 @@ def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
-    for path, why in REFUSED_SETTINGS.items():
+    for path, (why, *allowed) in REFUSED_SETTINGS.items():
         value = _lookup(ds_config, path)
-        if value not in ALLOWED_VALUES.get(path, (None, False)):
+        if value is not None and value not in (allowed or [False]):
             yield f"{path} = {value!r}: {why}"
+    kind = str(_lookup(ds_config, "optimizer.type") or "").lower()
+    if kind in _NEED_WHOLE_TENSORS:
+        yield f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW"
     section = ds_config.get("checkpoint", {})
     if not isinstance(section, Mapping):
         yield f"checkpoint = {section!r}: expected an object {{...}}; leave it out for the defaults"
 
 
-def _optimizer_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
-    kind = str(_lookup(ds_config, "optimizer.type") or "").lower()
-    if kind in _NEED_WHOLE_TENSORS:
-        yield f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW"
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(optimizer: object) -> None:
     """Raise :class:`GrassConfigError` for a client optimizer that does not work element by element."""
     name = type(optimizer).__name__
     if name.lower() in _NEED_WHOLE_TENSORS:
@@ -143,7 +126,12 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
         GrassConfigError: adapters, pipeline parallelism or experts.
         ValueError: the layers cannot be found, or ``always_active`` names what the model does not have.
     """
-    _refuse_adapters(model)
+    adapted = any(hasattr(module, "peft_config") for module in model.modules())
+    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
+        raise GrassConfigError(
+            "the model is wrapped by PEFT: grass trains full weights. Pass the plain model, for example "
+            'peft_model.merge_and_unload(), or remove the block "grass" to train the adapter'
+        )
     if isinstance(model, deepspeed_compat.PipelineModule):
         raise GrassConfigError("pipeline parallelism has an engine of its own: grass needs the plain model")
     experts = any(getattr(p, "allreduce", True) is False for p in model.parameters())
@@ -154,12 +142,3 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
     return layers
-
-
-def _refuse_adapters(model: nn.Module) -> None:
-    adapted = any(hasattr(module, "peft_config") for module in model.modules())
-    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
-        raise GrassConfigError(
-            "the model is wrapped by PEFT: grass trains full weights. Pass the plain model, for example "
-            'peft_model.merge_and_unload(), or remove the block "grass" to train the adapter'
-        )

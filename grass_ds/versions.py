@@ -48,7 +48,7 @@ def installed(name: str) -> str | None:
 def is_tested(name: str, found: str) -> bool:
     """Whether a version of package ``name`` is in its range; local builds and nightlies count as their release."""
     try:
-        return SpecifierSet(RANGES[name]).contains(Version(found).base_version)
+        return Version(found).base_version in SpecifierSet(RANGES[name])
     except InvalidVersion:
         return False
 
@@ -60,10 +60,9 @@ def remedy(name: str) -> str:
 
 def untested(names: Iterable[str]) -> str:
     """One sentence about those of ``names`` that are installed outside of their range; empty if there are none."""
-    found = {name: number for name in names if (number := installed(name)) is not None}
     outside = [
-        f"{name} {number} (tested: {RANGES[name]}; {remedy(name)})"
-        for name, number in found.items()
-        if not is_tested(name, number)
+        f"{name} {found} (tested: {RANGES[name]}; {remedy(name)})"
+        for name in names
+        if (found := installed(name)) is not None and not is_tested(name, found)
     ]
     return f"grass_ds is not tested with {', '.join(outside)}" if outside else ""

@@ -34,7 +34,7 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
         ValueError: on every rank: the checkpoint ``tag``, or without a ``tag`` every one, is damaged.
     """
     tags = [tag] if tag is not None else _from_first_rank(lambda: folders.candidates(folder), group)
-    damage = []
+    damage: list[str] = []
     for name in tags:
         found = _problems(folder / name, group)
         if not found:

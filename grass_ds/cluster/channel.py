@@ -16,7 +16,6 @@ class Channel:
     """Datagrams between this rank and rank 0.
 
     Args:
-        rank, world_size: of this process.
         address: host name and UDP port of rank 0.
         token: prefix of every message, which keeps out those of other programs.
         own: the bound socket of rank 0; other ranks make theirs.
@@ -51,7 +50,7 @@ class Channel:
                     self._socket.sendto(message, self._addresses[peer])
 
     def receive(self, seconds: float) -> tuple[str, int, str] | None:
-        """The next message within that time, as (kind, sender, text)."""
+        """The next message within that time: kind, sender, text."""
         self._socket.settimeout(max(seconds, 0.0))
         try:
             data, address = self._socket.recvfrom(1 << 16)
@@ -68,13 +67,13 @@ class Channel:
         self._socket.close()
 
 
-def bound_socket() -> socket.socket:
-    """A UDP socket on a free port of all interfaces, IPv6 and IPv4 where there are both."""
+def bound_socket(port: int = 0) -> socket.socket:
+    """A UDP socket on a port (0: a free one) of all interfaces, IPv6 and IPv4 where there are both."""
     both = socket.has_dualstack_ipv6()
     own = socket.socket(socket.AF_INET6 if both else socket.AF_INET, socket.SOCK_DGRAM)
     if both:
         own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     # Room for messages of all ranks while this process keeps its threads from running; the system may grant less.
     own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
-    own.bind(("", 0))
+    own.bind(("", port))
     return own

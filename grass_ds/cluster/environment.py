@@ -16,11 +16,7 @@ class PlacementError(ValueError):
 
 
 class Environment:
-    """Reads variables. An empty one counts as not set.
-
-    Raises:
-        PlacementError: a variable is missing that has no default, or is no whole number where one is needed.
-    """
+    """Reads variables; :class:`PlacementError` if one is missing or no number. An empty one counts as not set."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ

@@ -7,9 +7,8 @@ rank sends a datagram to rank 0 every ``interval`` seconds, and rank 0 answers i
 ``limit`` seconds is lost. Rank 0 tells all others; if rank 0 is the lost one, each finds out by itself. The main
 thread cannot be interrupted in a collective, so the process ends at once, with :data:`RANK_LOST`.
 
-Datagrams, not the process group's store: a call to a ``TCPStore`` whose host is gone outlasts any time-out. There is
-one socket per rank and no connection: with 1,024 ranks, rank 0 gets and sends 205 datagrams of about 60 bytes per
-second, which took 2 % of a CPU core.
+Datagrams, not the process group's store: a call to a ``TCPStore`` whose host is gone outlasts any time-out. With 1,024
+ranks, the datagrams took 2 % of a CPU core on rank 0.
 
 Silence is counted in rounds of the listener. If the scheduler suspends the whole job, or the listener gets no
 processor, its rounds get longer and nobody is accused. A rank that was never heard is not accused either, nor one that
@@ -23,7 +22,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import NoReturn
 
 from deepspeed import comm as dist
@@ -42,30 +40,25 @@ _ALIVE, _LEFT, _LOST = "alive", "left", "lost"
 
 
 class Silence:
-    """How long each peer has been silent, in rounds of the listener.
-
-    Args:
-        peers: ranks to listen for.
-        limit: rounds after which a silent peer is lost.
-    """
+    """How long each peer has been silent, in rounds of the listener; after ``limit`` rounds it is lost."""
 
     def __init__(self, peers: Iterable[int], limit: int) -> None:
         self.limit = limit
-        self.never_heard = set(peers)
-        self.silent: dict[int, int] = {}  # rank -> rounds, of those that were heard and have not left
-        self._left: set[int] = set()
+        self.peers = set(peers)  # that have not left
+        self.silent: dict[int, int] = {}  # rank -> rounds, of the peers that were heard
+
+    @property
+    def never_heard(self) -> set[int]:
+        return self.peers - self.silent.keys()
 
     def heard(self, rank: int) -> None:
         """A sign of life. It may arrive after the rank's message that it leaves."""
-        self.never_heard.discard(rank)
-        if rank not in self._left:
+        if rank in self.peers:
             self.silent[rank] = -1  # the end of this round makes it 0
 
     def left(self, rank: int) -> None:
-        """The peer said that it leaves."""
-        self.never_heard.discard(rank)
+        self.peers.discard(rank)
         self.silent.pop(rank, None)
-        self._left.add(rank)
 
     def end_round(self) -> list[int]:
         """The lost ranks, sorted; usually none."""
@@ -82,10 +75,10 @@ class Heartbeat:
         with grass_ds.Heartbeat():
             train()
 
-    All ranks start it, after the process group. Ranks may leave in any order and at any time, by the end of the block
-    or by an exception; one that ends in another way (killed, powered off) is lost. With one rank it does nothing. The
-    others stop within ``limit + 2 * interval`` seconds, with one line on stderr that names the lost ranks and their
-    machines. When rank 0 leaves, nobody is watched any longer.
+    All ranks start it, after the process group; with one rank it does nothing. Ranks may leave in any order and at any
+    time, by the end of the block or by an exception. If one ends in another way (killed, powered off), the others stop
+    within ``limit + 2 * interval`` seconds, with one line on stderr that names the lost ranks and their machines. When
+    rank 0 leaves, nobody is watched any longer.
 
     Args:
         limit: seconds of silence, at least three intervals; more than any call of the program keeps other Python
@@ -107,6 +100,7 @@ class Heartbeat:
         self._interval = interval
         self._rounds = math.ceil(limit / interval)
         self._host = socket.gethostname()
+        self._silence = Silence((), self._rounds)
         self._thread: threading.Thread | None = None
 
     def start(self, channel: Channel | None = None) -> None:
@@ -128,22 +122,23 @@ class Heartbeat:
             self._thread = None
 
     def wait_for_cause(self) -> None:
-        """After an error in a collective: find out whether a lost rank is the cause.
+        """After an error in a collective: wait until a lost rank ends this process.
 
-        If so, this process ends, as at any other time. Returns as soon as a peer has said that it leaves, which
-        explains the error as well, or when no rank can be lost any more: after at most ``limit + 2 * interval``
-        seconds.
+        Returns as soon as a peer has said that it leaves, which explains the error as well, and after at most
+        ``limit + 2 * interval`` seconds.
         """
         if self._thread is not None:
             self._peer_left.wait((self._rounds + 2) * self._interval)
+
+    def never_heard(self) -> list[int]:
+        """The peers without any sign of life so far. Rank 0 has all others as peers, the others have rank 0."""
+        return sorted(self._silence.never_heard)
 
     def __enter__(self) -> "Heartbeat":
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     # ---- the thread -------------------------------------------------------------------------------------------------
@@ -158,9 +153,9 @@ class Heartbeat:
             if lost := self._silence.end_round():
                 self._stop_for(lost)
             rounds, seconds = rounds + 1, self._interval
-            if rounds == self._rounds and self._silence.never_heard:
+            if rounds == self._rounds and self.never_heard():
                 logger.warning(
-                    f"heartbeat: nothing heard of ranks {sorted(self._silence.never_heard)} so far; if one is lost, "
+                    f"heartbeat: nothing heard of ranks {self.never_heard()} so far; if one is lost, "
                     "the others will not notice before the time-out of their collectives. Are UDP packets blocked "
                     "between the machines?"
                 )
@@ -168,7 +163,7 @@ class Heartbeat:
         self._channel.close()
 
     def _listening(self) -> bool:
-        return bool(self._silence.never_heard or self._silence.silent) and not self._leaving.is_set()
+        return bool(self._silence.peers) and not self._leaving.is_set()
 
     def _listen(self, seconds: float) -> None:
         """One round."""
@@ -194,7 +189,7 @@ class Heartbeat:
             self._channel.send(kind, self._host, [sender])
 
     def _leave(self) -> None:
-        """Tell the peers, until each has said that it leaves, too, or has confirmed."""
+        """Tell the peers until each has confirmed, or leaves, too."""
         end = time.monotonic() + LEAVE_SECONDS
         self._channel.send(_LEFT, self._host, self._silence.silent)
         while self._silence.silent and time.monotonic() < end:
@@ -205,12 +200,7 @@ class Heartbeat:
                 self._channel.send(_LEFT, self._host, [sender] if kind else self._silence.silent)
 
     def _stop_for(self, lost: list[int]) -> NoReturn:
-        ranks: dict[str, list[str]] = {}
-        for rank in lost:
-            ranks.setdefault(self._hosts[rank], []).append(str(rank))
-        names = "; ".join(
-            f"rank{'s' * (len(of_host) > 1)} {', '.join(of_host)} on host {host}" for host, of_host in ranks.items()
-        )
+        names = ", ".join(f"rank {rank} on host {self._hosts[rank]}" for rank in lost)
         seconds = self._rounds * self._interval
         text = f"lost: {names}; silent for {seconds:g} s, so the process is gone or its machine is."
         if self._channel.rank == 0:

@@ -4,8 +4,7 @@
 [Note: Placement] DeepSpeed, accelerate and torch read ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and
 ``MASTER_PORT``. torchrun, ``accelerate launch`` and DeepSpeed's launcher set them; ``srun`` and ``mpirun`` set
 variables of their own; without a launcher there are none. :func:`find` reads all of them and :meth:`Placement.export`
-translates. Contradictions are an error: ``srun -n 2 torchrun --standalone`` would train two models into one folder,
-and a ``RANK`` that ``sbatch`` copied from the shell would make every task rank 0.
+translates. Contradictions are an error: ``srun -n 2 torchrun --standalone`` would train two models into one folder.
 """
 
 import functools
@@ -22,8 +21,6 @@ from deepspeed.accelerator import get_accelerator
 
 from grass_ds.cluster.environment import Environment, PlacementError
 
-# Launchers that start each rank in an environment of its own, in which the devices of other ranks may be hidden.
-_PER_RANK = ("srun", "mpirun")
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 _MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK")
 _GLOO_RELEASE_SECONDS = 0.25
@@ -31,15 +28,12 @@ _GLOO_RELEASE_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Placement:
-    """One process among the ranks of a run.
+    """One process among the ranks of a run: the variables of :meth:`export`, and its launcher.
 
     Attributes:
-        rank: global rank, in 0 .. world_size - 1.
         local_rank: rank among those of this machine.
-        world_size: number of ranks.
         local_world_size: number of ranks on this machine, None if unknown.
-        master_addr: name or address of the machine of rank 0.
-        master_port: TCP port on that machine at which ranks meet.
+        master_addr, master_port: host of rank 0, and the TCP port there at which ranks meet.
         launcher: "torchrun" (also ``accelerate launch``), "deepspeed", "srun", "mpirun", "environment" (the variables
             alone) or "none" (one process).
     """
@@ -61,7 +55,7 @@ class Placement:
         Raises:
             PlacementError: no device is visible, or one launcher has started more ranks here than there are devices.
         """
-        if self.launcher in _PER_RANK and visible:
+        if self.launcher in ("srun", "mpirun") and visible:  # which start each rank in an environment of its own
             return self.local_rank % visible
         if self.local_rank >= visible:
             raise PlacementError(
@@ -75,23 +69,14 @@ class Placement:
         """Set the variables that torch, DeepSpeed and accelerate read, for this process and its children.
 
         They use ``LOCAL_RANK`` as the index of the device, so that is its value where each task sees a single device.
-        :func:`find` in this process still returns the local rank.
-
-        Raises:
-            PlacementError: there is no device for this rank.
+        :func:`find` in this process still returns the local rank. :class:`PlacementError` if this rank has no device.
         """
         accelerator = get_accelerator()
         cpu = accelerator.device_name() == "cpu"
         index = self.local_rank if cpu else self.device_index(accelerator.device_count())
-        variables = {
-            "RANK": self.rank,
-            "LOCAL_RANK": index,
-            "WORLD_SIZE": self.world_size,
-            "LOCAL_WORLD_SIZE": self.local_world_size,
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": self.master_port,
-        }
-        os.environ.update({name: str(value) for name, value in variables.items() if value is not None})
+        variables = {**vars(self), "local_rank": index}
+        del variables["launcher"]
+        os.environ.update({name.upper(): str(value) for name, value in variables.items() if value is not None})
         if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed demands that both be equal
             os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
         _exported.append(self)
@@ -137,8 +122,7 @@ def leave_process_group() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo releases the tensors that it sent a moment after they arrived, and needs the interpreter for
-        # it. If that has ended by then, the process aborts, and a successful run ends with an error.
+        # A thread of gloo needs the interpreter to release what it sent, a moment later; without it the process aborts.
         time.sleep(_GLOO_RELEASE_SECONDS)
 
 

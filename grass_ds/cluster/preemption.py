@@ -2,13 +2,10 @@
 """Stopping without loss when the scheduler asks for it.
 
 [Note: Preemption] A scheduler that wants a machine back sends a signal and kills some time later. The signal may reach
-one rank or all, once or several times, and at different steps of different ranks: if one rank acted on it alone, the
+one rank or all, once or several times, and at different steps of different ranks. If one rank acted on it alone, the
 others would wait for it. So the handler only remembers it. At the end of each step the ranks compare what they
-received, in one all-reduce of one number, and all act in the same step: save, and exit with :data:`PREEMPTED`, which
-tells a job script to queue the run again.
-
-Schedulers send their signals to helper processes as well, whose death would end the step at once: see
-:func:`ignore_signals`.
+received, in one all-reduce of one number. All act in the same step: save, and exit with :data:`PREEMPTED`, which tells
+a job script to queue the run again.
 """
 
 import os
@@ -40,9 +37,8 @@ class Preemption:
                 break
         sys.exit(preemption.end())
 
-    Args:
-        signals: by default SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM, which
-            ``scancel``, ``scontrol requeue``, preemption and most other schedulers send.
+    By default the signals are SIGUSR1, which SLURM sends before the time limit (``sbatch --signal``), and SIGTERM,
+    which ``scancel``, ``scontrol requeue``, preemption and most other schedulers send.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
@@ -61,7 +57,7 @@ class Preemption:
         if self._agreed is None:
             self._agreed = self._received_by_any_rank()
             if self._agreed is not None and self.received is None:
-                self._announce(self._agreed)
+                _announce(self._agreed)
         return self._agreed is not None
 
     @property
@@ -70,10 +66,9 @@ class Preemption:
         return "" if self._agreed is None else self._agreed.name
 
     def end(self) -> int:
-        """Return the exit code, :data:`PREEMPTED` or 0, and ignore all signals from now on.
+        """Return the exit code, :data:`PREEMPTED` or 0, and ignore all signals: the last call of a program.
 
-        This is the last call of a program. The first rank that ends makes launchers send SIGTERM to the others, and
-        Python removes handlers long before a process is gone.
+        The first rank that ends makes launchers send SIGTERM to the others, whose handlers Python may have removed.
         """
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
@@ -102,23 +97,19 @@ class Preemption:
                 os.kill(os.getpid(), number)
         elif self.received is None:
             self.received = signal.Signals(number)
-            self._announce(self.received)
+            _announce(self.received)
 
-    @staticmethod
-    def _announce(received: signal.Signals) -> None:
-        """On rank 0. Not by a logger: a signal interrupts the program anywhere, perhaps inside the logger."""
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"grass_ds: {received.name} received: saving and stopping at the end of this step\n".encode())
+
+def _announce(received: signal.Signals) -> None:
+    """On rank 0. Not by a logger: a signal interrupts the program anywhere, perhaps inside the logger."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"grass_ds: {received.name} received: saving and stopping at the end of this step\n".encode())
 
 
 def ignore_signals(worker: int, init: Callable[[int], None] | None = None) -> None:
-    """A ``worker_init_fn`` of a `torch.utils.data.DataLoader` for training.
-
-    The step that the workers load for is still to be done. torch lets workers die of a SIGTERM that is not their
-    parent's, and the parent of that. They end with their parent anyway.
+    """A ``worker_init_fn`` of a `torch.utils.data.DataLoader`, whose workers would die of the scheduler's signals.
 
     Args:
-        worker: index of the worker.
         init: another ``worker_init_fn`` to call.
     """
     for number in SIGNALS:

@@ -26,23 +26,16 @@ SHARED_SECONDS = 30.0
 
 
 def check_nvme(path: str) -> Iterator[Finding]:
-    """Space, filesystem and speed of the folder for ``grass.offload.nvme_path``; the file for it is removed again.
-
-    Raises:
-        GrassConfigError: training would refuse the folder.
-    """
+    """Space, filesystem and speed of the folder for ``grass.offload.nvme_path``; raises what training would raise."""
     root = resolve_path(path)
-    if not root.is_dir():
-        yield Finding("nvme_path", FAIL, f"{root}: no such directory", "mount the disk or create the directory")
-        return
     with tempfile.TemporaryDirectory(dir=root, prefix="grass_ds_doctor_") as folder:
         files = StateFiles(Path(folder), 0, "doctor", {"speed": TEST_BYTES})
         try:
-            speeds = _measure(files)
+            written, read = _measure(files)
         finally:
             files.close()
     kind, free = filesystem(root), shutil.disk_usage(root).free / 1e9
-    text = f"{root} ({kind}): {free:.0f} GB free, writes {speeds[0]:.0f} MB/s, reads {speeds[1]:.0f} MB/s"
+    text = f"{root} ({kind}): {free:.0f} GB free, writes {written:.0f} MB/s, reads {read:.0f} MB/s"
     if kind in IN_MEMORY or kind in NETWORK or not files.direct:
         text += "; it takes host memory" if kind in IN_MEMORY else ""
         text += "; all machines share its speed" if kind in NETWORK else ""
@@ -78,8 +71,10 @@ def check_shared(path: str, gather: Callable[..., list[Any]] = gather_from_ranks
     Raises:
         OSError: on rank 0, if the folder is missing or cannot be written; a RankFailedError on the others.
     """
+    name = f"grass_ds_doctor_{uuid.uuid4().hex}"
     first = not dist.is_initialized() or dist.get_rank() == 0
-    marker = gather(lambda: _write_marker(path) if first else None)[0]
+    marker = gather(lambda: Path(path).expanduser().absolute() / name)[0]
+    gather(lambda: marker.write_text("may be removed\n") if first else None)
     visible = gather(lambda: becomes_visible(marker))
     if first:
         marker.unlink()
@@ -99,9 +94,3 @@ def becomes_visible(marker: Path) -> bool:
             return False
         time.sleep(0.2)
     return True
-
-
-def _write_marker(path: str) -> Path:
-    marker = Path(path).expanduser().absolute() / f"grass_ds_doctor_{uuid.uuid4().hex}"
-    marker.write_text("may be removed\n")
-    return marker

@@ -42,7 +42,6 @@ def extensions_root() -> Path:
 
 
 def is_built(name: str) -> bool:
-    """Whether the extension ``name`` is compiled."""
     return (extensions_root() / name / f"{name}.so").exists()
 
 
@@ -54,24 +53,22 @@ def communication_ready() -> bool:
 
 def check_extensions() -> Iterator[Finding]:
     """The extensions that the library uses on this accelerator."""
-    cpu = get_accelerator().device_name() == "cpu"
-    for name, status, remedy in OPS if cpu else OPS[1:]:
+    for name, status, remedy in OPS if get_accelerator().device_name() == "cpu" else OPS[1:]:
+        built = is_built(name)
         # ninja is run even when there is nothing left to compile.
-        tools = ["ninja"] if is_built(name) else ["ninja", cpp_extension.get_cxx_compiler()]
+        tools = ["ninja"] if built else ["ninja", cpp_extension.get_cxx_compiler()]
         missing = [tool for tool in tools if not shutil.which(tool)]
         if missing:
             yield Finding(name, status, f"not in PATH: {', '.join(missing)}", remedy)
-        elif is_built(name):
+        elif built:
             yield Finding(name, OK, f"compiled in {extensions_root() / name}")
         else:
-            yield Finding(
-                name, OK, "will be compiled when it is first used, in a few minutes; `ds_report` shows if it can"
-            )
+            yield Finding(name, OK, "will be compiled when it is first used, in minutes; `ds_report` shows if it can")
 
 
-def check_locks(root: Path) -> Iterator[Finding]:
+def check_locks() -> Iterator[Finding]:
     """See [Note: Build locks]."""
-    locks = sorted(root.glob("*/lock"))
+    locks = sorted(extensions_root().glob("*/lock"))
     for lock in locks:
         seconds = time.time() - max(path.lstat().st_mtime for path in lock.parent.iterdir())
         if _is_held(lock):
@@ -84,7 +81,7 @@ def check_locks(root: Path) -> Iterator[Finding]:
             remedy = f"unless another machine compiles into this folder: rm {lock}"
             yield Finding("build lock", FAIL, text, remedy)
     if not locks:
-        yield Finding("build lock", OK, f"none in {root}")
+        yield Finding("build lock", OK, f"none in {extensions_root()}")
 
 
 def _is_held(lock: Path) -> bool:

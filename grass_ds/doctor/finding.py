@@ -40,30 +40,26 @@ class Report:
     ranks: list[dict[str, Any]] = field(default_factory=list)
     rank: int = 0
 
-    @property
-    def status(self) -> str:
-        """The most severe status of all findings."""
-        return max((finding.status for finding in self.findings), key=(OK, WARN, FAIL).index, default=OK)
-
     def write(self) -> int:
         """Write the report; returns the exit code, 1 if a check failed."""
-        if self.rank == 0:
-            print(self._json() if self.as_json else self._text(), file=self.stream, flush=True)
-        elif not self.ranks:  # the ranks did not meet, so rank 0 does not know these
-            failed = [finding for finding in self.findings if finding.status == FAIL]
-            lines = [f"rank {self.rank}: {finding.check}: {finding.finding}\n" for finding in failed]
-            sys.stderr.write("".join(lines))
-        return int(self.status == FAIL)
+        status = max((finding.status for finding in self.findings), key=(OK, WARN, FAIL).index, default=OK)
+        if self.rank != 0:
+            if not self.ranks:  # the ranks did not meet, so rank 0 does not know these
+                failed = [finding for finding in self.findings if finding.status == FAIL]
+                sys.stderr.write("".join(f"rank {self.rank}: {each.check}: {each.finding}\n" for each in failed))
+        elif self.as_json:
+            found = [asdict(finding) for finding in self.findings]
+            report = {"status": status, "findings": found, "ranks": self.ranks}
+            print(json.dumps(report, indent=2), file=self.stream, flush=True)
+        else:
+            end = "not ready to train" if status == FAIL else "training can start"
+            print(*self._lines(), end, sep="\n", file=self.stream, flush=True)
+        return int(status == FAIL)
 
-    def _json(self) -> str:
-        findings = [asdict(finding) for finding in self.findings]
-        return json.dumps({"status": self.status, "findings": findings, "ranks": self.ranks}, indent=2)
-
-    def _text(self) -> str:
-        # Lines are not wrapped: a path must not be cut.
-        lines = []
-        for finding in self.findings:
-            lines.append(f"{finding.status:<6}{finding.check:<20}{finding.finding}")
-            lines += [f"{'':<26}remedy: {finding.remedy}"] if finding.remedy else []
-        lines += ["  ".join(f"{key}: {value}" for key, value in row.items()) for row in self.ranks]
-        return "\n".join([*lines, "not ready to train" if self.status == FAIL else "training can start"])
+    def _lines(self) -> Iterable[str]:
+        for finding in self.findings:  # not wrapped: a path must not be cut
+            yield f"{finding.status:<6}{finding.check:<20}{finding.finding}"
+            if finding.remedy:
+                yield f"{'':<26}remedy: {finding.remedy}"
+        for row in self.ranks:
+            yield "  ".join(f"{key}: {value}" for key, value in row.items())

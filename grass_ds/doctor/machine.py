@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of this machine, its memory, and the limits that a cluster sets."""
+"""The devices of this machine and what they compute, its memory, and the limits that a cluster sets."""
 
+import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from grass_ds import precision
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 
 GIB = 2**30
@@ -21,6 +23,7 @@ SHM_BYTES = GIB
 _CAP_IPC_LOCK = 14
 _UNLIMITED = 2**60  # control groups of version 1 show "no limit" as a little less than 2^63
 _NO_GPU = "ask SLURM for GPUs (--gpus-per-node), look at CUDA_VISIBLE_DEVICES, install a torch built for the GPU"
+_AUTO = '"{name}": {{"enabled": "auto"}} under launch/train.py or the Trainer; no such block in your own loop'
 
 
 def check_accelerator() -> Iterator[Finding]:
@@ -48,6 +51,30 @@ def device_text(index: int) -> str:
     return f"{name} ({accelerator.total_memory(index) / GIB:.0f} GiB)"
 
 
+def check_precision(config: str | None) -> Iterator[Finding]:
+    """Time matrix products, and compare them with what the DeepSpeed config in a file asks for."""
+    asked = [] if config is None else asked_for(config)
+    rates, allowed = precision.measure(asked), precision.candidates()
+    yield Finding("precision", OK, f"train in {rates.recommended(allowed)}: {rates.text()}")
+    for name in asked:
+        warning = rates.warning(name, allowed)
+        if warning is None:
+            yield Finding("config", OK, f"{config} asks for {name}, which this device computes")
+        else:
+            yield Finding("config", FAIL, f"{config}: {warning}", _AUTO.format(name=name))
+
+
+def asked_for(config: str) -> list[str]:
+    """The 16-bit dtypes that the DeepSpeed config in the file enables; "auto" asks for none."""
+    try:
+        found = json.loads(Path(config).read_text())
+    except ValueError as error:
+        raise ValueError(f"{config}: not valid JSON: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{config}: must hold a JSON object, not a {type(found).__name__}")
+    return [name for name in ("bf16", "fp16") if precision.enabled(found, name) is True]
+
+
 def check_memory() -> Iterator[Finding]:
     """Host memory, how much of it may be page-locked, and shared memory."""
     memory = psutil.virtual_memory()
@@ -57,8 +84,7 @@ def check_memory() -> Iterator[Finding]:
         text += f"; this job may use {_gib(limit)} (--mem of SLURM, or the container)"
     yield Finding("host memory", OK, text)
     yield judge_memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], _may_exceed_memlock())
-    shm = os.statvfs("/dev/shm")
-    yield judge_shm(shm.f_blocks * shm.f_frsize)
+    yield judge_shm(psutil.disk_usage("/dev/shm").total)
 
 
 def judge_memlock(limit: int, privileged: bool) -> Finding:
@@ -68,9 +94,7 @@ def judge_memlock(limit: int, privileged: bool) -> Finding:
     if limit >= MEMLOCK_BYTES:
         return Finding("memlock", OK, _gib(limit))
     text = f'{_gib(limit)}: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix'
-    remedy = (
-        "ulimit -l unlimited; for SLURM PropagateResourceLimitsExcept=MEMLOCK, and LimitMEMLOCK=infinity of slurmd"
-    )
+    remedy = "ulimit -l unlimited; for SLURM PropagateResourceLimitsExcept=MEMLOCK, LimitMEMLOCK=infinity of slurmd"
     return Finding("memlock", WARN, text, remedy)
 
 
@@ -84,21 +108,16 @@ def judge_shm(nbytes: int) -> Finding:
 def cgroup_limit(membership: Path, root: Path) -> int | None:
     """The smallest memory limit (bytes) of this process's control group and the groups above it; None without a limit.
 
-    Args:
-        membership: /proc/self/cgroup.
-        root: where control groups are mounted.
+    ``membership`` is /proc/self/cgroup; control groups are mounted in ``root``.
     """
-    limits = []
+    texts = []
     for line in membership.read_text().splitlines() if membership.exists() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        group = base / path.lstrip("/")
-        for folder in (group, *group.parents):  # in a container the first ones may be outside of the mount
-            file = folder / name
-            if folder.is_relative_to(base) and file.exists() and (text := file.read_text().strip()).isdecimal():
-                limits.append(int(text))
+        if controllers in ("", "memory"):  # version 2 or 1
+            group = root / controllers / path.lstrip("/")
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            texts += [file.read_text() for folder in (group, *group.parents) if (file := folder / name).exists()]
+    limits = [int(text) for text in texts if text.strip().isdecimal()]
     return min((limit for limit in limits if limit < _UNLIMITED), default=None)
 
 

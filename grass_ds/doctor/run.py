@@ -15,26 +15,16 @@ NEEDED = ("python", "torch", "deepspeed", "numpy")
 """What the library does not work without; the other packages belong to extras."""
 
 
-def run(
-    config: str | None = None, nvme_path: str | None = None, shared_path: str | None = None, as_json: bool = False
-) -> int:
-    """Check everything and report on stdout.
-
-    Args:
-        config: the DeepSpeed config for training; its precision is compared with what the device computes.
-        nvme_path: the folder for ``grass.offload.nvme_path``; its speed is measured.
-        shared_path: a folder that all machines should share (for checkpoints).
-        as_json: report one JSON object instead of text.
+def run(config: str | None, nvme_path: str | None, shared_path: str | None, as_json: bool) -> int:
+    """Check everything and report on stdout; the arguments are those of the command line.
 
     Returns:
         The exit code: 1 if training would fail or compute in an emulated precision, else 0.
     """
     with _libraries_print_to_stderr() as stream:
         report = Report(stream, as_json)
-        report.findings += examine("versions", check_versions)
-        loaded = examine("import", check_import)
-        report.findings += loaded
-        if loaded[-1].status != FAIL:
+        report.findings += examine("versions", check_versions) + examine("import", check_import)
+        if report.findings[-1].status != FAIL:
             from grass_ds.doctor.checks import check_all
 
             check_all(report, config, nvme_path, shared_path)

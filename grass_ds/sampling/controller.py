@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grass_ds.sampling.importance import Importance
-from grass_ds.sampling.samplers import SAMPLERS, SamplerSettings
+from grass_ds.sampling.samplers import SAMPLERS, SamplingSettings
 from grass_ds.sampling.schedule import Phase, Schedule
 
 FINGERPRINT_FIELDS = ("phase", "step", "probe_step", "active_layers", "scores", "sampler")
@@ -26,21 +26,10 @@ class Switch:
 class Controller:
     """Decides which layers train. Pure bookkeeping: equal inputs on two ranks give equal decisions.
 
-    The arguments are keys of the ``"grass"`` block, whose ranges :class:`grass_ds.config.GrassConfig` has checked.
-
     Args:
         num_layers: L, decoder blocks of the model, at least 1.
-        sampler: a name of :data:`grass_ds.sampling.samplers.SAMPLERS`.
-        num_active_layers: gamma. gamma >= L acts as the ``full`` sampler: no probing, no draws, no scores.
-        probe_steps: T_p; ignored by samplers without scores.
-        sample_period: T_s, applied steps between two draws.
-        refresh_period: T_u, applied steps between two score refreshes.
-        reprobe_period: applied steps between two probings; 0: the first is the only one. Used by adaptive samplers.
-        temperature: tau > 0.
-        ema_alpha: alpha in (0, 1], the weight of the new measurement in a refresh.
-        score_normalization: ``mean`` or ``none``, see :func:`grass_ds.sampling.importance.sampling_logits`.
-        cyclic_order: ``random``, ``ascending`` or ``descending``; used by the ``cyclic`` sampler only.
-        seed: of the private CPU generator; the global torch generators are neither read nor advanced.
+        settings: the fields of :class:`SamplingSettings`. gamma >= L acts as the ``full`` sampler: no probing, no
+            draws, no scores.
 
     Attributes:
         phase: :class:`Phase` of the coming step.
@@ -48,38 +37,19 @@ class Controller:
         visits: applied train steps per layer.
         step: applied train steps.
         probe_step: counted probe steps of the current or last probing.
-        draws: active sets drawn by this object. It grows also when :meth:`end_step` draws the same set again.
+        draws: active sets drawn by this object, also those equal to the set before.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        *,
-        sampler: str,
-        num_active_layers: int,
-        probe_steps: int,
-        sample_period: int,
-        refresh_period: int,
-        reprobe_period: int,
-        temperature: float,
-        ema_alpha: float,
-        score_normalization: str,
-        cyclic_order: str,
-        seed: int,
-    ) -> None:
-        self._name = sampler if num_active_layers < num_layers else "full"
-        self._sampler = SAMPLERS[self._name](
-            SamplerSettings(num_layers, num_active_layers, temperature, score_normalization, cyclic_order, seed)
-        )
-        reprobe_period = reprobe_period if self._sampler.adaptive else 0
-        self._schedule = Schedule(probe_steps, sample_period, refresh_period, reprobe_period)
-        self._num_layers = num_layers
-        self._ema_alpha = ema_alpha
+    def __init__(self, num_layers: int, **settings: Any) -> None:
+        given = SamplingSettings(**settings)
+        self._name = given.sampler if given.num_active_layers < num_layers else "full"
+        self._sampler = SAMPLERS[self._name](num_layers, given)
+        reprobe_period = given.reprobe_period if self._sampler.adaptive else 0
+        self._schedule = Schedule(given.probe_steps, given.sample_period, given.refresh_period, reprobe_period)
+        self._num_layers, self._ema_alpha = num_layers, given.ema_alpha
         self._importance = Importance(num_layers)
-        self.step = 0
-        self.probe_step = 0
+        self.step = self.probe_step = self.draws = 0
         self.visits = (0,) * num_layers
-        self.draws = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -91,14 +61,12 @@ class Controller:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """m_l per layer (gradient RMS, float64); None before the first probing ends and for samplers without
-        scores."""
+        """m_l per layer (gradient RMS, float64); None before the first probing ends, and without ``needs_scores``."""
         return self._importance.scores if self._sampler.needs_scores else None
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Chance of each layer to be picked first in the next draw; sums to 1. 1 / L before there are scores, and for
-        ``cyclic`` (a layer's share of a cycle) and ``full`` (by convention)."""
+        """Chance of each layer to be picked first in the next draw; sums to 1. 1 / L before there are scores."""
         return self._sampler.probabilities(self.scores)
 
     @property
@@ -126,23 +94,21 @@ class Controller:
         return None if active is None else self._switch_to(active)
 
     def _end_probe_step(self) -> tuple[int, ...] | None:
-        """Count a probe step; return the set to train after the last one, else None."""
-        last = self._schedule.probing_done(self.probe_step + 1)
-        if last and self._importance.all_zero:
+        done = self.probe_step + 1 >= self._schedule.probe_steps
+        if done and self._importance.all_zero:
             raise ValueError(
                 f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not "
                 "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer "
                 "of zeros"
             )
         self.probe_step += 1
-        if not last:
+        if not done:
             return None
         self._importance.update_scores(1.0)  # a probing measures all layers anew: nothing of the old scores remains
         self.phase = Phase.TRAIN
         return self._next_active()
 
     def _end_train_step(self) -> tuple[int, ...] | None:
-        """Count a train step and refresh the scores if due; return the next set if a draw or a probing is due."""
         self.step += 1
         active = set(self.active_layers)
         self.visits = tuple(n + (layer in active) for layer, n in enumerate(self.visits))
@@ -156,37 +122,32 @@ class Controller:
         return self._sampler.draws and self._schedule.draws_after(step)
 
     def _probe(self) -> tuple[int, ...]:
-        """Enter the probing phase; return its set, all layers."""
         self.phase, self.probe_step = Phase.PROBE, 0
         self._importance.drop_measurements()
         return tuple(range(self._num_layers))
 
     def _next_active(self) -> tuple[int, ...]:
-        """Draw; nothing else advances the sampler."""
         self.draws += 1
         return self._sampler.draw(self.scores)
 
     def upcoming(self) -> tuple[int, ...] | None:
         """The set that will be drawn after the coming step, None if none will; the controller does not change.
 
-        The draw itself may differ only where the scores are refreshed at the same boundary.
+        The draw itself may differ where the scores are refreshed at the same boundary.
         """
         coming = self.step + 1
         if self.phase is not Phase.TRAIN or self._schedule.reprobes_after(coming) or not self._draws_after(coming):
             return None
         state = self._sampler.state_dict()
-        try:
-            return self._sampler.draw(self.scores)
-        finally:
-            self._sampler.load_state_dict(state)
+        drawn = self._sampler.draw(self.scores)
+        self._sampler.load_state_dict(state)
+        return drawn
 
     def probe_steps_within(self, steps: int) -> int:
-        """The number of probe steps, which update no weight, among a run's first ``steps`` steps if none is
-        skipped."""
+        """The number of probe steps, which update no weight, among a run's first ``steps`` steps."""
         return self._schedule.probe_steps_within(steps) if self._sampler.needs_scores else 0
 
     def _switch_to(self, active: tuple[int, ...]) -> Switch | None:
-        """Make ``active`` the active set; return the change, None if it is the same set."""
         old, new = set(self.active_layers), set(active)
         self.active_layers = active
         return Switch(active, tuple(sorted(new - old)), tuple(sorted(old - new))) if new != old else None
@@ -194,8 +155,7 @@ class Controller:
     def fingerprint(self) -> tuple[int, ...]:
         """One integer in [0, 2**62) per field of :data:`FINGERPRINT_FIELDS`, to compare ranks at a switch.
 
-        Two controllers agree in a number iff they agree in the field (up to a hash collision): scores and measurements
-        bit by bit, ``sampler`` by name, generator state and position in the cycle.
+        Equal numbers mean equal fields: scores and measurements bit by bit, ``sampler`` by name and state.
         """
         importance, sampler = self._importance.state_dict(), self._sampler.state_dict()
         sampler["generator"] = sampler["generator"].tolist()  # repr shortens tensors
@@ -237,19 +197,17 @@ class Controller:
                 f"the checkpoint's GRASS state is of a model with {state['num_layers']} layers, this model has "
                 f"{self._num_layers}: resume with the model it was saved from, or start a new run"
             )
-        self.step = state["step"]
+        self.step, self.probe_step = state["step"], state["probe_step"]
         self.visits = tuple(state["visits"])
         self._importance.load_state_dict(state["importance"])
         if state["sampler"] == self._name:
-            self.phase, self.probe_step = Phase(state["phase"]), state["probe_step"]
-            self.active_layers = tuple(state["active_layers"])
+            self.phase, self.active_layers = Phase(state["phase"]), tuple(state["active_layers"])
             self._sampler.load_state_dict(state["sampler_state"])
         else:
-            self.probe_step = state["probe_step"]
             self._importance.drop_measurements()
             self._begin()
 
 
 def _digest(value: object) -> int:
-    """A 62-bit hash of nested containers of ints, floats, strings and None. ``repr`` tells floats apart bit by bit."""
+    """A 62-bit hash. ``repr`` tells floats apart bit by bit."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2

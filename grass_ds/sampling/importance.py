@@ -18,17 +18,10 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
     """The logits m_l / tau of the draw, shifted so that the largest is 0 (which leaves the softmax as it is).
 
     Args:
-        scores: m_l >= 0 per layer, finite.
+        scores: m_l >= 0 per layer, finite. All-zero scores give equal logits.
         temperature: tau > 0. With ``normalization="mean"`` it has no unit; with ``"none"`` its unit is the gradient's.
         normalization: ``"mean"`` divides every score by their mean (ours), ``"none"`` takes them raw.
-
-    All-zero scores have no mean to divide by; they give equal logits, as any other equal scores do.
-
-    Raises:
-        ValueError: a score is NaN, infinite or negative; it is never replaced by a uniform distribution.
     """
-    for layer, score in enumerate(scores):
-        _check_measurement("score", layer, score)
     top = max(scores)
     if normalization == "none" or top == 0.0:
         return tuple((m - top) / temperature for m in scores)
@@ -38,15 +31,14 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
 
 
 def probabilities(scores: Sequence[float], temperature: float, normalization: str) -> tuple[float, ...]:
-    """p_l = exp(m_l / tau) / sum_i exp(m_i / tau), in float64; arguments and errors as in :func:`sampling_logits`."""
+    """p_l = exp(m_l / tau) / sum_i exp(m_i / tau), in float64; arguments as in :func:`sampling_logits`."""
     return softmax(sampling_logits(scores, temperature, normalization))
 
 
 class Importance:
-    """The score m_l of every layer and the measurements since its last update.
+    """The score m_l of every layer (None before the first :meth:`update_scores`), and the measurements since then.
 
-    ``scores`` is None before the first :meth:`update_scores`. A measurement is one step's sqrt(||g_l||^2 / N_l),
-    float64.
+    A measurement is one step's sqrt(||g_l||^2 / N_l), float64.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -65,11 +57,16 @@ class Importance:
         Raises:
             ValueError: other layers than ``expected`` were measured, or a value is not finite; nothing was added then.
         """
-        measured = {} if rms is None else {layer: float(value) for layer, value in rms.items()}
+        measured = {layer: float(value) for layer, value in (rms or {}).items()}
         if set(measured) != set(expected):
             raise ValueError(f"gradient RMS is wanted for layers {list(expected)}, got layers {sorted(measured)}")
         for layer, value in measured.items():
-            _check_measurement("gradient RMS", layer, value)
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(
+                    f"the gradient RMS of layer {layer} is {value!r}: expected a finite number >= 0. Layers are not "
+                    "drawn from broken gradients: lower the learning rate, clip gradients, or look for broken samples "
+                    "in the data"
+                )
         for layer, value in measured.items():
             self._sums[layer] += value
             self._counts[layer] += 1
@@ -79,18 +76,15 @@ class Importance:
 
         Layers without a measurement keep their score. The first update takes the plain means, as does alpha = 1.
         """
-        means = [s / n if n else None for s, n in zip(self._sums, self._counts, strict=True)]
         if self.scores is None:
-            self.scores = tuple(mean or 0.0 for mean in means)
-        else:
-            self.scores = tuple(
-                m if mean is None else alpha * mean + (1.0 - alpha) * m
-                for m, mean in zip(self.scores, means, strict=True)
-            )
+            self.scores, alpha = (0.0,) * len(self._sums), 1.0
+        self.scores = tuple(
+            alpha * (s / n) + (1.0 - alpha) * m if n else m
+            for m, s, n in zip(self.scores, self._sums, self._counts, strict=True)
+        )
         self.drop_measurements()
 
     def drop_measurements(self) -> None:
-        """Forget the measurements since the last update."""
         self._sums = [0.0] * len(self._sums)
         self._counts = [0] * len(self._counts)
 
@@ -100,15 +94,5 @@ class Importance:
         return {"scores": scores, "sums": list(self._sums), "counts": list(self._counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave for the same number of layers."""
         self.scores = None if state["scores"] is None else tuple(state["scores"])
         self._sums, self._counts = list(state["sums"]), list(state["counts"])
-
-
-def _check_measurement(what: str, layer: int, value: float) -> None:
-    """Raise ``ValueError`` naming the layer unless ``value`` is finite and not negative."""
-    if not (math.isfinite(value) and value >= 0.0):
-        raise ValueError(
-            f"the {what} of layer {layer} is {value!r}: expected a finite number >= 0. Layers are not drawn from "
-            "broken gradients: lower the learning rate, clip gradients, or look for broken samples in the data"
-        )

@@ -23,12 +23,9 @@ class ModelLayers:
         path: of the block stack, for example ``model.layers``.
         names: of the blocks, in module order.
         block_params: parameter names of each block.
-        outside: parameter names by kind; an empty kind is missing. ``embed``: embeddings. ``norm``: the final norm.
-            ``head``: output layers, which are the projection to the vocabulary or, in a model without one, everything
-            above the blocks (a classifier, a reward model's score). ``tower``: other model parts with blocks of their
-            own (an encoder beside the decoder, a vision tower). ``other``: the rest (a value head beside the
-            vocabulary's, a projector).
-        below: kinds of ``outside`` of which something lies below the blocks, so that its gradient passes all of them.
+        outside: parameter names by kind, without empty kinds: ``embed``, ``norm``, ``head``, ``other`` as in
+            ``grass.always_active``, and ``tower`` for model parts with blocks of their own (an encoder).
+        below: kinds of ``outside`` with something below the blocks, whose gradient passes all of them.
         vocabulary_head: ``head`` projects to the vocabulary; if it is tied, too.
         tied: the head shares a parameter with the embeddings; all of both is then listed under ``embed``.
     """
@@ -45,8 +42,7 @@ class ModelLayers:
         """The keys of ``outside`` that ``kinds`` stand for, each once, in order.
 
         ``head`` stands for ``embed`` when they are tied, and ``other`` also for ``tower``. None is the default: all
-        but the embeddings, the projection to the vocabulary and towers, since the rest may be new and randomly
-        initialized.
+        but the embeddings, the projection to the vocabulary and towers.
 
         Raises:
             ValueError: this model has no parameters of a kind.
@@ -61,29 +57,28 @@ class ModelLayers:
             if not found:
                 raise ValueError(
                     f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. "
-                    f"It has: {self.describe()}. Name some of these, or leave always_active out for the default"
+                    f"It has: {self._described()}. Name some of these, or leave always_active out for the default"
                 )
             resolved.update(dict.fromkeys(found))
         return tuple(resolved)
 
-    def describe(self) -> str:
+    def _described(self) -> str:
         """Every kind with up to three of its parameter names."""
-
-        def listed(names: Sequence[str]) -> str:
-            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-        return "; ".join(f"{kind!r} ({listed(names)})" for kind, names in self.outside.items()) or "nothing"
+        kinds = []
+        for kind, names in self.outside.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            kinds.append(f"{kind!r} ({', '.join(names[:3])}{more})")
+        return "; ".join(kinds) or "nothing"
 
 
 def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLayers:
-    """Find the decoder stack, the embeddings, the final norm, the head and their ties.
+    """Find the decoder blocks, and the kinds of all other parameters.
 
-    The stack is the ``nn.ModuleList`` with the most parameters whose blocks have one type and all hold parameters. It
-    is searched inside ``get_decoder()`` where the model has that method. ``requires_grad`` does not matter. Parameters
-    that ZeRO-3 has partitioned count with their full size.
+    The stack of blocks is the ``nn.ModuleList`` with the most parameters whose entries have one type and all hold
+    parameters. It is searched inside ``get_decoder()`` where the model has that method.
 
     Args:
-        model: any module; wrappers that add a name prefix are fine.
+        model: any module, also in wrappers that add a name prefix.
         layers_path: name of the stack in ``model.named_modules()``; overrides the search.
 
     Raises:
@@ -91,10 +86,9 @@ def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLa
     """
     candidates = _stack_candidates(model)
     path = _best_stack(model, candidates) if layers_path is None else _explicit_stack(model, layers_path, candidates)
-    stack = model.get_submodule(path)
-    names = tuple(f"{path}.{child}" for child, _ in stack.named_children())
+    names = tuple(f"{path}.{child}" for child, _ in model.get_submodule(path).named_children())
     block_params = _block_parameters(model, names)
-    rest = _Outside(model, path, candidates, {name for block in block_params for name in block})
+    rest = _Outside(model, path, candidates)
     outside = rest.names_by_kind()
     return ModelLayers(path, names, block_params, outside, rest.below(outside), bool(rest.vocabulary_heads), rest.tied)
 
@@ -126,9 +120,8 @@ def _holding(blocks: nn.ModuleList | nn.Sequential) -> bool:
 
 
 def _best_stack(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
-    """The candidate with the most parameters, inside the text decoder if the model names it."""
     decoder = _from_first(model, "get_decoder")
-    inner = set(decoder.modules()) if decoder is not None else set()
+    inner = set() if decoder is None else set(decoder.modules())
     eligible = {path: blocks for path, blocks in candidates.items() if blocks in inner} or candidates
     if not eligible:
         raise LayerDiscoveryError(_explain("no list of decoder blocks was found in the model", candidates))
@@ -141,7 +134,6 @@ def _best_stack(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
 
 
 def _explicit_stack(model: nn.Module, path: str, candidates: dict[str, nn.ModuleList]) -> str:
-    """``path`` itself, if it names a list of blocks; these may differ in type."""
     module = dict(model.named_modules()).get(path)
     if not isinstance(module, (nn.ModuleList, nn.Sequential)) or not _holding(module):
         problem = f"grass.layers_path = {path!r} is not a list of blocks that all have parameters"
@@ -151,23 +143,18 @@ def _explicit_stack(model: nn.Module, path: str, candidates: dict[str, nn.Module
 
 def _explain(problem: str, candidates: dict[str, nn.ModuleList]) -> str:
     lines = [f"  {path}: {len(blocks)} blocks, {_numel(blocks):,} parameters" for path, blocks in candidates.items()]
-    listing = "\n".join(lines or ["  (none)"])
-    return (
-        f'{problem}. Set "grass": {{"layers_path": "..."}} to the name of the decoder\'s list. Candidates:\n{listing}'
-    )
+    remedy = 'Set "grass": {"layers_path": "..."} to the name of the decoder\'s list'
+    return "\n".join([f"{problem}. {remedy}. Candidates:", *(lines or ["  (none)"])])
 
 
 def _from_first(model: nn.Module, getter: str) -> nn.Module | None:
     """The result of ``getter`` on the outermost module that has it: a wrapper has no methods of the model inside."""
-    for module in model.modules():
-        method = getattr(module, getter, None)
-        if callable(method):
-            try:
-                result = method()
-            except (NotImplementedError, AttributeError):
-                return None
-            return result if isinstance(result, nn.Module) else None
-    return None
+    owner = next((module for module in model.modules() if callable(getattr(module, getter, None))), None)
+    try:
+        result = getattr(owner, getter)()
+    except (NotImplementedError, AttributeError):  # also without an owner
+        return None
+    return result if isinstance(result, nn.Module) else None
 
 
 def _block_parameters(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -185,21 +172,19 @@ def _block_parameters(model: nn.Module, names: Sequence[str]) -> tuple[tuple[str
 
 
 class _Outside:
-    """The parameters outside the blocks, and the modules that tell their kinds.
+    """The parameters outside the blocks, and the modules that tell their kinds."""
 
-    Attributes:
-        vocabulary_heads: modules that project hidden states to the vocabulary.
-        tied: one of them shares a parameter with the embeddings.
-    """
-
-    def __init__(
-        self, model: nn.Module, stack: str, candidates: dict[str, nn.ModuleList], in_blocks: set[str]
-    ) -> None:
+    def __init__(self, model: nn.Module, stack: str, candidates: dict[str, nn.ModuleList]) -> None:
         self._model, self._stack = model, stack
-        self._names = {p: name for name, p in model.named_parameters() if name not in in_blocks}
+        self._names = {p: name for name, p in model.named_parameters() if not _inside(name, stack)}
         self._positions = {path: position for position, (path, _) in enumerate(model.named_modules())}
         self._towers = tuple(self._find_towers(candidates))
-        self._modules = dict(self._find_modules())
+        self._modules = {
+            path: module
+            for path, module in model.named_modules()
+            if not any(_inside(path, root) for root in (stack, *self._towers))
+            and next(module.parameters(recurse=False), None) is not None
+        }
         self._embeddings = self._find_embeddings()
         tables = [_shape(p) for module in self._embeddings for p in module.parameters() if len(_shape(p)) == 2]
         vectors = [_shape(p) for p in model.get_submodule(stack).parameters() if len(_shape(p)) == 1]
@@ -237,13 +222,8 @@ class _Outside:
 
     def below(self, outside: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
         """``embed``, and kinds with a parameter in a module that was registered before the stack (an encoder)."""
-
-        def reaches_below(kind: str, names: Sequence[str]) -> bool:
-            return kind == "embed" or not all(self._above(_parent(name)) for name in names)
-
-        return tuple(
-            kind for kind, names in outside.items() if kind not in ("norm", "head") and reaches_below(kind, names)
-        )
+        lower = {kind for kind, names in outside.items() if not all(self._above(_parent(name)) for name in names)}
+        return tuple(kind for kind in outside if kind in {"embed", *lower} - {"norm", "head"})
 
     def _says_embedding(self, path: str) -> bool:
         """Whether the name says so, below what it has in common with the stack's: a model may be called "ensemble"."""
@@ -264,42 +244,36 @@ class _Outside:
                 parts = path.split(".")
                 yield ".".join(parts[: _shared(parts, self._stack.split(".")) + 1])
 
-    def _find_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules outside the blocks and the towers that hold parameters themselves, by path."""
-        for path, module in self._model.named_modules():
-            elsewhere = any(_inside(path, root) for root in (self._stack, *self._towers))
-            if not elsewhere and next(module.parameters(recurse=False), None) is not None:
-                yield path, module
-
     def _find_embeddings(self) -> list[nn.Module]:
         """The tokens' embedding first: the named one, else the largest."""
-        named = _from_first(self._model, "get_input_embeddings")
-        found: list[nn.Module] = [module for module in self._modules.values() if isinstance(module, nn.Embedding)]
-        if named is None:
-            return sorted(found, key=lambda module: -_numel(module))
-        return [named, *(module for module in found if module is not named)]
+        found = [module for module in self._modules.values() if isinstance(module, nn.Embedding)]
+        return self._with_named("get_input_embeddings", sorted(found, key=lambda module: -_numel(module)))
 
     def _find_vocabulary_heads(self, vocabulary: tuple[int, ...] | None) -> list[nn.Module]:
         """The named output embedding, and modules whose weight has the shape of the tokens' embedding."""
+        found = [
+            module
+            for module in self._modules.values()
+            if module not in self._embeddings
+            and any(name == "weight" and _shape(p) == vocabulary for name, p in module.named_parameters(recurse=False))
+        ]
+        return self._with_named("get_output_embeddings", found)
 
-        def projects(module: nn.Module) -> bool:
-            weight = getattr(module, "weight", None)
-            return isinstance(weight, nn.Parameter) and _shape(weight) == vocabulary
-
-        named = _from_first(self._model, "get_output_embeddings")
-        heads = [module for module in self._modules.values() if projects(module) and module not in self._embeddings]
-        return heads if named is None else [named, *(module for module in heads if module is not named)]
+    def _with_named(self, getter: str, found: Sequence[nn.Module]) -> list[nn.Module]:
+        """``found``, with the module first that the model names itself."""
+        named = _from_first(self._model, getter)
+        return [*([] if named is None else [named]), *(module for module in found if module is not named)]
 
     def _is_norm(self, path: str, module: nn.Module) -> bool:
         """Whether it holds vectors of the hidden size only, and lies beside the stack or an ancestor of it.
 
         An embedding norm may lie anywhere.
         """
-        if next(module.children(), None) is not None:
+        if not path or next(module.children(), None) is not None:
             return False
         shapes = {_shape(p) for p in module.parameters(recurse=False)}
         vectors = len(shapes) == 1 and all(len(shape) == 1 and shape[0] in self._widths for shape in shapes)
-        return bool(path) and vectors and (_inside(self._stack, _parent(path)) or self._says_embedding(path))
+        return vectors and (_inside(self._stack, _parent(path)) or self._says_embedding(path))
 
 
 def _parent(name: str) -> str:

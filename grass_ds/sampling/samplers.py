@@ -4,8 +4,10 @@
 A new method is a subclass of :class:`Sampler` and an entry in :data:`SAMPLERS`.
 """
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +16,21 @@ from grass_ds.sampling.importance import sampling_logits, softmax
 
 
 @dataclass(frozen=True)
-class SamplerSettings:
-    """gamma = ``num_active_layers`` of L = ``num_layers``, tau = ``temperature``, as in the ``"grass"`` block."""
+class SamplingSettings:
+    """The keys of the ``"grass"`` block that decide which layers train and when.
 
-    num_layers: int
+    gamma is ``num_active_layers``, T_p ``probe_steps``, T_s ``sample_period``, T_u ``refresh_period``, tau
+    ``temperature`` and alpha ``ema_alpha``. :class:`grass_ds.config.GrassConfig` checks the ranges.
+    """
+
+    sampler: str
     num_active_layers: int
+    probe_steps: int
+    sample_period: int
+    refresh_period: int
+    reprobe_period: int
     temperature: float
+    ema_alpha: float
     score_normalization: str
     cyclic_order: str
     seed: int
@@ -36,37 +47,28 @@ def draw_without_replacement(logits: Sequence[float], count: int, generator: tor
     for _ in range(count):
         weights = softmax([logits[i] for i in left])
         point = torch.rand((), generator=generator, dtype=torch.float64).item()
-        drawn.append(left.pop(_locate(weights, point)))
+        last = max(index for index, weight in enumerate(weights) if weight > 0.0)  # the sum may round below 1
+        drawn.append(left.pop(min(bisect(list(accumulate(weights)), point), last)))
     return drawn
 
 
-def _locate(weights: Sequence[float], point: float) -> int:
-    """Index of the interval of the cumulated ``weights`` that holds ``point``; the last non-empty one past the end."""
-    cumulated, last = 0.0, 0
-    for index, weight in enumerate(weights):
-        if weight > 0.0:
-            cumulated, last = cumulated + weight, index
-            if point < cumulated:
-                return index
-    return last
-
-
 class Sampler:
-    """Draws active sets: gamma layers, each equally likely, unless a subclass has other logits or another order.
+    """Draws gamma of L layers, each equally likely (LISA). Subclasses have other logits or another order.
 
-    ``scores`` is the importance of every layer, None for samplers that do not need it.
+    ``scores`` is the importance m_l of every layer, None before the first probing and without ``needs_scores``.
     """
 
     needs_scores: ClassVar[bool] = False  # probe before the first draw
     adaptive: ClassVar[bool] = False  # keep measuring the active layers and refresh the scores
     draws: ClassVar[bool] = True  # False: the active set never changes
 
-    def __init__(self, settings: SamplerSettings) -> None:
-        self.settings = settings
+    def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
+        self.num_layers, self.settings = num_layers, settings
+        self._count = min(settings.num_active_layers, num_layers)
         self._generator = torch.Generator(device="cpu").manual_seed(settings.seed)
 
     def _logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        return (0.0,) * self.settings.num_layers
+        return (0.0,) * self.num_layers
 
     def probabilities(self, scores: Sequence[float] | None) -> tuple[float, ...]:
         """Chance of each layer to be picked first in the next draw; sums to 1."""
@@ -74,8 +76,7 @@ class Sampler:
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """The next active set: distinct layer indices, ascending. Advances the sampler's own state."""
-        count = min(self.settings.num_active_layers, self.settings.num_layers)
-        return tuple(sorted(draw_without_replacement(self._logits(scores), count, self._generator)))
+        return tuple(sorted(draw_without_replacement(self._logits(scores), self._count, self._generator)))
 
     def state_dict(self) -> dict[str, Any]:
         """The private generator's state (uint8 tensor): with settings and scores it decides the coming draws."""
@@ -86,10 +87,6 @@ class Sampler:
         self._generator.set_state(state["generator"].cpu())  # a checkpoint may be loaded onto the device
 
 
-class UniformSampler(Sampler):
-    """LISA: gamma layers, each equally likely."""
-
-
 class GrassSampler(Sampler):
     """GRASS: gamma layers by softmax(m / tau), scores refreshed while training."""
 
@@ -97,16 +94,9 @@ class GrassSampler(Sampler):
     adaptive = True
 
     def _logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        """m_l / tau; equal while probing has not yet given scores."""
         if scores is None:
             return super()._logits(scores)
         return sampling_logits(scores, self.settings.temperature, self.settings.score_normalization)
-
-    def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
-        """gamma distinct layers, ascending; ``ValueError`` without scores."""
-        if scores is None:
-            raise ValueError("layers cannot be drawn by importance before probing has measured it")
-        return super().draw(scores)
 
 
 class StaticSampler(GrassSampler):
@@ -118,11 +108,11 @@ class StaticSampler(GrassSampler):
 class CyclicSampler(Sampler):
     """BAdam: every layer once per cycle, in ascending, descending or newly shuffled order.
 
-    ``probabilities`` are 1 / L: a layer's share of a cycle. The order of the next draw itself is fixed, not random.
+    ``probabilities`` are 1 / L: a layer's share of a cycle. A changed ``cyclic_order`` takes effect with the next one.
     """
 
-    def __init__(self, settings: SamplerSettings) -> None:
-        super().__init__(settings)
+    def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
+        super().__init__(num_layers, settings)
         self._queue: list[int] = []
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
@@ -131,7 +121,7 @@ class CyclicSampler(Sampler):
         A draw that begins a new cycle skips the layers it already has; they stay first in the queue.
         """
         drawn: list[int] = []
-        while len(drawn) < min(self.settings.num_active_layers, self.settings.num_layers):
+        while len(drawn) < self._count:
             self._queue = self._queue or self._new_cycle()
             layer = next(i for i in self._queue if i not in drawn)
             self._queue.remove(layer)
@@ -139,17 +129,15 @@ class CyclicSampler(Sampler):
         return tuple(sorted(drawn))
 
     def _new_cycle(self) -> list[int]:
-        count = self.settings.num_layers
-        if self.settings.cyclic_order == "random":
-            return draw_without_replacement((0.0,) * count, count, self._generator)
-        return list(range(count)) if self.settings.cyclic_order == "ascending" else list(reversed(range(count)))
+        order = self.settings.cyclic_order
+        if order == "random":
+            return draw_without_replacement(self._logits(None), self.num_layers, self._generator)
+        return sorted(range(self.num_layers), reverse=order == "descending")
 
     def state_dict(self) -> dict[str, Any]:
-        """The generator's state and the rest of the cycle."""
         return {**super().state_dict(), "queue": list(self._queue)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue the saved cycle; a changed ``cyclic_order`` takes effect with the next one."""
         super().load_state_dict(state)
         self._queue = list(state["queue"])
 
@@ -160,14 +148,13 @@ class FullSampler(Sampler):
     draws = False
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
-        """All layers."""
-        return tuple(range(self.settings.num_layers))
+        return tuple(range(self.num_layers))
 
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "grass": GrassSampler,
     "static": StaticSampler,
-    "uniform": UniformSampler,
+    "uniform": Sampler,
     "cyclic": CyclicSampler,
     "full": FullSampler,
 }

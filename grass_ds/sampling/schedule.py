@@ -14,10 +14,9 @@ class Phase(str, Enum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Periods in applied optimizer steps; steps skipped by an overflow do not count.
+    """Periods in applied optimizer steps; steps skipped by an overflow do not count. ``reprobe_period`` 0: never.
 
-    ``probe_steps`` is the paper's T_p, ``sample_period`` T_s and ``refresh_period`` T_u; ``reprobe_period`` is ours,
-    0: never. A boundary at step n lies after the n-th train step. Where a refresh and a draw share one, the refresh
+    A boundary at step n lies after the n-th train step (1-based). Where a refresh and a draw share one, the refresh
     goes first; probing again replaces both, and ends with a draw.
     """
 
@@ -26,20 +25,13 @@ class Schedule:
     refresh_period: int
     reprobe_period: int = 0
 
-    def probing_done(self, probe_step: int) -> bool:
-        """Whether ``probe_step`` counted probe steps are enough."""
-        return probe_step >= self.probe_steps
-
     def refreshes_after(self, step: int) -> bool:
-        """Whether the scores are refreshed after train step ``step`` (1-based)."""
         return step % self.refresh_period == 0
 
     def draws_after(self, step: int) -> bool:
-        """Whether a new active set is drawn after train step ``step`` (1-based); the first draw opens training."""
         return step % self.sample_period == 0
 
     def reprobes_after(self, step: int) -> bool:
-        """Whether all layers are probed anew after train step ``step`` (1-based)."""
         return self.reprobe_period > 0 and step % self.reprobe_period == 0
 
     def probe_steps_within(self, steps: int) -> int:

@@ -73,13 +73,15 @@ class GrassZeroOptimizer(OptimizerWrapper):
             for group in optimizer.param_groups:
                 group["params"] = []
             places = {param: (unit, slot) for unit in units for slot, param in enumerate(unit.params)}
-            access = (store, self.reducer, self.dp_process_group)
-            self._attach({param: ParamFragment(*place, *access) for param, place in places.items()})
+            self._attach({param: self._fragment(*place) for param, place in places.items()})
             self._hooks += [self._hook(param, *place) for param, place in places.items()]
             self.activate()
         except BaseException:
             self._detach_from_model()
             raise
+
+    def _fragment(self, unit: Unit, slot: int) -> ParamFragment:
+        return ParamFragment(unit, slot, self.store, self.reducer, self.dp_process_group)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from helpers.ranks import RankPool, free_port
 from torch.utils import cpp_extension
 
 from grass_ds.__main__ import main
-from grass_ds.doctor import bandwidth, disks, extensions, machine, ranks, run
+from grass_ds.cluster.placement import Placement
+from grass_ds.doctor import checks, disks, extensions, machine, run
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
 from grass_ds.versions import RANGES
 
@@ -57,7 +58,8 @@ def test_a_check_that_raises_hides_nothing() -> None:
     assert examine("disk", check) == [Finding("disk", OK, "there"), Finding("disk", FAIL, "OSError: on fire")]
 
 
-def test_locks_count_when_nobody_compiles(tmp_path: Path) -> None:
+def test_locks_count_when_nobody_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name, age in (("fresh", 30), ("held", 3600), ("stale", 3600)):
         (tmp_path / name).mkdir()
         for file in ("lock", "old.o"):
@@ -65,10 +67,11 @@ def test_locks_count_when_nobody_compiles(tmp_path: Path) -> None:
             os.utime(tmp_path / name / file, (0, time.time() - age))
     os.utime(tmp_path / "fresh" / "lock", (0, time.time() - 3600))
     with (tmp_path / "held" / "lock").open():
-        fresh, held, stale = extensions.check_locks(tmp_path)
+        fresh, held, stale = extensions.check_locks()
     assert (fresh.status, held.status, stale.status) == (WARN, OK, FAIL)
     assert stale.remedy.endswith(f"rm {tmp_path / 'stale' / 'lock'}")
-    assert statuses(extensions.check_locks(tmp_path / "none")) == {"build lock": OK}
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "none"))
+    assert statuses(extensions.check_locks()) == {"build lock": OK}
 
 
 def test_extensions_are_looked_for_where_torch_puts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +142,8 @@ def test_a_local_disk_is_measured_and_left_clean(tmp_path: Path, monkeypatch: py
         assert "are free" in examine("nvme_path", disks.check_nvme, str(path))[-1].finding
     with mounted(tmp_path / "readonly", 2**20, "ro") as path:
         assert statuses(examine("nvme_path", disks.check_nvme, str(path))) == {"nvme_path": FAIL}
-    assert statuses(disks.check_nvme(str(tmp_path / "missing"))) == {"nvme_path": FAIL}
+    (found,) = examine("nvme_path", disks.check_nvme, str(tmp_path / "missing"))
+    assert (found.status, "No such file" in found.finding) == (FAIL, True)
     assert sorted(os.listdir(tmp_path)) == ["memory", "readonly"]
 
 
@@ -148,14 +152,14 @@ def test_a_local_disk_is_measured_and_left_clean(tmp_path: Path, monkeypatch: py
 
 def test_ranks_with_other_versions_are_named() -> None:
     torch, numpy = {"torch": "2.13.0", "numpy": "2.4"}, {"torch": "2.13.0", "numpy": "2.1"}
-    assert list(ranks.compare_versions([torch, torch])) == []
-    (found,) = ranks.compare_versions([torch, torch, numpy])
+    assert list(checks.compare_versions([torch, torch])) == []
+    (found,) = checks.compare_versions([torch, torch, numpy])
     assert (found.status, found.finding) == (FAIL, "numpy differs: 2.4 on rank 0, 2.1 on rank 2")
 
 
 def test_findings_of_other_ranks_are_kept() -> None:
     mine, other = Finding("a", WARN, "x"), Finding("b", FAIL, "y")
-    assert ranks.merge([[mine], [mine, other, Finding("c", OK, "z")], [other]]) == [
+    assert checks.merge([[mine], [mine, other, Finding("c", OK, "z")], [other]]) == [
         mine,
         Finding("b", FAIL, "rank 1: y"),
     ]
@@ -268,7 +272,7 @@ def test_two_ranks_report_once() -> None:
     places = [(row["rank"], row["local_rank"], row["device"]) for row in report["ranks"]]
     assert places == [(0, 0, "cpu"), (1, 1, "cpu")]
     sizes = [f["finding"].split(" ")[0] for f in report["findings"] if f["check"] == "all-reduce"]
-    assert sizes == [str(nbytes) for nbytes in bandwidth.SIZES]
+    assert sizes == [str(nbytes) for nbytes in checks.SIZES]
 
 
 IMPATIENT = """
@@ -291,3 +295,22 @@ def test_a_missing_rank_fails_the_check(time_out: str, text: str) -> None:
     assert done.returncode == 1, done.stderr
     assert "FAIL  process group       rank 0 of 2" in done.stdout
     assert text in done.stdout
+    assert "nothing heard of rank 1\n" in done.stdout
+
+
+NCCL_ERROR = """NCCL error in: ProcessGroupNCCL.cpp:77, invalid usage, NCCL version 2.27.3
+Last error:
+Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000
+Exception raised from getNCCLComm at ProcessGroupNCCL.cpp:77 (most recent call first):
+frame #0: c10::Error"""
+
+
+def test_two_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The communication library finds out, and says so in the last line of its message."""
+    monkeypatch.setattr(checks.dist, "init_distributed", mock.Mock(side_effect=RuntimeError(NCCL_ERROR)))
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # which it would set
+    report = Report(io.StringIO())
+    checks._check_together(report, Placement(0, 0, 1, 1, "127.0.0.1", free_port(), "none"), None)
+    (found,) = report.findings
+    assert found.status == FAIL
+    assert found.finding.endswith("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000")

@@ -121,12 +121,11 @@ REFUSED = {
 
 def test_every_refused_setting_is_tested() -> None:
     assert REFUSED.keys() == validation.REFUSED_SETTINGS.keys()
-    assert validation.ALLOWED_VALUES.keys() < REFUSED.keys()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_refused_settings_are_named_with_value_and_remedy(stage: int) -> None:
-    remedies = validation.REFUSED_SETTINGS
+    remedies = {path: why for path, (why, *_) in validation.REFUSED_SETTINGS.items()}
     messages = {}
     for path, value in REFUSED.items():
         try:

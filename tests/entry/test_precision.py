@@ -14,7 +14,7 @@ import pytest
 from deepspeed.utils import logger
 
 from grass_ds import precision
-from grass_ds.doctor import dtypes
+from grass_ds.doctor import machine
 from grass_ds.doctor.finding import FAIL, OK, examine
 from grass_ds.precision import Rates
 
@@ -62,25 +62,28 @@ def test_a_device_that_computes_nothing_is_not_recommended_16_bits() -> None:
 @pytest.mark.parametrize("config", [{}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": False}}, {"fp16": True}])
 def test_a_config_that_asks_for_nothing_is_no_finding(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    assert dtypes.asked_for(str(tmp_path / "ds.json")) == []
+    assert machine.asked_for(str(tmp_path / "ds.json")) == []
 
 
-def test_the_doctor_fails_a_config_that_asks_for_what_is_emulated(tmp_path: Path) -> None:
+def test_the_doctor_fails_a_config_that_asks_for_what_is_emulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = str(tmp_path / "ds.json")
     Path(file).write_text(json.dumps({"bf16": {"enabled": True}}))
-    assert dtypes.asked_for(file) == ["bf16"]
+    assert machine.asked_for(file) == ["bf16"]
     Path(file).write_text(json.dumps({"bfloat16": {"enabled": True}, "fp16": {"enabled": False}}))
-    assert dtypes.asked_for(file) == ["bf16"]  # DeepSpeed reads both names
+    assert machine.asked_for(file) == ["bf16"]  # DeepSpeed reads both names
     for device, status in (("AVX2", FAIL), ("amx_bf16", OK)):
-        first, second = dtypes.judge_precision(Rates(CPU[device][0]), ("bf16", "fp32"), file, ["bf16"])
+        monkeypatch.setattr(precision, "measure", lambda names, device=device: Rates(CPU[device][0]))
+        first, second = machine.check_precision(file)
         assert (first.status, second.check, second.status) == (OK, "config", status)
         assert f"train in {CPU[device][1]}: bf16 matrix products at" in first.finding
         assert file in second.finding
     for text, said in (("{", "not valid JSON"), ("[]", "must hold a JSON object")):
         Path(file).write_text(text)
-        (found,) = examine("precision", dtypes.check_precision, file)
+        (found,) = examine("precision", machine.check_precision, file)
         assert found.status == FAIL and said in found.finding and file in found.finding
-    assert examine("precision", dtypes.check_precision, str(tmp_path / "none.json"))[0].status == FAIL
+    assert examine("precision", machine.check_precision, str(tmp_path / "none.json"))[0].status == FAIL
 
 
 def test_this_device_is_measured_once() -> None:

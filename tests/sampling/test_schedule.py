@@ -8,7 +8,6 @@ from grass_ds.sampling.schedule import Schedule
 
 def test_boundaries_lie_after_each_period():
     schedule = Schedule(probe_steps=3, sample_period=4, refresh_period=6, reprobe_period=5)
-    assert [n for n in range(6) if schedule.probing_done(n)] == [3, 4, 5]
     assert [n for n in range(1, 13) if schedule.draws_after(n)] == [4, 8, 12]
     assert [n for n in range(1, 13) if schedule.refreshes_after(n)] == [6, 12]
     assert [n for n in range(1, 13) if schedule.reprobes_after(n)] == [5, 10]
@@ -30,4 +29,4 @@ def test_probe_steps_within_counts_them_one_by_one(reprobe):
 
 def test_the_smallest_allowed_periods():
     schedule = Schedule(probe_steps=1, sample_period=1, refresh_period=1)
-    assert schedule.probing_done(1) and schedule.draws_after(1) and schedule.refreshes_after(1)
+    assert schedule.draws_after(1) and schedule.refreshes_after(1)
