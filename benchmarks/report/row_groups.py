@@ -46,7 +46,8 @@ class Setting(NamedTuple):
 
 
 def setting(row: Row) -> Setting:
-    return Setting(*(row[name] for name in Setting._fields))
+    """Rows older than a field have its default."""
+    return Setting(**{name: row[name] for name in Setting._fields if name in row})
 
 
 class RowGroup(NamedTuple):
