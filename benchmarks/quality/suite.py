@@ -62,7 +62,8 @@ def quality_case(task: str, method: str, **changed: Any) -> Case:
 def _tune(task: str, rows: Sequence[Row]) -> Iterator[Case]:
     tried = tried_rates(task, rows)
     for lr, method in product(RATES, COMPARED):
-        if lr in GRID or lr in untried_rates(tried.get(method, {})):
+        losses = tried.get(method, {})
+        if lr in (*GRID, *losses, *untried_rates(losses)):
             yield quality_case(task, method, lr=lr, seed=TUNING_SEED, tuning=True)
 
 

@@ -160,7 +160,7 @@ class GrassEngine(CheckpointingEngine):
         schedule: Any = None,
         compiled_autograd_enabled: bool = False,
     ) -> None:
-        """As DeepSpeed's, but compile one decoder block at a time: a graph depends on which weights require a gradient.
+        """As DeepSpeed's, but compile one decoder block at a time: a graph depends on which weights need a gradient.
 
         Blocks share at most four graphs: active or not, with or without an input gradient. Set
         ``model.config.use_cache = False``: with a cache a graph depends on the block's index.
