@@ -21,7 +21,7 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
-    for path in (*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md")))
+    for path in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md")
 }
 ROOMS = "grass_ds|launch|tests|docs|ds_configs|benchmarks|slurm"
 OWN_LOOP = 0  # the block of README that builds an engine, for blocks elsewhere that use one
@@ -32,8 +32,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def prose(page: str) -> str:
-    """A page without its code blocks."""
-    return re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    """A page, or another Markdown file, without its code blocks."""
+    return re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[tuple[str, list[str]]]:
