@@ -22,117 +22,64 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from grass_ds.versions import RANGES
 
-# What GrassEngine overrides or calls, with arguments.
-ENGINE_METHODS = (
-    "_configure_checkpointing",  # sets checkpoint_engine
-    "_copy_recovery_script",
-    "_configure_zero_optimizer",  # also called, without an optimizer, for the hooks of ZeRO-3
-    "_do_optimizer_sanity_check",
-    "_load_checkpoint",
-    "_save_zero_checkpoint",
-    "_take_model_step",
-    "_zero3_consolidated_16bit_state_dict",
-    "load_module_state_dict",
-    "module_state_dict",
-)
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# What GrassEngine overrides or calls, with arguments. _configure_checkpointing sets checkpoint_engine, and
+# _configure_zero_optimizer is also called without an optimizer, for the hooks of ZeRO-3.
+ENGINE_METHODS = _names("""
+    _configure_checkpointing _configure_zero_optimizer _copy_recovery_script _do_optimizer_sanity_check
+    _load_checkpoint _save_zero_checkpoint _take_model_step _zero3_consolidated_16bit_state_dict
+    load_module_state_dict module_state_dict
+""")
 # What grass_ds reads of an engine: methods without arguments, and properties.
-ENGINE_READS = (
-    "aio_config",
-    "bfloat16_enabled",
-    "communication_data_type",
-    "dynamic_loss_scale",
-    "dynamic_loss_scale_args",
-    "fp16_enabled",
-    "get_data_types",
-    "gradient_clipping",
-    "is_compiled",
-    "load_universal_checkpoint",
-    "loss_scale",
-    "zero_optimization_stage",
-    "zero_overlap_comm",
-)
+ENGINE_READS = _names("""
+    aio_config bfloat16_enabled communication_data_type dynamic_loss_scale dynamic_loss_scale_args fp16_enabled
+    get_data_types gradient_clipping is_compiled load_universal_checkpoint loss_scale zero_optimization_stage
+    zero_overlap_comm
+""")
 # What DeepSpeedEngine sets on itself, and grass_ds reads or sets.
-ENGINE_ATTRIBUTES = (
-    "_compile_kwargs",
-    "_config",
-    "_is_compiled",
-    "checkpoint_engine",
-    "config",
-    "device",
-    "global_rank",
-    "global_steps",
-    "gradient_average",
-    "module_forward_post_hook",
-    "module_forward_pre_hook",
-    "optimizer",
-    "param_names",
-    "seq_data_parallel_group",
-    "seq_dp_world_size",
-)
+ENGINE_ATTRIBUTES = _names("""
+    _compile_kwargs _config _is_compiled checkpoint_engine config device global_rank global_steps gradient_average
+    module_forward_post_hook module_forward_pre_hook optimizer param_names seq_data_parallel_group seq_dp_world_size
+""")
 # What the gradient hook of a ZeRO optimizer must call, in this order.
-HOOK_STATE = (
-    "should_refresh_expected_hook_count",
-    "reenter_backward_if_needed",
-    "update_hook_state_and_maybe_run_epilogue",
-    "clear_backward_seen_flag",
-    "register_grad_acc_post_hook",
-    "_max_expected_hooks_seen",
-)
+HOOK_STATE = _names("""
+    should_refresh_expected_hook_count reenter_backward_if_needed update_hook_state_and_maybe_run_epilogue
+    clear_backward_seen_flag register_grad_acc_post_hook _max_expected_hooks_seen
+""")
 # What DeepSpeed reads of a ZeRO optimizer or of its parameters, and ours provide.
-PROVIDED = ("_global_grad_norm", "_restore_from_bit16_weights", "_hp_mapping", "_z3_optimizer")
-# ZeRO-3: the class that gathers and releases weights, its attributes, and its coordinator.
-OFFLOAD_METHODS = (
-    "_register_deepspeed_module",
-    "destroy",
-    "empty_partition_cache",
-    "get_param_coordinator",
-    "partition_all_parameters",
-    "release_backward_leftovers",  # since 0.19.3; for older releases see docs/compatibility.md
-)
-OFFLOAD_ATTRIBUTES = ("module", "param_coordinator", "persistent_parameters")
+PROVIDED = _names("_global_grad_norm _restore_from_bit16_weights _hp_mapping _z3_optimizer")
+# ZeRO-3: the class that gathers and releases weights. release_backward_leftovers came with 0.19.3; for older releases
+# see docs/compatibility.md.
+OFFLOAD_METHODS = _names("""
+    _register_deepspeed_module destroy empty_partition_cache get_param_coordinator partition_all_parameters
+    release_backward_leftovers
+""")
+OFFLOAD_ATTRIBUTES = _names("module param_coordinator persistent_parameters")
 # ZeRO-3: attributes that it leaves on every module, see remove_zero3_hooks().
-LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
-COORDINATOR = (
-    "_PartitionedParameterCoordinator__params_to_release",  # private and cached, see clear_release_cache()
-    "_clear_trace_structures",
-    "_invalidate_trace",
-    "is_complete_trace",
-    "is_invalid_trace",
-)
+LEFT_ON_MODULES = _names("pre_bwd_fn post_bwd_fn")
+# ZeRO-3: its coordinator. The first is private and cached, see clear_release_cache().
+COORDINATOR = _names("""
+    _PartitionedParameterCoordinator__params_to_release _clear_trace_structures _invalidate_trace is_complete_trace
+    is_invalid_trace
+""")
 # ZeRO-3: how several weights are gathered at once, see waits_for_all_gathers().
-GATHERING = ("_allgather_params_coalesced",)
+GATHERING = _names("_allgather_params_coalesced")
 # ZeRO-3: attributes of a partitioned parameter.
-PARTITIONED_PARAMETER = (
-    "all_gather_coalesced",
-    "ds_active_sub_modules",
-    "ds_numel",
-    "ds_persist",
-    "ds_shape",
-    "ds_status",
-    "ds_tensor",
-    "partition",
-)
+PARTITIONED_PARAMETER = _names("""
+    all_gather_coalesced ds_active_sub_modules ds_numel ds_persist ds_shape ds_status ds_tensor partition
+""")
 # module -> names
 MODULE_NAMES = {
-    "deepspeed": ("DeepSpeedEngine", "initialize"),
-    "deepspeed.checkpoint.constants": (
-        "BASE_OPTIMIZER_STATE",
-        "CLIP_GRAD",
-        "DS_VERSION",
-        "FP32_FLAT_GROUPS",
-        "FROZEN_PARAM_FRAGMENTS",
-        "GROUP_PADDINGS",
-        "LOSS_SCALER",
-        "OPTIMIZER_STATE_DICT",
-        "PARAM",
-        "PARAM_SLICE_MAPPINGS",
-        "PARTITION_COUNT",
-        "SINGLE_PARTITION_OF_FP32_GROUPS",
-        "UNIVERSAL_CHECKPOINT_INFO",
-        "UNIVERSAL_CHECKPOINT_VERSION_KEY",
-        "UNIVERSAL_CHECKPOINT_VERSION_VALUE",
-        "ZERO_STAGE",
-    ),
+    "deepspeed": _names("DeepSpeedEngine initialize"),
+    "deepspeed.checkpoint.constants": _names("""
+        BASE_OPTIMIZER_STATE CLIP_GRAD DS_VERSION FP32_FLAT_GROUPS FROZEN_PARAM_FRAGMENTS GROUP_PADDINGS LOSS_SCALER
+        OPTIMIZER_STATE_DICT PARAM PARAM_SLICE_MAPPINGS PARTITION_COUNT SINGLE_PARTITION_OF_FP32_GROUPS
+        UNIVERSAL_CHECKPOINT_INFO UNIVERSAL_CHECKPOINT_VERSION_KEY UNIVERSAL_CHECKPOINT_VERSION_VALUE ZERO_STAGE
+    """),
     "deepspeed.pipe": ("PipelineModule",),
     "deepspeed.runtime.checkpoint_engine": ("TorchCheckpointEngine",),
     "deepspeed.runtime.config": ("DeepSpeedConfigError",),
@@ -160,9 +107,7 @@ def silence_renamed_collectives() -> None:
 
 def missing_names() -> list[str]:
     """Names of the lists above that the installed DeepSpeed does not have."""
-    missing = _lacking("DeepSpeedEngine.{}", dir(DeepSpeedEngine), (*ENGINE_METHODS, *ENGINE_READS))
-    missing += _lacking("DeepSpeedEngine.{}", assigned_by(DeepSpeedEngine), ENGINE_ATTRIBUTES)
-    missing += _lacking("ZeROOptimizer.{}", dir(ZeROOptimizer), HOOK_STATE)
+    missing: list[str] = []
     for module, names in MODULE_NAMES.items():
         try:
             missing += _lacking(module + ".{}", dir(importlib.import_module(module)), names)
@@ -170,7 +115,29 @@ def missing_names() -> list[str]:
             if not str(error.name).startswith("deepspeed"):
                 raise  # a package that DeepSpeed needs is not there
             missing.append(module)
-    return missing or _missing_in_zero3()
+    return missing or _missing_in_classes()
+
+
+def _missing_in_classes() -> list[str]:
+    """Names that DeepSpeed's classes do not have, or do not set on objects."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload as Hooks
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    missing_methods = [
+        *_lacking("DeepSpeedEngine.{}", dir(DeepSpeedEngine), (*ENGINE_METHODS, *ENGINE_READS)),
+        *_lacking("ZeROOptimizer.{}", dir(ZeROOptimizer), HOOK_STATE),
+        *_lacking("DeepSpeedZeRoOffload.{}", dir(Hooks), OFFLOAD_METHODS),
+        *_lacking("PartitionedParameterCoordinator.{}", dir(PartitionedParameterCoordinator), COORDINATOR),
+        *_lacking("Init.{}", dir(Init), GATHERING),
+    ]
+    set_on_parameters = Init._convert_to_deepspeed_param.__code__.co_names
+    return missing_methods or [  # some of those methods set these
+        *_lacking("DeepSpeedEngine.{}", assigned_by(DeepSpeedEngine), ENGINE_ATTRIBUTES),
+        *_lacking("DeepSpeedZeRoOffload.{}", assigned_by(Hooks), OFFLOAD_ATTRIBUTES),
+        *_lacking("Module.{} (ZeRO-3)", assigned_by(Hooks), LEFT_ON_MODULES),
+        *_lacking("Parameter.{} (ZeRO-3)", set_on_parameters, PARTITIONED_PARAMETER),
+    ]
 
 
 def _lacking(shown: str, present: Collection[str], names: Collection[str]) -> list[str]:
@@ -183,25 +150,6 @@ def assigned_by(cls: type) -> set[str]:
     functions = [inspect.unwrap(value) for value in values if inspect.isfunction(value)]
     code = [instruction for function in functions for instruction in dis.get_instructions(function)]
     return {str(instruction.argval) for instruction in code if instruction.opname == "STORE_ATTR"}
-
-
-def _missing_in_zero3() -> list[str]:
-    """Names of ZeRO-3 that its classes do not have, or do not set on modules and parameters."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload as Hooks
-    from deepspeed.runtime.zero.partition_parameters import Init
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    if missing := _lacking("DeepSpeedZeRoOffload.{}", dir(Hooks), OFFLOAD_METHODS):
-        return missing  # the code of some is inspected next
-    on_hooks, on_modules = (f.__code__.co_names for f in (Hooks.__init__, Hooks._register_deepspeed_module))
-    on_parameters = Init._convert_to_deepspeed_param.__code__.co_names
-    return [
-        *_lacking("DeepSpeedZeRoOffload.{}", on_hooks, OFFLOAD_ATTRIBUTES),
-        *_lacking("Module.{} (ZeRO-3)", on_modules, LEFT_ON_MODULES),
-        *_lacking("PartitionedParameterCoordinator.{}", dir(PartitionedParameterCoordinator), COORDINATOR),
-        *_lacking("Init.{}", dir(Init), GATHERING),
-        *_lacking("Parameter.{} (ZeRO-3)", on_parameters, PARTITIONED_PARAMETER),
-    ]
 
 
 def check() -> None:
