@@ -72,16 +72,16 @@ class GrassZeroOptimizer(OptimizerWrapper):
                 unit.flatten_weights()
             for group in optimizer.param_groups:
                 group["params"] = []
-            places = {param: (unit, slot) for unit in units for slot, param in enumerate(unit.params)}
-            self._attach({param: self._fragment(*place) for param, place in places.items()})
-            self._hooks += [self._hook(param, *place) for param, place in places.items()]
+            slots = {param: (unit, slot) for unit in units for slot, param in enumerate(unit.params)}
+            self._attach(slots)
+            self._hooks += [self._hook(param, *slot) for param, slot in slots.items()]
             self.activate()
         except BaseException:
             self._detach_from_model()
             raise
 
-    def _fragment(self, unit: Unit, slot: int) -> ParamFragment:
-        return ParamFragment(unit, slot, self.store, self.reducer, self.dp_process_group)
+    def _fragment(self, unit: Unit, slot: int, partition: bool = False) -> ParamFragment:
+        return ParamFragment(unit, slot, self.store, self.reducer, self.dp_process_group, partition)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def undo_assignments(self) -> None:
         """Give parameters that ``param.data = ...`` replaced the engine's weights again. Called on every rank."""
 
-    def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
-        """Make ``deepspeed.utils.safe_*`` use the fragments."""
+    def _attach(self, slots: Mapping[nn.Parameter, tuple[Unit, int]]) -> None:
+        """Make ``deepspeed.utils.safe_*`` use fragments of these parameters."""
 
     def _detach(self) -> None:
         """Undo :meth:`_attach`."""

@@ -37,9 +37,9 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
         for unit in self.units:
             unit.rebind()
 
-    def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
-        for param, fragment in fragments.items():
-            fragment.attach(param)
+    def _attach(self, slots: Mapping[nn.Parameter, tuple[Unit, int]]) -> None:
+        for param, slot in slots.items():
+            self._fragment(*slot).attach(param)
 
     def _detach(self) -> None:
         for unit in self.units:

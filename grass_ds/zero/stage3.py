@@ -23,7 +23,7 @@ from torch import nn
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.deepspeed_compat import ZeroParamStatus
 from grass_ds.core.units import Unit
-from grass_ds.zero.fragments import ParamFragment, PartitionedAccess
+from grass_ds.zero.fragments import PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 
 
@@ -154,8 +154,10 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         if not get_accelerator().is_synchronized_device():
             get_accelerator().current_stream().synchronize()
 
-    def _attach(self, fragments: Mapping[nn.Parameter, ParamFragment]) -> None:
-        access = PartitionedAccess(fragments)
+    def _attach(self, slots: Mapping[nn.Parameter, tuple[Unit, int]]) -> None:
+        full = {param: self._fragment(*slot) for param, slot in slots.items()}
+        local = {param: self._fragment(*slot, partition=True) for param, slot in slots.items()}
+        access = PartitionedAccess(full, local)
         for param in self.module.parameters():
             param._z3_optimizer = access
 
