@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks decide alike, and fail together.
 
-Ranks that train different layers mix their gradients without an error. So the inputs of a decision are compared across
-ranks before it takes effect. An error on one rank is raised on every rank, or the others would wait for it in their
-next collective.
+Ranks that train different layers mix their gradients without an error: so decisions are compared before they take
+effect. An error on one rank is raised on every rank, or the others would wait for it in their next collective.
 """
 
 import hashlib
@@ -31,10 +30,8 @@ def check_ranks_agree(
 ) -> None:
     """Compare ``fingerprint`` (ints in 0 .. 2**62) across ``group``: one all-reduce of 2 x len(fingerprint) int64.
 
-    ``fields`` name its numbers, so that the error can say which of them differ.
-
     Raises:
-        RankDivergenceError: on every rank, if any rank holds another value.
+        RankDivergenceError: on every rank, if any rank holds another value; it names those of ``fields`` that differ.
     """
     mine = torch.tensor([*fingerprint, *(-value for value in fingerprint)], dtype=torch.int64, device=device)
     dist.all_reduce(mine, op=dist.ReduceOp.MAX, group=group)
@@ -70,13 +67,11 @@ def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible 
     One all-reduce of one int64. Messages are exchanged only if a rank failed.
 
     Args:
-        source: its threads' errors count, too. If it says, alike on every rank, that no rank can fail alone, there are
-            no collectives.
+        source: its threads' errors count, too. If it is not fallible (on any rank), there are no collectives.
 
     Raises:
-        Exception: on a rank that failed, its own error.
-        ValueError: on other ranks, if the lowest failed rank's error is a ValueError, which is a user's mistake.
-        RankFailedError: on other ranks otherwise.
+        Exception: on a rank that failed, its own error. On the others a ValueError if the lowest failed rank's is one,
+            which is a user's mistake, else RankFailedError.
     """
     error: BaseException | None = None
     try:
@@ -94,11 +89,7 @@ def raise_on_all_ranks(group: Any, device: torch.device | str, source: Fallible 
 
 
 def gather_from_ranks(task: Callable[[], T], group: Any = None) -> list[T]:
-    """The results of ``task`` on all ranks, in rank order, on every rank. They must be picklable.
-
-    Raises:
-        Exception: as :func:`raise_on_all_ranks`.
-    """
+    """The (picklable) results of ``task`` on all ranks, in rank order. Raises as :func:`raise_on_all_ranks`."""
     result, error = None, None
     try:
         result = task()

@@ -194,10 +194,9 @@ except ModuleNotFoundError as error:
 
 
 def register_host_memory(address: int, nbytes: int) -> bool:
-    """Page-lock ``nbytes`` bytes at ``address``; False if it cannot be done: before DeepSpeed 0.19.6 only on CUDA.
+    """Page-lock ``nbytes`` bytes at ``address``; RuntimeError if the driver refuses.
 
-    Raises:
-        RuntimeError: the driver refuses.
+    False if it cannot be done: before DeepSpeed 0.19.6 only on CUDA.
     """
     accelerator = get_accelerator()
     if hasattr(accelerator, "register_host_memory"):
@@ -218,10 +217,10 @@ def unregister_host_memory(address: int) -> None:
 
 
 def waits_for_all_gathers() -> bool:
-    """Whether ``GatheredParameters`` waits until all weights have arrived.
+    """Whether ``GatheredParameters`` waits until all weights have arrived. Looks at the code: releases can be patched.
 
-    Before 0.19.8 it waits for its last gather only. On a device stream the others are complete by then. Over gloo they
-    may not be, and ``save_16bit_model()`` may save garbage. This looks at the code, since releases can be patched.
+    Before 0.19.8 it waits for its last gather only. On a device stream the others are complete by then; over gloo they
+    may not be, and ``save_16bit_model()`` may save garbage.
     """
     if get_accelerator().device_name() != "cpu":
         return True
@@ -253,10 +252,7 @@ def without_trace(coordinator: PartitionedParameterCoordinator) -> PartitionedPa
 
 
 def remove_zero3_hooks(offload: DeepSpeedZeRoOffload) -> None:
-    """Remove ZeRO-3's hooks from the model.
-
-    DeepSpeed's ``destroy()`` leaves two functions on every module, by which the next engine would gather.
-    """
+    """Remove ZeRO-3's hooks. DeepSpeed's ``destroy()`` leaves two on every module: the next engine would use them."""
     offload.destroy()
     for module in offload.module.modules():
         for name in LEFT_ON_MODULES:

@@ -35,21 +35,26 @@ def build_units(
         ValueError: the optimizer holds a parameter that the model does not have, or none of a layer's.
     """
     members = _members(layers, param_groups, param_names)
+    trained = {layer for _, layer, _ in members}
+    missing = [name for layer, name in enumerate(layers.names) if layer not in trained]
+    if missing:  # the sampler draws from all layers
+        raise ValueError(
+            f"{len(missing)} of {len(layers.names)} layers have no trainable parameter in the optimizer: "
+            f"{', '.join(missing[:4])}. Leave requires_grad on in all decoder blocks and hand all parameters to "
+            "the optimizer; if this model was trained by another engine before, call its engine.destroy() first."
+        )
     cls = PartitionedUnit if partitioned else ReplicatedUnit
     units: list[Unit] = []
     for kind, layer, group in sorted(members, key=_reduction_order):
         name = f"{kind if layer is None else layers.names[layer]}/{group}"
         names, params = map(list, zip(*members[kind, layer, group], strict=True))
-        always = kind in always_active
-        units.append(cls(name, kind, layer, group, params, names, world, rank, always, index=len(units)))
-    _check_coverage(layers, units)
+        units.append(cls(name, kind, layer, group, params, names, world, rank, kind in always_active, len(units)))
     return units
 
 
 def _members(
     layers: ModelLayers, param_groups: Sequence[Mapping], param_names: Mapping[nn.Parameter, str]
 ) -> dict[_Key, list[tuple[str, nn.Parameter]]]:
-    """The trainable parameters of every unit, with their names."""
     layer_of = {name: layer for layer, names in enumerate(layers.block_params) for name in names}
     kind_of = {name: kind for kind, names in layers.outside.items() for name in names}
     members: dict[_Key, list[tuple[str, nn.Parameter]]] = {}
@@ -57,26 +62,14 @@ def _members(
         for param in settings["params"]:
             if not param.requires_grad or whole_numel(param) == 0:
                 continue
-            name = param_names.get(param)
-            if name is None:
+            if param not in param_names:
                 raise ValueError(
                     "the optimizer holds a parameter that is not in the model; build it from model.parameters()"
                 )
+            name = param_names[param]
             kind = "block" if name in layer_of else kind_of.get(name, "other")
             members.setdefault((kind, layer_of.get(name), group), []).append((name, param))
     return members
-
-
-def _check_coverage(layers: ModelLayers, units: Sequence[Unit]) -> None:
-    """Every layer must have something to train: the sampler draws from all of them."""
-    covered = {unit.layer for unit in units}
-    missing = [name for layer, name in enumerate(layers.names) if layer not in covered]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(layers.names)} layers have no trainable parameter in the optimizer: "
-            f"{', '.join(missing[:4])}. Leave requires_grad on in all decoder blocks and hand all parameters to "
-            "the optimizer; if this model was trained by another engine before, call its engine.destroy() first."
-        )
 
 
 def _reduction_order(key: _Key) -> tuple[int, int, int]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units: gradients are reduced, and optimizer state is sharded, moved and stepped, one unit at a time.
 
-A unit holds the parameters of one layer that are in one param group of the client's optimizer. With the usual split by
-weight decay a layer has two units. Every data-parallel rank owns one shard of a unit's gradient, optimizer state and
-fp32 weights, and in ZeRO-3 of its low-precision weights. The two classes differ in which elements a shard holds.
+A unit holds the parameters of one layer in one param group of the client's optimizer: with the usual split by weight
+decay a layer has two. Every data-parallel rank owns one shard of a unit's gradient, optimizer state and fp32 weights,
+and in ZeRO-3 of its low-precision weights. The two classes differ in which elements a shard holds.
 """
 
 import itertools
@@ -25,13 +25,11 @@ class Unit(ABC):
 
     Attributes:
         name: layer (or ``embed``, ``norm``, ``head``, ``other``) and client param group: ``"model.layers.3/0"``.
-        layer: index of the decoder block, None outside the blocks.
-        group: index of the client's param group, which holds the hyper-parameters.
+        layer: index of the decoder block, None outside the blocks; ``group``: of the client's param group.
         params: the model's parameters; their names are ``param_names``, their elements ``sizes``.
         world, rank: of the data-parallel group.
-        always: always active.
+        always: always active; ``active``: trains in the coming step.
         index: position in the order of reduction.
-        active: trains in the coming step.
         numel: elements of the parameters; ``shard_numel``: of every rank's shard, padding included.
         saved_numel: elements of this rank's shard that a checkpoint of this ZeRO stage holds; the rest is padding.
         shard: this rank's low-precision weights, [shard_numel]. The model's parameters share its memory.
@@ -100,11 +98,7 @@ class Unit(ABC):
 
     @abstractmethod
     def rebind(self, copy_values: bool = False) -> None:
-        """Make parameters that were assigned (``param.data = ...``) views of the buffer again.
-
-        Args:
-            copy_values: copy their present values into the buffer first, rather than drop them.
-        """
+        """Make assigned parameters views of the buffer again; with ``copy_values`` it gets their values first."""
 
     def release_buffer(self) -> None:
         """Drop the references to the buffer. The parameters keep it alive as long as they view it."""
@@ -154,12 +148,7 @@ class ReplicatedUnit(Unit):
         self.rebind(copy_values=True)
 
     def changed_by_assignment(self) -> list[int]:
-        pairs = [(slot, self._views[slot], self.params[slot].data) for slot in self._assigned_slots()]
-        return [
-            slot
-            for slot, view, data in pairs
-            if view.dtype != data.dtype or not torch.equal(view, data.to(view.device))
-        ]
+        return [slot for slot in self._assigned_slots() if not same_values(self._views[slot], self.params[slot].data)]
 
     def rebind(self, copy_values: bool = False) -> None:
         for slot in self._assigned_slots():
@@ -170,10 +159,7 @@ class ReplicatedUnit(Unit):
     def _assigned_slots(self) -> list[int]:
         """Slots of the parameters that do not view the buffer, after ``param.data = ...`` or ``model.to(...)``."""
         pairs = zip(self.params, self._views, strict=True)
-        # A moved parameter may have the same address on another device.
-        return [
-            slot for slot, (p, view) in enumerate(pairs) if p.data_ptr() != view.data_ptr() or p.device != view.device
-        ]
+        return [slot for slot, (param, view) in enumerate(pairs) if not same_memory(param, view)]
 
     def write_gradient(self, flat: torch.Tensor, slot: int, gradient: torch.Tensor, accumulate: bool) -> None:
         _copy_or_add(flat.narrow(0, self.offsets[slot], self.sizes[slot]), gradient.reshape(-1), accumulate)
@@ -205,11 +191,7 @@ class PartitionedUnit(Unit):
         return (start, self.offsets[slot], owned) if owned else (0, 0, 0)
 
     def flatten_weights(self) -> None:
-        """Make the partitions (``ds_tensor``) views of one buffer, on the device of the largest (``offload_param``).
-
-        Raises:
-            RuntimeError: a parameter is not partitioned over the ``world`` data-parallel ranks.
-        """
+        """Make the partitions (``ds_tensor``) views of one buffer on the device of the largest (``offload_param``)."""
         largest = max((p.ds_tensor for p in self.params), key=torch.Tensor.numel)  # type: ignore[attr-defined]
         shard = torch.zeros(self.shard_numel, dtype=self.dtype, device=largest.device)
         if get_accelerator().is_pinned(largest):
@@ -239,6 +221,16 @@ class PartitionedUnit(Unit):
         _copy_or_add(rows[:full], values[:whole].view(full, -1), accumulate)
         if rest:
             _copy_or_add(rows[full, :rest], values[whole:], accumulate)
+
+
+def same_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors begin at one address, which on another device is another place."""
+    return left.data_ptr() == right.data_ptr() and left.device == right.device
+
+
+def same_values(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype and equal elements, on any device."""
+    return left.dtype == right.dtype and torch.equal(left, right.to(left.device))
 
 
 def whole_numel(param: nn.Parameter) -> int:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer-sampled ZeRO-3: a rank has only its shard of the weights, too.
 
-DeepSpeed's ``DeepSpeedZeRoOffload`` partitions, gathers and prefetches the weights. It serves models without an
-optimizer, so it asks nothing of ours. A unit's shard is the partitions of its parameters in a row: one reduce-scatter
-of the unit's gradient gives every rank the gradient of its own weights, and a step needs no gather at its end.
+DeepSpeed's ``DeepSpeedZeRoOffload`` partitions, gathers and prefetches the weights, as for models without an
+optimizer. A unit's shard is the partitions of its parameters in a row: one reduce-scatter of the unit's gradient gives
+every rank the gradient of its own weights, and a step needs no gather at its end.
 
-[Note: Trace] DeepSpeed records the order in which modules run, and gathers weights by that trace. Inactive layers do
-not change the order, with one exception: where the embeddings do not train, backward stops at the lowest active layer.
-With a trace that is too short DeepSpeed starts over in the middle of backward; with one that is too long it gathers
-weights that nobody uses. So each lowest active layer has its own coordinator with its own trace. It is swapped in at
-the start of the first training forward with that layer: an evaluation before has no backward, and would be recorded.
+[Note: Trace] DeepSpeed records the order in which modules run, and gathers weights by that trace. Where the embeddings
+do not train, backward stops at the lowest active layer. With a trace that is too short DeepSpeed starts over in the
+middle of backward; with one that is too long it gathers weights that nobody uses. So each lowest active layer has its
+own coordinator with its own trace. It is swapped in at the start of the first training forward with that layer: an
+evaluation before has no backward, and would be recorded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from torch import nn
 
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.deepspeed_compat import ZeroParamStatus
-from grass_ds.core.units import Unit
+from grass_ds.core.units import Unit, same_memory
 from grass_ds.zero.fragments import PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 
@@ -37,9 +37,6 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     Args:
         parameter_offload: DeepSpeed's hooks on the model, which gather and release weights.
         full_backward: backward runs down to the embeddings, whichever layers are active.
-
-    Attributes:
-        coordinators: lowest layer that backward reaches -> DeepSpeed's coordinator with the trace of such passes.
     """
 
     _destroyed = False
@@ -49,6 +46,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.persistent_parameters: list[nn.Parameter] = parameter_offload.persistent_parameters
         self.module = parameter_offload.module
         self._full_backward = full_backward
+        # lowest layer that backward reaches -> DeepSpeed's coordinator with the trace of such passes
         self.coordinators = {0: parameter_offload.get_param_coordinator()}
         self._lowest = 0  # key of the coordinator in use
         self._recorded: set[int] = set()  # keys of those whose trace DeepSpeed may have used already
@@ -57,8 +55,6 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         super().__init__(*args)  # which activates the first layers, and so needs the above
         self._wait_for_shards()
         self._track_persistent()
-
-    # ---- passes -----------------------------------------------------------------------------------------------------
 
     def clear_backward_seen_flag(self) -> None:
         """The engine calls it at the start of every forward."""
@@ -88,8 +84,6 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
             deepspeed_compat.clear_release_cache()
         self._track_persistent()
 
-    # ---- weights between the steps ----------------------------------------------------------------------------------
-
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         """Release gathered weights that are out of date; gather persistent parameters again."""
         if any(param.ds_status is ZeroParamStatus.INFLIGHT for param in self.module.parameters()):
@@ -99,7 +93,6 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         for param in stale:
             param.ds_active_sub_modules.clear()
             param.partition()
-        self._wait_for_shards()
         self._gather([param for param in stale if param.ds_persist])
         self._assigned.clear()
         self._track_persistent()
@@ -116,11 +109,11 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
     def _find_assigned(self) -> list[Any]:
         """Persistent parameters assigned by ``param.data = ...`` since the last step; the same ones on every rank.
 
-        Their storage has changed since then. DeepSpeed's own gathers change it, too, but only within a pass. So
-        assignments are looked for before a pass, and storage is tracked anew after it.
+        Their storage has changed since then. DeepSpeed's gathers change it, too, but only within a pass: so this looks
+        before a pass, and storage is tracked anew after it.
         """
         for param, data in self._persistent_data.items():
-            if _is_gathered(param) and (param.data_ptr() != data.data_ptr() or param.device != data.device):
+            if _is_gathered(param) and not same_memory(param, data):
                 self._assigned[param] = None
         return list(self._assigned)
 
@@ -141,9 +134,9 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         mine = param.data.flatten()[start : start + part]
         return not torch.equal(mine, param.ds_tensor[: mine.numel()].to(mine))
 
-    @staticmethod
-    def _gather(params: Sequence[Any]) -> None:
-        """Gather those that are released, in one all-gather."""
+    def _gather(self, params: Sequence[Any]) -> None:
+        """Gather those that are released, in one all-gather, once the shards are written."""
+        self._wait_for_shards()
         released = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
         if released:
             released[0].all_gather_coalesced(released).wait()
@@ -165,15 +158,12 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         for param in self.module.parameters():
             vars(param).pop("_z3_optimizer", None)
 
-    # ---- the engine's calls -----------------------------------------------------------------------------------------
-
     def checkpoint_event_prologue(self) -> None:
         """Partition all weights, before they are saved or loaded."""
         self.parameter_offload.partition_all_parameters()
 
     def checkpoint_event_epilogue(self) -> None:
         """Gather the persistent parameters again, after weights were saved or loaded."""
-        self._wait_for_shards()
         self._gather(self.persistent_parameters)
         self._track_persistent()
 
