@@ -2,15 +2,13 @@
 """Gradients of the active units: collected in flat buffers, reduce-scattered once per unit, measured, kept or dropped.
 
 [Note: Order of the reductions] Every rank must issue the same collectives in the same order, or they mix without an
-error. When a unit is complete may differ between ranks, for example if one rank's batch does not use a module. So
-units are reduced in their fixed order, each as soon as it and all before it have a gradient of every parameter. Units
-that backward leaves incomplete are padded with zeros and reduced at the end of the micro-step. On an ordinary model
-backward completes units in that very order, and no unit waits.
+error. Which units are complete may differ between ranks, for example if one rank's batch does not use a module. So
+units are reduced in their fixed order, in which backward completes them on an ordinary model. Units that backward
+leaves incomplete are padded with zeros and reduced at the end of the micro-step.
 
-[Note: Side stream] With ``overlap_comm`` the collective, the measurement and the accumulation run on one side stream,
-while backward goes on. The side stream waits for the compute stream before each reduction; the compute stream waits
-for the side stream once, at the end of the micro-step. The flat buffer is allocated on the compute stream and read on
-the side stream, hence ``record_stream``.
+[Note: Side stream] With ``overlap_comm`` the collective, the measurement and the accumulation run on one side stream.
+It waits for the compute stream before each reduction; the compute stream waits for it once, at the end of the
+micro-step. The flat buffer is allocated on the compute stream and read on the side stream, hence ``record_stream``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +33,11 @@ class _Pending:
     arrived: set[int] = field(default_factory=set)
 
 
+def squared_norm(shard: torch.Tensor) -> torch.Tensor:
+    """Float32 scalar."""
+    return torch.linalg.vector_norm(shard, dtype=torch.float32).square()
+
+
 class GradientReducer:
     """Averages the tracked units' gradients over the data-parallel ranks, one reduce-scatter per unit.
 
@@ -45,10 +48,9 @@ class GradientReducer:
     Attributes:
         shards: unit -> averaged gradient summed over micro-steps, [shard_numel], DeepSpeed's ``grad_accum_dtype``;
             empty while probing.
-        squares: unit -> sum over micro-steps of the squared norm of this rank's shard of the micro-step's averaged
-            gradient, float32 scalar.
-        micro_steps: backward passes since :meth:`clear`.
-        discarded: backward passes since then whose gradients :meth:`discard` dropped.
+        squares: unit -> squared norm of this rank's shard of a micro-step's averaged gradient, summed over
+            micro-steps; float32 scalar.
+        micro_steps: backward passes since :meth:`clear`; ``discarded``: those whose gradients were dropped.
         arrived: units that got a gradient on this rank since then.
         warned: units with a warning that they got none.
         peak_bytes: high-water mark of gradient memory held here.
@@ -71,11 +73,7 @@ class GradientReducer:
         self.track([], keep=True)
 
     def track(self, units: Sequence[Unit], keep: bool) -> None:
-        """Collect the gradients of these units, in reduction order, from now on.
-
-        Args:
-            keep: keep the reduced shards; False: measure and drop them.
-        """
+        """Collect the gradients of these units, in reduction order; without ``keep`` only measure them."""
         self._units, self._keep = list(units), keep
         self.clear()
 
@@ -158,15 +156,12 @@ class GradientReducer:
     def _accept(self, unit: Unit, shard: torch.Tensor, in_flight: int) -> None:
         """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""
         self._update_peak(in_flight + shard.nbytes)
-        square = torch.linalg.vector_norm(shard, dtype=torch.float32).square()
-        self.squares[unit] = self.squares[unit] + square if unit in self.squares else square
-        if not self._keep:
-            return
-        if unit in self.shards:
+        self.squares[unit] = self.squares.get(unit, 0) + squared_norm(shard)
+        if self._keep and unit in self.shards:
             self.shards[unit].add_(shard)
-            return
-        self.shards[unit] = kept = shard.to(self._accum_dtype)
-        self._update_peak(in_flight + (0 if kept is shard else shard.nbytes))
+        elif self._keep:
+            self.shards[unit] = kept = shard.to(self._accum_dtype)
+            self._update_peak(in_flight + (0 if kept is shard else shard.nbytes))
 
     def _zeros(self, unit: Unit) -> torch.Tensor:
         """A flat gradient of zeros, which stay where this rank has no gradient, and in the padding."""

@@ -2,6 +2,7 @@
 """One optimizer step: all units' gradient norms in one all-reduce, and the client optimizer's step on one shard."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from grass_ds.core.agreement import RankDivergenceError
 from grass_ds.core.durable_files import listed
 from grass_ds.core.units import Unit
 from grass_ds.offload.store import StateStore
-from grass_ds.zero.gradients import GradientReducer
+from grass_ds.zero.gradients import GradientReducer, squared_norm
 
 
 class MissingGradientError(ValueError):
@@ -26,11 +27,8 @@ def step_unit(
 ) -> None:
     """Step the unit's fp32 master weights chunk by chunk, and write them into its low-precision shard.
 
-    The unit's param group holds one chunk during its step, and is otherwise empty.
-
-    Args:
-        gradient: averaged gradient of the shard, [shard_numel], any floating dtype.
-        factor: multiplies the gradient in fp32; undoes the loss scale and clips.
+    The unit's param group holds one chunk during its step, and is otherwise empty. ``factor`` multiplies the averaged
+    ``gradient`` [shard_numel] in fp32: it undoes the loss scale and clips.
     """
     group = optimizer.param_groups[unit.group]
     for chunk in store.chunks(unit):
@@ -47,18 +45,13 @@ def step_unit(
             chunk.of(unit.shard).copy_(master)
 
 
-# ---- gradient norms -------------------------------------------------------------------------------------------------
-
-
 def global_squares(
     reducer: GradientReducer, units: Sequence[Unit], group: Any, config: GrassConfig
 ) -> tuple[dict[Unit, float], dict[Unit, float]]:
-    """Squared gradient norms per unit over all ranks, loss scale included.
-
-    One all-reduce of 3 len(units) + 2 float32. Norms are 0 if all ranks have discarded their gradients.
+    """Squared gradient norms per unit over all ranks, loss scale included: one all-reduce of 3 len(units) + 2 float32.
 
     Returns:
-        (of the accumulated gradient, of the micro-batches' gradients, summed).
+        (of the accumulated gradient, of the micro-batches' gradients, summed); 0 if all ranks have discarded theirs.
 
     Raises:
         RuntimeError: there was no backward pass.
@@ -94,7 +87,7 @@ def _local_squares(reducer: GradientReducer, units: Sequence[Unit]) -> list[torc
     if not reducer.shards:  # probing keeps none
         return squares * 2
     # Measured here, not as they arrived: the user may have replaced them (safe_set_full_grad).
-    norms = [torch.linalg.vector_norm(reducer.shards[unit], dtype=torch.float32).square() for unit in units]
+    norms = [squared_norm(reducer.shards[unit]) for unit in units]
     return norms + squares if reducer.micro_steps > 1 else norms * 2  # of a single micro-step the two are the same
 
 
@@ -106,12 +99,12 @@ def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss
         window: accumulation steps. The loss of a micro-batch carries the factor 1 / window, which is undone here, so
             that importance does not depend on the accumulation length.
     """
-    total: dict[int, float] = {}
-    numel: dict[int, int] = {}
+    total: defaultdict[int, float] = defaultdict(float)
+    numel: defaultdict[int, int] = defaultdict(int)
     for unit, square in squares.items():
         if unit.layer is not None:
-            total[unit.layer] = total.get(unit.layer, 0.0) + square
-            numel[unit.layer] = numel.get(unit.layer, 0) + unit.numel
+            total[unit.layer] += square
+            numel[unit.layer] += unit.numel
     scale = window * window / micro_steps
     return {layer: math.sqrt(total[layer] * scale / numel[layer]) / loss_scale for layer in total}
 
