@@ -63,8 +63,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
 
         Raises:
             ValueError: parameters were given other weights by ``param.data = ...``, which training does not use.
-            Exception: on every rank, an error of any rank, in this save or in the asynchronous save before. Published
-                checkpoints are unchanged.
+            Exception: on every rank, an error of any rank, in this save or in the asynchronous one before.
         """
         if self.grass is None:
             return super().save_checkpoint(save_dir, tag, client_state or {}, save_latest, exclude_frozen_parameters)
@@ -103,11 +102,7 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
             self.checkpoint_engine.add_error(error)
 
     def wait_for_checkpoint(self) -> None:
-        """Block until an asynchronous save is published. Call it on every rank.
-
-        Raises:
-            Exception: on every rank, an error of any rank; that checkpoint does not exist.
-        """
+        """Block until an asynchronous save is published. Call it on every rank; an error of one is raised on all."""
         if self.grass is not None:
             self.checkpoint_engine.wait()
 
@@ -167,12 +162,10 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
     def _load_untrained(self, folder: Path) -> None:
         """Weights outside all units, of a universal checkpoint: DeepSpeed does not load the module then."""
         owned = {name for unit in self.optimizer.units for name in unit.param_names}
-        rank, stage3 = dist.get_rank(group=self.seq_data_parallel_group), self.zero_optimization_stage() == 3
-        if stage3:
-            self.optimizer.checkpoint_event_prologue()
+        rank = dist.get_rank(group=self.seq_data_parallel_group)
+        self.optimizer.checkpoint_event_prologue()
         UniversalCheckpoint(folder).restore_untrained(self.module, owned, rank)
-        if stage3:
-            self.optimizer.checkpoint_event_epilogue()
+        self.optimizer.checkpoint_event_epilogue()
 
     def _load_checkpoint(self, *args: Any, load_optimizer_states: bool = True, **kwargs: Any) -> Any:
         """As DeepSpeed's, whose ZeRO-3 without optimizer states would load what ``latest`` names, not ``tag``."""

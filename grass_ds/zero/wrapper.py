@@ -14,8 +14,8 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
     """The attributes that every ZeRO optimizer must have, whatever it does in a step.
 
     Attributes:
-        overflow: the last step applied no update, because gradients were not finite or because it was a probing step.
-            Engine, accelerate and Trainer then do not advance the learning-rate schedule.
+        overflow: the last step applied no update: gradients were not finite, or it was a probing step. Engine,
+            accelerate and Trainer then do not advance the learning-rate schedule.
         skips: consecutive steps with non-finite gradients.
     """
 
@@ -60,11 +60,7 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
     cur_scale = loss_scale
 
     def update_loss_scale(self, finite: bool) -> None:
-        """Adapt a dynamic loss scale to whether this step's gradients were finite.
-
-        Raises:
-            FloatingPointError: they were not for more than 20 steps in a row, and no loss scale can adapt.
-        """
+        """Adapt a dynamic loss scale; without one, FloatingPointError after more than 20 steps with overflow."""
         self.loss_scaler.update_scale(not finite)
         self.skips = 0 if finite else self.skips + 1
         if self.skips > MAX_CONSECUTIVE_SKIPS and not self.dynamic_loss_scale:
@@ -77,6 +73,7 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
         """The engine's hook after backward from stage 2 on; ``backward_epilogue``, which follows, does the work."""
 
     finalize_gradient_accumulation_boundary = overlapping_partition_gradients_reduce_epilogue
+    checkpoint_event_prologue = checkpoint_event_epilogue = overlapping_partition_gradients_reduce_epilogue  # ZeRO-3's
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError('engine.offload_states() does not know about layers; use "grass": {"offload": ...}')
