@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The DeepSpeed engine with layer-sampled ZeRO."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,9 +37,6 @@ class GrassEngine(CheckpointingEngine):
         grass_config: the block; None: the stock engine.
         layers: those of the model; needed with ``grass_config``.
         *args, **kwargs: of ``DeepSpeedEngine``.
-
-    Attributes:
-        grass: :class:`~grass_ds.zero.handle.GrassHandle`, or None without a block.
     """
 
     def __init__(
@@ -119,27 +116,27 @@ class GrassEngine(CheckpointingEngine):
     def _announce(self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit]) -> None:
         """One warning: which modules train, which never do, and the norm at which gradients are clipped."""
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
-        owned = {name for unit in units for name in unit.param_names}
-        trained = {name for unit in units if unit.always for name in unit.param_names}
         kinds = {"part of the layers": [name for names in layers.block_params for name in names], **layers.outside}
+        owned = {name for unit in units for name in unit.param_names}
 
-        def shares(chosen: Callable[[str, str], bool], remark: str = "") -> list[str]:
-            counts = {kind: sum(sizes[n] for n in names if chosen(kind, n)) for kind, names in kinds.items()}
+        def shares(chosen: Collection[str], remark: str = "") -> list[str]:
+            counts = {kind: sum(sizes[n] for n in names if n in chosen) for kind, names in kinds.items()}
             whole = sum(sizes.values())
             return [f"{kind} ({count / whole:.2%} of the weights{remark})" for kind, count in counts.items() if count]
 
         total, clip = len(layers.names), self.gradient_clipping()
         gamma = total if config.sampler == "full" else min(config.num_active_layers, total)
-        on = shares(lambda kind, name: name in trained)
-        off = shares(lambda kind, name: kind in layers.outside and name in owned - trained)
-        off += shares(lambda kind, name: name not in owned, ", frozen or not in the optimizer")
+        on = shares({name for unit in units if unit.always for name in unit.param_names})
+        off = shares({name for unit in units if not unit.ever_active for name in unit.param_names})
+        off += shares(sizes.keys() - owned, ", frozen or not in the optimizer")
         default = (
             "" if "gradient_clipping" in self.config else " (the default of DeepSpeed; gradient_clipping sets it)"
         )
+        clipped = f"clipped at norm {clip:g}{default}" if clip else "not clipped"
         logger.warning(
             f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time; "
             f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
-            f"gradients are {f'clipped at norm {clip:g}{default}' if clip else 'not clipped'}"
+            f"gradients are {clipped}"
         )
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
