@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing in a model with layers that do not train.
 
-Reentrant checkpointing runs each block as one autograd function. Backward enters it only if an *input* requires a
-gradient, which none does below embeddings that do not train. Hugging Face models then set a hook that makes the
-embeddings' output require a gradient. Non-reentrant checkpointing does not need the hook, and with it backward would
-run down to the embeddings. So when the embeddings do not train, the hook is set for reentrant checkpointing and
-removed for non-reentrant.
+Backward enters a block with reentrant checkpointing only if an *input* requires a gradient, which none does below
+embeddings that do not train. Hugging Face models then set a hook that makes the embeddings' output require a gradient.
+With non-reentrant checkpointing the hook is not needed, and backward would run down to the embeddings. So when the
+embeddings do not train, the hook is set for reentrant checkpointing and removed for non-reentrant.
 """
 
 from typing import Any
@@ -16,12 +15,9 @@ from torch import nn
 
 def _checkpointing_modes(model: nn.Module) -> set[bool]:
     """``use_reentrant`` of every module that checkpoints (Hugging Face's convention)."""
-    modes = set()
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            modes.add(bool(keywords.get("use_reentrant", True)))
-    return modes
+    modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
+    return {bool(getattr(function, "keywords", {}).get("use_reentrant", True)) for function in functions}
 
 
 def inputs_require_gradients(model: Any) -> bool:
@@ -35,10 +31,8 @@ def inputs_require_gradients(model: Any) -> bool:
 def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     """Make the embeddings' output require a gradient exactly when activation checkpointing needs it.
 
-    Does nothing without checkpointing, if the embeddings train, or outside Hugging Face's convention.
-
-    Returns:
-        Whether backward runs down to the embeddings rather than to the lowest active layer.
+    Does nothing without checkpointing, if the embeddings train, or outside Hugging Face's convention. Returns whether
+    backward runs down to the embeddings rather than to the lowest active layer.
     """
     modes = _checkpointing_modes(model)
     if embeddings_train or not modes or not hasattr(model, "enable_input_require_grads"):

@@ -53,14 +53,14 @@ class GrassHandle:
         return self._controller.visits
 
     def memory(self, peak: bool = False) -> dict[str, dict[str, int]]:
-        """Bytes on this rank by category and device: ``{"weights" | "gradients" | "optimizer_state": {"device",
-        "host"}}``, and ``"nvme"`` for optimizer state in files.
+        """Bytes on this rank: ``{"weights" | "gradients" | "optimizer_state": {"device" | "host" | "nvme": bytes}}``.
 
         Weights are the low-precision ones and buffers; in ZeRO-3 this rank's partitions and what is gathered now.
+        ``"nvme"`` is there for optimizer state in files alone.
 
         Args:
-            peak: high-water marks of gradients and of optimizer state on the device since construction, instead of the
-                present. Between steps gradients are gone.
+            peak: of gradients and of optimizer state on the device the most since construction. Between steps
+                gradients are gone.
         """
         store, reducer = self._optimizer.store, self._optimizer.reducer
         params = list(self._module.parameters())

@@ -37,9 +37,6 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     The client optimizer's param groups hold hyper-parameters, so schedulers built before or after work. Their
     ``params`` lists are empty except during a unit's step.
-
-    Attributes:
-        grass: the engine's :class:`~grass_ds.zero.handle.GrassHandle`, for code that has the optimizer only.
     """
 
     def __init__(
@@ -58,7 +55,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self.store = store
         self.reducer = GradientReducer(engine, on_reduced=store.prefetch)
         self.dp_process_group = engine.seq_data_parallel_group
-        self.grass: Any = None
+        self.grass: Any = None  # the engine's GrassHandle, for code that has the optimizer only
         self._counts_in_schedule = False  # the last step; False for a skipped or discarded one
         self._layer_rms: dict[int, float] | None = None
         layout = digest([(u.name, u.param_names, [tuple(whole_shape(p)) for p in u.params]) for u in units])
@@ -99,10 +96,6 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
         return deepspeed_compat.register_grad_hook(param, on_gradient)
 
-    def _reduces_now(self) -> bool:
-        """Whether gradients cross ranks in this micro-step."""
-        return True
-
     def backward_epilogue(self, **kwargs: Any) -> None:
         """End of one micro-step."""
         self.store.trace.end("backward", "backward")
@@ -112,21 +105,18 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Measure, and update the active units' weights. See [Note: A step].
+        """Measure, and update the active units' weights. Raises as :func:`~grass_ds.zero.step.global_squares`.
 
         A step whose gradients were all discarded by :meth:`zero_grad` updates nothing and does not count.
-
-        Raises:
-            Exception: see :func:`~grass_ds.zero.step.global_squares`.
         """
         try:
             scale = self.loss_scale
             norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, self.config)
             finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
-            discarded = not self.reducer.micro_steps
-            if not discarded:
+            has_gradients = self.reducer.micro_steps > 0
+            if has_gradients:
                 self._measure(squares, finite, scale)
-            self._counts_in_schedule = finite and not discarded
+            self._counts_in_schedule = finite and has_gradients
             self.overflow = not self._counts_in_schedule or self.controller.phase is Phase.PROBE
             self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
             if not self.overflow:
@@ -227,6 +217,10 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     # ---- what differs between the stages ----------------------------------------------------------------------------
 
+    def _reduces_now(self) -> bool:
+        """Whether gradients cross ranks in this micro-step."""
+        return True
+
     def _sync_weights(self, units: Sequence[Unit]) -> None:
         """Make the model compute with the units' updated shards. Called on every rank."""
 
@@ -234,10 +228,9 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """Give parameters that ``param.data = ...`` replaced the engine's weights again. Called on every rank."""
 
     def _attach(self, slots: Mapping[nn.Parameter, tuple[Unit, int]]) -> None:
-        """Make ``deepspeed.utils.safe_*`` use fragments of these parameters."""
+        """Make ``deepspeed.utils.safe_*`` use fragments of these parameters; undone by :meth:`_detach`."""
 
-    def _detach(self) -> None:
-        """Undo :meth:`_attach`."""
+    def _detach(self) -> None: ...
 
     # ---- the engine's calls -----------------------------------------------------------------------------------------
 

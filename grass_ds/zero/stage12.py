@@ -14,9 +14,9 @@ from grass_ds.zero.optimizer import GrassZeroOptimizer
 class GrassZero12Optimizer(GrassZeroOptimizer):
     """One all-gather per active unit brings the updated weights to all ranks.
 
-    Stage 1 differs from stage 2 in one way: it sums the full local gradients of the active units over an accumulation
-    window and reduces them once, at the boundary. While layer importance is measured it reduces every micro-batch, as
-    stage 2 does: importance is the root mean square over micro-batches, whatever their number.
+    Stage 1 sums the full local gradients of the active units over an accumulation window and reduces them once, at the
+    boundary. While layer importance is measured it reduces every micro-batch, as stage 2 does: importance is the root
+    mean square over micro-batches, whatever their number.
     """
 
     def _reduces_now(self) -> bool:
