@@ -34,7 +34,7 @@ def test_silence_is_counted_in_rounds_from_the_last_sign() -> None:
     assert [silence.end_round(), silence.end_round()] == [[], []]
     silence.heard(2)
     assert silence.end_round() == [1]  # not 3, which left, nor 4, which never came
-    assert silence.never_heard == {4}
+    assert silence.never_heard() == [4]
 
 
 def test_ranks_that_died_together_are_named_together() -> None:
