@@ -53,13 +53,11 @@ _NEED_WHOLE_TENSORS = {"muon", "muonwithauxadam", "adafactor", "lamb", "fusedlam
 _NEED_WHOLE_TENSORS |= {"onebitadam", "onebitlamb", "zerooneadam"}
 
 
-def _lookup(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
+def _lookup(config: Any, path: str) -> Any:
+    """The value at a dotted path; None if there is none."""
     for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
@@ -71,9 +69,8 @@ def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
         except GrassConfigError as error:
             problems.append(str(error))
     if problems:
-        raise GrassConfigError(
-            'the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems)
-        )
+        first = 'the DeepSpeed config does not go with its "grass" block:'
+        raise GrassConfigError("\n  - ".join([first, *problems]))
 
 
 def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
@@ -117,10 +114,7 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
-    """Refuse a model that cannot be trained layer by layer in full.
-
-    Returns:
-        The layers of the model.
+    """The layers of a model that can be trained layer by layer in full.
 
     Raises:
         GrassConfigError: adapters, pipeline parallelism or experts.
