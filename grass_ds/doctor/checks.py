@@ -51,11 +51,7 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
 
 
 def check_launcher(report: Report) -> Iterator[Finding]:
-    """Set the rank of ``report``, export the placement for the process group and select the device of this rank.
-
-    Raises:
-        PlacementError: launchers contradict each other, or this rank has no device.
-    """
+    """Set the rank of ``report``, export the placement for the process group and select the device of this rank."""
     placement = find()
     report.rank = placement.rank
     placement.export()
@@ -132,10 +128,7 @@ def _describe(placement: Placement) -> dict[str, Any]:
 
 
 def merge(findings: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Rank 0's findings, then those of other ranks that are not OK, or of another version than on rank 0.
-
-    ``findings``: of every rank, in rank order.
-    """
+    """Rank 0's findings, then those of the others that are not OK, or of another version; ``findings`` by rank."""
     merged, known = list(findings[0]), set(findings[0])
     for rank, of_rank in enumerate(findings):
         for finding in of_rank:
@@ -158,11 +151,11 @@ def check_all_reduce() -> Iterator[Finding]:
     world, device = dist.get_world_size(), get_accelerator().current_device_name()
     for nbytes in SIZES:
         tensor = torch.zeros(nbytes // 4, device=device)
-        for round in range(1 + ROUNDS):
-            if round == 1:  # the first one also connects the ranks
-                dist.barrier()
-                get_accelerator().synchronize()
-                start = time.perf_counter()
+        dist.all_reduce(tensor)  # the first one also connects the ranks
+        dist.barrier()
+        get_accelerator().synchronize()
+        start = time.perf_counter()
+        for _ in range(ROUNDS):
             dist.all_reduce(tensor)
         get_accelerator().synchronize()
         seconds = (time.perf_counter() - start) / ROUNDS

@@ -93,10 +93,7 @@ def judge_memlock(limit: int) -> Finding:
 
 
 def cgroup_limit(membership: Path, root: Path) -> int | None:
-    """The smallest memory limit (bytes) of this process's control group and those above it, in version 2.
-
-    ``membership`` is /proc/self/cgroup; control groups are mounted in ``root``. None: there is no limit.
-    """
+    """The smallest memory limit (bytes) of the control group (version 2) and those above it; None without a limit."""
     paths = re.findall(r"^0::/(.*)$", membership.read_text(), re.MULTILINE) if membership.exists() else []
     files = [folder / "memory.max" for path in paths for folder in (root / path, *(root / path).parents)]
     limits = [file.read_text().strip() for file in files if file.exists()]
