@@ -26,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
-    return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
+    if options.command == "doctor":
+        return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
+    parser.print_help()
+    return 0
 
 
 if __name__ == "__main__":

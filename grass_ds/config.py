@@ -190,7 +190,7 @@ class GrassConfig(_Block):
     """Where optimizer state is kept while its layer does not step: the keys below."""
 
     def controller_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of :class:`grass_ds.sampling.controller.Controller` (all but the number of layers)."""
+        """Keyword arguments of :class:`grass_ds.sampling.controller.Controller`."""
         return self.model_dump(include={field.name for field in dataclasses.fields(SamplingSettings)})
 
 

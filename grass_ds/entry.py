@@ -18,7 +18,7 @@ from grass_ds import precision
 from grass_ds.cluster import placement
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.core import deepspeed_compat
-from grass_ds.validation import check_ds_config, check_model, check_optimizer
+from grass_ds.validation import check_ds_config, check_model
 from grass_ds.versions import RANGES, untested
 from grass_ds.zero.engine import GrassEngine
 
@@ -70,8 +70,7 @@ def _initialize(args: tuple[Any, ...], kwargs: dict[str, Any], always: bool) -> 
         return _STOCK_INITIALIZE(*args, **kwargs)
     layers, model = None, arguments.get("model")
     if config is not None:
-        check_ds_config(ds_config, config)
-        check_optimizer(arguments.get("optimizer"))
+        check_ds_config(ds_config, config, arguments.get("optimizer"))
         layers = None if model is None else check_model(model, config)
     if not dist.is_initialized():
         placement.find().export()

@@ -32,14 +32,10 @@ class Rates:
 
     gflops: Mapping[str, float]
 
-    @property
-    def fastest(self) -> float:
-        """GFLOP/s of the fastest dtype."""
-        return max(self.gflops.values())
-
     def emulated(self, name: str) -> bool:
         """Whether the device lacks the dtype; never of fp32, which is slower than 16 bits on a GPU by design."""
-        return name != "fp32" and (not self.gflops[name] or self.gflops[name] < EMULATED_BELOW * self.fastest)
+        rate, fastest = self.gflops[name], max(self.gflops.values())
+        return name != "fp32" and (not rate or rate < EMULATED_BELOW * fastest)
 
     def recommended(self, among: Collection[str] = tuple(DTYPES)) -> str:
         """bf16 where the device computes it, else fp16 where it does, else fp32; ``among`` always allows fp32.
@@ -85,24 +81,22 @@ def enabled(config: Mapping[str, Any], name: str) -> Any:
     return block.get("enabled") if isinstance(block, Mapping) else None
 
 
+_WARNED: set[str] = set()
+
+
 def warn_if_emulated(name: str, rates: Rates | None = None) -> None:
     """Log one warning per process if the dtype ``name`` is emulated; without ``rates`` the device is measured."""
-    if name == "fp32" or name in _WARNED:
-        return
-    _WARNED.add(name)
-    text = (rates or measure([name])).warning(name, candidates())
-    if text is not None:
-        logger.warning(text)
-
-
-_WARNED: set[str] = set()
+    if name != "fp32" and name not in _WARNED:
+        _WARNED.add(name)
+        if text := (rates or measure([name])).warning(name, candidates()):
+            logger.warning(text)
 
 
 @cache
 def _gflops(name: str) -> float:
     """GFLOP/s of products as in ``nn.Linear``, on the CPU of one core; 0 if the dtype fails."""
     accelerator = get_accelerator()
-    on_cpu, device = accelerator.device_name() == "cpu", accelerator.current_device_name()
+    on_cpu = accelerator.device_name() == "cpu"
     rows, inputs, outputs = _CPU_SHAPE if on_cpu else _DEVICE_SHAPE
 
     def clock() -> float:
@@ -111,12 +105,10 @@ def _gflops(name: str) -> float:
         # waits for a core.
         return time.thread_time() if on_cpu else time.perf_counter()
 
+    kind: dict[str, Any] = {"dtype": DTYPES[name], "device": accelerator.current_device_name()}
     try:
-        left = torch.ones(rows, inputs, dtype=DTYPES[name], device=device)
-        weight = torch.ones(outputs, inputs, dtype=DTYPES[name], device=device)
-        timer = Timer(
-            "torch.nn.functional.linear(left, weight)", globals={"left": left, "weight": weight}, timer=clock
-        )
+        operands = {"left": torch.ones(rows, inputs, **kind), "weight": torch.ones(outputs, inputs, **kind)}
+        timer = Timer("torch.nn.functional.linear(left, weight)", globals=operands, timer=clock)
         seconds = min(timer.blocked_autorange(min_run_time=_SECONDS).times)  # with one thread
     except torch.OutOfMemoryError:
         raise

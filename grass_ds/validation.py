@@ -53,27 +53,27 @@ _NEED_WHOLE_TENSORS = {"muon", "muonwithauxadam", "adafactor", "lamb", "fusedlam
 _NEED_WHOLE_TENSORS |= {"onebitadam", "onebitlamb", "zerooneadam"}
 
 
-def _lookup(config: Mapping[str, Any], path: str) -> Any:
-    value: Any = config
+def _lookup(config: Any, path: str) -> Any:
+    """The value at a dotted path; None if there is none."""
     for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
-def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig) -> None:
-    """Raise :class:`GrassConfigError` with every setting of ``ds_config`` that does not work with its block."""
-    problems = [*_stage_problems(ds_config), *_setting_problems(ds_config)]
+def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig, optimizer: object = None) -> None:
+    """Raise :class:`GrassConfigError` with every setting of ``ds_config`` that does not work with its block.
+
+    ``optimizer``: the client's, which has to work element by element.
+    """
+    problems = [*_stage_problems(ds_config), *_setting_problems(ds_config), *_optimizer_problems(ds_config, optimizer)]
     if config.offload.device == "nvme":
         try:
             AioSettings.parse(_lookup(ds_config, "aio") or {})
         except GrassConfigError as error:
             problems.append(str(error))
     if problems:
-        raise GrassConfigError(
-            'the DeepSpeed config does not go with its "grass" block:\n  - ' + "\n  - ".join(problems)
-        )
+        first = 'the DeepSpeed config does not go with its "grass" block:'
+        raise GrassConfigError("\n  - ".join([first, *problems]))
 
 
 def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
@@ -99,28 +99,21 @@ def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
         value = _lookup(ds_config, path)
         if value is not None and value not in (allowed or [False]):
             yield f"{path} = {value!r}: {why}"
-    kind = str(_lookup(ds_config, "optimizer.type") or "").lower()
-    if kind in _NEED_WHOLE_TENSORS:
-        yield f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW"
     section = ds_config.get("checkpoint", {})
     if not isinstance(section, Mapping):
         yield f"checkpoint = {section!r}: expected an object {{...}}; leave it out for the defaults"
 
 
-def check_optimizer(optimizer: object) -> None:
-    """Raise :class:`GrassConfigError` for a client optimizer that does not work element by element."""
-    name = type(optimizer).__name__
-    if name.lower() in _NEED_WHOLE_TENSORS:
-        raise GrassConfigError(
-            f"the optimizer {name} needs whole matrices, and ranks hold flat shards; use torch.optim.AdamW"
-        )
+def _optimizer_problems(ds_config: Mapping[str, Any], optimizer: object) -> Iterator[str]:
+    kind, client = str(_lookup(ds_config, "optimizer.type") or "").lower(), type(optimizer).__name__
+    if kind in _NEED_WHOLE_TENSORS:
+        yield f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW"
+    if client.lower() in _NEED_WHOLE_TENSORS:
+        yield f"the optimizer {client} needs whole matrices, and ranks hold flat shards; use torch.optim.AdamW"
 
 
 def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
-    """Refuse a model that cannot be trained layer by layer in full.
-
-    Returns:
-        The layers of the model.
+    """The layers of a model that can be trained layer by layer in full.
 
     Raises:
         GrassConfigError: adapters, pipeline parallelism or experts.

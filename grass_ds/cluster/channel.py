@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datagrams between the ranks and rank 0."""
+"""Datagrams between the ranks of a run."""
 
 import contextlib
 import json
@@ -30,6 +30,7 @@ class Channel:
         self._token = token.encode()
         self._socket = own or socket.socket(family, socket.SOCK_DGRAM)
         self._addresses: dict[int, Any] = {} if rank == 0 else {0: target}
+        self.close = self._socket.close
 
     @classmethod
     def open(cls) -> "Channel":
@@ -62,9 +63,6 @@ class Channel:
         if self.rank == 0:
             self._addresses[sender] = address
         return kind, sender, text
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 def bound_socket(port: int = 0) -> socket.socket:

@@ -28,22 +28,20 @@ class Environment:
         """The first of the variables that is set."""
         value = next((self._environ[name] for name in names if self.has(name)), default)
         if value is None:
-            raise self.error(
-                f"{names[0]} is not set; start with torchrun, deepspeed, accelerate launch, srun or mpirun, which "
-                "set it"
-            )
+            launchers = "torchrun, deepspeed, accelerate launch, srun or mpirun"
+            raise self.error(f"{names[0]} is not set; start with {launchers}, which set it")
         return value
 
     def integer(self, *names: str, default: int | None = None) -> int:
-        """The first of the variables that is set, as a number that is at least 0."""
+        """:meth:`text` as a number that is at least 0."""
         text = self.text(*names, default=None if default is None else str(default))
         if not text.isdecimal():
             name = next(name for name in names if self.has(name))
             raise self.error(f"{name}={text!r} must be a whole number, at least 0")
         return int(text)
 
-    def first(self, *names: str) -> int | None:
-        """The same; None if none of them is set."""
+    def integer_or_none(self, *names: str) -> int | None:
+        """:meth:`integer`; None if none of them is set."""
         return self.integer(*names) if any(map(self.has, names)) else None
 
     def error(self, message: str) -> PlacementError:

@@ -8,11 +8,9 @@ rank sends a datagram to rank 0 every ``interval`` seconds, and rank 0 answers i
 thread cannot be interrupted in a collective, so the process ends at once, with :data:`RANK_LOST`.
 
 Datagrams, not the process group's store: a call to a ``TCPStore`` whose host is gone outlasts any time-out. With 1,024
-ranks, the datagrams took 2 % of a CPU core on rank 0.
-
-Silence is counted in rounds of the listener. If the scheduler suspends the whole job, or the listener gets no
-processor, its rounds get longer and nobody is accused. A rank that was never heard is not accused either, nor one that
-said that it leaves.
+ranks, they took 2 % of a CPU core on rank 0. Silence is counted in rounds of the listener: if the scheduler suspends
+the whole job, or the listener gets no processor, its rounds get longer and nobody is accused. A rank that was never
+heard is not accused either, nor one that said that it leaves.
 """
 
 import contextlib
@@ -47,9 +45,8 @@ class Silence:
         self.peers = set(peers)  # that have not left
         self.silent: dict[int, int] = {}  # rank -> rounds, of the peers that were heard
 
-    @property
-    def never_heard(self) -> set[int]:
-        return self.peers - self.silent.keys()
+    def never_heard(self) -> list[int]:
+        return sorted(self.peers - self.silent.keys())
 
     def heard(self, rank: int) -> None:
         """A sign of life. It may arrive after the rank's message that it leaves."""
@@ -97,8 +94,7 @@ class Heartbeat:
                 f"limit={limit}: must be at least three intervals, {3 * interval:g} seconds, as one message may "
                 "get lost; raise it, or lower interval"
             )
-        self._interval = interval
-        self._rounds = math.ceil(limit / interval)
+        self._interval, self._rounds = interval, math.ceil(limit / interval)
         self._host = socket.gethostname()
         self._silence = Silence((), self._rounds)
         self._thread: threading.Thread | None = None
@@ -132,7 +128,7 @@ class Heartbeat:
 
     def never_heard(self) -> list[int]:
         """The peers without any sign of life so far. Rank 0 has all others as peers, the others have rank 0."""
-        return sorted(self._silence.never_heard)
+        return self._silence.never_heard()
 
     def __enter__(self) -> "Heartbeat":
         self.start()
@@ -140,8 +136,6 @@ class Heartbeat:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    # ---- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         seconds = self._interval * self._channel.rank / self._channel.world_size  # not all ranks send at once

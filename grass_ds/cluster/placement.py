@@ -47,10 +47,7 @@ class Placement:
     launcher: str
 
     def device_index(self, visible: int) -> int:
-        """The index of this rank's device among the ``visible`` ones.
-
-        With one device per task (``srun --gpus-per-task=1``) each rank has a device 0 of its own; with all devices
-        visible, a rank takes the one of its local rank.
+        """The index of this rank's device among the ``visible`` ones: 0 where each task sees one of its own.
 
         Raises:
             PlacementError: no device is visible, or one launcher has started more ranks here than there are devices.
@@ -74,8 +71,7 @@ class Placement:
         accelerator = get_accelerator()
         cpu = accelerator.device_name() == "cpu"
         index = self.local_rank if cpu else self.device_index(accelerator.device_count())
-        variables = {**vars(self), "local_rank": index}
-        del variables["launcher"]
+        variables = {**vars(self), "local_rank": index, "launcher": None}
         os.environ.update({name.upper(): str(value) for name, value in variables.items() if value is not None})
         if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed demands that both be equal
             os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
@@ -119,21 +115,17 @@ def find(environ: Mapping[str, str] | None = None) -> Placement:
 
 
 def leave_process_group() -> None:
-    """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
         # A thread of gloo needs the interpreter to release what it sent, a moment later; without it the process aborts.
         time.sleep(_GLOO_RELEASE_SECONDS)
 
 
-# ---- RANK and its relatives -----------------------------------------------------------------------------------------
-
-
 def _from_variables(found: Environment) -> Placement:
     rank, world = found.integer("RANK"), found.integer("WORLD_SIZE")
     if rank >= world:
         raise found.error(f"RANK={rank} must be below WORLD_SIZE={world}")
-    mpi = found.first("OMPI_COMM_WORLD_RANK"), found.first("OMPI_COMM_WORLD_SIZE")
+    mpi = found.integer_or_none("OMPI_COMM_WORLD_RANK"), found.integer_or_none("OMPI_COMM_WORLD_SIZE")
     if None not in mpi and mpi != (rank, world):
         raise found.error(
             f"RANK={rank} of WORLD_SIZE={world}, but mpirun calls this process {mpi[0]} of {mpi[1]}; unset RANK, "
@@ -145,7 +137,7 @@ def _from_variables(found: Environment) -> Placement:
             return slurm
     alone = world == 1
     local_rank = found.integer("LOCAL_RANK", default=0 if alone else None)
-    local_world = found.first("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    local_world = found.integer_or_none("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     if local_world is not None and local_rank >= local_world:
         raise found.error(f"LOCAL_RANK={local_rank} must be below the number of ranks on this machine, {local_world}")
     address = found.text("MASTER_ADDR", default="127.0.0.1" if alone else None)
@@ -157,9 +149,9 @@ def _from_variables(found: Environment) -> Placement:
 
 def _started_by_srun(found: Environment, rank: int, world: int, slurm: Placement) -> bool:
     """Whether srun started each rank, so that its variables are complete. Else it started launchers or a shell."""
-    agents = found.first("GROUP_WORLD_SIZE", "CROSS_SIZE")
     if slurm.world_size == 1:
         return False  # a step of one task does not know other steps, nor the processes that were started in it
+    agents = found.integer_or_none("GROUP_WORLD_SIZE", "CROSS_SIZE")
     if agents not in (None, slurm.world_size):
         raise found.error(
             f"srun started {slurm.world_size} tasks, but the launcher in them counts {agents} machines; start torchrun "
@@ -174,20 +166,14 @@ def _started_by_srun(found: Environment, rank: int, world: int, slurm: Placement
     return agents is None
 
 
-# ---- srun -----------------------------------------------------------------------------------------------------------
-
-
 def _from_slurm(found: Environment, check_world: bool = True) -> Placement:
-    rank, local_rank = found.integer("SLURM_PROCID"), found.integer("SLURM_LOCALID")
     world = found.integer("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-    if check_world and found.integer("WORLD_SIZE", default=world) != world:
-        expected = found.text("WORLD_SIZE")
+    if check_world and (expected := found.integer("WORLD_SIZE", default=world)) != world:
         raise found.error(
             f"WORLD_SIZE={expected}, but srun started {world} tasks; unset it, or correct srun's --ntasks"
         )
     nodes = found.text("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
     per_node = _tasks_per_node(found.text("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", default=""))
-    node = found.integer("SLURM_NODEID")
     master = found.text("MASTER_ADDR", default=first_host(nodes))
     if len(per_node) > 1 and (master == "localhost" or master.startswith("127.")):
         raise found.error(
@@ -195,8 +181,10 @@ def _from_slurm(found: Environment, check_world: bool = True) -> Placement:
         )
     # Jobs that share a machine must not share a port, and the ranks of a step must agree on it without communication.
     port = 20000 + (16 * found.integer("SLURM_JOB_ID") + found.integer("SLURM_STEP_ID") % 16) % 10000
+    node, port = found.integer("SLURM_NODEID"), found.integer("MASTER_PORT", default=port)
     local_world = per_node[node] if node < len(per_node) else None
-    return Placement(rank, local_rank, world, local_world, master, found.integer("MASTER_PORT", default=port), "srun")
+    rank, local_rank = found.integer("SLURM_PROCID"), found.integer("SLURM_LOCALID")
+    return Placement(rank, local_rank, world, local_world, master, port, "srun")
 
 
 def first_host(nodelist: str) -> str:
@@ -210,16 +198,13 @@ def _tasks_per_node(text: str) -> list[int]:
     return [int(n) for n, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", text) for _ in range(int(times or 1))]
 
 
-# ---- mpirun ---------------------------------------------------------------------------------------------------------
-
-
 def _under_mpirun(found: Environment) -> bool:
-    size = found.first(*_MPI_SIZES)
+    size = found.integer_or_none(*_MPI_SIZES)
     if size is None or found.has("OMPI_COMM_WORLD_SIZE") or not found.has("SLURM_STEP_ID"):
         return size is not None
     # srun sets PMI_SIZE too where SLURM's default is PMI-2, MPI or not.
     task = found.integer("SLURM_PROCID"), found.integer("SLURM_STEP_NUM_TASKS", default=size)
-    return (found.first(*_MPI_RANKS), size) != task
+    return (found.integer_or_none(*_MPI_RANKS), size) != task
 
 
 def _from_mpi(found: Environment) -> Placement:
@@ -230,7 +215,7 @@ def _from_mpi(found: Environment) -> Placement:
             f"this process was started by mpirun, and mpi4py, which finds the other ranks, does not load ({error}); "
             "run `pip install mpi4py`, or start with torchrun"
         ) from error
-    expected = found.first(*_MPI_SIZES)
+    expected = found.integer_or_none(*_MPI_SIZES)
     if placement.world_size != expected:
         raise found.error(
             f"mpirun started {expected} processes, but mpi4py sees {placement.world_size}: it uses another MPI than the mpirun "

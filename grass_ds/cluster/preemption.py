@@ -45,9 +45,7 @@ class Preemption:
         self.received: signal.Signals | None = None
         self._agreed: signal.Signals | None = None
         self._process = os.getpid()
-        self._previous: dict[signal.Signals, Any] = {
-            number: signal.signal(number, self._on_signal) for number in signals
-        }
+        self._previous: dict[signal.Signals, Any] = {each: signal.signal(each, self._on_signal) for each in signals}
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop by now: the same answer on every rank.
@@ -109,8 +107,7 @@ def _announce(received: signal.Signals) -> None:
 def ignore_signals(worker: int, init: Callable[[int], None] | None = None) -> None:
     """A ``worker_init_fn`` of a `torch.utils.data.DataLoader`, whose workers would die of the scheduler's signals.
 
-    Args:
-        init: another ``worker_init_fn`` to call.
+    ``init`` is another one, to be called as well.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -6,10 +6,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -21,9 +21,7 @@ from grass_ds.cluster.placement import Placement, find, leave_process_group
 from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.doctor import disks, extensions, machine
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
-from grass_ds.versions import RANGES, installed
-
-T = TypeVar("T")
+from grass_ds.versions import RANGES
 
 JOIN_SECONDS, LIMIT_SECONDS = 60.0, 150.0
 """How long ranks wait for each other at first, and how long all that they do together may take."""
@@ -39,49 +37,34 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
     report.findings += examine("extensions", extensions.check_extensions)
     report.findings += examine("build lock", extensions.check_locks)
     report.findings += examine("launcher", check_launcher, report)
-    placed = report.findings[-1].status != FAIL
-    if not placed or find().local_rank == 0:  # the ranks of a machine would slow each other down
+    placement = None if report.findings[-1].status == FAIL else find()
+    if placement is None or placement.local_rank == 0:  # the ranks of a machine would slow each other down
         report.findings += examine("precision", machine.check_precision, config)
         report.findings += [] if nvme_path is None else examine("nvme_path", disks.check_nvme, nvme_path)
-    if not placed:
-        return
-    placement = find()
-    if extensions.communication_ready():
+    if placement is not None and extensions.communication_ready():
         _check_together(report, placement, shared_path)
-        return
-    text = f"not joined: it would first compile {extensions.SHARED_MEMORY}, or wait for a process that does"
-    # The other ranks wait for this one, in vain.
-    status = FAIL if placement.world_size > 1 else WARN
-    report.findings.append(Finding("process group", status, text, "start a training once, or launch/setup.sh"))
-    if placement.world_size == 1 and shared_path is not None:
-        report.findings += examine("shared_path", disks.check_shared, shared_path, _alone)
-
-
-def _alone(task: Callable[[], T]) -> list[T]:
-    """``gather_from_ranks`` of a single process without a process group."""
-    return [task()]
+    elif placement is not None:
+        text = f"not joined: it would first compile {extensions.SHARED_MEMORY}, or wait for a process that does"
+        status = FAIL if placement.world_size > 1 else WARN  # the other ranks wait for this one, in vain
+        remedy = "start a training once, or launch/setup.sh"
+        report.findings.append(Finding("process group", status, text, remedy))
 
 
 def check_launcher(report: Report) -> Iterator[Finding]:
-    """Set the rank of ``report``, export the placement for the process group and select the device of this rank.
-
-    Raises:
-        PlacementError: launchers contradict each other, or this rank has no device.
-    """
+    """Set the rank of ``report``, export the placement for the process group and select the device of this rank."""
     placement = find()
     report.rank = placement.rank
     placement.export()
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    if placement.launcher == "none":
-        yield Finding("launcher", OK, "none: start this under srun or torchrun to check several ranks")
-    else:
-        address = f"{placement.master_addr}:{placement.master_port}"
-        yield Finding("launcher", OK, f"{placement.launcher}: {placement.world_size} ranks, rank 0 at {address}")
+    text = f"{placement.world_size} ranks, rank 0 at {placement.master_addr}:{placement.master_port}"
+    alone = "start this under srun or torchrun to check several ranks"
+    yield Finding("launcher", OK, f"{placement.launcher}: {alone if placement.launcher == 'none' else text}")
 
 
 def _check_together(report: Report, placement: Placement, shared_path: str | None) -> None:
     """Join the process group as training does, compare the ranks, and measure how fast they communicate."""
     heartbeat = Heartbeat(limit=10 * LIMIT_SECONDS, interval=1.0)  # tells rank 0 who is there, long before that limit
+    rank, address = placement.rank, (placement.master_addr, placement.master_port)
 
     def fail(reason: str) -> None:
         report.findings.append(_no_contact(placement, reason, heartbeat.never_heard()))
@@ -98,16 +81,15 @@ def _check_together(report: Report, placement: Placement, shared_path: str | Non
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         with contextlib.suppress(OSError):
-            heartbeat.start(_channel(placement))
+            own = bound_socket(address[1]) if rank == 0 else None  # where the ranks meet: UDP has ports of its own
+            heartbeat.start(Channel(rank, placement.world_size, address, "grass_ds doctor", own))
         dist.init_distributed(verbose=False, timeout=timedelta(seconds=JOIN_SECONDS))
         rows = gather_from_ranks(lambda: _describe(placement))
-        versions = gather_from_ranks(lambda: {name: installed(name) or "none" for name in RANGES})
         if shared_path is not None:
             report.findings += examine("shared_path", disks.check_shared, shared_path)
         if placement.world_size > 1:
             report.findings += examine("all-reduce", check_all_reduce)
         report.findings = merge(gather_from_ranks(lambda: report.findings))
-        report.findings += compare_versions(versions)
         report.ranks = rows
     except Exception as error:  # each communication library raises its own
         # NCCL says in the last of its lines that two ranks share a GPU.
@@ -117,13 +99,6 @@ def _check_together(report: Report, placement: Placement, shared_path: str | Non
         leave_process_group()
         timer.cancel()
         timer.join()  # or both threads would report
-
-
-def _channel(placement: Placement) -> Channel:
-    """Datagrams to the port of rank 0 at which the ranks meet: UDP has ports of its own."""
-    address = placement.master_addr, placement.master_port
-    own = bound_socket(placement.master_port) if placement.rank == 0 else None
-    return Channel(placement.rank, placement.world_size, address, "grass_ds doctor", own)
 
 
 def _no_contact(placement: Placement, reason: str, never_heard: Sequence[int]) -> Finding:
@@ -152,53 +127,39 @@ def _describe(placement: Placement) -> dict[str, Any]:
     }
 
 
-def compare_versions(versions: Sequence[dict[str, str]]) -> Iterator[Finding]:
-    """``versions``: of every rank, in rank order, by package."""
-    for name, first in versions[0].items():
-        other = next((rank for rank, of_rank in enumerate(versions) if of_rank[name] != first), None)
-        if other is not None:
-            text = f"{name} differs: {first} on rank 0, {versions[other][name]} on rank {other}"
-            yield Finding("ranks", FAIL, text, "start all ranks from one environment on a shared filesystem")
-
-
 def merge(findings: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Rank 0's findings, and those of other ranks that are not OK; ``findings``: of every rank, in rank order."""
+    """Rank 0's findings, then those of the others that are not OK, or of another version; ``findings`` by rank."""
     merged, known = list(findings[0]), set(findings[0])
     for rank, of_rank in enumerate(findings):
-        new = [finding for finding in of_rank if finding.status != OK and finding not in known]
-        merged += [replace(finding, finding=f"rank {rank}: {finding.finding}") for finding in new]
-        known.update(new)
+        for finding in of_rank:
+            text = f"rank {rank}: {finding.finding}"
+            if finding not in known and finding.check in RANGES:
+                remedy = "start all ranks from one environment on a shared filesystem"
+                merged.append(Finding(finding.check, FAIL, f"{text}, not as on rank 0", remedy))
+            elif finding not in known and finding.status != OK:
+                merged.append(replace(finding, finding=text))
+        known.update(of_rank)
     return merged
 
 
 def check_all_reduce() -> Iterator[Finding]:
-    """Check the sum of one all-reduce, then time each of :data:`SIZES`, in the terms of nccl-tests.
+    """Time an all-reduce of each of :data:`SIZES`, in the terms of nccl-tests.
 
     Algorithm bandwidth is bytes per second. Bus bandwidth is that times 2 (n - 1) / n for n ranks, which is what each
     rank sends in a ring: it can be compared with the hardware.
     """
     world, device = dist.get_world_size(), get_accelerator().current_device_name()
-    total = torch.ones(2, device=device)
-    dist.all_reduce(total)
-    if total.tolist() != [world, world]:
-        text = f"the sum of a one from each of {world} ranks is {total.tolist()}"
-        yield Finding("all-reduce", FAIL, text, "set NCCL_P2P_DISABLE=1, then look for broken links")
-        return
     for nbytes in SIZES:
-        seconds = _seconds(torch.zeros(nbytes // 4, device=device))
+        tensor = torch.zeros(nbytes // 4, device=device)
+        dist.all_reduce(tensor)  # the first one also connects the ranks
+        dist.barrier()
+        get_accelerator().synchronize()
+        start = time.perf_counter()
+        for _ in range(ROUNDS):
+            dist.all_reduce(tensor)
+        get_accelerator().synchronize()
+        seconds = (time.perf_counter() - start) / ROUNDS
         algorithm = nbytes / seconds / 1e9
         bus = algorithm * 2 * (world - 1) / world
         text = f"{nbytes} bytes: {1e6 * seconds:.0f} us, {algorithm:.3g} GB/s algorithm, {bus:.3g} GB/s bus"
         yield Finding("all-reduce", OK, text)
-
-
-def _seconds(tensor: torch.Tensor) -> float:
-    """Mean time of one all-reduce."""
-    dist.all_reduce(tensor)
-    dist.barrier()
-    get_accelerator().synchronize()
-    start = time.perf_counter()
-    for _ in range(ROUNDS):
-        dist.all_reduce(tensor)
-    get_accelerator().synchronize()
-    return (time.perf_counter() - start) / ROUNDS

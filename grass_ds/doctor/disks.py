@@ -6,9 +6,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import deepspeed.comm as dist
 import torch
@@ -17,7 +17,7 @@ from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 from grass_ds.offload.block_io import AioSettings, Piece, PosixIO
 from grass_ds.offload.pinned_memory import HostMemory
-from grass_ds.offload.state_files import IN_MEMORY, StateFiles, filesystem, resolve_path
+from grass_ds.offload.state_files import IN_MEMORY, StateFile, StateFiles, filesystem, resolve_path
 
 TEST_BYTES = 256 * 2**20
 NETWORK = ("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.glusterfs", "9p")
@@ -28,29 +28,32 @@ SHARED_SECONDS = 30.0
 def check_nvme(path: str) -> Iterator[Finding]:
     """Space, filesystem and speed of the folder for ``grass.offload.nvme_path``; raises what training would raise."""
     root = resolve_path(path)
-    with tempfile.TemporaryDirectory(dir=root, prefix="grass_ds_doctor_") as folder:
-        files = StateFiles(Path(folder), 0, "doctor", {"speed": TEST_BYTES})
-        try:
-            written, read = _measure(files)
-        finally:
-            files.close()
+    with (
+        tempfile.TemporaryDirectory(dir=root, prefix="grass_ds_doctor_") as folder,
+        closing(StateFiles(Path(folder), 0, "doctor", {"speed": TEST_BYTES})) as files,
+    ):
+        written, read = _measure(files["speed"])
+        direct = files.direct
     kind, free = filesystem(root), shutil.disk_usage(root).free / 1e9
     text = f"{root} ({kind}): {free:.0f} GB free, writes {written:.0f} MB/s, reads {read:.0f} MB/s"
-    if kind in IN_MEMORY or kind in NETWORK or not files.direct:
-        text += "; it takes host memory" if kind in IN_MEMORY else ""
-        text += "; all machines share its speed" if kind in NETWORK else ""
-        text += "; no direct I/O" if not files.direct else ""
+    drawbacks = {
+        "it takes host memory": kind in IN_MEMORY,
+        "all machines share its speed": kind in NETWORK,
+        "no direct I/O": not direct,
+    }
+    if any(drawbacks.values()):
+        text = "; ".join([text, *(drawback for drawback, applies in drawbacks.items() if applies)])
         yield Finding("nvme_path", WARN, text, "choose a local disk with ext4 or xfs")
     else:
         yield Finding("nvme_path", OK, text)
 
 
-def _measure(files: StateFiles) -> tuple[float, float]:
+def _measure(file: StateFile) -> tuple[float, float]:
     """Speed of writing and of reading, MB/s."""
-    memory, io = HostMemory(TEST_BYTES, pin=False), PosixIO(AioSettings.parse({}))
-    try:
-        memory.data.view(torch.int64).random_()  # some disks compress
-        file, pieces = files["speed"], [Piece(memory.data, 0)]
+    memory = HostMemory(TEST_BYTES, pin=False)
+    memory.data.view(torch.int64).random_()  # some disks compress
+    pieces = [Piece(memory.data, 0)]
+    with closing(PosixIO(AioSettings.parse({}))) as io:
         start = time.perf_counter()
         io.write(file, pieces)
         os.fsync(file.fd)
@@ -58,24 +61,19 @@ def _measure(files: StateFiles) -> tuple[float, float]:
         os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         io.read(file, pieces)
         return TEST_BYTES / 1e6 / (written - start), TEST_BYTES / 1e6 / (time.perf_counter() - written)
-    finally:
-        io.close()
 
 
-def check_shared(path: str, gather: Callable[..., list[Any]] = gather_from_ranks) -> Iterator[Finding]:
+def check_shared(path: str) -> Iterator[Finding]:
     """Whether every rank sees a file that rank 0 writes. Called on all ranks.
-
-    Args:
-        gather: returns the results of a function on all ranks.
 
     Raises:
         OSError: on rank 0, if the folder is missing or cannot be written; a RankFailedError on the others.
     """
     name = f"grass_ds_doctor_{uuid.uuid4().hex}"
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    marker = gather(lambda: Path(path).expanduser().absolute() / name)[0]
-    gather(lambda: marker.write_text("may be removed\n") if first else None)
-    visible = gather(lambda: becomes_visible(marker))
+    first = dist.get_rank() == 0
+    marker = gather_from_ranks(lambda: Path(path).expanduser().absolute() / name)[0]
+    gather_from_ranks(lambda: marker.write_text("may be removed\n") if first else None)
+    visible = gather_from_ranks(lambda: becomes_visible(marker))
     if first:
         marker.unlink()
     if all(visible):

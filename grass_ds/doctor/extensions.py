@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's C++ extensions: compiled, to be compiled when first used, or impossible. Nothing is compiled here.
+"""DeepSpeed's C++ extensions: which are compiled, and locks in their folders. Nothing is compiled here.
 
 [Note: Build locks] torch compiles an extension under a file ``lock`` in its folder and removes it afterwards. A build
 that was killed leaves it behind, and every later start waits for it for ever, without a message.
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,12 +20,6 @@ from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """The extension through which ranks on the CPU communicate; every start loads it."""
-TOOLS = "apt-get install g++ or module load gcc; pip install ninja, and activate its environment"
-OPS = (
-    (SHARED_MEMORY, FAIL, TOOLS),
-    ("async_io", WARN, TOOLS + '; grass.offload.io = "auto" uses posix without it'),
-)
-"""Name, status where it is impossible, remedy."""
 STALE_SECONDS = 60
 """A lock that no process holds, in a folder in which nothing has changed for so long, belongs to no build."""
 
@@ -41,29 +34,22 @@ def extensions_root() -> Path:
     return Path(cpp_extension.get_default_build_root()) / f"{python}_{build}"
 
 
-def is_built(name: str) -> bool:
+def _is_built(name: str) -> bool:
     return (extensions_root() / name / f"{name}.so").exists()
 
 
 def communication_ready() -> bool:
     """Whether this rank can join a process group without compiling, or waiting for another process that compiles."""
     locked = (extensions_root() / SHARED_MEMORY / "lock").exists()
-    return get_accelerator().device_name() != "cpu" or (is_built(SHARED_MEMORY) and not locked)
+    return get_accelerator().device_name() != "cpu" or (_is_built(SHARED_MEMORY) and not locked)
 
 
 def check_extensions() -> Iterator[Finding]:
-    """The extensions that the library uses on this accelerator."""
-    for name, status, remedy in OPS if get_accelerator().device_name() == "cpu" else OPS[1:]:
-        built = is_built(name)
-        # ninja is run even when there is nothing left to compile.
-        tools = ["ninja"] if built else ["ninja", cpp_extension.get_cxx_compiler()]
-        missing = [tool for tool in tools if not shutil.which(tool)]
-        if missing:
-            yield Finding(name, status, f"not in PATH: {', '.join(missing)}", remedy)
-        elif built:
-            yield Finding(name, OK, f"compiled in {extensions_root() / name}")
-        else:
-            yield Finding(name, OK, "will be compiled when it is first used, in minutes; `ds_report` shows if it can")
+    """The extensions that the library uses on this accelerator. Whether they can be compiled is left to ds_report."""
+    on_cpu = get_accelerator().device_name() == "cpu"
+    for name in (SHARED_MEMORY, "async_io") if on_cpu else ("async_io",):
+        text = "not compiled: its first use takes minutes, and `ds_report` says what it lacks"
+        yield Finding(name, OK, f"compiled in {extensions_root() / name}" if _is_built(name) else text)
 
 
 def check_locks() -> Iterator[Finding]:
@@ -88,6 +74,6 @@ def _is_held(lock: Path) -> bool:
     """Whether a process that this user may inspect has the lock open, as the one that compiles does."""
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with suppress(OSError):
-            if os.path.samestat(link.stat(), lock.stat()):
+            if link.samefile(lock):
                 return True
     return False

@@ -42,24 +42,23 @@ class Report:
 
     def write(self) -> int:
         """Write the report; returns the exit code, 1 if a check failed."""
-        status = max((finding.status for finding in self.findings), key=(OK, WARN, FAIL).index, default=OK)
-        if self.rank != 0:
-            if not self.ranks:  # the ranks did not meet, so rank 0 does not know these
-                failed = [finding for finding in self.findings if finding.status == FAIL]
-                sys.stderr.write("".join(f"rank {self.rank}: {each.check}: {each.finding}\n" for each in failed))
-        elif self.as_json:
-            found = [asdict(finding) for finding in self.findings]
-            report = {"status": status, "findings": found, "ranks": self.ranks}
-            print(json.dumps(report, indent=2), file=self.stream, flush=True)
-        else:
-            end = "not ready to train" if status == FAIL else "training can start"
-            print(*self._lines(), end, sep="\n", file=self.stream, flush=True)
-        return int(status == FAIL)
+        failed = [finding for finding in self.findings if finding.status == FAIL]
+        if self.rank == 0:
+            print(self._json() if self.as_json else self._text(), file=self.stream, flush=True)
+        elif not self.ranks:  # the ranks did not meet, so rank 0 does not know these
+            sys.stderr.write("".join(f"rank {self.rank}: {each.check}: {each.finding}\n" for each in failed))
+        return int(bool(failed))
 
-    def _lines(self) -> Iterable[str]:
+    def _json(self) -> str:
+        status = max((finding.status for finding in self.findings), key=(OK, WARN, FAIL).index)
+        found = [asdict(finding) for finding in self.findings]
+        return json.dumps({"status": status, "findings": found, "ranks": self.ranks}, indent=2)
+
+    def _text(self) -> str:
+        lines = []
         for finding in self.findings:  # not wrapped: a path must not be cut
-            yield f"{finding.status:<6}{finding.check:<20}{finding.finding}"
-            if finding.remedy:
-                yield f"{'':<26}remedy: {finding.remedy}"
-        for row in self.ranks:
-            yield "  ".join(f"{key}: {value}" for key, value in row.items())
+            remedy = f"\n{'':<26}remedy: {finding.remedy}" if finding.remedy else ""
+            lines.append(f"{finding.status:<6}{finding.check:<20}{finding.finding}{remedy}")
+        lines += ["  ".join(f"{key}: {value}" for key, value in row.items()) for row in self.ranks]
+        ready = all(finding.status != FAIL for finding in self.findings)
+        return "\n".join([*lines, "training can start" if ready else "not ready to train"])

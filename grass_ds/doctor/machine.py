@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of this machine and what they compute, its memory, and the limits that a cluster sets."""
+"""The devices of this machine, what they compute, and its memory."""
 
 import json
 import os
+import re
 import resource
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,10 +18,7 @@ from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 GIB = 2**30
 # The default of "host_buffers" with grass.offload.device = "nvme" takes at most this; RDMA registers about as much.
 MEMLOCK_BYTES = 4 * GIB
-# A rank on the CPU uses 66 MB, NCCL and data loader workers some more. Containers start with 64 MB.
-SHM_BYTES = GIB
 _CAP_IPC_LOCK = 14
-_UNLIMITED = 2**60  # control groups of version 1 show "no limit" as a little less than 2^63
 _NO_GPU = "ask SLURM for GPUs (--gpus-per-node), look at CUDA_VISIBLE_DEVICES, install a torch built for the GPU"
 _AUTO = '"{name}": {{"enabled": "auto"}} under launch/train.py or the Trainer; no such block in your own loop'
 
@@ -30,15 +27,13 @@ def check_accelerator() -> Iterator[Finding]:
     """The devices that training would use."""
     accelerator = get_accelerator()
     kind, count = accelerator.device_name(), accelerator.device_count()
-    if kind == "cpu":
-        yield Finding("accelerator", OK, f"cpu, {len(os.sched_getaffinity(0))} cores for this process")
-        if Path("/proc/driver/nvidia/version").exists() and os.environ.get("DS_ACCELERATOR") != "cpu":
-            yield Finding("accelerator", WARN, f"NVIDIA driver, but torch {torch.__version__} sees no GPU", _NO_GPU)
-    elif count == 0:
-        yield Finding("accelerator", FAIL, f"{kind}, no device", _NO_GPU)
-    else:
-        devices = Counter(device_text(index) for index in range(count))
-        yield Finding("accelerator", OK, f"{kind}: " + ", ".join(f"{n} x {text}" for text, n in devices.items()))
+    if kind != "cpu":
+        text = ", ".join(device_text(index) for index in range(count)) or "no device"
+        yield Finding("accelerator", OK if count else FAIL, f"{kind}: {text}", "" if count else _NO_GPU)
+        return
+    yield Finding("accelerator", OK, f"cpu, {len(os.sched_getaffinity(0))} cores for this process")
+    if Path("/proc/driver/nvidia/version").exists() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        yield Finding("accelerator", WARN, f"NVIDIA driver, but torch {torch.__version__} sees no GPU", _NO_GPU)
 
 
 def device_text(index: int) -> str:
@@ -76,56 +71,30 @@ def asked_for(config: str) -> list[str]:
 
 
 def check_memory() -> Iterator[Finding]:
-    """Host memory, how much of it may be page-locked, and shared memory."""
+    """Host memory, and how much of it may be page-locked."""
     memory = psutil.virtual_memory()
-    text = f"{_gib(memory.total)}, {_gib(memory.available)} available"
+    text = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available"
     limit = cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    if limit is not None and limit < memory.total:
-        text += f"; this job may use {_gib(limit)} (--mem of SLURM, or the container)"
+    if limit is not None:
+        text += f"; this job may use {limit / GIB:.1f} GiB (--mem of SLURM, or the container)"
     yield Finding("host memory", OK, text)
-    yield judge_memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], _may_exceed_memlock())
-    yield judge_shm(psutil.disk_usage("/dev/shm").total)
+    capabilities = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())
+    privileged = capabilities is not None and int(capabilities[1], 16) >> _CAP_IPC_LOCK & 1
+    yield judge_memlock(resource.RLIM_INFINITY if privileged else resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
 
 
-def judge_memlock(limit: int, privileged: bool) -> Finding:
-    """``limit``: bytes that may be page-locked, or -1; ``privileged``: the process may exceed it."""
-    if limit == resource.RLIM_INFINITY or privileged:
-        return Finding("memlock", OK, "unlimited")
-    if limit >= MEMLOCK_BYTES:
-        return Finding("memlock", OK, _gib(limit))
-    text = f'{_gib(limit)}: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix'
+def judge_memlock(limit: int) -> Finding:
+    """``limit``: bytes that may be page-locked, or RLIM_INFINITY."""
+    if limit == resource.RLIM_INFINITY or limit >= MEMLOCK_BYTES:
+        return Finding("memlock", OK, "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.1f} GiB")
+    text = f'{limit >> 10} KiB: NCCL over InfiniBand may fail, and grass.offload.io = "auto" falls back to posix'
     remedy = "ulimit -l unlimited; for SLURM PropagateResourceLimitsExcept=MEMLOCK, LimitMEMLOCK=infinity of slurmd"
     return Finding("memlock", WARN, text, remedy)
 
 
-def judge_shm(nbytes: int) -> Finding:
-    """``nbytes``: size of /dev/shm."""
-    if nbytes >= SHM_BYTES:
-        return Finding("/dev/shm", OK, _gib(nbytes))
-    return Finding("/dev/shm", WARN, f"{_gib(nbytes)} is little for ranks on one machine", "docker run --shm-size=8g")
-
-
 def cgroup_limit(membership: Path, root: Path) -> int | None:
-    """The smallest memory limit (bytes) of this process's control group and the groups above it; None without a limit.
-
-    ``membership`` is /proc/self/cgroup; control groups are mounted in ``root``.
-    """
-    texts = []
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):  # version 2 or 1
-            group = root / controllers / path.lstrip("/")
-            name = "memory.limit_in_bytes" if controllers else "memory.max"
-            texts += [file.read_text() for folder in (group, *group.parents) if (file := folder / name).exists()]
-    limits = [int(text) for text in texts if text.strip().isdecimal()]
-    return min((limit for limit in limits if limit < _UNLIMITED), default=None)
-
-
-def _may_exceed_memlock() -> bool:
-    status = Path("/proc/self/status").read_text().splitlines()
-    capabilities = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
-    return bool(capabilities >> _CAP_IPC_LOCK & 1)
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.0f} MiB"
+    """The smallest memory limit (bytes) of the control group (version 2) and those above it; None without a limit."""
+    paths = re.findall(r"^0::/(.*)$", membership.read_text(), re.MULTILINE) if membership.exists() else []
+    files = [folder / "memory.max" for path in paths for folder in (root / path, *(root / path).parents)]
+    limits = [file.read_text().strip() for file in files if file.exists()]
+    return min((int(limit) for limit in limits if limit != "max"), default=None)

@@ -11,9 +11,6 @@ from typing import TextIO
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
 from grass_ds.versions import RANGES, installed, is_tested, remedy
 
-NEEDED = ("python", "torch", "deepspeed", "numpy")
-"""What the library does not work without; the other packages belong to extras."""
-
 
 def run(config: str | None, nvme_path: str | None, shared_path: str | None, as_json: bool) -> int:
     """Check everything and report on stdout; the arguments are those of the command line.
@@ -45,16 +42,12 @@ def _libraries_print_to_stderr() -> Iterator[TextIO]:
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and the packages that have a tested range."""
+    """Python and the installed packages that have a tested range. What is missing is left to ``pip check``."""
     for name, tested in RANGES.items():
         found = installed(name)
-        if found is None and name in NEEDED:
-            yield Finding(name, FAIL, "not installed", remedy(name))
-        elif found is None:
-            yield Finding(name, OK, f"not installed, and needed by the Trainer or launch/ only: {remedy(name)}")
-        elif is_tested(name, found):
+        if found is not None and is_tested(name, found):
             yield Finding(name, OK, f"{found} ({tested})")
-        else:
+        elif found is not None:
             yield Finding(name, WARN, f"{found} is outside of the tested range {tested}", remedy(name))
 
 

@@ -50,14 +50,13 @@ class Controller:
         self._importance = Importance(num_layers)
         self.step = self.probe_step = self.draws = 0
         self.visits = (0,) * num_layers
-        self._begin()
+        self.active_layers = self._begin()
 
-    def _begin(self) -> None:
-        """Enter the phase that the sampler needs and choose the first active set."""
+    def _begin(self) -> tuple[int, ...]:
+        """Enter the phase that the sampler needs; returns the first active set."""
         if self._sampler.needs_scores and self._importance.scores is None:
-            self.active_layers = self._probe()
-        else:
-            self.phase, self.active_layers = Phase.TRAIN, self._next_active()
+            return self._probe()
+        return self._draw()
 
     @property
     def scores(self) -> tuple[float, ...] | None:
@@ -95,7 +94,7 @@ class Controller:
 
     def _end_probe_step(self) -> tuple[int, ...] | None:
         done = self.probe_step + 1 >= self._schedule.probe_steps
-        if done and self._importance.all_zero:
+        if done and not any(self._importance.sums):
             raise ValueError(
                 f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not "
                 "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer "
@@ -105,18 +104,17 @@ class Controller:
         if not done:
             return None
         self._importance.update_scores(1.0)  # a probing measures all layers anew: nothing of the old scores remains
-        self.phase = Phase.TRAIN
-        return self._next_active()
+        return self._draw()
 
     def _end_train_step(self) -> tuple[int, ...] | None:
         self.step += 1
         active = set(self.active_layers)
-        self.visits = tuple(n + (layer in active) for layer, n in enumerate(self.visits))
+        self.visits = tuple(visits + (layer in active) for layer, visits in enumerate(self.visits))
         if self._schedule.reprobes_after(self.step):
             return self._probe()
         if self._sampler.adaptive and self._schedule.refreshes_after(self.step):
             self._importance.update_scores(self._ema_alpha)
-        return self._next_active() if self._draws_after(self.step) else None
+        return self._draw() if self._draws_after(self.step) else None
 
     def _draws_after(self, step: int) -> bool:
         return self._sampler.draws and self._schedule.draws_after(step)
@@ -126,7 +124,8 @@ class Controller:
         self._importance.drop_measurements()
         return tuple(range(self._num_layers))
 
-    def _next_active(self) -> tuple[int, ...]:
+    def _draw(self) -> tuple[int, ...]:
+        self.phase = Phase.TRAIN
         self.draws += 1
         return self._sampler.draw(self.scores)
 
@@ -205,7 +204,7 @@ class Controller:
             self._sampler.load_state_dict(state["sampler_state"])
         else:
             self._importance.drop_measurements()
-            self._begin()
+            self.active_layers = self._begin()
 
 
 def _digest(value: object) -> int:

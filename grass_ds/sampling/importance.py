@@ -15,7 +15,7 @@ def softmax(logits: Sequence[float]) -> tuple[float, ...]:
 
 
 def sampling_logits(scores: Sequence[float], temperature: float, normalization: str) -> tuple[float, ...]:
-    """The logits m_l / tau of the draw, shifted so that the largest is 0 (which leaves the softmax as it is).
+    """The logits m_l / tau of the draw, whose softmax is p_l; shifted so that the largest is 0.
 
     Args:
         scores: m_l >= 0 per layer, finite. All-zero scores give equal logits.
@@ -30,26 +30,15 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
     return tuple((r - 1.0) / mean / temperature for r in relative)
 
 
-def probabilities(scores: Sequence[float], temperature: float, normalization: str) -> tuple[float, ...]:
-    """p_l = exp(m_l / tau) / sum_i exp(m_i / tau), in float64; arguments as in :func:`sampling_logits`."""
-    return softmax(sampling_logits(scores, temperature, normalization))
-
-
 class Importance:
-    """The score m_l of every layer (None before the first :meth:`update_scores`), and the measurements since then.
+    """The score m_l of every layer, and ``sums`` and ``counts`` of the measurements since the last update.
 
-    A measurement is one step's sqrt(||g_l||^2 / N_l), float64.
+    A measurement is one step's sqrt(||g_l||^2 / N_l), float64. Scores are None before the first update.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.scores: tuple[float, ...] | None = None
-        self._sums = [0.0] * num_layers
-        self._counts = [0] * num_layers
-
-    @property
-    def all_zero(self) -> bool:
-        """Whether every measurement since the last update is 0."""
-        return not any(self._sums)
+        self.sums, self.counts = [0.0] * num_layers, [0] * num_layers
 
     def add_measurements(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
         """Add one step's gradient RMS for each layer of ``expected``.
@@ -68,8 +57,8 @@ class Importance:
                     "in the data"
                 )
         for layer, value in measured.items():
-            self._sums[layer] += value
-            self._counts[layer] += 1
+            self.sums[layer] += value
+            self.counts[layer] += 1
 
     def update_scores(self, alpha: float) -> None:
         """Move the scores towards the mean of the measurements, and drop these: m_l += alpha * (mean - m_l).
@@ -77,22 +66,21 @@ class Importance:
         Layers without a measurement keep their score. The first update takes the plain means, as does alpha = 1.
         """
         if self.scores is None:
-            self.scores, alpha = (0.0,) * len(self._sums), 1.0
+            self.scores, alpha = (0.0,) * len(self.sums), 1.0
         self.scores = tuple(
             alpha * (s / n) + (1.0 - alpha) * m if n else m
-            for m, s, n in zip(self.scores, self._sums, self._counts, strict=True)
+            for m, s, n in zip(self.scores, self.sums, self.counts, strict=True)
         )
         self.drop_measurements()
 
     def drop_measurements(self) -> None:
-        self._sums = [0.0] * len(self._sums)
-        self._counts = [0] * len(self._counts)
+        self.sums, self.counts = [0.0] * len(self.sums), [0] * len(self.counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain lists of floats and ints; exact."""
         scores = None if self.scores is None else list(self.scores)
-        return {"scores": scores, "sums": list(self._sums), "counts": list(self._counts)}
+        return {"scores": scores, "sums": list(self.sums), "counts": list(self.counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.scores = None if state["scores"] is None else tuple(state["scores"])
-        self._sums, self._counts = list(state["sums"]), list(state["counts"])
+        self.sums, self.counts = list(state["sums"]), list(state["counts"])

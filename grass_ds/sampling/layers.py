@@ -55,20 +55,14 @@ class ModelLayers:
             meant = ("embed",) if kind == "head" and self.tied else ("other", "tower") if kind == "other" else (kind,)
             found = [name for name in meant if name in self.outside]
             if not found:
+                shown = {key: ", ".join(names[:3]) + ", ..." * (len(names) > 3) for key, names in self.outside.items()}
                 raise ValueError(
                     f"grass.always_active has {kind!r}, but this model has nothing of that kind outside its blocks. "
-                    f"It has: {self._described()}. Name some of these, or leave always_active out for the default"
+                    f"It has: {'; '.join(f'{key!r} ({names})' for key, names in shown.items()) or 'nothing'}. "
+                    "Name some of these, or leave always_active out for the default"
                 )
             resolved.update(dict.fromkeys(found))
         return tuple(resolved)
-
-    def _described(self) -> str:
-        """Every kind with up to three of its parameter names."""
-        kinds = []
-        for kind, names in self.outside.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            kinds.append(f"{kind!r} ({', '.join(names[:3])}{more})")
-        return "; ".join(kinds) or "nothing"
 
 
 def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLayers:
@@ -125,7 +119,7 @@ def _best_stack(model: nn.Module, candidates: dict[str, nn.ModuleList]) -> str:
     eligible = {path: blocks for path, blocks in candidates.items() if blocks in inner} or candidates
     if not eligible:
         raise LayerDiscoveryError(_explain("no list of decoder blocks was found in the model", candidates))
-    ranked = sorted(eligible, key=lambda path: -_numel(eligible[path]))
+    ranked = sorted(eligible, key=lambda path: _numel(eligible[path]), reverse=True)
     if len(ranked) > 1 and _numel(eligible[ranked[0]]) < DOMINANCE * _numel(eligible[ranked[1]]):
         raise LayerDiscoveryError(_explain("the model has several block lists of comparable size", candidates))
     if len({type(block) for block in eligible[ranked[0]]}) > 1:
@@ -185,13 +179,21 @@ class _Outside:
             if not any(_inside(path, root) for root in (stack, *self._towers))
             and next(module.parameters(recurse=False), None) is not None
         }
-        self._embeddings = self._find_embeddings()
+        found = [module for module in self._modules.values() if isinstance(module, nn.Embedding)]
+        # The tokens' embedding comes first: the named one, else the largest.
+        self._embeddings = _named_first(model, "get_input_embeddings", sorted(found, key=_numel, reverse=True))
         tables = [_shape(p) for module in self._embeddings for p in module.parameters() if len(_shape(p)) == 2]
         vectors = [_shape(p) for p in model.get_submodule(stack).parameters() if len(_shape(p)) == 1]
         self._widths = {shape[-1] for shape in (*tables, *vectors)}
-        # The tokens' embedding comes first. A table of positions or token types may be as large as a classifier.
-        self.vocabulary_heads = self._find_vocabulary_heads(tables[0] if tables else None)
-        embedded = {p for module in self._embeddings for p in module.parameters()} & self._names.keys()
+        # Only the tokens' table tells: one of positions or token types may be as large as a classifier.
+        heads = [
+            module
+            for module in self._modules.values()
+            if module not in self._embeddings
+            and any(name == "weight" and _shape(p) in tables[:1] for name, p in module.named_parameters(recurse=False))
+        ]
+        self.vocabulary_heads = _named_first(model, "get_output_embeddings", heads)
+        embedded = {p for module in self._embeddings for p in module.parameters()}
         self.tied = any(p in embedded for head in self.vocabulary_heads for p in head.parameters())
 
     def names_by_kind(self) -> dict[str, tuple[str, ...]]:
@@ -244,26 +246,6 @@ class _Outside:
                 parts = path.split(".")
                 yield ".".join(parts[: _shared(parts, self._stack.split(".")) + 1])
 
-    def _find_embeddings(self) -> list[nn.Module]:
-        """The tokens' embedding first: the named one, else the largest."""
-        found = [module for module in self._modules.values() if isinstance(module, nn.Embedding)]
-        return self._with_named("get_input_embeddings", sorted(found, key=lambda module: -_numel(module)))
-
-    def _find_vocabulary_heads(self, vocabulary: tuple[int, ...] | None) -> list[nn.Module]:
-        """The named output embedding, and modules whose weight has the shape of the tokens' embedding."""
-        found = [
-            module
-            for module in self._modules.values()
-            if module not in self._embeddings
-            and any(name == "weight" and _shape(p) == vocabulary for name, p in module.named_parameters(recurse=False))
-        ]
-        return self._with_named("get_output_embeddings", found)
-
-    def _with_named(self, getter: str, found: Sequence[nn.Module]) -> list[nn.Module]:
-        """``found``, with the module first that the model names itself."""
-        named = _from_first(self._model, getter)
-        return [*([] if named is None else [named]), *(module for module in found if module is not named)]
-
     def _is_norm(self, path: str, module: nn.Module) -> bool:
         """Whether it holds vectors of the hidden size only, and lies beside the stack or an ancestor of it.
 
@@ -274,6 +256,12 @@ class _Outside:
         shapes = {_shape(p) for p in module.parameters(recurse=False)}
         vectors = len(shapes) == 1 and all(len(shape) == 1 and shape[0] in self._widths for shape in shapes)
         return vectors and (_inside(self._stack, _parent(path)) or self._says_embedding(path))
+
+
+def _named_first(model: nn.Module, getter: str, found: Sequence[nn.Module]) -> list[nn.Module]:
+    """``found``, with the module first that the model names itself."""
+    named = _from_first(model, getter)
+    return [*([] if named is None else [named]), *(module for module in found if module is not named)]
 
 
 def _parent(name: str) -> str:

@@ -34,7 +34,7 @@ def test_silence_is_counted_in_rounds_from_the_last_sign() -> None:
     assert [silence.end_round(), silence.end_round()] == [[], []]
     silence.heard(2)
     assert silence.end_round() == [1]  # not 3, which left, nor 4, which never came
-    assert silence.never_heard == {4}
+    assert silence.never_heard() == [4]
 
 
 def test_ranks_that_died_together_are_named_together() -> None:
@@ -156,18 +156,21 @@ def test_no_rank_is_accused_that_was_suspended_with_all_or_left(ranks: Any) -> N
 
 
 def meet_and_leave(first: int) -> float:
-    """Seconds that leaving took."""
-    with Heartbeat(LIMIT, INTERVAL):
-        running = "grass_ds heartbeat" in [thread.name for thread in threading.enumerate()]
-        assert running == (dist.get_world_size() > 1)
-        if dist.get_rank() != first:
-            time.sleep(2 * INTERVAL)
-        left = time.monotonic()
-    return time.monotonic() - left
+    """Seconds that leaving took at most, in two uses of one heartbeat."""
+    heartbeat, seconds = Heartbeat(LIMIT, INTERVAL), 0.0
+    for _ in range(2):
+        with heartbeat:
+            if dist.get_rank() != first:
+                time.sleep(2 * INTERVAL)
+            running = "grass_ds heartbeat" in [thread.name for thread in threading.enumerate()]
+            assert running == (dist.get_world_size() > 1)
+            left = time.monotonic()
+        seconds = max(seconds, time.monotonic() - left)
+    return seconds
 
 
 @pytest.mark.dist
-def test_ranks_of_a_process_group_meet(two_ranks: Any) -> None:
+def test_ranks_of_a_process_group_meet_more_than_once(two_ranks: Any) -> None:
     assert max(two_ranks.run(meet_and_leave, first=0)) < LEAVE_SECONDS
 
 
@@ -192,38 +195,3 @@ def seconds_to_cause(leaving: int) -> float:
 @pytest.mark.parametrize("leaving", [0, 1])
 def test_an_error_of_a_rank_that_is_not_lost_is_soon_known(two_ranks: Any, leaving: int) -> None:
     assert 0.5 < max(two_ranks.run(seconds_to_cause, leaving=leaving)) < 4.0
-
-
-def _watch_twice(rank: int, addresses: list[tuple[tuple[str, int], Any]], stderr: Path) -> None:
-    """One heartbeat on two channels, one after the other; in the second the main thread of a rank that stays hangs."""
-    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
-    heartbeat = Heartbeat(LIMIT, INTERVAL)
-    for turn, (address, own) in enumerate(addresses):
-        heartbeat.start(Channel(rank, 2, address, f"token {turn}", own if rank == 0 else None))
-        time.sleep(4 * INTERVAL)
-        if turn == 1:
-            time.sleep(60.0 if rank == 0 else 0.0)
-            os._exit(0)  # without leaving
-        heartbeat.stop()
-
-
-def test_a_heartbeat_can_be_used_again(tmp_path: Path) -> None:
-    sockets = [bound_socket() for _ in range(2)]
-    addresses = [(("localhost", own.getsockname()[1]), own) for own in sockets]
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_watch_twice, args=(rank, addresses, tmp_path / f"{rank}.err"), daemon=True)
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        processes[0].join(LIMIT + SLACK + 8 * INTERVAL)
-        assert processes[0].exitcode == RANK_LOST
-        assert "rank 1" in (tmp_path / "0.err").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-        for own in sockets:
-            own.close()

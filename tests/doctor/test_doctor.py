@@ -34,20 +34,12 @@ def statuses(findings: Iterable[Finding]) -> dict[str, str]:
 # ---- single checks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("found", "status"), [("2.13.0+cpu", OK), ("2.5.1", WARN), ("2.16.0", WARN), (None, FAIL)])
-def test_versions_are_compared_with_the_tested_ranges(found: str | None, status: str) -> None:
-    with mock.patch.object(run, "installed", return_value=found):
-        finding = next(finding for finding in run.check_versions() if finding.check == "torch")
-    assert finding.status == status
+@pytest.mark.parametrize(("found", "status"), [("2.13.0+cpu", OK), ("2.5.1", WARN), ("2.16.0", WARN)])
+def test_versions_are_compared_with_the_tested_ranges(found: str, status: str) -> None:
+    with mock.patch.object(run, "installed", {"torch": found}.get):
+        (finding,) = run.check_versions()
+    assert (finding.check, finding.status) == ("torch", status)
     assert finding.remedy == ("" if status == OK else f"pip install 'torch{RANGES['torch']}'")
-
-
-def test_only_what_the_library_needs_has_to_be_installed() -> None:
-    assert statuses(run.check_versions()).keys() == RANGES.keys()
-    with mock.patch.object(run, "installed", return_value=None):
-        missing = list(run.check_versions())
-    assert {finding.check for finding in missing if finding.status == FAIL} == {*run.NEEDED}
-    assert all(RANGES[finding.check] in finding.finding + finding.remedy for finding in missing)
 
 
 def test_a_check_that_raises_hides_nothing() -> None:
@@ -84,31 +76,17 @@ def test_extensions_are_looked_for_where_torch_puts_them(tmp_path: Path, monkeyp
         assert str(extensions.extensions_root() / "op") == cpp_extension._get_build_directory("op", verbose=False)
 
 
-def test_without_a_compiler_the_cpu_cannot_train_unless_all_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def executable(name: str) -> None:
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-
+def test_ranks_join_only_where_nothing_is_left_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = extensions.SHARED_MEMORY
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert statuses(extensions.check_extensions()) == {name: FAIL, "async_io": WARN}
-    executable("ninja")
-    assert "not in PATH" in next(iter(extensions.check_extensions())).finding
-    executable(cpp_extension.get_cxx_compiler())
-    assert "will be compiled" in next(iter(extensions.check_extensions())).finding
+    assert "not compiled" in next(extensions.check_extensions()).finding
     assert not extensions.communication_ready()
-    (tmp_path / cpp_extension.get_cxx_compiler()).unlink()
     (tmp_path / name).mkdir()
     (tmp_path / name / f"{name}.so").touch()
-    assert statuses(extensions.check_extensions()) == {name: OK, "async_io": WARN}
+    assert next(extensions.check_extensions()) == Finding(name, OK, f"compiled in {tmp_path / name}")
     assert extensions.communication_ready()
     (tmp_path / name / "lock").touch()
     assert not extensions.communication_ready()
-    (tmp_path / "ninja").unlink()  # it is run in any case
-    assert statuses(extensions.check_extensions())[name] == FAIL
 
 
 def test_limits_of_memory(tmp_path: Path) -> None:
@@ -120,14 +98,7 @@ def test_limits_of_memory(tmp_path: Path) -> None:
     (tmp_path / "slurm/job_1/memory.max").write_text("5000\n")
     (tmp_path / "slurm/job_1/task/memory.max").write_text("max\n")
     assert machine.cgroup_limit(membership, tmp_path) == 5000
-    membership.write_text("3:cpu:/slurm\n4:memory:/old\n")
-    (tmp_path / "memory/old").mkdir(parents=True)
-    (tmp_path / "memory/memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
-    assert machine.cgroup_limit(membership, tmp_path) is None
-    (tmp_path / "memory/old/memory.limit_in_bytes").write_text("7000\n")
-    assert machine.cgroup_limit(membership, tmp_path) == 7000
-    assert [machine.judge_memlock(*a).status for a in ((-1, False), (65536, False), (65536, True))] == [OK, WARN, OK]
-    assert [machine.judge_shm(nbytes).status for nbytes in (64 * 2**20, 2**33)] == [WARN, OK]
+    assert [machine.judge_memlock(limit).status for limit in (-1, 65536, 2**33)] == [OK, WARN, OK]
 
 
 def test_a_local_disk_is_measured_and_left_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,36 +121,26 @@ def test_a_local_disk_is_measured_and_left_clean(tmp_path: Path, monkeypatch: py
 # ---- several ranks -------------------------------------------------------------------------------------------------
 
 
-def test_ranks_with_other_versions_are_named() -> None:
-    torch, numpy = {"torch": "2.13.0", "numpy": "2.4"}, {"torch": "2.13.0", "numpy": "2.1"}
-    assert list(checks.compare_versions([torch, torch])) == []
-    (found,) = checks.compare_versions([torch, torch, numpy])
-    assert (found.status, found.finding) == (FAIL, "numpy differs: 2.4 on rank 0, 2.1 on rank 2")
-
-
 def test_findings_of_other_ranks_are_kept() -> None:
-    mine, other = Finding("a", WARN, "x"), Finding("b", FAIL, "y")
+    mine, other, theirs = Finding("a", WARN, "x"), Finding("b", FAIL, "y"), Finding("numpy", OK, "2.1")
     assert checks.merge([[mine], [mine, other, Finding("c", OK, "z")], [other]]) == [
         mine,
         Finding("b", FAIL, "rank 1: y"),
     ]
+    (_, found) = checks.merge([[Finding("numpy", OK, "2.4")], [theirs], [theirs]])
+    assert (found.status, found.finding) == (FAIL, "rank 1: 2.1, not as on rank 0")
 
 
-def check_shared_folder(path: str, hidden_from: int = -1) -> list[Finding]:
-    from deepspeed import comm as dist
-
-    visible = mock.patch.object(disks, "becomes_visible", return_value=False)
-    if dist.get_rank() == hidden_from:
-        with visible:
-            return examine("shared_path", disks.check_shared, path)
-    return examine("shared_path", disks.check_shared, path)
+def check_shared_folder(path: str) -> list[Finding]:
+    """Rank 1 does not see what rank 0 writes."""
+    visible = disks.dist.get_rank() != 1
+    with mock.patch.object(disks, "becomes_visible", return_value=visible):
+        return examine("shared_path", disks.check_shared, path)
 
 
 @pytest.mark.dist
-def test_a_shared_folder_shows_what_rank_0_writes(two_ranks: RankPool, tmp_path: Path) -> None:
-    for found in two_ranks.run(check_shared_folder, path=str(tmp_path)):
-        assert statuses(found) == {"shared_path": OK}
-    for (found,) in two_ranks.run(check_shared_folder, path=str(tmp_path), hidden_from=1):
+def test_a_folder_that_ranks_do_not_share_is_named(two_ranks: RankPool, tmp_path: Path) -> None:
+    for (found,) in two_ranks.run(check_shared_folder, path=str(tmp_path)):
         assert found.finding == f"{tmp_path}: rank 1 does not see what rank 0 writes"
     assert os.listdir(tmp_path) == []
     for (found,) in two_ranks.run(check_shared_folder, path=str(tmp_path / "missing")):
@@ -221,6 +182,7 @@ def test_contradictions_of_launchers_are_reported(monkeypatch: pytest.MonkeyPatc
     assert main(["doctor"]) == 1
     out = capfd.readouterr().out
     assert "RANK=3 must be below WORLD_SIZE=2" in out
+    assert "ok    precision" in out  # checks that need no launcher go on
     assert out.endswith("not ready to train\n")
 
 

@@ -7,12 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grass_ds.sampling.importance import Importance, probabilities
+from grass_ds.sampling.importance import Importance, sampling_logits, softmax
 
 NORMALIZATIONS = ("mean", "none")
 
 scores_lists = st.lists(st.floats(0.0, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 temperatures = st.floats(1e-300, 1e300)
+
+
+def probabilities(scores, temperature, normalization):
+    return softmax(sampling_logits(scores, temperature, normalization))
 
 
 @given(scores_lists, temperatures, st.sampled_from(NORMALIZATIONS))
