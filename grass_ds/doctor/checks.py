@@ -45,6 +45,7 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
         _check_together(report, placement, shared_path)
     elif placement is not None:
         text = f"not joined: it would first compile {extensions.SHARED_MEMORY}, or wait for a process that does"
+        text += "" if shared_path is None else "; so the shared folder is not checked"
         status = FAIL if placement.world_size > 1 else WARN  # the other ranks wait for this one, in vain
         remedy = "start a training once, or launch/setup.sh"
         report.findings.append(Finding("process group", status, text, remedy))
