@@ -44,9 +44,6 @@ def discarding(
 FULL, PROBING = {"sampler": "full"}, grass_block(sampler="grass")
 SETTINGS = {
     "zero2": (ds_config(grass=FULL, clip=1.0), "engine"),
-    "zero2-optimizer": (ds_config(grass=FULL), "optimizer"),
-    "zero1-gas2": (ds_config(stage=1, gas=2, grass=FULL), "engine"),
-    "zero3": (ds_config(stage=3, grass=FULL, zero_optimization=RELEASED), "engine"),
     "zero1-probing": (ds_config(stage=1, gas=2, grass=PROBING), "engine"),
     "zero2-probing": (ds_config(gas=2, grass=PROBING), "optimizer"),
     "zero3-probing": (ds_config(stage=3, gas=2, grass=PROBING, zero_optimization=RELEASED), "engine"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3: ``deepspeed.utils.safe_*`` as in ZeRO-2, and on partitions; ``GatheredParameters`` of any layer."""
+"""ZeRO-3: ``deepspeed.utils.safe_*_local_*`` on partitions, and ``GatheredParameters`` of any layer."""
 
 import copy
 from typing import Any
@@ -21,8 +21,6 @@ from helpers.models import (
     tiny_llama,
     train,
 )
-from helpers.same_arithmetic import same_arithmetic
-from torch import nn
 
 pytestmark = pytest.mark.dist
 
@@ -33,93 +31,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FROZEN = "model.layers.3.mlp.up_proj.weight"  # by the user
 
 
-def config_of(stage: int, lr: float = 1e-2, dtype: str = "fp32", **settings: Any) -> dict[str, Any]:
-    return ds_config(stage=stage, dtype=dtype, lr=lr, grass={**cyclic(), **settings})
-
-
 def built(config: dict[str, Any]) -> Any:
     """An engine with two units per layer on a model with a frozen parameter."""
     model = tiny_llama(hidden=HIDDEN)
     model.get_parameter(FROZEN).requires_grad_(False)
     return engine_of(copy.deepcopy(config), model, model_parameters=split_groups(model))
-
-
-# ---- full tensors, as in ZeRO-2 -------------------------------------------------------------------------------------
-
-
-def everything(params: dict[str, nn.Parameter], gradients: bool) -> dict[str, Any]:
-    """What the functions that read say of all parameters."""
-    found: dict[str, Any] = {f"fp32 {n}": utils.safe_get_full_fp32_param(p) for n, p in params.items()}
-    for key in MOMENTS:
-        found |= {f"{key} {n}": utils.safe_get_full_optimizer_state(p, key) for n, p in params.items()}
-    if gradients:
-        found |= {f"gradient {n}": utils.safe_get_full_grad(p) for n, p in params.items()}
-    return found
-
-
-def a_run_of_all_functions(config: dict[str, Any]) -> dict[str, Any]:
-    """Reads, writes and trains; all that was read on the way."""
-    with built(config) as engine:
-        params = dict(engine.module.named_parameters())
-        seen = {"start": everything(params, gradients=False)}
-        if engine.grass.phase == "probe":
-            backward(engine, 0)
-            with pytest.raises(ValueError, match="not while probing"):
-                utils.safe_get_full_grad(params["model.layers.0.mlp.up_proj.weight"])
-            engine.step()
-            return {**seen, "probing": everything(params, gradients=False)}
-        train(engine, 1)
-        assert engine.grass.active_layers == (ACTIVE,)
-        seen["trained"] = everything(params, gradients=False)
-        backward(engine, 1)
-        seen["gradients"] = everything(params, gradients=True)
-        utils.safe_update_full_grad_vectorized(list(params.values()), lambda grad, param: 2 * grad)
-        seen["doubled"] = everything(params, gradients=True)
-        chosen = params[f"model.layers.{ACTIVE}.mlp.up_proj.weight"]
-        utils.safe_set_full_grad(chosen, torch.full_like(utils.safe_get_full_grad(chosen), 0.5))
-        seen["replaced"] = everything(params, gradients=True)
-        engine.step()
-        for name, param in params.items():
-            if layer_of(name) in (RESTING, NEVER):
-                value = utils.safe_get_full_fp32_param(param)
-                utils.safe_set_full_fp32_param(param, value + 0.25)
-                if layer_of(name) == RESTING:
-                    for key in MOMENTS:
-                        utils.safe_set_full_optimizer_state(param, value.abs(), key)
-        seen["written"] = everything(params, gradients=False)
-        with pytest.raises(ValueError, match="not active"):
-            utils.safe_set_full_grad(params[f"model.layers.{RESTING}.mlp.up_proj.weight"], torch.zeros(1))
-        train(engine, 3, start=2)
-        engine.optimizer.update_lp_params()
-        return {**seen, "end": everything(params, gradients=False), "weights": snapshot(engine.module)}
-
-
-def all_stages(settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    with same_arithmetic():
-        return {stage: a_run_of_all_functions(config_of(stage, **settings)) for stage in (2, 3)}
-
-
-@pytest.mark.parametrize(
-    ("pool", "settings"),
-    [("two_ranks", {"offload": {"device": "none"}}), ("two_ranks", {"sampler": "grass"})],
-    ids=["training", "probing"],
-)
-def test_full_tensors_are_those_of_zero2(request: pytest.FixtureRequest, pool: str, settings: dict[str, Any]) -> None:
-    for stages in request.getfixturevalue(pool).run(all_stages, settings=settings):
-        for moment, expected in stages[2].items():
-            for name, value in expected.items():
-                found = stages[3][moment][name]
-                assert (found is None) == (value is None), f"{moment}: {name}"
-                if value is not None:
-                    assert (found.shape, found.dtype) == (value.shape, torch.float32)
-                    assert torch.equal(found, value), f"{moment}: {name}"
-        frozen = {name for moment in stages[3].values() for name, v in moment.items() if v is None and FROZEN in name}
-        assert frozen >= {f"fp32 {FROZEN}", f"exp_avg {FROZEN}"}
-        if "gradients" in stages[3]:
-            shown = {
-                layer_of(n) for n, v in stages[3]["gradients"].items() if n.startswith("gradient") and v is not None
-            }
-            assert shown == {ACTIVE, None}
 
 
 # ---- this rank's part -----------------------------------------------------------------------------------------------
@@ -134,7 +50,7 @@ def mine(full: torch.Tensor) -> torch.Tensor:
 
 def read_and_write_parts(dtype: str) -> None:
     rank = dist.get_rank()
-    with built(config_of(3, lr=0.0, dtype=dtype)) as engine:
+    with built(ds_config(stage=3, lr=0.0, dtype=dtype, grass=cyclic())) as engine:
         params: dict[str, Any] = dict(engine.module.named_parameters())
         frozen = params.pop(FROZEN)
         train(engine, 1)
@@ -194,7 +110,7 @@ def test_local_tensors_are_this_ranks_part(request: pytest.FixtureRequest, pool:
 
 
 def gather_and_change(dtype: str, threshold: int) -> None:
-    config = config_of(3, lr=0.0, dtype=dtype)
+    config = ds_config(stage=3, lr=0.0, dtype=dtype, grass=cyclic())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     with built(config) as engine:
         params: dict[str, Any] = dict(engine.module.named_parameters())

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3 trains what ZeRO-2 trains: the same layers by the same amounts. And both by the gradient of a plain model.
+"""ZeRO-3 trains what ZeRO-2 trains: the same layers by the same amounts.
 
 The draws are the same, and so is every bit once the last ones of sums are: see :mod:`helpers.same_arithmetic`. ZeRO-3
 goes on here with the norms that ZeRO-2 measured, once its own are found to be the same up to the rounding of sums.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from helpers import rounding
 from helpers.models import (
     RELEASED,
-    batch,
     ds_config,
     engine_of,
     grass_block,
@@ -26,12 +23,10 @@ from helpers.models import (
     split_groups,
     tiny_llama,
     train,
-    without_optimizer,
 )
 from helpers.observed import difference, fp16_allowed, observe
 from helpers.same_arithmetic import Squares, norms_apart, same_arithmetic
 from helpers.tiered import tiered
-from torch import nn
 
 pytestmark = pytest.mark.dist
 
@@ -157,67 +152,3 @@ def test_zero3_is_zero2(request: pytest.FixtureRequest, name: str, tmp_path: Pat
         assert found["skipped"] == (2 if sampler == "grass" else 0) or 2 < found["skipped"] < STEPS // 2
         if "clip" in case.settings:
             assert min(found["norms"]) > case.settings["clip"]
-
-
-# ---- norm and clipping ----------------------------------------------------------------------------------------------
-
-
-def follow_plain_gradients(config: dict[str, Any], clip: float, lr: float) -> dict[str, Any]:
-    """Plain SGD steps show the clipped gradient itself. Layers per step; relative errors of its norm and of the steps
-    over what they may be.
-
-    The truth is a float64 model's gradient. What a float32 model of the same weights is off by is the noise of this
-    CPU. A norm can be off by no more than its gradient, and by the rounding of its sum; a step, besides, by the
-    rounding of the weights that it is added to.
-    """
-    model, plain = tiny_llama(hidden=24), tiny_llama(hidden=24)
-    exact = rounding.wide(plain)
-    counts, norm_errors, step_errors = [], [0.0], [0.0]
-    numel = sum(param.numel() for param in plain.model.layers[0].parameters())
-    with engine_of(config, model, optimizer=torch.optim.SGD(model.parameters(), lr=lr)) as engine:
-        micros, ranks = range(engine.gradient_accumulation_steps()), range(torch.distributed.get_world_size())
-        of_sum = rounding.of_norm(numel, len(ranks))
-        for step in range(8):
-            active, probing, before = engine.grass.active_layers, engine.grass.phase == "probe", snapshot(model)
-            rows = [batch(step, micro, rank) for micro in micros for rank in ranks]
-            for reference in (plain, exact):
-                reference.load_state_dict(before)
-            gradients, narrow = plain_gradients(exact, active, rows), plain_gradients(plain, active, rows)
-            norm = norm_of(gradients)
-            noise = rounding.DRAWS * norm_of({name: narrow[name] - g for name, g in gradients.items()}) / norm
-            assert norm > 2 * clip  # or this would not test clipping
-            train(engine, 1, start=step)
-            moved = {name: weight - before[name] for name, weight in snapshot(model).items()}
-            assert {name for name, move in moved.items() if move.any()} == (set() if probing else gradients.keys())
-            if not probing:  # probing reports the norm of what it measures: micro-batches one by one
-                errors = {name: moved[name] + lr * clip / norm * gradient for name, gradient in gradients.items()}
-                of_weights = rounding.ROUNDOFF * norm_of({n: before[n].abs() + moved[n].abs() for n in gradients})
-                step_errors.append(norm_of(errors) / (lr * clip) / (2 * noise + of_sum + of_weights / (lr * clip)))
-                norm_errors.append(abs(engine.get_global_grad_norm() / norm - 1) / (noise + of_sum))
-            counts.append(len(active))
-    return {"counts": counts, "norm": max(norm_errors), "step": max(step_errors)}
-
-
-def plain_gradients(plain: nn.Module, layers: tuple[int, ...], rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradient of the mean loss of several batches, of the layers and the final norm."""
-    prefixes = ("model.norm.", *(f"model.layers.{layer}." for layer in layers))
-    named = {name: param for name, param in plain.named_parameters() if name.startswith(prefixes)}
-    loss = torch.stack([plain(input_ids=ids, labels=ids).loss for ids in rows]).mean()
-    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-
-def norm_of(tensors: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
-
-
-@pytest.mark.parametrize(("pool", "gas"), [("two_ranks", 3), ("four_ranks", 1)])
-def test_norm_and_clipping_are_those_of_the_whole_gradient_of_the_active_layers(
-    request: pytest.FixtureRequest, pool: str, gas: int
-) -> None:
-    clip, lr = 0.05, 10.0
-    config = ds_config(stage=3, gas=gas, clip=clip, grass=sampled("grass"), zero_optimization=RELEASED)
-    arguments = {"config": without_optimizer(config), "clip": clip, "lr": lr}
-    for found in request.getfixturevalue(pool).run(follow_plain_gradients, **arguments):
-        assert found["counts"] == [4, 4] + [2] * 6
-        assert found["norm"] <= 1
-        assert found["step"] <= 1
