@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that were damaged, cut off at any point, or written to a disk that is full or read-only."""
 
-import logging
 import os
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from helpers.disks import mounted
 from helpers.faults import said
 from helpers.models import ds_config, engine_of, grass_block, tiny_llama, train
-from helpers.observed import difference, observe
+from helpers.observed import difference, logged, observe
 
 pytestmark = pytest.mark.dist
 
@@ -42,137 +41,8 @@ def lose(path: Path) -> None:
     path.unlink()
 
 
-DAMAGES: tuple[Callable[[Path], None], ...] = (truncate, flip, lose)
-
-
 @contextmanager
-def damaged(path: Path, damage: Callable[[Path], None]) -> Iterator[None]:
-    """On rank 0's word, for all ranks."""
-    from deepspeed import comm as dist
-
-    content = path.read_bytes()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        damage(path)
-    dist.barrier()
-    try:
-        yield
-    finally:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            path.write_bytes(content)
-        dist.barrier()
-
-
-@contextmanager
-def warnings_of_library() -> Iterator[list[str]]:
-    from deepspeed.utils import logger
-
-    texts: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        yield texts
-    finally:
-        logger.removeHandler(handler)
-
-
-def load_damaged(config: dict[str, Any], folder: Path, names: list[str]) -> dict[str, Any]:
-    """(file, damage) -> messages of loading with and without the tag, and whether the run fell back to the step before."""
-    with engine_of(config) as engine:
-        seen = {}
-        for tag in (OLD, NEW):
-            train(engine, 2, start=engine.global_steps)
-            engine.save_checkpoint(folder, tag=tag)
-            seen[tag] = observe(engine)
-    report = {}
-    with engine_of(config, tiny_llama(seed=9)) as engine:
-        for name in names:
-            for damage in DAMAGES:
-                engine.load_checkpoint(folder, tag=OLD)
-                train(engine, 1, start=2)
-                before = observe(engine)
-                with damaged(folder / NEW / name, damage), warnings_of_library() as warned:
-                    error = said(lambda: engine.load_checkpoint(folder, tag=NEW))
-                    touched = difference(before, observe(engine))
-                    path, _ = engine.load_checkpoint(folder)
-                    fallen = difference(seen[OLD], observe(engine))
-                report[name, damage.__name__] = {
-                    "error": error,
-                    "touched": touched,
-                    "path": Path(path).parent.name,
-                    "fallen": fallen,
-                    "warned": [text for text in warned if "grass_ds" in text],
-                }
-        path, _ = engine.load_checkpoint(folder)
-        whole = difference(seen[NEW], observe(engine))
-    return {"damaged": report, "whole": whole}
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_damaged_files_are_told_and_passed_over(two_ranks: Any, stage: int, tmp_path: Path) -> None:
-    weights = "mp_rank_00_model_states.pt" if stage == 2 else "zero_pp_rank_1_mp_rank_00_model_states.pt"
-    names = [weights, OPTIM, "grass_rank_0.json", "grass_rank_1.json"]
-    config = ds_config(dtype="bf16", stage=stage, grass=grass_block(sampler="grass"))
-    reports = two_ranks.run(load_damaged, config=config, folder=tmp_path, names=names)
-    for rank, report in enumerate(reports):
-        assert report["whole"] is None
-        assert len(report["damaged"]) == len(names) * len(DAMAGES)
-        for (name, damage), found in report["damaged"].items():
-            assert found["error"].startswith("ValueError: "), (name, damage, found)
-            assert name in found["error"] and OLD in found["error"], (name, damage, found)
-            assert found["touched"] is found["fallen"] is None, (name, damage, found)
-            assert found["path"] == OLD, (name, damage, found)
-            assert len(found["warned"]) == (rank == 0), (name, damage, found)
-            if rank == 0:
-                assert name in found["warned"][0], (name, damage, found)
-                assert f"{OLD} (step 2) is used instead" in found["warned"][0], (name, damage, found)
-
-
-def load_by_latest(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What ``latest`` says -> the checkpoint that is loaded; then without any checkpoint that could be."""
-    from deepspeed import comm as dist
-
-    report: dict[str, Any] = {}
-    with engine_of(config) as engine:
-        for tag in (OLD, NEW):
-            train(engine, 2, start=engine.global_steps)
-            engine.save_checkpoint(folder, tag=tag)
-        for content in (OLD, "", "step99", None):
-            dist.barrier()
-            if dist.get_rank() == 0:
-                (folder / "latest").unlink() if content is None else (folder / "latest").write_text(content)
-            dist.barrier()
-            path, _ = engine.load_checkpoint(folder)
-            report[str(content)] = Path(path).parent.name
-        dist.barrier()
-        if dist.get_rank() == 0:
-            for tag in (OLD, NEW):
-                truncate(folder / tag / OPTIM)
-        dist.barrier()
-        report["all"] = said(lambda: engine.load_checkpoint(folder))
-    return report
-
-
-def test_a_lost_or_wrong_latest_is_no_loss(two_ranks: Any, tmp_path: Path) -> None:
-    config = ds_config(dtype="bf16", grass=grass_block())
-    for report in two_ranks.run(load_by_latest, config=config, folder=tmp_path):
-        everything = report.pop("all")
-        assert report == {OLD: OLD, "": NEW, "step99": NEW, "None": NEW}
-        assert everything.startswith("ValueError: ")
-        assert OLD in everything and NEW in everything and OPTIM in everything
-
-
-# ---- disks that are full or read-only -------------------------------------------------------------------------------
-
-PAGE = 4096  # what a disk in memory is given out in
-# How much of what a checkpoint takes is left: nothing, some, all but its last file, all but the new ``latest``.
-ROOMS = {"nothing": (0.0, 0), "half": (0.5, 0), "all but a file": (1.0, -PAGE), "all but latest": (1.0, 0)}
-
-
-@contextmanager
-def on_rank_0(before: Callable[[], Any], after: Callable[[], Any]) -> Iterator[None]:
+def on_rank_0(before: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> Iterator[None]:
     """What rank 0 does for all of them."""
     from deepspeed import comm as dist
 
@@ -183,6 +53,75 @@ def on_rank_0(before: Callable[[], Any], after: Callable[[], Any]) -> Iterator[N
         dist.barrier()
         if action is before:
             yield
+
+
+def load_damaged(config: dict[str, Any], folder: Path, damages: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What loading makes of each damage, with and without the tag; then of a ``latest`` that is wrong or lost."""
+    with engine_of(config) as engine:
+        seen = {}
+        for tag in (OLD, NEW):
+            train(engine, 2, start=engine.global_steps)
+            engine.save_checkpoint(folder, tag=tag)
+            seen[tag] = observe(engine)
+    report: dict[str, Any] = {"damaged": {}, "latest": {}}
+    with engine_of(config, tiny_llama(seed=9)) as engine:
+
+        def load() -> str:
+            path, _ = engine.load_checkpoint(folder)
+            return Path(path).parent.name
+
+        for name, damage in damages:
+            engine.load_checkpoint(folder, tag=OLD)
+            train(engine, 1, start=2)
+            before, path = observe(engine), folder / NEW / name
+            restore = partial(path.write_bytes, path.read_bytes())
+            with on_rank_0(partial(damage, path), restore), logged("grass_ds") as warned:
+                report["damaged"][name, damage.__name__] = {
+                    "error": said(lambda: engine.load_checkpoint(folder, tag=NEW)),
+                    "touched": difference(before, observe(engine)),
+                    "used": load(),
+                    "fallen": difference(seen[OLD], observe(engine)),
+                    "warned": warned,
+                }
+        load()
+        report["whole"] = difference(seen[NEW], observe(engine))
+        latest = folder / "latest"
+        for content in (OLD, "", "step99", None):
+            with on_rank_0(latest.unlink if content is None else partial(latest.write_text, content)):
+                report["latest"][str(content)] = load()
+        with on_rank_0(lambda: [truncate(folder / tag / OPTIM) for tag in (OLD, NEW)]):
+            report["all"] = said(lambda: engine.load_checkpoint(folder))
+    return report
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_damaged_files_are_told_and_passed_over(two_ranks: Any, stage: int, tmp_path: Path) -> None:
+    """Each kind of file and each damage, not each pair: which damage is found in which file is in test_folder.py."""
+    weights = "mp_rank_00_model_states.pt" if stage == 2 else "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    first, second = "grass_rank_0.json", "grass_rank_1.json"
+    damages = [(weights, truncate), (OPTIM, flip), (OPTIM, lose), (first, truncate), (first, lose), (second, flip)]
+    config = ds_config(dtype="bf16", stage=stage, grass=grass_block(sampler="grass"))
+    for rank, report in enumerate(two_ranks.run(load_damaged, config=config, folder=tmp_path, damages=damages)):
+        assert report["whole"] is None
+        assert len(report["damaged"]) == len(damages)
+        for (name, damage), found in report["damaged"].items():
+            assert found["error"].startswith("ValueError: "), (name, damage, found)
+            assert name in found["error"] and OLD in found["error"], (name, damage, found)
+            assert found["touched"] is found["fallen"] is None, (name, damage, found)
+            assert found["used"] == OLD, (name, damage, found)
+            assert len(found["warned"]) == (rank == 0), (name, damage, found)
+            for warning in found["warned"]:
+                assert name in warning and f"{OLD} (step 2) is used instead" in warning, (name, damage, found)
+        assert report["latest"] == {OLD: OLD, "": NEW, "step99": NEW, "None": NEW}
+        assert report["all"].startswith("ValueError: ")
+        assert all(text in report["all"] for text in (OLD, NEW, OPTIM))
+
+
+# ---- disks that are full or read-only -------------------------------------------------------------------------------
+
+PAGE = 4096  # what a disk in memory is given out in
+# How much of what a checkpoint takes is left: nothing, some, all but its last file, all but the new ``latest``.
+ROOMS = {"nothing": (0.0, 0), "half": (0.5, 0), "all but a file": (1.0, -PAGE), "all but latest": (1.0, 0)}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -233,7 +172,7 @@ def survive_disks(config: dict[str, Any], disk: Path) -> dict[str, Any]:
         engine.wait_for_checkpoint()
         needed = room_of(folder / "measure")
         engine.load_checkpoint(folder)
-        with on_rank_0(partial(shutil.rmtree, folder / "measure"), lambda: None):
+        with on_rank_0(partial(shutil.rmtree, folder / "measure")):
             pass
         for name, (share, more) in ROOMS.items():
             room = int(needed * share) + more
@@ -253,8 +192,7 @@ def survive_disks(config: dict[str, Any], disk: Path) -> dict[str, Any]:
     return {"attempts": report, "saved": Path(path).parent.name, "end": end, "left": sorted(folder.glob(".*"))}
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "background"), [(2, False), (3, True)], ids=["zero2 at once", "zero3 background"])
 def test_disks_that_take_no_more(two_ranks: Any, stage: int, background: bool, tmp_path: Path) -> None:
     asynchronous = {"checkpoint": {"async": True}} if background else {}
     config = ds_config(dtype="bf16", stage=stage, grass=grass_block(sampler="grass"), **asynchronous)

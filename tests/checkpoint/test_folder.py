@@ -129,13 +129,6 @@ def test_whenever_it_is_killed_the_old_checkpoint_or_the_new_one_is_there(tag: s
     assert len(steps) > 15
 
 
-def test_latest_is_left_alone_if_it_is_not_to_be_written(tmp_path: Path) -> None:
-    save(tmp_path, "one", 1)
-    save(tmp_path, "two", 2, latest=False)
-    assert (tmp_path / "latest").read_text() == "one"
-    assert folders.candidates(tmp_path) == ["one", "two"]
-
-
 def test_what_a_cut_off_replacement_moved_away_comes_back(tmp_path: Path) -> None:
     os.rename(save(tmp_path, "one", 1), tmp_path / ".replaced.one")
     folders.prepare(tmp_path, "two")  # must not take it for litter
@@ -152,11 +145,13 @@ def test_a_tag_may_name_a_folder_in_a_folder(tmp_path: Path) -> None:
 # ---- parts and what they tell ---------------------------------------------------------------------------------------
 
 
-def test_a_part_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_part_is_read_as_it_was_written_and_others_can_read_it(tmp_path: Path) -> None:
     part = Part(1, 2, 3, 40, {"a.pt": FileSum(5, 6)}, [["model.layers.0", [["model.layers.0.weight", [2, 3]]]]])
     part.write(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["grass_rank_1.json"]
     assert Part.read(tmp_path, 1) == part
+    content = json.loads((tmp_path / "grass_rank_1.json").read_text())
+    assert content["files"] == {"a.pt": {"bytes": 5, "crc32": 6}}
+    assert (content["rank"], content["world_size"], content["zero_stage"], content["step"]) == (1, 2, 3, 40)
     with pytest.raises(ValueError, match=r"grass_rank_0\.json is missing"):
         Part.read(tmp_path, 0)
 
@@ -190,15 +185,10 @@ def test_what_is_missing_or_cut_off_is_found_without_reading_it(tmp_path: Path) 
 
 
 def test_changed_content_is_found_by_the_rank_that_is_asked_to_read_it(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, "one", 1)
+    checkpoint, changed = save(tmp_path, "one", 1), ["rank1.pt is not what was written (checksum)"]
     (checkpoint / "rank1.pt").write_text("1 of rank 7")
-    assert folders.problems(checkpoint) == []
-    assert folders.corrupt(checkpoint, [0]) == []
-    assert (
-        folders.corrupt(checkpoint, [1])
-        == folders.corrupt(checkpoint)
-        == ["rank1.pt is not what was written (checksum)"]
-    )
+    assert folders.problems(checkpoint) == folders.corrupt(checkpoint, [0]) == []
+    assert folders.corrupt(checkpoint, [1]) == folders.corrupt(checkpoint) == changed
     (checkpoint / "rank1.pt").unlink()
     assert folders.corrupt(checkpoint) == ["rank1.pt cannot be read"]
 
@@ -265,16 +255,6 @@ def test_the_first_error_of_a_file_is_kept_and_nothing_is_called_written(fsync: 
     with pytest.raises(OSError, match="No space left"), SummedFile(Path("/dev/full")) as file:
         file.write(b"12345")  # fails when it is flushed
     fsync.assert_not_called()
-
-
-def test_a_part_says_what_can_be_read_by_others(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, "one", 7)
-    content = json.loads((checkpoint / "grass_rank_1.json").read_text())
-    size = (checkpoint / "rank1.pt").stat().st_size
-    assert content["files"] == {
-        "rank1.pt": {"bytes": size, "crc32": zlib.crc32((checkpoint / "rank1.pt").read_bytes())}
-    }
-    assert (content["rank"], content["world_size"], content["step"]) == (1, WORLD, 7)
 
 
 @pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])

@@ -33,7 +33,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
         {"sampler": "static", "state_on_switch": "reset", "offload": {"device": "none"}, "always_active": []},
     ),
-    "grass-bf16-zero2-cpu": ({"dtype": "bf16"}, {"sampler": "grass", "num_active_layers": 2}),
     # saved amid the first probing, where the second begins, amid it, right after the overflow in it, and one step
     # after it
     "grass-bf16-zero2-cpu-reprobe": ({"dtype": "bf16"}, {"reprobe_period": 3, "state_on_switch": "reset"}),

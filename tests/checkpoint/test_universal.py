@@ -3,8 +3,6 @@
 
 import argparse
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +27,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"sampler": "grass", "num_active_layers": 2, "refresh_period": 60},
     ),
     "uniform-fp32-zero2-device": (
-        {"stage": 2},
+        {"stage": 2, "gas": 2},
         {"sampler": "uniform", "offload": {"device": "none"}, "always_active": ["norm"]},
     ),
     "cyclic-bf16-zero3-nvme": (
         {"dtype": "bf16", "stage": 3},
         {"sampler": "cyclic", "offload": {"device": "nvme", "io": "posix"}},
     ),
-    "static-fp32-zero3-host": ({"stage": 3, "gas": 2}, {"sampler": "static", "num_active_layers": 2}),
 }
 
 
@@ -114,17 +111,6 @@ def convert(folder: Path, tag: str, inject: bool = False) -> Path:
     return target
 
 
-def convert_by_command(folder: Path, tag: str) -> Path:
-    """As in the README."""
-    target = folder / f"{tag}_universal"
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", folder / tag]
-    done = subprocess.run(
-        [*command, "--output_folder", target], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 def tensor_in(path: Path) -> torch.Tensor:
     content = torch.load(path)
     return (content["param"] if isinstance(content, dict) else content).reshape(-1)
@@ -145,7 +131,7 @@ def test_two_ranks_then_one_then_four(
     assert len({run["units"][name][0] for name in stepped} - {None}) > 1  # states of layers that are not active
     assert sum(name.startswith("model.layers.") for name in idle) >= 1
 
-    files = (convert_by_command if "zero2" in case else convert)(tmp_path, "two") / "zero"
+    files = convert(tmp_path, "two") / "zero"
     for name, param in run["saved"]["masters"].items():
         assert torch.equal(tensor_in(files / name / "fp32.pt"), param.reshape(-1)), name
     for (name, key), moment in run["saved"]["moments"].items():
@@ -167,51 +153,14 @@ def test_two_ranks_then_one_then_four(
     assert len(set(run["active"][SAVED_AFTER:])) > 1  # draws were compared
 
 
-# ---- what the native files hold -------------------------------------------------------------------------------------
+# ---- weights alone, and what is refused -----------------------------------------------------------------------------
 
 
-def save(config: dict[str, Any], folder: Path, layers: int = LAYERS) -> dict[str, Any]:
-    with engine_of(config, tiny_llama(layers)) as engine:
+def save(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    with engine_of(config) as engine:
         train(engine, SAVED_AFTER)
         engine.save_checkpoint(folder, tag="here")
-        if engine.grass is None:
-            return {"weights": snapshot(engine.module)}
-        sizes = {unit.name: unit.saved_numel for unit in engine.optimizer.units}
-        return {"weights": snapshot(engine.module), "sizes": sizes, "state": optimizer_state(engine)}
-
-
-def reload(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with engine_of(config, tiny_llama(seed=9)) as engine:
-        engine.load_checkpoint(folder, tag="here")
-        return optimizer_state(engine)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_layers_never_drawn_cost_no_zeros_and_get_no_state(two_ranks: Any, stage: int, tmp_path: Path) -> None:
-    config = ds_config(stage=stage, grass=grass_block(sampler="uniform"))
-    saved = two_ranks.run(save, config=config, folder=tmp_path)
-    for rank, (before, after) in enumerate(
-        zip(saved, two_ranks.run(reload, config=config, folder=tmp_path), strict=True)
-    ):
-        assert 0 < len(before["state"]) < len(before["sizes"])
-        assert difference(before["state"], after) is None
-        path = tmp_path / "here" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        content = torch.load(path, weights_only=False)["optimizer_state_dict"]
-        states = content["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]
-        assert [states[index]["exp_avg"].numel() for index in states] == list(before["sizes"].values())
-        stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(content)}
-        needed = 4 * sum(before["sizes"][name] * (3 if name in before["state"] else 1) for name in before["sizes"])
-        assert needed <= sum(stored.values()) < needed + 4 * 8 * 3 * len(before["sizes"]) + 10_000
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for item in items for tensor in tensors(item)]
-
-
-# ---- weights alone, and what is refused -----------------------------------------------------------------------------
+        return snapshot(engine.module)
 
 
 def load(config: dict[str, Any], folder: Path, layers: int = LAYERS, tag: Any = "here_universal", **how: Any) -> Any:
@@ -230,17 +179,16 @@ def load(config: dict[str, Any], folder: Path, layers: int = LAYERS, tag: Any = 
         return weights
 
 
-@pytest.mark.parametrize(
-    ("saved_by", "stage"),
-    tiered([("grass", 1), ("grass", 3), ("stock", 1), ("stock", 3)], ("grass", 3), ("stock", 1)),
-)
-def test_weights_alone(two_ranks: Any, one_rank: Any, saved_by: str, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("saved_by", "stage"), [("grass", 3), ("stock", 1)])
+def test_the_weights_can_be_loaded_alone(
+    two_ranks: Any, one_rank: Any, saved_by: str, stage: int, tmp_path: Path
+) -> None:
     config = ds_config(stage=stage, dtype="bf16", grass=grass_block())
     stock = {key: value for key, value in config.items() if key != "grass"}
     [saved, _] = two_ranks.run(save, config=config if saved_by == "grass" else stock, folder=tmp_path)
     convert(tmp_path, "here", inject=saved_by == "stock")
     [weights] = one_rank.run(load, config=config, folder=tmp_path, load_module_only=True)
-    assert difference(saved["weights"], weights) is None
+    assert difference(saved, weights) is None
     if saved_by == "stock":
         [error] = one_rank.run(load, config=config, folder=tmp_path)
         assert error.startswith("the checkpoint was not written by grass_ds")

@@ -4,10 +4,12 @@
 import io
 import json
 import logging
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from deepspeed.utils import logger
@@ -108,17 +110,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "optimizer flipped": (flip(OPTIM), "global_step9: optim_1.pt is not what was written (checksum)"),
     "part missing": (gone("global_step9/grass_rank_1.json"), "global_step9: grass_rank_1.json is missing"),
 }
-# and without a seal
+# and without a seal, where files are judged by their form
 UNSEALED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "rng missing": (gone("rng_state_1.pth"), "rng_state_1.pth is missing"),
+    **{name: DAMAGE[name] for name in ("rng missing", "trainer state missing")},
     "rng cut off": (cut("rng_state_1.pth"), "rng_state_1.pth is cut off"),
     "weights cut off": (cut("model.safetensors"), "model.safetensors is cut off"),
-    "trainer state missing": (gone("trainer_state.json"), "trainer_state.json is missing"),
+    "weights empty": (lambda checkpoint: os.truncate(checkpoint / "model.safetensors", 0), "safetensors is cut off"),
     "trainer state cut off": (cut("trainer_state.json"), "trainer_state.json is cut off"),
-    "weights empty": (
-        lambda checkpoint: (checkpoint / "model.safetensors").write_bytes(b""),
-        "safetensors is cut off",
-    ),
 }
 
 
@@ -146,18 +144,16 @@ def check_damage(folder: Path, damage: Callable[[Path], None], said: str, warnin
     assert message.endswith("; checkpoint-6 is used instead")
 
 
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, case: str, warnings: pytest.LogCaptureFixture) -> None:
-    saved(tmp_path, 6, 9, 3)
-    check_damage(tmp_path, *DAMAGE[case], warnings)
-
-
-@pytest.mark.parametrize("case", UNSEALED)
-def test_without_a_seal_files_are_judged_by_their_form(
-    tmp_path: Path, case: str, warnings: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("seal", "case"),
+    [*((True, case) for case in DAMAGE.items()), *((False, case) for case in UNSEALED.items())],
+    ids=[*DAMAGE, *(f"no seal, {name}" for name in UNSEALED)],
+)
+def test_a_torn_checkpoint_is_passed_over(
+    tmp_path: Path, seal: bool, case: Any, warnings: pytest.LogCaptureFixture
 ) -> None:
-    saved(tmp_path, 6, 9, 3, seal=False)
-    check_damage(tmp_path, *UNSEALED[case], warnings)
+    saved(tmp_path, 6, 9, 3, seal=seal)
+    check_damage(tmp_path, *case[1], warnings)
 
 
 def test_a_run_of_plain_deepspeed_is_judged_by_its_form(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from helpers.models import ds_config, grass_block, snapshot, tiny_llama
 from helpers.observed import early_gathers_allowed
 from helpers.trainers import hf_trainer
 
-pytestmark = [pytest.mark.all, pytest.mark.dist]
+pytestmark = pytest.mark.dist
 STEPS, SAVED_AFTER = 6, 3
 
 
