@@ -4,7 +4,7 @@
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -44,12 +44,11 @@ def open_store(
 
     Args:
         templates: what the optimizer keeps, per param group.
-        device: of the model.
         rank: of this process in the whole job.
         aio: DeepSpeed's ``"aio"`` block.
 
     Raises:
-        GrassConfigError: the disk cannot be used, see :class:`~grass_ds.offload.state_files.StateFiles`.
+        GrassConfigError: the disk cannot be used.
     """
     copies = copies_for(device, Trace(config.trace, rank))
     layout = StateLayout(tuple(template.planes for template in templates), _chunk_numel(config, units))
@@ -57,9 +56,8 @@ def open_store(
     if config.device == "cpu":
         tier = HostTier(copies, config.pin_memory)
     elif config.device == "nvme":
-        tier = _open_nvme(
-            config, layout, units, _host_buffers(config, layout, units, num_active_layers), copies, rank, aio
-        )
+        count = _host_buffers(config, layout, units, num_active_layers)
+        tier = _open_nvme(config, layout, units, count, copies, rank, aio)
     return StateStore(tier, DeviceBuffers(tier, copies, device, layout, config), templates, layout, copies.trace)
 
 
@@ -75,15 +73,12 @@ def _open_nvme(
     """The NVMe tier with ``count`` host buffers. If a part cannot be made, the others are closed."""
     sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
     with ExitStack() as resources:
-        files = StateFiles(resolve_path(str(config.nvme_path)), rank, _job(), sizes)
-        resources.callback(files.close)
+        path = resolve_path(str(config.nvme_path))
+        files = resources.enter_context(closing(StateFiles(path, rank, _job(), sizes)))
         memory = HostMemory(count * layout.buffer_bytes, config.pin_memory, lock=config.io != "posix")
-        resources.callback(memory.close)
+        resources.enter_context(closing(memory))
         open_direction = open_io(config.io, aio, files.direct, memory.locked)
-        reader = open_direction()
-        resources.callback(reader.close)
-        writer = open_direction()
-        resources.callback(writer.close)
+        reader, writer = (resources.enter_context(closing(open_direction())) for _ in ("read", "write"))
         chunk_files = ChunkFiles(files, reader, writer, config.checksum, copies.trace)
         tier = NvmeTier(chunk_files, memory.data, count, copies, layout, resources)
     if rank == 0:
@@ -113,7 +108,6 @@ def _host_buffers(config: OffloadConfig, layout: StateLayout, units: Sequence[Un
 
 
 def _job() -> str:
-    """What this job is called, for whoever finds its files."""
     for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         if os.environ.get(name, "none") != "none":
             return f"{name}={os.environ[name]}"

@@ -186,7 +186,6 @@ class NvmeTier(Tier):
     # ---- in the writer thread ---------------------------------------------------------------------------------------
 
     def _store_queued(self, chunk: Chunk, issue: Issue) -> Any:
-        """Store a chunk for which no buffer was at hand."""
         try:
             with self._lock:
                 # A read-ahead of what is now replaced: that buffer is the chunk's, of which there must not be two.
@@ -203,12 +202,9 @@ class NvmeTier(Tier):
         finally:
             with self._lock:
                 self._queued[chunk] -= 1
-                if not self._queued[chunk]:
-                    del self._queued[chunk]
                 self._lock.notify_all()
 
     def _write(self, buffer: HostBuffer) -> None:
-        """Write the buffer to the file if it is newer."""
         with self._lock:
             self._check()
             chunk = buffer.chunk
