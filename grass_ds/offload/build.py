@@ -4,7 +4,7 @@
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from grass_ds.offload.copies import Copies, copies_for
 from grass_ds.offload.device_buffers import DeviceBuffers
 from grass_ds.offload.host import HostTier
 from grass_ds.offload.nvme import SPARE_BUFFERS, NvmeTier
-from grass_ds.offload.pinned_memory import BufferMemory
+from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.state_files import StateFiles, resolve_path
 from grass_ds.offload.state_template import StateTemplate
 from grass_ds.offload.store import StateStore
@@ -44,12 +44,11 @@ def open_store(
 
     Args:
         templates: what the optimizer keeps, per param group.
-        device: of the model.
         rank: of this process in the whole job.
         aio: DeepSpeed's ``"aio"`` block.
 
     Raises:
-        GrassConfigError: the disk cannot be used, see :class:`~grass_ds.offload.state_files.StateFiles`.
+        GrassConfigError: the disk cannot be used.
     """
     copies = copies_for(device, Trace(config.trace, rank))
     layout = StateLayout(tuple(template.planes for template in templates), _chunk_numel(config, units))
@@ -57,29 +56,36 @@ def open_store(
     if config.device == "cpu":
         tier = HostTier(copies, config.pin_memory)
     elif config.device == "nvme":
-        sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
         count = _host_buffers(config, layout, units, num_active_layers)
-        files = StateFiles(resolve_path(str(config.nvme_path)), rank, _job(), sizes)
-        tier = _open_nvme(config, layout, files, count, copies, aio)
-        if rank == 0:
-            logger.info(
-                f"grass_ds: optimizer state in {config.nvme_path}: {tier.nvme_bytes / 1e9:.2f} GB of files and "
-                f"{count} host buffers of {layout.buffer_bytes / 1e6:.1f} MB per rank"
-            )
+        tier = _open_nvme(config, layout, units, count, copies, rank, aio)
     return StateStore(tier, DeviceBuffers(tier, copies, device, layout, config), templates, layout, copies.trace)
 
 
 def _open_nvme(
-    config: OffloadConfig, layout: StateLayout, files: StateFiles, count: int, copies: Copies, aio: Mapping[str, Any]
+    config: OffloadConfig,
+    layout: StateLayout,
+    units: Sequence[Unit],
+    count: int,
+    copies: Copies,
+    rank: int,
+    aio: Mapping[str, Any],
 ) -> NvmeTier:
     """The NVMe tier with ``count`` host buffers. If a part cannot be made, the others are closed."""
-    with ExitStack() as undo:
-        undo.callback(files.close)
-        memory = BufferMemory(count, layout.buffer_bytes, pin=config.pin_memory, lock=config.io != "posix")
-        undo.callback(memory.close)
-        make_io = open_io(config.io, aio, files.direct, memory.locked)
-        tier = NvmeTier(ChunkFiles(files, make_io, config.checksum, copies.trace), memory, copies, layout)
-        undo.pop_all()
+    sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
+    with ExitStack() as resources:
+        path = resolve_path(str(config.nvme_path))
+        files = resources.enter_context(closing(StateFiles(path, rank, _job(), sizes)))
+        memory = HostMemory(count * layout.buffer_bytes, config.pin_memory, lock=config.io != "posix")
+        resources.enter_context(closing(memory))
+        open_direction = open_io(config.io, aio, files.direct, memory.locked)
+        reader, writer = (resources.enter_context(closing(open_direction())) for _ in ("read", "write"))
+        chunk_files = ChunkFiles(files, reader, writer, config.checksum, copies.trace)
+        tier = NvmeTier(chunk_files, memory.data, count, copies, layout, resources)
+    if rank == 0:
+        logger.info(
+            f"grass_ds: optimizer state in {config.nvme_path}: {tier.nvme_bytes / 1e9:.2f} GB of files and "
+            f"{count} host buffers of {layout.buffer_bytes / 1e6:.1f} MB per rank"
+        )
     return tier
 
 
@@ -102,7 +108,6 @@ def _host_buffers(config: OffloadConfig, layout: StateLayout, units: Sequence[Un
 
 
 def _job() -> str:
-    """What this job is called, for whoever finds its files."""
     for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         if os.environ.get(name, "none") != "none":
             return f"{name}={os.environ[name]}"

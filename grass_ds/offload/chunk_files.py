@@ -2,8 +2,7 @@
 """Chunks in state files: a file is the planes of a unit, each padded to the alignment of direct I/O."""
 
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 
 import torch
 
@@ -22,14 +21,12 @@ def file_bytes(unit: Unit, planes: int) -> int:
 class ChunkFiles:
     """Reads and writes chunks; one thread may read while another one writes another chunk.
 
-    Args:
-        open_io: makes an I/O object; called once per direction.
-        checksum: keep a CRC-32 of every chunk that is written, and compare it when the chunk is read.
+    ``checksum``: keep a CRC-32 of every chunk that is written, and compare it when the chunk is read.
     """
 
-    def __init__(self, files: StateFiles, open_io: Callable[[], BlockIO], checksum: bool, trace: Trace):
-        self._files, self._checksum, self._trace = files, checksum, trace
-        self._reader, self._writer = open_io(), open_io()
+    def __init__(self, files: StateFiles, reader: BlockIO, writer: BlockIO, checksum: bool, trace: Trace):
+        self._files, self._reader, self._writer = files, reader, writer
+        self._checksum, self._trace = checksum, trace
         self._checksums: dict[Chunk, int] = {}
 
     @property
@@ -58,11 +55,6 @@ class ChunkFiles:
             self._checksums[chunk] = _crc32(chunk, planes)
         with self._trace.span("write", str(chunk)):
             self._writer.write(self._files[chunk.unit.name], pieces_of(chunk, planes))
-
-    def close(self) -> None:
-        with ExitStack() as release:  # from the last to the first, and on if one of them raises
-            for part in (self._files, self._writer, self._reader):
-                release.callback(part.close)
 
 
 def pieces_of(chunk: Chunk, planes: Sequence[torch.Tensor]) -> list[Piece]:

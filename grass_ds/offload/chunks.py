@@ -39,16 +39,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """How the state of units is divided: into planes (fp32 master weights, then one per moment), and these into
-    chunks.
-
-    Attributes:
-        planes: number of planes, per param group.
-        chunk_numel: most elements of a chunk, a multiple of :data:`GRAIN`.
-    """
+    """How the state of units is divided: into planes (fp32 master weights, moments), and these into chunks."""
 
     planes: tuple[int, ...]
+    """Number of planes, per param group."""
     chunk_numel: int
+    """Most elements of a chunk, a multiple of :data:`GRAIN`."""
 
     @property
     def max_planes(self) -> int:
@@ -64,18 +60,13 @@ class StateLayout:
 
     def chunks(self, unit: Unit) -> list[Chunk]:
         """The unit's shard in order."""
-        total, step = unit.shard_numel, self.chunk_numel
-        return [
-            Chunk(unit, start, min(step, total - start), last=start + step >= total) for start in range(0, total, step)
-        ]
+        end, step = unit.shard_numel, self.chunk_numel
+        return [Chunk(unit, start, min(step, end - start), start + step >= end) for start in range(0, end, step)]
 
     def largest_active_set(self, units: Iterable[Unit], num_active_layers: int) -> int:
         """Most chunks that train at a time: always-active units and the ``num_active_layers`` largest layers."""
-        always, layers = 0, Counter[int]()
+        counts = Counter[int | None]()
         for unit in units:
-            count = len(self.chunks(unit))
-            if unit.always:
-                always += count
-            elif unit.layer is not None:
-                layers[unit.layer] += count
-        return always + sum(count for _, count in layers.most_common(num_active_layers))
+            if unit.ever_active:
+                counts[None if unit.always else unit.layer] += len(self.chunks(unit))
+        return counts.pop(None, 0) + sum(count for _, count in counts.most_common(num_active_layers))

@@ -26,11 +26,11 @@ class Copies:
         self.trace = trace
 
     def load(self, pairs: Pairs, after: Sequence[Any], name: str) -> Any:
-        """Host to device; returns the event it ends with."""
+        """Host to device after the events ``after``; returns the event it ends with."""
         return self._copy(pairs, after, "load", name)
 
     def store(self, pairs: Pairs, after: Sequence[Any], name: str) -> Any:
-        """Device to host; returns the event it ends with."""
+        """Device to host, likewise."""
         return self._copy(pairs, after, "store", name)
 
     def compute_waits_for(self, event: Any) -> None:

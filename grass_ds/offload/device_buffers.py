@@ -42,7 +42,7 @@ class DeviceBuffer:
 
     @property
     def is_issued(self) -> bool:
-        """Whether the last copy has been issued, so that waiting for it does not block the host."""
+        """Whether waiting for the last copy does not block the host."""
         return self.pending is None or self.pending.done()
 
     def synchronize(self) -> None:
@@ -208,14 +208,10 @@ class DeviceBuffers:
     def _assign(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
         """From now on the buffer holds the chunk; load it if it was ever stored."""
         if chunk.unit in self.stored:
-            self._load(chunk, buffer)
+            # After the last copy out of the buffer; new memory: after whatever was computed in it before.
+            free = buffer.pending.result() if buffer.pending is not None else self._copies.compute_event()
+            buffer.pending = self._tier.load(chunk, self._views(buffer, chunk), [free])
         self._held[chunk] = buffer
-
-    def _load(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
-        # After the last copy out of the buffer; new memory: after whatever was computed in it before.
-        free = buffer.pending.result() if buffer.pending is not None else self._copies.compute_event()
-        buffer.pending = self._tier.load(chunk, self._views(buffer, chunk), [free])
-        buffer.dirty = False
 
     def _store(self, chunk: Chunk, buffer: DeviceBuffer) -> None:
         buffer.pending = self._tier.store(chunk, self._views(buffer, chunk), [self._copies.compute_event()])

@@ -17,8 +17,7 @@ from grass_ds.offload.tier import Planes, Tier, Transfer, issued
 class HostTier(Tier):
     """One set of planes per unit, made when it is stored for the first time; copies go straight there.
 
-    A plane is a whole unit in memory of its own, so that a checkpoint is written from it without a copy and without
-    more than it. ``pin``: page-lock the planes.
+    A plane has memory of its own, from which a checkpoint is written without a copy. ``pin``: page-lock the planes.
     """
 
     def __init__(self, copies: Copies, pin: bool):
@@ -29,14 +28,14 @@ class HostTier(Tier):
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
         events = self._events[chunk.unit]
-        pairs = [(there, chunk.of(here)) for there, here in zip(target, self._states[chunk.unit], strict=True)]
-        events[chunk] = self._copies.load(pairs, [*after, events.get(chunk)], str(chunk))
+        sources = map(chunk.of, self._states[chunk.unit])
+        events[chunk] = self._copies.load(zip(target, sources, strict=True), [*after, events.get(chunk)], str(chunk))
         return issued(events[chunk])
 
     def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Transfer:
-        state = self._state(chunk.unit, len(source))
-        pairs = [(chunk.of(here), there) for here, there in zip(state, source, strict=True)]
-        event = self._events[chunk.unit][chunk] = self._copies.store(pairs, after, str(chunk))
+        targets = map(chunk.of, self._state(chunk.unit, len(source)))
+        event = self._copies.store(zip(targets, source, strict=True), after, str(chunk))
+        self._events[chunk.unit][chunk] = event
         return issued(event)
 
     def read(self, unit: Unit) -> Planes:

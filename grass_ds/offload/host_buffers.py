@@ -13,28 +13,17 @@ from grass_ds.offload.tier import Planes
 
 @dataclass(eq=False)
 class HostBuffer:
-    """Host memory for one chunk.
-
-    Attributes:
-        planes: each [chunk_numel] float32.
-        chunk: whose state it holds, also after it was used: a chunk that comes back soon is served from here.
-        users: copies and transfers under way; the buffer keeps its chunk meanwhile.
-        filled: it holds the chunk's state rather than waiting for it.
-        dirty: newer than the file.
-        prefetched: read ahead and not used since.
-        copy_lock: held while a copy is issued, so that ``event`` is that of the later one of two threads.
-        event: device event of the last copy into or out of it.
-    """
+    """Host memory for one chunk: planes [chunk_numel], float32."""
 
     planes: Planes
-    chunk: Chunk | None = None
-    users: int = 0
-    filled: bool = False
-    dirty: bool = False
+    chunk: Chunk | None = None  # kept after its use: a chunk that comes back soon is served from here
+    users: int = 0  # copies and transfers under way; the buffer keeps its chunk meanwhile
+    filled: bool = False  # it holds the chunk's state rather than waiting for it
+    dirty: bool = False  # newer than the file
     writing: bool = False
-    prefetched: bool = False
-    copy_lock: threading.Lock = field(default_factory=threading.Lock)
-    event: Any = None
+    prefetched: bool = False  # read ahead and not used since
+    copy_lock: threading.Lock = field(default_factory=threading.Lock)  # of two threads, ``event`` is the later one's
+    event: Any = None  # of the last copy into or out of it
     last_use: int = 0
 
     @property
@@ -64,7 +53,6 @@ class HostBuffers(list[HostBuffer]):
         return next((buffer for buffer in self if buffer.filled and buffer.chunk == chunk), None)
 
     def is_filling(self, chunk: Chunk) -> bool:
-        """Whether a buffer waits for the chunk's state from the file."""
         return any(buffer.chunk == chunk and not buffer.filled for buffer in self)
 
     def acquire(self, buffer: HostBuffer) -> HostBuffer:

@@ -27,7 +27,6 @@ from grass_ds.offload.chunks import Chunk, StateLayout
 from grass_ds.offload.copies import Copies, synchronize
 from grass_ds.offload.host_buffers import HostBuffer, HostBuffers
 from grass_ds.offload.io_thread import IOThread
-from grass_ds.offload.pinned_memory import BufferMemory
 from grass_ds.offload.state_files import OffloadError
 from grass_ds.offload.tier import Planes, Tier, Transfer, issued
 
@@ -39,13 +38,26 @@ Issue = Callable[[HostBuffer], Any]
 
 
 class NvmeTier(Tier):
-    """See the notes above. It owns ``files`` and ``memory`` and closes both."""
+    """See the notes above.
 
-    def __init__(self, files: ChunkFiles, memory: BufferMemory, copies: Copies, layout: StateLayout):
+    Args:
+        memory: of ``count`` host buffers, uint8.
+        resources: closes files and memory; it is closed with the tier.
+    """
+
+    def __init__(
+        self,
+        files: ChunkFiles,
+        memory: torch.Tensor,
+        count: int,
+        copies: Copies,
+        layout: StateLayout,
+        resources: ExitStack,
+    ):
         self._files, self._copies, self._layout = files, copies, layout
         self.host_bytes, self.nvme_bytes = memory.nbytes, files.nbytes
         self._host_copies = Copies(copies.trace)
-        planes = (part.view(torch.float32).chunk(layout.max_planes) for part in memory.buffers)
+        planes = (part.chunk(layout.max_planes) for part in memory.view(torch.float32).chunk(count))
         self._buffers = HostBuffers(HostBuffer(list(each)) for each in planes)
         self._lock = threading.Condition()
         self._queued: Counter[Chunk] = Counter()  # stores that the writer has not begun or not finished
@@ -55,11 +67,10 @@ class NvmeTier(Tier):
         self._reader, self._writer = (IOThread(name, self._fail) for name in ("grass-read", "grass-write"))
         for thread in (self._reader, self._writer):
             thread.submit(copies.enter_thread)
-        self._resources = ExitStack()  # released from the last to the first, and on if one of them raises
-        for release in (memory.close, self._buffers.clear, files.close, *(each.synchronize for each in self._buffers)):
+        self._resources = resources.pop_all()  # released from the last to the first, and on if one of them raises
+        threads = (self._reader.shutdown, self._writer.shutdown)
+        for release in (self._buffers.clear, *(each.synchronize for each in self._buffers), *threads):
             self._resources.callback(release)
-        for thread in (self._reader, self._writer):
-            self._resources.callback(thread.shutdown)
         atexit.register(self.close)
 
     # ---- copies to and from the device ------------------------------------------------------------------------------
@@ -175,7 +186,6 @@ class NvmeTier(Tier):
     # ---- in the writer thread ---------------------------------------------------------------------------------------
 
     def _store_queued(self, chunk: Chunk, issue: Issue) -> Any:
-        """Store a chunk for which no buffer was at hand."""
         try:
             with self._lock:
                 # A read-ahead of what is now replaced: that buffer is the chunk's, of which there must not be two.
@@ -192,12 +202,9 @@ class NvmeTier(Tier):
         finally:
             with self._lock:
                 self._queued[chunk] -= 1
-                if not self._queued[chunk]:
-                    del self._queued[chunk]
                 self._lock.notify_all()
 
     def _write(self, buffer: HostBuffer) -> None:
-        """Write the buffer to the file if it is newer."""
         with self._lock:
             self._check()
             chunk = buffer.chunk

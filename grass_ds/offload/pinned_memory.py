@@ -25,17 +25,23 @@ class HostMemory:
 
     Args:
         pin: register it with the device, if there is one. If that fails, there is one warning.
+        lock: page-lock it for AIO if it is not pinned and the process is allowed to.
 
     Attributes:
         data: uint8 [nbytes], zeros.
-        pinned: whether the device knows it.
+        locked: whether it is page-locked, so that copies overlap with compute and AIO accepts it.
     """
 
-    def __init__(self, nbytes: int, pin: bool):
-        self.data = _pageable(nbytes)
-        self.pinned = pin and get_accelerator().device_name() != "cpu" and _register(self.data)
+    def __init__(self, nbytes: int, pin: bool, lock: bool = False):
         self._unregister: weakref.finalize | None = None
-        if self.pinned:
+        pin = pin and get_accelerator().device_name() != "cpu"
+        self.locked = lock and not pin and _may_lock(nbytes)
+        if self.locked:
+            self.data = _locked(nbytes)
+            return
+        self.data = _pageable(nbytes)
+        self.locked = pin and _register(self.data)
+        if self.locked:
             self._unregister = weakref.finalize(self, deepspeed_compat.unregister_host_memory, self.data.data_ptr())
             self._unregister.atexit = False  # the device may be gone by then, and everything goes anyway
 
@@ -44,39 +50,6 @@ class HostMemory:
         if self._unregister is not None:
             self._unregister()
         self.data = torch.empty(0, dtype=torch.uint8)
-
-
-class BufferMemory:
-    """Memory of ``count`` host buffers of ``nbytes`` bytes each, a multiple of the page size.
-
-    Args:
-        pin: page-lock them for copies to and from the device; no effect on the CPU accelerator.
-        lock: page-lock them for AIO where they are not pinned, if the process is allowed to.
-
-    Attributes:
-        buffers: uint8 [nbytes] each, page-aligned, zeros.
-        locked: whether they are page-locked, so that AIO accepts them.
-    """
-
-    def __init__(self, count: int, nbytes: int, pin: bool, lock: bool):
-        self._memory: list[HostMemory] = []
-        pin = pin and get_accelerator().device_name() != "cpu"
-        if not pin and lock and _may_lock(count, nbytes):
-            self.buffers, self.locked = [_locked(nbytes) for _ in range(count)], True
-            return
-        self._memory = [HostMemory(nbytes, pin) for _ in range(count)]
-        self.buffers = [memory.data for memory in self._memory]
-        self.locked = all(memory.pinned for memory in self._memory)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers)
-
-    def close(self) -> None:
-        """Unregister the memory; it is freed with its last view. Idempotent."""
-        for memory in self._memory:
-            memory.close()
-        self.buffers, self._memory = [], []
 
 
 def _register(memory: torch.Tensor) -> bool:
@@ -100,7 +73,7 @@ def _pageable(nbytes: int) -> torch.Tensor:
     return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
 
 
-def _may_lock(count: int, nbytes: int) -> bool:
+def _may_lock(nbytes: int) -> bool:
     """Whether the kernel lets DeepSpeed lock that much. A trial, since DeepSpeed aborts the process if not."""
     if deepspeed_compat.get_native_pinned_memory is None:
         return False
@@ -110,5 +83,5 @@ def _may_lock(count: int, nbytes: int) -> bool:
     except (RuntimeError, AttributeError) as error:
         logger.info(f"Host buffers are not page-locked: {error}")
         return False
-    trial = _pageable(count * -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-    return lock(ctypes.c_void_p(trial.data_ptr()), ctypes.c_size_t(trial.nbytes), _LOCK_ON_FAULT) == 0
+    trial = _pageable(nbytes)
+    return lock(ctypes.c_void_p(trial.data_ptr()), ctypes.c_size_t(nbytes), _LOCK_ON_FAULT) == 0

@@ -74,8 +74,6 @@ class StateFile:
 class StateFiles:
     """One preallocated file per unit in ``root/grass_ds_rank<rank>``, until :meth:`close`.
 
-    ``root`` is not created: on a disk that is not mounted the state would land wherever the mount point is.
-
     Args:
         root: an existing directory on a local disk, which ranks share.
         job: name of this job, for the error of a second job that is given the directory.
@@ -143,9 +141,9 @@ class StateFiles:
     def _open_directory(self, job: str) -> None:
         """Lock the directory, and empty it."""
         if not self._root.is_dir():
-            raise GrassConfigError(
-                f'{_KEY} = "{self._root}": no such directory. It must exist and is not created, so that a disk '
-                "that is not mounted is noticed: mount the disk or create the directory"
+            raise self._refusal(
+                ": no such directory. It must exist and is not created, so that a disk that is not mounted is noticed: "
+                "mount the disk or create the directory"
             )
         while self._lock is None:
             self._lock = self._try_lock(job)
@@ -170,9 +168,9 @@ class StateFiles:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = os.pread(lock, ALIGNMENT, 0).decode() or "another process, which has not written its name yet"
-                raise GrassConfigError(
-                    f'{_KEY} = "{self._root}" is in use: {self._lock_path.name} is held by {holder}. Give every job a '
-                    'path of its own, for example with "$SLURM_JOB_ID" in it'
+                raise self._refusal(
+                    f" is in use: {self._lock_path.name} is held by {holder}. Give every job a path of its own, for "
+                    'example with "$SLURM_JOB_ID" in it'
                 ) from None
             if not _is_at(lock, self._lock_path):
                 return None
@@ -185,10 +183,9 @@ class StateFiles:
     def _check_space(self, needed: int) -> None:
         available = shutil.disk_usage(self._directory).free
         if available < needed:
-            raise GrassConfigError(
-                f'{_KEY} = "{self._root}": this rank needs {_gigabytes(needed)} for optimizer state, but only '
-                f"{_gigabytes(available)} are free. Free some space, choose another disk, or set "
-                'grass.offload.device = "cpu"'
+            raise self._refusal(
+                f": this rank needs {_gigabytes(needed)} for optimizer state, but only {_gigabytes(available)} are "
+                'free. Free some space, choose another disk, or set grass.offload.device = "cpu"'
             )
 
     def _remove(self, path: Path) -> None:
@@ -204,10 +201,13 @@ class StateFiles:
     def _explained(self, error: OSError, needed: int = 0) -> GrassConfigError:
         where = f" ({error.filename})" if error.filename else ""
         need = f"; this rank needs {_gigabytes(needed)} so far" if needed else ""
-        return GrassConfigError(
-            f'{_KEY} = "{self._root}": no state file can be made in {self._directory}: {error.strerror}{where}{need}. '
-            "It must be a writable directory on a local disk with space for the optimizer state"
+        return self._refusal(
+            f": no state file can be made in {self._directory}: {error.strerror}{where}{need}. It must be a writable "
+            "directory on a local disk with space for the optimizer state"
         )
+
+    def _refusal(self, reason: str) -> GrassConfigError:
+        return GrassConfigError(f'{_KEY} = "{self._root}"{reason}')
 
 
 def _create(path: Path, nbytes: int, direct: bool) -> int:
@@ -238,7 +238,6 @@ def _supports_direct(directory: Path) -> bool:
 
 
 def _is_at(fd: int, path: Path) -> bool:
-    """Whether ``path`` leads to the open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(fd), os.stat(path))
     return False

@@ -18,16 +18,13 @@ MOMENT_KEYS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class StateTemplate:
-    """State of one param group's parameters.
-
-    Attributes:
-        moments: names of what is kept per element (``exp_avg``, ``exp_avg_sq``).
-        start: what is kept per tensor before the first step (``step``: 0), if moments of zeros and this are a fresh
-            state; None if only the optimizer itself can make one.
-    """
+    """State of one param group's parameters."""
 
     moments: tuple[str, ...]
+    """Names of what is kept per element: ``exp_avg``, ``exp_avg_sq``."""
     start: Mapping[str, Any] | None
+    """What is kept per tensor before the first step (``step``: 0), if this and moments of zeros are a fresh state; None
+    if only the optimizer itself can make one."""
 
     @property
     def planes(self) -> int:

@@ -29,17 +29,13 @@ from grass_ds.offload.trace import Trace
 
 @dataclass
 class UnitState:
-    """Optimizer state of this rank's shard of one unit.
-
-    Attributes:
-        master: fp32 weights, [shard_numel].
-        moments: what the optimizer keeps per element (``exp_avg``, ``exp_avg_sq``), each [shard_numel].
-        scalars: what it keeps per tensor (``step``): the unit's own step count, which bias correction needs.
-    """
+    """Optimizer state of this rank's shard of one unit; tensors are fp32 [shard_numel]."""
 
     master: torch.Tensor
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What the optimizer keeps per element: ``exp_avg``, ``exp_avg_sq``."""
     scalars: dict[str, Any] = field(default_factory=dict)
+    """What it keeps per tensor: ``step``, the unit's own step count, which bias correction needs."""
 
     def map(self, move: Any) -> "UnitState":
         """A state whose tensors are ``move(tensor)``; scalars are shared."""
@@ -83,12 +79,10 @@ class StateStore:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes in host memory, buffers included."""
         return self._tier.host_bytes
 
     @property
     def nvme_bytes(self) -> int:
-        """Bytes on disk, preallocated ones included."""
         return self._tier.nvme_bytes
 
     @property
@@ -154,7 +148,6 @@ class StateStore:
             optimizer.state.pop(master, None)
 
     def end_step(self) -> None:
-        """The step is over, whether it changed anything or not."""
         with suppress(OffloadError):
             self._buffers.end_step()
 
@@ -213,7 +206,7 @@ class StateStore:
 
 
 def _take_state(unit: Unit, state: dict[str, Any], moments: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Copy the moments that a step replaced into the buffers; returns the scalars."""
+    """Copy moments that a step replaced into the buffers; returns the scalars."""
     for name, plane in moments.items():
         if state[name] is not plane:  # the optimizer made its own, as at a first step
             plane.copy_(state[name])

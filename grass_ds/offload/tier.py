@@ -33,14 +33,14 @@ class Tier:
     """Keeps state that is not on the device; this class keeps nothing, for ``device: none``.
 
     Copies are ordered by the events that they take and return.
+
+    Attributes:
+        error: what failed in a thread of the tier; from then on no state can be relied upon.
+        host_bytes, nvme_bytes: memory and disk held.
     """
 
     error: BaseException | None = None
-    """What failed in a thread of the tier; from then on no state can be relied upon."""
-    host_bytes = 0
-    """Bytes of host memory held."""
-    nvme_bytes = 0
-    """Bytes of disk held."""
+    host_bytes = nvme_bytes = 0
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
         """Copy the chunk to ``target`` (device) after the events of ``after``. It must have been stored before."""

@@ -24,11 +24,7 @@ MAX_SPANS = 200_000
 
 
 class Trace:
-    """Spans of this rank, written by :meth:`write` and at exit; costs nothing without a path.
-
-    Args:
-        path: file to write; ``.rank<r>`` goes before its suffix. None: no trace.
-    """
+    """Spans of this rank, written to ``path`` with ``.rank<r>`` before its suffix; None: no trace, at no cost."""
 
     def __init__(self, path: str | None, rank: int = 0):
         self._path: Path | None = None

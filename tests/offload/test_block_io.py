@@ -20,7 +20,7 @@ from grass_ds.config import GrassConfigError
 from grass_ds.offload.block_io import AioIO, AioSettings, BlockIO, Piece, PosixIO, open_io
 from grass_ds.offload.chunk_files import file_bytes, pieces_of
 from grass_ds.offload.chunks import GRAIN, StateLayout, round_up
-from grass_ds.offload.pinned_memory import BufferMemory, HostMemory
+from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFile, StateFiles
 
 PAGES = 64
@@ -67,10 +67,9 @@ def file(tmp_path: Path) -> Iterator[StateFile]:
 @pytest.fixture
 def buffers() -> Iterator[list[torch.Tensor]]:
     """Two of them, with random contents."""
-    memory = BufferMemory(2, NBYTES, pin=False, lock=True)
-    for buffer in memory.buffers:
-        buffer.random_(0, 256)
-    yield list(memory.buffers)
+    memory = HostMemory(2 * NBYTES, pin=False, lock=True)
+    memory.data.random_(0, 256)
+    yield list(memory.data.chunk(2))
     memory.close()
 
 
@@ -187,11 +186,11 @@ import os, resource, sys
 from pathlib import Path
 from grass_ds.offload.block_io import Piece, open_io
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFiles
-from grass_ds.offload.pinned_memory import BufferMemory
+from grass_ds.offload.pinned_memory import HostMemory
 
 files = StateFiles(Path(sys.argv[2]), 0, "job", {{"unit": {NBYTES}}})
-file, memory = files["unit"], BufferMemory(1, {NBYTES}, pin=False, lock=True)
-whole = Piece(memory.buffers[0].fill_(1), 0)
+file, memory = files["unit"], HostMemory({NBYTES}, pin=False, lock=True)
+whole = Piece(memory.data.fill_(1), 0)
 pieces = [whole.part(0, ALIGNMENT), whole]
 io = open_io(sys.argv[1], {{"block_size": {BLOCK}}}, direct=True, locked=memory.locked)()
 
@@ -328,10 +327,10 @@ def test_a_request_that_is_refused_does_not_leave_others_pending(
 
 
 def test_memory_that_aio_would_copy_is_refused(aio_op: Any, file: StateFile) -> None:
-    memory = BufferMemory(1, NBYTES, pin=False, lock=False)
+    memory = HostMemory(NBYTES, pin=False)
     io = AioIO(aio_op, settings())
     with pytest.raises(ValueError, match="page-locked"):
-        io.write(file, [Piece(memory.buffers[0], 0)])
+        io.write(file, [Piece(memory.data, 0)])
     io.close()
 
 
@@ -409,45 +408,3 @@ def test_values_that_aio_would_not_survive_are_refused(block: dict[str, Any]) ->
 def test_keys_that_are_missing_or_null_have_deepspeeds_defaults() -> None:
     parsed = AioSettings.parse({"queue_depth": None, "intra_op_parallelism": 2})
     assert (parsed.block_size, parsed.queue_depth, parsed.intra_op_parallelism) == (2**20, 8, 2)
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lock", [True, False])
-def test_buffer_memory_is_pages(lock: bool) -> None:
-    memory = BufferMemory(3, 5 * ALIGNMENT, pin=True, lock=lock)
-    assert len({buffer.data_ptr() for buffer in memory.buffers}) == 3
-    assert all(buffer.data_ptr() % ALIGNMENT == 0 and buffer.nbytes == 5 * ALIGNMENT for buffer in memory.buffers)
-    assert memory.nbytes == 15 * ALIGNMENT
-    memory.close()
-    memory.close()
-    assert memory.nbytes == 0
-
-
-def test_the_limit_of_locked_memory_is_respected_and_memory_given_back(aio_op: Any) -> None:
-    """Beyond the limit, DeepSpeed would abort."""
-    source = """
-import os, resource
-from deepspeed.utils.pin_memory import get_native_pinned_memory
-from grass_ds.offload.pinned_memory import BufferMemory
-
-def locked_kib():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmLck"))
-
-get_native_pinned_memory()
-resource.setrlimit(resource.RLIMIT_MEMLOCK, (2**20, 2**20))
-if os.getuid() == 0:
-    os.setuid(65534)  # root is above limits
-for _ in range(4):  # fits only if it is given back each time
-    memory = BufferMemory(3, 2**18, pin=False, lock=True)
-    assert memory.locked and locked_kib() >= 3 * 2**8
-    assert not BufferMemory(2, 2**18, pin=False, lock=True).locked
-    view = memory.buffers[0][4096:]
-    memory.close()
-    view.fill_(1)
-    del view
-    assert locked_kib() == 0, locked_kib()
-assert not BufferMemory(1, 2**21, pin=False, lock=True).locked
-"""
-    run_python(source)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from unittest import mock
 
 import pytest
-from helpers.disks import aio_or_skip
+from helpers.disks import aio_or_skip, run_python
 
 from grass_ds.core import deepspeed_compat
 from grass_ds.offload import pinned_memory
-from grass_ds.offload.pinned_memory import BufferMemory, HostMemory
+from grass_ds.offload.pinned_memory import HostMemory
 
 
 class Registry:
@@ -46,64 +46,70 @@ def registry() -> Iterator[Registry]:
         yield books
 
 
-def test_pinned_memory_is_exactly_as_large_as_asked(registry: Registry) -> None:
-    """Not rounded up to a power of two."""
-    part = HostMemory(5_000_004, pin=True)
-    assert part.pinned and part.data.nbytes == 5_000_004
-    assert registry.held == {part.data.data_ptr(): 5_000_004}
-    assert part.data.data_ptr() % 4096 == 0
-
-
-def test_close_unregisters_once_and_views_stay_readable(registry: Registry) -> None:
-    part = HostMemory(8192, pin=True)
-    view = part.data.fill_(7)[100:]
-    part.close()
-    part.close()
+def test_pinned_memory_is_exactly_as_large_as_asked_and_close_unregisters_it_once(registry: Registry) -> None:
+    """Not rounded up to a power of two; views stay readable."""
+    memory = HostMemory(5_000_004, pin=True, lock=True)
+    assert memory.locked and memory.data.nbytes == 5_000_004 and memory.data.data_ptr() % 4096 == 0
+    assert registry.held == {memory.data.data_ptr(): 5_000_004}
+    view = memory.data.fill_(7)[100:]
+    memory.close()
+    memory.close()
     assert registry.held == {}
-    assert view.sum().item() == 7 * (8192 - 100)
+    assert view.sum().item() == 7 * (5_000_004 - 100)
 
 
 def test_memory_that_nobody_closed_is_unregistered_when_it_goes(registry: Registry) -> None:
-    part = HostMemory(4096, pin=True)
+    memory = HostMemory(4096, pin=True)
     assert registry.held
-    del part
+    del memory
     gc.collect()
     assert registry.held == {}
 
 
-def test_without_room_for_page_locks_memory_is_pageable(registry: Registry) -> None:
+def test_memory_is_pageable_where_it_cannot_or_shall_not_be_pinned(registry: Registry) -> None:
     registry.limit = 10_000
-    parts = [HostMemory(8192, pin=True) for _ in range(2)]
-    assert [part.pinned for part in parts] == [True, False]
-    assert parts[1].data.fill_(3).sum().item() == 3 * 8192
-    for part in parts:
-        part.close()
+    memories = [HostMemory(8192, pin=True), HostMemory(8192, pin=True), HostMemory(4096, pin=False)]
+    assert [memory.locked for memory in memories] == [True, False, False]
+    assert memories[1].data.fill_(3).sum().item() == 3 * 8192
+    for memory in memories:
+        memory.close()
     assert registry.held == {}
-
-
-def test_unpinned_memory_is_not_registered(registry: Registry) -> None:
-    assert not HostMemory(4096, pin=False).pinned
-    assert registry.held == {}
-
-
-def test_buffer_memory_is_pinned_and_released(registry: Registry) -> None:
-    memory = BufferMemory(3, 8192, pin=True, lock=True)
-    assert memory.locked and sorted(registry.held.values()) == [8192] * 3
-    memory.close()
-    assert registry.held == {}
-
-
-def test_buffer_memory_says_when_not_all_of_it_is_locked(registry: Registry) -> None:
-    registry.limit = 2 * 8192
-    assert not BufferMemory(3, 8192, pin=True, lock=True).locked
 
 
 def test_locked_memory_does_not_show_what_was_in_the_heap() -> None:
     """Its end goes to files, where the pattern of a failed read would be taken for another failed read."""
     aio_or_skip()
     for _ in range(20):
-        memory = BufferMemory(3, 8192, pin=False, lock=True)
-        assert memory.locked
-        assert not any(buffer.any() for buffer in memory.buffers)
-        for buffer in memory.buffers:
-            buffer.fill_(255)
+        memory = HostMemory(3 * 8192, pin=False, lock=True)
+        assert memory.locked and memory.data.data_ptr() % 4096 == 0
+        assert not memory.data.any()
+        memory.data.fill_(255)
+
+
+def test_the_limit_of_locked_memory_is_respected_and_memory_given_back() -> None:
+    """Beyond the limit, DeepSpeed would abort."""
+    aio_or_skip()
+    source = """
+import os, resource
+from deepspeed.utils.pin_memory import get_native_pinned_memory
+from grass_ds.offload.pinned_memory import HostMemory
+
+def locked_kib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmLck"))
+
+get_native_pinned_memory()
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (2**20, 2**20))
+if os.getuid() == 0:
+    os.setuid(65534)  # root is above limits
+for _ in range(4):  # fits only if it is given back each time
+    memory = HostMemory(3 * 2**18, pin=False, lock=True)
+    assert memory.locked and locked_kib() >= 3 * 2**8
+    assert not HostMemory(2 * 2**18, pin=False, lock=True).locked
+    view = memory.data[4096:]
+    memory.close()
+    view.fill_(1)
+    del view
+    assert locked_kib() == 0, locked_kib()
+assert not HostMemory(2**21, pin=False, lock=True).locked
+"""
+    run_python(source)
