@@ -143,7 +143,7 @@ def problems(checkpoint: Path) -> list[str]:
         first = first or key
         if key != first:
             found.append(f"{Part.name(rank)} is of another checkpoint")
-        found += [sums.length_problem(checkpoint / name) for name, sums in part.files.items()]
+        found += [sums.problem(checkpoint / name, contents=False) for name, sums in part.files.items()]
     return [text for text in found if text]
 
 
@@ -154,5 +154,5 @@ def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
         with suppress(ValueError):  # problems() reports a damaged part
             expected |= Part.read(checkpoint, rank).files
     with ThreadPoolExecutor(8) as pool:  # reading and zlib.crc32 release the GIL
-        found = pool.map(lambda name: expected[name].content_problem(checkpoint / name), expected)
+        found = pool.map(lambda name: expected[name].problem(checkpoint / name, contents=True), expected)
         return [text for text in found if text]

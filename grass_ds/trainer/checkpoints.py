@@ -93,20 +93,16 @@ def problems(checkpoint: Path, contents: bool = True) -> list[str]:
         found = [text if tag in text else f"{tag}: {text}" for text in _engine_problems(checkpoint / tag, contents)]
     if sums is None:
         return found + _form_problems(checkpoint, tag)
-    for name, expected in sums.items():
-        path = checkpoint / name
-        problem = expected.length_problem(path) or (expected.content_problem(path) if contents else None)
-        found += [problem] if problem else []
-    return found
+    compared = (expected.problem(checkpoint / name, contents) for name, expected in sums.items())
+    return found + [text for text in compared if text]
 
 
 def _engine_problems(part: Path, contents: bool) -> list[str]:
     found = engine_parts.problems(part)
     if found or not contents:
         return found
-    if engine_parts.has_parts(part):
-        return engine_parts.corrupt(part)
-    return _cut_off(part.iterdir())  # stock DeepSpeed: no sums to compare with
+    # Stock DeepSpeed leaves no sums to compare with.
+    return engine_parts.corrupt(part) if engine_parts.has_parts(part) else _cut_off(part.iterdir())
 
 
 def _form_problems(checkpoint: Path, tag: str | None) -> list[str]:
