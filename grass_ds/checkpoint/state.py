@@ -132,7 +132,7 @@ def load(
 
     Args:
         state_dict_list: one per rank, of a run with the same number of ranks; only this rank's is read.
-        load_from_fp32_weights: False sets master weights to the low-precision ones, unless the checkpoint is universal.
+        load_from_fp32_weights: False sets master weights to the low-precision ones; not of a universal one.
         checkpoint_folder: a universal checkpoint, saved by any number of ranks, to load instead.
 
     Raises:

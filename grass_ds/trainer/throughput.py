@@ -11,8 +11,8 @@ class Throughput:
     """Input tokens of all ranks per second of training: evaluation, checkpoints and other pauses do not count.
 
     Call `start()` before the first step and after every pause, `step(state)` after every optimizer step, `close()` at
-    the end. `state` and `args` are the Trainer's. It counts tokens only with `include_num_input_tokens_seen`. Otherwise
-    a forward hook counts those of this rank, padding included, and multiplies by the number of ranks.
+    the end. `state` and `args` are the Trainer's, which counts with `include_num_input_tokens_seen`. Otherwise a
+    forward hook counts the tokens of this rank, padding included, and multiplies by the number of ranks.
     """
 
     def __init__(self, model: torch.nn.Module, state: Any, args: Any) -> None:
