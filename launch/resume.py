@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grass_ds.core.durable_files import listed
-from grass_ds.trainer.checkpoints import explain, newest_complete, problems
+from grass_ds.trainer.checkpoints import newest_complete, problems
 from launch import distributed
 
 
@@ -34,8 +34,8 @@ def _choose(wanted: str | None, output_dir: Path) -> str | None:
     if wanted.lower() != "true":
         _check(Path(wanted))
         return wanted
-    found, skipped = newest_complete(output_dir)
-    for sentence in explain(found, skipped):
+    found, warnings = newest_complete(output_dir)
+    for sentence in warnings:
         print(f"warning: {sentence}", flush=True)
     if found is None:
         print(f"no complete checkpoint in {output_dir}: starting from the beginning", flush=True)

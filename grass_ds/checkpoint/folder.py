@@ -23,9 +23,6 @@ LATEST = "latest"
 _being_written: set[Path] = set()
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def check_tag(tag: str) -> None:
     """Raise ValueError for a tag that is empty, absolute, goes upwards or is hidden."""
     path = Path(tag)
@@ -38,11 +35,11 @@ def check_tag(tag: str) -> None:
 
 def saving_tag(tag: str) -> str:
     """The tag that DeepSpeed is given: names the folder of a checkpoint until it is published."""
-    return str(Path(tag).with_name(f".saving.{Path(tag).name}"))
+    return str(saving_path(Path(), tag))
 
 
 def saving_path(folder: Path, tag: str) -> Path:
-    return folder / saving_tag(tag)
+    return (folder / tag).with_name(f".saving.{Path(tag).name}")
 
 
 def prepare(folder: Path, tag: str) -> None:
@@ -66,12 +63,12 @@ def discard(folder: Path, tag: str) -> None:
 
 def publish(folder: Path, tag: str, latest: bool) -> None:
     """Make the checkpoint visible, see [Note: Publication]. An older one of the same tag stays until then."""
-    target = folder / tag
+    saved, target = saving_path(folder, tag), folder / tag
     aside = target.with_name(f".replaced.{target.name}")
     if target.exists():
         os.rename(target, aside)
-    os.rename(saving_path(folder, tag), target)
-    _being_written.discard(saving_path(folder, tag))
+    os.rename(saved, target)
+    _being_written.discard(saved)
     for parent in {target.parent, folder, folder.parent}:
         sync_folder(parent)
     if latest:
@@ -85,9 +82,6 @@ def restore_replaced(checkpoint: Path) -> None:
     with suppress(OSError):  # in a read-only folder the checkpoint is missing then
         if aside.is_dir() and not checkpoint.exists():
             os.rename(aside, checkpoint)
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def candidates(folder: Path) -> list[str]:
@@ -149,7 +143,7 @@ def problems(checkpoint: Path) -> list[str]:
         first = first or key
         if key != first:
             found.append(f"{Part.name(rank)} is of another checkpoint")
-        found += [sums.length_problem(checkpoint / name) for name, sums in part.files.items()]
+        found += [sums.problem(checkpoint / name, contents=False) for name, sums in part.files.items()]
     return [text for text in found if text]
 
 
@@ -159,7 +153,6 @@ def corrupt(checkpoint: Path, ranks: Iterable[int] | None = None) -> list[str]:
     for rank in ranks_of(checkpoint) if ranks is None else ranks:
         with suppress(ValueError):  # problems() reports a damaged part
             expected |= Part.read(checkpoint, rank).files
-    workers = min(8, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(workers) as pool:  # reading and zlib.crc32 release the GIL
-        found = pool.map(lambda name: expected[name].content_problem(checkpoint / name), expected)
+    with ThreadPoolExecutor(8) as pool:  # reading and zlib.crc32 release the GIL
+        found = pool.map(lambda name: expected[name].problem(checkpoint / name, contents=True), expected)
         return [text for text in found if text]

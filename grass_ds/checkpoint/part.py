@@ -19,23 +19,24 @@ _BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class FileSum:
-    """Length of a file in bytes, and CRC-32 of its content or None. The methods compare a file with both."""
+    """Length of a file in bytes, and CRC-32 of its content or None."""
 
     bytes: int
     crc32: int | None
 
-    def length_problem(self, path: Path) -> str | None:
-        if not path.is_file():
-            return f"{path.name} is missing"
-        size = path.stat().st_size
-        return None if size == self.bytes else f"{path.name} has {size} of {self.bytes} bytes"
-
-    def content_problem(self, path: Path) -> str | None:
+    def problem(self, path: Path, contents: bool) -> str | None:
+        """How a file differs, as a message. Without ``contents`` it is not read, and only its length is compared."""
         try:
-            matches = self.crc32 is None or self.crc32 == crc32_of(path)
+            size = path.stat().st_size
+            if size != self.bytes:
+                return f"{path.name} has {size} of {self.bytes} bytes"
+            if contents and self.crc32 not in (None, crc32_of(path)):
+                return f"{path.name} is not what was written (checksum)"
+        except FileNotFoundError:
+            return f"{path.name} is missing"
         except OSError:
             return f"{path.name} cannot be read"
-        return None if matches else f"{path.name} is not what was written (checksum)"
+        return None
 
 
 def crc32_of(path: Path) -> int:

@@ -38,14 +38,13 @@ def choose(folder: Path, tag: str | None, group: Any) -> str | None:
     for name in tags:
         found = _problems(folder / name, group)
         if not found:
-            if dist.get_rank(group=group) == 0:
-                _warn(folder, damage, name, asked=tag is not None)
+            if tag is None and dist.get_rank(group=group) == 0:
+                _warn(folder, damage, name)
             return name
         damage.append(f"{_name(folder, name)} is damaged: {listed(found)}")
     if not damage:
         return None
-    others = [] if tag is None else folders.candidates(folder)
-    others = [name for name in others if not folders.problems(folder / name)]
+    others = [name for name in folders.candidates(folder) if name not in tags and not folders.problems(folder / name)]
     remedy = f"load another: {', '.join(others)}" if others else "there is no other checkpoint in this folder"
     raise ValueError(f"{folder}: {'; '.join(damage)}; {remedy}")
 
@@ -58,20 +57,17 @@ def _from_first_rank(look: Callable[[], list[str]], group: Any) -> list[str]:
 def _problems(checkpoint: Path, group: Any) -> list[str]:
     """Problems of a checkpoint: names and lengths first, then contents, of which every rank reads its share."""
     rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
-
-    def look() -> list[str]:
+    if rank == 0:
         folders.restore_replaced(checkpoint)
-        return folders.problems(checkpoint)
-
-    if missing := _from_first_rank(look, group):
+    if missing := _from_first_rank(lambda: folders.problems(checkpoint), group):
         return missing
     share = folders.ranks_of(checkpoint)[rank::world]
     return list(chain(*gather_from_ranks(lambda: folders.corrupt(checkpoint, share), group)))
 
 
-def _warn(folder: Path, damage: list[str], used: str, asked: bool) -> None:
+def _warn(folder: Path, damage: list[str], used: str) -> None:
     """Name every damaged checkpoint, a missing ``latest``, and the checkpoint that is used instead."""
-    if not asked and folders.named_latest(folder) is None:
+    if folders.named_latest(folder) is None:
         damage = [*damage, f"{folder} has no readable {folders.LATEST}"]
     for text in damage:
         logger.warning(f"grass_ds: {text}; {_name(folder, used)} is used instead")
@@ -83,22 +79,17 @@ def _name(folder: Path, tag: str) -> str:
 
 
 def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone: bool) -> None:
-    """Refuse a checkpoint that this run cannot resume from. Of one without parts only the weights can be loaded.
+    """Raise ValueError for a checkpoint of plain DeepSpeed, of other than ``world`` ranks, or of another model.
 
-    Args:
-        world: number of ranks of this run.
-        weights_alone: optimizer states are not loaded, so only the parameters have to agree.
-
-    Raises:
-        ValueError: it is of plain DeepSpeed, another number of ranks, another model or other param groups.
+    With ``weights_alone`` only the parameters have to agree, and plain DeepSpeed may have saved it.
     """
     if not folders.has_parts(checkpoint):
-        if not weights_alone:
-            raise ValueError(
-                f"the checkpoint {checkpoint.name} was not written by grass_ds (it has no {Part.name(0)}), so its optimizer "
-                "state has another layout; load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
-            )
-        return
+        if weights_alone:
+            return
+        raise ValueError(
+            f"the checkpoint {checkpoint.name} was not written by grass_ds (it has no {Part.name(0)}), so its optimizer "
+            "state has another layout; load the weights alone with load_checkpoint(..., load_optimizer_states=False)"
+        )
     part = Part.read(checkpoint, 0)
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
         raise ValueError(
@@ -143,13 +134,9 @@ def _differences(here: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def check_stage(folder: str | Path, tag: str | None, stage: int, universal: bool = False) -> None:
-    """Refuse a checkpoint of ZeRO-3 on another stage, or the reverse: DeepSpeed would not find its files.
+    """Raise ValueError for a checkpoint of ZeRO-3 on another stage, or the reverse: DeepSpeed would miss its files.
 
-    Args:
-        tag: None for the one that ``latest_universal`` names.
-
-    Raises:
-        ValueError: the stages differ, or a ``universal`` checkpoint is expected and there is none.
+    Also if a ``universal`` checkpoint is expected and there is none. ``tag`` None: that in ``latest_universal``.
     """
     if tag is None:
         tag = folders.named_latest(Path(folder), "latest_universal")

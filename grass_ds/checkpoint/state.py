@@ -8,6 +8,7 @@ zero moments, each stored as one number with a stride of 0, and its low-precisio
 
 import copy
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,14 +62,13 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
         "param_groups": [{**hyper[unit.group], "params": [unit.index]} for unit in units],
     }
     masters = [state.master for state in states.values()]
-    stage = optimizer.stage
     return {
-        keys.ZERO_STAGE: stage,
+        keys.ZERO_STAGE: optimizer.stage,
         keys.LOSS_SCALER: optimizer.loss_scaler,
         "dynamic_loss_scale": optimizer.dynamic_loss_scale,
         "overflow": optimizer.overflow,
-        **dict(zip(_state_keys(stage), (base, masters), strict=True)),
-        **(_slices(units) if stage < 3 else {keys.PARTITION_COUNT: units[0].world}),
+        **dict(zip(_state_keys(optimizer), (base, masters), strict=True)),
+        **(_slices(units) if optimizer.stage < 3 else {keys.PARTITION_COUNT: units[0].world}),
         keys.CLIP_GRAD: optimizer.clip_grad,
         keys.DS_VERSION: deepspeed.__version__,
         GRASS: {
@@ -81,9 +81,9 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
     }
 
 
-def _state_keys(stage: int) -> tuple[str, str]:
+def _state_keys(optimizer: ShardedOptimizer) -> tuple[str, str]:
     """DeepSpeed's keys of the states and of the master weights."""
-    if stage == 3:
+    if optimizer.stage == 3:
         return keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS
     return keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GROUPS
 
@@ -104,7 +104,7 @@ def _slices(units: list[Unit]) -> dict[str, Any]:
 def _saved_state(unit: Unit, store: StateStore) -> UnitState:
     """The unit's state without padding; that of its first step if it was never stepped."""
     if unit in store:
-        return store[unit].map(lambda tensor: _unpadded(unit, tensor))
+        return store[unit].map(partial(_unpadded, unit))
     template = store.template(unit)
     # A copy: a view of fp32 weights would be saved with the whole storage, which holds the shards of all ranks.
     master = _unpadded(unit, unit.shard).to(torch.float32, copy=True)
@@ -116,6 +116,10 @@ def _unpadded(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()[: unit.saved_numel]
 
 
+def _padded(unit: Unit, tensor: torch.Tensor) -> torch.Tensor:
+    return nn.functional.pad(tensor.to(torch.float32), (0, unit.shard_numel - unit.saved_numel))
+
+
 def load(
     optimizer: ShardedOptimizer,
     state_dict_list: list[dict[str, Any]] | None,
@@ -124,13 +128,11 @@ def load(
     checkpoint_folder: str | None = None,
     **_: Any,
 ) -> None:
-    """Restore the state dict of :func:`save`. The engine restores the active set afterwards.
+    """Restore the state dict of :func:`save`, or only its weights. The engine restores the active set afterwards.
 
     Args:
         state_dict_list: one per rank, of a run with the same number of ranks; only this rank's is read.
-        load_optimizer_states: False loads the weights alone.
-        load_from_fp32_weights: False sets master weights to the low-precision ones; ignored for a universal
-            checkpoint.
+        load_from_fp32_weights: False sets master weights to the low-precision ones; not of a universal one.
         checkpoint_folder: a universal checkpoint, saved by any number of ranks, to load instead.
 
     Raises:
@@ -144,7 +146,7 @@ def load(
     assert state_dict_list is not None
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
     stepped = _check(optimizer, saved, "the checkpoint")
-    states, masters = (saved[key] for key in _state_keys(optimizer.stage))
+    states, masters = (saved[key] for key in _state_keys(optimizer))
     if optimizer.stage == 3:  # its checkpoints hold no other weights
         for unit, master in zip(optimizer.units, masters, strict=True):
             _unpadded(unit, unit.shard).copy_(master)
@@ -154,7 +156,9 @@ def load(
     _restore_progress(optimizer, saved)
     for unit, master in zip(optimizer.units, masters, strict=True):
         if unit.name in stepped:
-            optimizer.store.put(unit, _padded_state(unit, master, states["state"][unit.index]))
+            scalars = stepped[unit.name]
+            moments = {k: v for k, v in states["state"][unit.index].items() if k not in scalars}
+            optimizer.store.put(unit, UnitState(master, moments, scalars).map(partial(_padded, unit)))
         else:
             optimizer.store.drop(unit)
     if not load_from_fp32_weights:
@@ -193,7 +197,6 @@ def _check(optimizer: ShardedOptimizer, saved: dict[str, Any], what: str) -> dic
 
 
 def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
-    """Restore loss scale, sampler and hyper-parameters."""
     ours = saved[GRASS]
     optimizer.controller.load_state_dict(ours["controller"])
     optimizer.loss_scaler = saved[keys.LOSS_SCALER]
@@ -202,10 +205,3 @@ def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> Non
     optimizer.skips = ours["skips"]
     for group, values in zip(optimizer.param_groups, ours["param_groups"], strict=True):
         group.update(values)
-
-
-def _padded_state(unit: Unit, master: torch.Tensor, state: dict[str, Any]) -> UnitState:
-    moments = {k: v for k, v in state.items() if torch.is_tensor(v) and v.shape == master.shape and v.dim() == 1}
-    scalars = {k: v for k, v in state.items() if k not in moments}
-    padding = (0, unit.shard_numel - unit.saved_numel)
-    return UnitState(master, moments, scalars).map(lambda t: nn.functional.pad(t.to(torch.float32), padding))

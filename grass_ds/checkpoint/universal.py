@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
+from grass_ds.core.durable_files import listed
 from grass_ds.core.units import Unit, whole_numel
 from grass_ds.offload.state_template import MOMENT_KEYS
 
@@ -37,11 +38,7 @@ class UniversalCheckpoint:
         return _read(self.folder / "zero" / "optimizer_state.pt", weights_only=False)  # it holds a loss scaler
 
     def check(self, moments: Mapping[Unit, Sequence[str]]) -> None:
-        """Check that every file exists that will be read: the weights of all units, and these ``moments`` of each.
-
-        Raises:
-            ValueError: a file is missing, or the optimizer keeps moments that the converter drops.
-        """
+        """Check that every file exists that will be read: the weights of all units, and these ``moments`` of each."""
         left = {name for names in moments.values() for name in names} - set(MOMENT_KEYS)
         if left:
             raise ValueError(
@@ -49,14 +46,12 @@ class UniversalCheckpoint:
                 "which the converter drops; resume with as many ranks as saved the checkpoint, or load the weights alone with "
                 "load_checkpoint(..., load_module_only=True)"
             )
-        files = (
+        files = [
             self._file(n, key) for unit, keep in moments.items() for n in unit.param_names for key in (WEIGHTS, *keep)
-        )
-        missing = [path for path in files if not path.is_file()]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        ]
+        if missing := [str(path) for path in files if not path.is_file()]:
             raise ValueError(
-                f"the universal checkpoint lacks {missing[0]}{more}; convert it again, or load one of this model"
+                f"the universal checkpoint lacks {listed(missing, most=1)}; convert it again, or load one of this model"
             )
 
     def shard(self, unit: Unit, key: str) -> torch.Tensor:
@@ -74,10 +69,7 @@ class UniversalCheckpoint:
 
         They are in the model files, as the saving ranks wrote them: one file per rank in ZeRO-3, else one. Parameters
         that are not in those files (``exclude_frozen_parameters``) keep their values. In ZeRO-3 all parameters must be
-        partitioned.
-
-        Args:
-            rank: of the data-parallel group.
+        partitioned. ``rank`` is that in the data-parallel group.
         """
         files = self.folder.glob("*mp_rank_00_model_states.pt")
         in_rank_order = sorted(files, key=lambda path: (len(path.name), path.name))  # rank 10 after rank 9
@@ -95,7 +87,6 @@ class UniversalCheckpoint:
 
 
 def _tensor_in(path: Path, numel: int) -> torch.Tensor:
-    """The tensor of a parameter, flat."""
     content = _read(path)
     tensor = content[keys.PARAM] if isinstance(content, dict) else content
     if tensor.numel() != numel:

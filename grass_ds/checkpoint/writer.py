@@ -27,18 +27,12 @@ _POLL_SECONDS = 0.05
 
 @dataclass
 class SaveReport:
-    """Size and times of the last checkpoint.
-
-    Attributes:
-        bytes: written by this rank so far.
-        stall_seconds: time that training stood still.
-        seconds: time until this rank's files were on disk; None before that.
-    """
+    """Size and times of the last checkpoint."""
 
     tag: str
-    bytes: int = 0
-    stall_seconds: float = 0.0
-    seconds: float | None = None
+    bytes: int = 0  # written by this rank so far
+    stall_seconds: float = 0.0  # that training stood still
+    seconds: float | None = None  # until this rank's files were on disk; None before that
 
     def sentence(self) -> str:
         rest = "; it is being written" if self.seconds is None else f", {self.bytes / 1e6:.1f} MB on this rank"
@@ -60,8 +54,8 @@ class _Save:
     error: BaseException | None = None  # the first one while DeepSpeed handed over the contents
     aborted: threading.Event = field(default_factory=threading.Event)  # ends the waiting for other ranks' parts
     deadline: float = math.inf  # of that waiting (time.monotonic)
-    written: "Future[None]" = field(default_factory=Future)  # of write_queue()
-    published: "Future[None] | None" = None  # of publish()
+    written: Future[None] = field(default_factory=Future)  # of write_queue()
+    published: Future[None] | None = None  # of publish()
 
     def write(self, content: Any, path: Path) -> None:
         with SummedFile(path) as file:
@@ -106,12 +100,8 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
     """DeepSpeed's checkpoint engine of a layer-sampled run.
 
     On every rank, the engine calls :meth:`start`, then DeepSpeed's ``save_checkpoint``, which calls :meth:`save` per
-    file and :meth:`commit` at its end, then :meth:`abort_unfinished`.
-
-    Args:
-        config: the DeepSpeed config.
-        group, device: process group and device of collectives.
-        background: ``"checkpoint": {"async": true}``: :meth:`save` copies; a thread writes and publishes.
+    file and :meth:`commit` at its end, then :meth:`abort_unfinished`. ``group`` and ``device`` are for collectives.
+    With ``background`` (``"checkpoint": {"async": true}``) :meth:`save` copies, and a thread writes and publishes.
     """
 
     def __init__(self, config: Any, group: Any, device: torch.device, background: bool):
@@ -122,8 +112,6 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         self._committed: _Save | None = None  # is written and published
         self.report: SaveReport | None = None  # on the last checkpoint
 
-    # ---- what the engine calls --------------------------------------------------------------------------------------
-
     def start(self, folder: Path, tag: str, latest: bool, part: Part) -> SaveReport:
         """Wait for the checkpoint before, then make the folder of this one.
 
@@ -132,11 +120,11 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             Exception: on every rank: the checkpoint before failed, or the folder cannot be made.
         """
         self.wait()
-        paths = gather_from_ranks(lambda: str(folder / tag), self._group)
-        for rank, path in enumerate(paths):
-            if path != paths[0]:
+        first, *others = gather_from_ranks(lambda: str(folder / tag), self._group)
+        for rank, path in enumerate(others, start=1):
+            if path != first:
                 raise ValueError(
-                    f"rank 0 saves a checkpoint to {paths[0]} and rank {rank} to {path}; call save_checkpoint() with the "
+                    f"rank 0 saves a checkpoint to {first} and rank {rank} to {path}; call save_checkpoint() with the "
                     "same save_dir and tag on every rank"
                 )
         folders.check_tag(tag)
@@ -189,8 +177,6 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
         if save is not None and any(task is not None and task.exception() for task in (save.written, save.published)):
             save.abort()
 
-    # ---- what DeepSpeed calls ---------------------------------------------------------------------------------------
-
     def create(self, info: Any) -> None:
         """Does nothing, see :meth:`start`."""
 
@@ -223,13 +209,13 @@ class CheckpointWriter(deepspeed_compat.TorchCheckpointEngine):
             self.wait()
         return True
 
-    def _run(self, task: Callable[[], None]) -> "Future[None]":
+    def _run(self, task: Callable[[], None]) -> Future[None]:
         """Run ``task`` in the thread. An error is logged when it happens, and raised on all ranks by :meth:`wait`."""
         future = self._thread.submit(task)
         future.add_done_callback(_log_failure)
         return future
 
 
-def _log_failure(task: "Future[None]") -> None:
+def _log_failure(task: Future[None]) -> None:
     if (error := task.exception()) is not None:
         logger.error(f"grass_ds: the checkpoint will not be published: {type(error).__name__}: {error}")

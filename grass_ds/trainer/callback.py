@@ -6,7 +6,8 @@ The engine samples; the callback only watches, so a run without it trains the sa
 
 import copy
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,11 @@ from transformers import DefaultFlowCallback, TrainerCallback
 from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
-from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback, rewrite_logs
 from transformers.utils import logging
 
 from grass_ds.config import GrassConfig, parse_grass_block
-from grass_ds.trainer import dashboards, retention
+from grass_ds.trainer import retention
 from grass_ds.trainer.checkpoints import seal_checkpoint
 from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.metrics import grass_metrics, grass_summary
@@ -100,8 +101,6 @@ class GrassCallback(TrainerCallback):
     def tokens_per_second(self) -> float | None:
         """Average over the run so far, all ranks together; None before the first step."""
         return None if self._throughput is None else self._throughput.average
-
-    # ---- events of the Trainer --------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Find the engine and open the history. The Trainer has built the engine and loaded the checkpoint by now.
@@ -189,12 +188,11 @@ class GrassCallback(TrainerCallback):
         if self.history is not None:
             try:
                 self.plot_paths = save_plots(self.history, Path(str(args.output_dir)) / PLOTS_FOLDER)
-                dashboards.log_plots_to_wandb(self.plot_paths)
+                if self.plot_paths and (wandb := _active_wandb()) is not None:
+                    wandb.log({f"grass/{path.stem}": wandb.Image(os.fspath(path)) for path in self.plot_paths})
             except Exception as error:
                 # The trained weights are not saved yet and the other ranks wait for this one to save them.
                 logger.warning(f"could not draw or upload the plots ({error!r}); training itself is complete")
-
-    # ---- inside -----------------------------------------------------------------------------------------------------
 
     def _release(self) -> None:
         """Drop the engine: a second `train()` builds another, and both would not fit."""
@@ -220,7 +218,7 @@ class GrassCallback(TrainerCallback):
         logs_to_wandb = "wandb" in (args.report_to or ()) or any(isinstance(c, WandbCallback) for c in self._callbacks)
         if control.should_log and state.is_world_process_zero and logs_to_wandb:
             values = {} if self._grass is None else grass_metrics(self._grass)
-            self._try(dashboards.add_to_wandb_row, {**values, **self._summarize()})
+            self._try(add_to_wandb_row, {**values, **self._summarize()})
 
     def _try(self, log: Callable[..., None], *values: Any) -> None:
         """Call `log`, until it fails once."""
@@ -231,6 +229,18 @@ class GrassCallback(TrainerCallback):
         except Exception as error:
             self._dashboards_failed = True
             logger.warning(f"could not log the values of each layer ({error!r}); they are in {HISTORY_FILE} alone")
+
+
+def add_to_wandb_row(values: Mapping[str, float | str]) -> None:
+    """Add values to the row that the Trainer's wandb callback logs next, so that one row per step holds everything."""
+    if (wandb := _active_wandb()) is not None:
+        wandb.log(rewrite_logs(dict(values)), commit=False)
+
+
+def _active_wandb() -> Any:
+    """The module wandb if this process has an active run, else None; never imported for this."""
+    wandb = sys.modules.get("wandb")
+    return None if wandb is None or wandb.run is None else wandb
 
 
 def _find_grass(model: Any, optimizer: Any) -> Any:

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,27 +41,23 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
     Returns:
         The folder ``checkpoint-<step>``; None if no checkpoint is complete, so that training starts anew.
     """
-    found, skipped = newest_complete(output_dir)
-    for sentence in explain(found, skipped):
+    found, warnings = newest_complete(output_dir)
+    for sentence in warnings:
         log_dist(f"grass_ds: {sentence}", ranks=[0], level=logging.WARNING)
     return found
 
 
-def newest_complete(output_dir: str | os.PathLike[str]) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest complete checkpoint, and the newer ones with their problems. Reads only, and logs nothing."""
-    skipped: dict[Path, list[str]] = {}
+def newest_complete(output_dir: str | os.PathLike[str]) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint, and a sentence for each newer one. Reads only, and logs nothing."""
+    skipped: list[str] = []
+    used, instead = None, "no earlier one is complete"
     for checkpoint in reversed(checkpoints(output_dir)):
         found = problems(checkpoint)
         if not found:
-            return checkpoint, skipped
-        skipped[checkpoint] = found
-    return None, skipped
-
-
-def explain(used: Path | None, skipped: Mapping[Path, Sequence[str]]) -> list[str]:
-    """A sentence for each skipped checkpoint: its problems, and the checkpoint that is used instead."""
-    instead = "no earlier one is complete" if used is None else f"{used.name} is used instead"
-    return [f"{checkpoint} is not complete: {listed(found)}; {instead}" for checkpoint, found in skipped.items()]
+            used, instead = checkpoint, f"{checkpoint.name} is used instead"
+            break
+        skipped.append(f"{checkpoint} is not complete: {listed(found)}")
+    return used, [f"{text}; {instead}" for text in skipped]
 
 
 def checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
@@ -93,20 +89,16 @@ def problems(checkpoint: Path, contents: bool = True) -> list[str]:
         found = [text if tag in text else f"{tag}: {text}" for text in _engine_problems(checkpoint / tag, contents)]
     if sums is None:
         return found + _form_problems(checkpoint, tag)
-    for name, expected in sums.items():
-        path = checkpoint / name
-        problem = expected.length_problem(path) or (expected.content_problem(path) if contents else None)
-        found += [problem] if problem else []
-    return found
+    compared = (expected.problem(checkpoint / name, contents) for name, expected in sums.items())
+    return found + [text for text in compared if text]
 
 
 def _engine_problems(part: Path, contents: bool) -> list[str]:
     found = engine_parts.problems(part)
     if found or not contents:
         return found
-    if engine_parts.has_parts(part):
-        return engine_parts.corrupt(part)
-    return _cut_off(part.iterdir())  # stock DeepSpeed: no sums to compare with
+    # Stock DeepSpeed leaves no sums to compare with.
+    return engine_parts.corrupt(part) if engine_parts.has_parts(part) else _cut_off(part.iterdir())
 
 
 def _form_problems(checkpoint: Path, tag: str | None) -> list[str]:
@@ -135,15 +127,8 @@ def _cut_off(files: Iterable[Path]) -> list[str]:
     return found
 
 
-# ---- the seal -------------------------------------------------------------------------------------------------------
-
-
 def seal_checkpoint(args: Any, step: int) -> None:
-    """Put the Trainer's files of ``checkpoint-<step>`` on disk, then write the seal. Collective.
-
-    Raises:
-        OSError: a file could not be put on disk; RankFailedError on the other ranks.
-    """
+    """Put the Trainer's files of ``checkpoint-<step>`` on disk, then write the seal. Collective, as its OSError is."""
     checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
 
     def sync_own() -> dict[str, FileSum]:

@@ -45,9 +45,8 @@ def _short(values: Sequence[float]) -> tuple[float, ...]:
 class History:
     """Which layers each step trained; append-only, each row also a line of a JSONL file.
 
-    The first line describes the run. A later line holds the step and those fields that differ from the line before:
-    5,000 steps of a 30-layer model take well under a megabyte. A row is in the file when `append` returns. Write it on
-    one process (global rank 0).
+    The first line describes the run, a later one holds the step and the fields that differ from the line before. A row
+    is in the file when `append` returns. Write it on one process (global rank 0).
     """
 
     path: Path

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 PHASES = {"probe": 0.0, "train": 1.0}
-"""Value of `grass/phase` for each phase name."""
 
 
 def grass_metrics(handle: Any) -> dict[str, float]:
@@ -50,11 +49,10 @@ def grass_summary(handle: Any) -> dict[str, float | str]:
     `grass/phase` and `grass/checkpoint/stall_seconds` are those of `grass_metrics`. `grass/active_layers` has the
     indices of the active set A_t as text ("3 17", or "all"), `grass/bytes/<memory>` the sum over categories.
     """
-    active = sorted(handle.active_layers)
-    everything = len(active) == len(handle.layers)
+    everything = len(handle.active_layers) == len(handle.layers)
     summary: dict[str, float | str] = {
         "grass/phase": PHASES[handle.phase],
-        "grass/active_layers": "all" if everything else " ".join(map(str, active)),
+        "grass/active_layers": "all" if everything else " ".join(map(str, sorted(handle.active_layers))),
     }
     totals: Counter[str] = Counter()
     for sizes in handle.memory().values():

@@ -14,7 +14,6 @@ import numpy as np
 from grass_ds.trainer.history import History
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe-Ito colours: distinguishable under every common colour vision deficiency, and by lightness in print.
@@ -26,13 +25,9 @@ LAYER = "layer (0 is next to the embeddings)"
 
 
 def save_plots(history: History, folder: Path) -> list[Path]:
-    """Draw `layers.png` and `probabilities.png` in `folder`, which is created if missing.
+    """Draw `layers.png` and `probabilities.png` in `folder`, which is created if missing. Returns their paths.
 
-    Returns:
-        The paths; an empty list if the history has no step.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    Without a step in the history there are none. ImportError: matplotlib is not installed.
     """
     if not history.rows:
         return []
@@ -82,7 +77,12 @@ def probability_plot(history: History) -> "Figure":
         values = [row.probabilities[index] if row.phase == "train" else np.nan for row in history.rows]
         axes.step(numbers, values, where="post", color=colours(index), linewidth=1.3, alpha=0.9)
     axes.axhline(1 / num_layers, color="#555555", linestyle="--", linewidth=1, label=f"uniform, 1/{num_layers}")
-    _shade_probing(axes, history)
+    label: str | None = "probing"
+    for phase, rows in groupby(history.rows, key=lambda row: row.phase):
+        if phase == "probe":
+            steps = [row.step for row in rows]
+            axes.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=PROBING, alpha=0.5, linewidth=0, label=label)
+            label = None  # named once
     axes.set(xlabel="step", ylabel="probability of the next draw", ylim=(0, None))
     depth = ScalarMappable(Normalize(-0.5, num_layers - 0.5), colours)
     figure.colorbar(depth, ax=axes, label=LAYER, ticks=MaxNLocator(12, integer=True))
@@ -113,13 +113,3 @@ def _heatmap_image(history: History) -> np.ndarray:
         image[list(row.active_layers), row.step - first] = to_rgb(PROBING if row.phase == "probe" else TRAINED)
     bins = np.array_split(image, min(image.shape[1], MAX_COLUMNS), axis=1)
     return np.stack([steps.mean(axis=1) for steps in bins], axis=1)
-
-
-def _shade_probing(axes: "Axes", history: History) -> None:
-    """A band per probing: before training, and whenever it is repeated."""
-    label: str | None = "probing"
-    for phase, rows in groupby(history.rows, key=lambda row: row.phase):
-        if phase == "probe":
-            steps = [row.step for row in rows]
-            axes.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=PROBING, alpha=0.5, linewidth=0, label=label)
-            label = None  # named once

@@ -18,11 +18,7 @@ from grass_ds.trainer import checkpoints
 
 
 def prepare_for_trainer(args: Any, step: int) -> None:
-    """Make the Trainer's own rotation safe: before training, remove the incomplete checkpoints that it would count.
-
-    Raises:
-        ValueError: ``save_total_limit`` is 1.
-    """
+    """Before training, remove the incomplete checkpoints that the Trainer would count. ValueError for a limit of 1."""
     if args.save_total_limit == 1:
         raise ValueError(
             "TrainingArguments.save_total_limit = 1: the Trainer would remove the only complete checkpoint before the next "
@@ -50,16 +46,13 @@ def surplus(folder: Path, limit: int | None, step: int, best: str | None, at_end
     later steps than ``step`` are of an earlier run that was given up, and count as the oldest. ``at_end``, a limit of
     1 leaves the best alone, as with the Trainer.
     """
-    if limit is None or limit <= 0:
-        return []
     ordered = sorted(checkpoints.checkpoints(folder), key=lambda path: checkpoints.step_of(path) <= step)
-    complete = [path for path in ordered if not checkpoints.problems(path, contents=False)]
-    if not complete:
+    complete = [path for path in ordered if limit and not checkpoints.problems(path, contents=False)]
+    if not limit or not complete:
         return []
     kept = {path for path in complete if best is not None and path.name == Path(best).name}
     if not (at_end and limit == 1 and kept):
         kept.add(complete[-1])
-    for path in reversed(complete):
-        if len(kept) < limit:
-            kept.add(path)
+    others = [path for path in reversed(complete) if path not in kept]
+    kept.update(others[: max(limit - len(kept), 0)])
     return [path for path in ordered[: ordered.index(complete[-1]) + 1] if path not in kept]

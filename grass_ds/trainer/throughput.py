@@ -10,9 +10,9 @@ import torch
 class Throughput:
     """Input tokens of all ranks per second of training: evaluation, checkpoints and other pauses do not count.
 
-    Call `start()` before the first step and after every pause, `step(state)` after every optimizer step. `state` and
-    `args` are the Trainer's. It counts tokens only with `include_num_input_tokens_seen`. Otherwise a forward hook
-    counts those of this rank, padding included, and multiplies by the number of ranks.
+    Call `start()` before the first step and after every pause, `step(state)` after every optimizer step, `close()` at
+    the end. `state` and `args` are the Trainer's, which counts with `include_num_input_tokens_seen`. Otherwise a
+    forward hook counts the tokens of this rank, padding included, and multiplies by the number of ranks.
     """
 
     def __init__(self, model: torch.nn.Module, state: Any, args: Any) -> None:
@@ -21,7 +21,7 @@ class Throughput:
         self._counted = 0
         self._ranks = args.world_size
         self._input_name = getattr(model, "main_input_name", "input_ids")
-        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.close = model.register_forward_pre_hook(self._count, with_kwargs=True).remove
         self._total = self._first = self._reported = (self._tokens(state), 0.0)  # tokens, seconds
         self.start()
 
@@ -45,10 +45,6 @@ class Throughput:
     def average(self) -> float | None:
         """Tokens per second over all steps so far; None before the first."""
         return self._rate_since(self._first)
-
-    def close(self) -> None:
-        """Remove the hook from the model."""
-        self._hook.remove()
 
     def _rate_since(self, earlier: tuple[int, float]) -> float | None:
         tokens, seconds = self._total[0] - earlier[0], self._total[1] - earlier[1]

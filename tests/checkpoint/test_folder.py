@@ -190,7 +190,7 @@ def test_changed_content_is_found_by_the_rank_that_is_asked_to_read_it(tmp_path:
     assert folders.problems(checkpoint) == folders.corrupt(checkpoint, [0]) == []
     assert folders.corrupt(checkpoint, [1]) == folders.corrupt(checkpoint) == changed
     (checkpoint / "rank1.pt").unlink()
-    assert folders.corrupt(checkpoint) == ["rank1.pt cannot be read"]
+    assert folders.corrupt(checkpoint) == ["rank1.pt is missing"]
 
 
 def test_parts_of_two_checkpoints_are_no_checkpoint(tmp_path: Path) -> None:

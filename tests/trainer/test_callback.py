@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 import grass_ds
 from grass_ds.trainer import callback as callback_module
-from grass_ds.trainer import dashboards, throughput
+from grass_ds.trainer import throughput
 from grass_ds.trainer.callback import GrassCallback
 from grass_ds.trainer.history import History
 
@@ -247,7 +247,7 @@ def test_wandb_gets_its_values_before_any_callback_logs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, steps: list[int]
 ) -> None:
     rows: list[Any] = []
-    monkeypatch.setattr(dashboards, "add_to_wandb_row", rows.append)
+    monkeypatch.setattr(callback_module, "add_to_wandb_row", rows.append)
 
     class Counter(TrainerCallback):
         """Ahead of GrassCallback, as the Trainer's wandb callback."""
