@@ -260,12 +260,8 @@ def test_two_controllers_with_equal_inputs_agree_and_global_seeds_do_not_matter(
 
 def fingerprints_of_a_run():
     """The fingerprint of every sampler after 25 steps."""
-    result = {}
-    for name in NAMES:
-        controller = make(sampler=name)
-        advance(controller, 25)
-        result[name] = list(controller.fingerprint())
-    return result
+    controllers = [make(sampler=name) for name in NAMES]
+    return [advance(controller, 25) and list(controller.fingerprint()) for controller in controllers]
 
 
 def test_a_fresh_process_reaches_the_same_fingerprint():
@@ -312,11 +308,6 @@ def test_the_fingerprint_tells_what_differs():
     assert differing_fields(reference, edited(phase="probe")) == {"phase"}
 
 
-def test_loading_another_models_state_is_refused():
-    with pytest.raises(ValueError, match="6 layers, this model has 5"):
-        make(5).load_state_dict(make(6).state_dict())
-
-
 def test_a_changed_method_keeps_counters_and_scores_and_probes_only_if_it_must():
     uniform = make(sampler="uniform")
     advance(uniform, 9)
@@ -333,6 +324,8 @@ def test_a_changed_method_keeps_counters_and_scores_and_probes_only_if_it_must()
     static = make(sampler="static")
     static.load_state_dict(saved(cyclic))
     assert static.phase is Phase.TRAIN and static.scores == grass.scores
+    with pytest.raises(ValueError, match="6 layers, this model has 5"):
+        make(5).load_state_dict(saved(static))
     full = make(num_active_layers=6)
     full.load_state_dict(saved(static))
     assert full.active_layers == tuple(range(6)) and full.end_step(None) is None and full.step == 15
