@@ -48,10 +48,10 @@ THIRD_PARTY = {i.split(".")[0] for name in MODULES for i in imports(name)} - set
 
 # Every room imports from itself and from those before it.
 ROOMS = (
+    "sampling",
     "versions",
     "precision",
     "cluster",
-    "sampling",
     "core",
     "config",
     "offload",

@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -56,35 +56,25 @@ WITH_BLOCK = {**WITHOUT, "grass": {}}
 # ---- enable ---------------------------------------------------------------------------------------------------------
 
 
-def test_enable_twice_is_enable_once() -> None:
-    grass_ds.enable()
-    once = deepspeed.initialize
-    grass_ds.enable()
-    assert deepspeed.initialize is once is not STOCK_INITIALIZE
-
-
-def test_enable_as_a_context_manager_restores_on_leaving() -> None:
+def test_enable_holds_until_its_block_is_left() -> None:
     with grass_ds.enable():
-        assert deepspeed.initialize is not STOCK_INITIALIZE
+        enabled = deepspeed.initialize
+        with grass_ds.enable():
+            assert deepspeed.initialize is enabled is not STOCK_INITIALIZE
+        assert deepspeed.initialize is enabled
     assert deepspeed.initialize is STOCK_INITIALIZE
     with pytest.raises(KeyError), grass_ds.enable():
         raise KeyError
     assert deepspeed.initialize is STOCK_INITIALIZE
 
 
-def test_nested_blocks_restore_what_they_found() -> None:
-    with grass_ds.enable():
-        with grass_ds.enable():
-            pass
-        assert deepspeed.initialize is not STOCK_INITIALIZE
-    assert deepspeed.initialize is STOCK_INITIALIZE
-
-
-def test_a_block_within_a_lasting_enable_does_not_end_it() -> None:
+def test_enable_without_a_block_lasts() -> None:
     grass_ds.enable()
+    once = deepspeed.initialize
     with grass_ds.enable():
         pass
-    assert deepspeed.initialize is not STOCK_INITIALIZE
+    grass_ds.enable()
+    assert deepspeed.initialize is once is not STOCK_INITIALIZE
 
 
 def test_enabled_initialize_honours_the_block_and_only_it(calls: list[Any]) -> None:
@@ -95,31 +85,19 @@ def test_enabled_initialize_honours_the_block_and_only_it(calls: list[Any]) -> N
     assert calls == [(grass_ds.GrassEngine, GrassConfig()), STOCK_ENGINE, STOCK_ENGINE]
 
 
-def test_an_early_import_is_documented() -> None:
-    assert "from deepspeed import initialize" in str(grass_ds.enable.__doc__)
-
-
 # ---- initialize -----------------------------------------------------------------------------------------------------
 
 
 def test_initialize_returns_the_four_and_binds_the_engine_class_for_its_length(calls: list[Any]) -> None:
     found = grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
     assert found == ("engine", "optimizer", "dataloader", "scheduler")
-    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
-    assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
-
-
-def test_the_engine_class_is_restored_after_an_exception(calls: list[Any]) -> None:
+    with grass_ds.enable():
+        assert grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK)) == found
     with pytest.raises(RuntimeError, match="no model"):
         grass_ds.initialize(model=None, config=dict(WITH_BLOCK))
-    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
+    grass_ds.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
+    assert calls == [(grass_ds.GrassEngine, GrassConfig())] * 3 + [(grass_ds.GrassEngine, None)]
     assert deepspeed.DeepSpeedEngine is STOCK_ENGINE
-
-
-def test_initialize_under_enable_does_not_recurse(calls: list[Any]) -> None:
-    with grass_ds.enable():
-        grass_ds.initialize(model=tiny_llama(), config=dict(WITH_BLOCK))
-    assert calls == [(grass_ds.GrassEngine, GrassConfig())]
 
 
 def test_an_unknown_argument_is_refused_like_deepspeeds() -> None:
@@ -127,127 +105,91 @@ def test_an_unknown_argument_is_refused_like_deepspeeds() -> None:
         grass_ds.initialize(modle=None)
 
 
-def test_a_call_without_a_block_gets_an_engine_without_one(calls: list[Any]) -> None:
-    grass_ds.initialize(model=nn.Linear(1, 1), config=dict(WITHOUT))
-    assert calls == [(grass_ds.GrassEngine, None)]
-
-
 # ---- real engines ---------------------------------------------------------------------------------------------------
 
 
 def kinds(config: dict[str, Any], how: str, break_it: bool = False) -> dict[str, Any]:
-    """Build an engine in one of three ways, train it, and look at what it is and at what is left in the module."""
+    """Build an engine in one of three ways, train it, and look at what it is and at what is left in the module.
+
+    Counted is how many blocks are parsed and how many layers are discovered on the way, wherever in the library.
+    """
     early = deepspeed.initialize
-    model = tiny_llama()
+    model, spies = tiny_llama(), {}
     arguments = {"model": model, "config": config, "model_parameters": list(model.parameters())}
     if break_it:
         arguments["optimizer"] = "not an optimizer"
-    enabled = grass_ds.enable() if how != "initialize" else None
-    initialize = {"initialize": grass_ds.initialize, "enable": deepspeed.initialize, "early import": early}[how]
-    try:
-        engine, optimizer, loader, _ = initialize(**arguments)
-    except Exception as error:
-        return {"error": str(error), "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE}
-    finally:
-        if enabled is not None:
-            enabled.close()
+    with ExitStack() as patches:
+        for cls in (GrassConfig, ModelLayers):
+            spy = mock.patch.object(cls, "__init__", autospec=True, side_effect=cls.__init__)
+            spies[cls.__name__] = patches.enter_context(spy)
+        check = mock.patch.object(entry, "check_ds_config", wraps=entry.check_ds_config)
+        spies["check_ds_config"] = patches.enter_context(check)
+        if how != "initialize":
+            patches.enter_context(grass_ds.enable())
+        initialize = {"initialize": grass_ds.initialize, "enable": deepspeed.initialize, "early import": early}[how]
+        try:
+            engine, optimizer, loader, _ = initialize(**arguments)
+        except Exception as error:
+            return {"error": str(error), "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE}
+    grass = getattr(engine, "grass", None)
     try:
         return {
             "losses": train(engine, 3),
             "kind": type(engine).__name__,
             "wrapper": type(optimizer).__name__,
             "is a DeepSpeedEngine": isinstance(engine, deepspeed.DeepSpeedEngine),
-            "grass": getattr(engine, "grass", None) is not None,
+            "grass": grass is not None and grass.config == GrassConfig(**config["grass"]),
             "tuple": optimizer is engine.optimizer and loader is None,
             "restored": deepspeed.DeepSpeedEngine is STOCK_ENGINE and deepspeed.initialize is STOCK_INITIALIZE,
+            "counts": {name: spy.call_count for name, spy in spies.items()},
         }
     finally:
         engine.destroy()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("how", ["initialize", "enable"])
-def test_an_engine_with_a_block(two_ranks: Any, how: str) -> None:
-    for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how=how):
-        assert (found["kind"], found["wrapper"]) == ("GrassEngine", "GrassZero12Optimizer")
-        assert found["is a DeepSpeedEngine"]
-        assert found["grass"]
-        assert found["tuple"]
-        assert found["restored"]
+@pytest.mark.parametrize(("how", "stage"), [("initialize", 2), ("enable", 3)])
+def test_an_engine_with_a_block(two_ranks: Any, how: str, stage: int) -> None:
+    """The block is parsed and the layers are discovered once."""
+    for found in two_ranks.run(kinds, config=ds_config(stage=stage, grass=grass_block()), how=how):
+        assert found["kind"] == "GrassEngine"
+        assert found["wrapper"] == ("GrassZero12Optimizer" if stage == 2 else "GrassZero3Optimizer")
+        assert found["is a DeepSpeedEngine"] and found["grass"] and found["tuple"] and found["restored"]
+        assert found["counts"] == {"GrassConfig": 1, "ModelLayers": 1, "check_ds_config": 1}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("block", [None, {"enabled": False}], ids=["no block", "disabled"])
-@pytest.mark.parametrize("how", ["initialize", "enable"])
-def test_an_engine_without_a_block_is_stock(two_ranks: Any, how: str, block: Any) -> None:
-    config = ds_config() if block is None else ds_config(grass=block)
-    stock = two_ranks.run(kinds, config=ds_config(), how="early import")
-    for found, reference in zip(two_ranks.run(kinds, config=config, how=how), stock, strict=True):
-        assert found["wrapper"] == "DeepSpeedZeroOptimizer"
-        assert not found["grass"]
-        assert found["is a DeepSpeedEngine"]
-        assert found["restored"]
-        assert found["losses"] == reference["losses"]
-
-
-@pytest.mark.dist
-def test_a_function_imported_early_stays_stock(two_ranks: Any) -> None:
-    """What the docs warn of, and GrassCallback reports: the block is ignored."""
-    for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how="early import"):
-        assert (found["kind"], found["wrapper"]) == ("DeepSpeedEngine", "DeepSpeedZeroOptimizer")
-        assert not found["grass"]
+def test_an_engine_without_a_block_is_stock(two_ranks: Any) -> None:
+    """As is the one of a function imported before `enable`, which ignores the block, as the docs warn."""
+    stock = two_ranks.run(kinds, config=ds_config(grass=grass_block()), how="early import")
+    assert {found["kind"] for found in stock} == {"DeepSpeedEngine"}
+    disabled = ds_config(grass={"enabled": False})
+    runs = [(ds_config(), "initialize"), (disabled, "initialize"), (ds_config(), "enable"), (disabled, "enable")]
+    for ranks in (stock, *(two_ranks.run(kinds, config=config, how=how) for config, how in runs)):
+        for found, reference in zip(ranks, stock, strict=True):
+            assert found["wrapper"] == "DeepSpeedZeroOptimizer"
+            assert found["is a DeepSpeedEngine"] and found["restored"] and not found["grass"]
+            assert found["losses"] == reference["losses"]
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("how", ["initialize", "enable"])
 def test_an_engine_that_cannot_be_built_leaves_nothing_bound(two_ranks: Any, how: str) -> None:
     for found in two_ranks.run(kinds, config=ds_config(grass=grass_block()), how=how, break_it=True):
-        assert found["error"]
-        assert found["restored"]
-
-
-def counted(config: dict[str, Any], how: str) -> dict[str, Any]:
-    """How many blocks are parsed and how many layers are discovered on the way to an engine, wherever in the library."""
-    model, counts = tiny_llama(), {}
-    with ExitStack() as patches:
-        for cls in (GrassConfig, ModelLayers):
-            spy = mock.patch.object(cls, "__init__", autospec=True, side_effect=cls.__init__)
-            counts[cls.__name__] = patches.enter_context(spy)
-        check = mock.patch.object(entry, "check_ds_config", wraps=entry.check_ds_config)
-        counts["check_ds_config"] = patches.enter_context(check)
-        if how == "enable":
-            patches.enter_context(grass_ds.enable())
-        initialize = deepspeed.initialize if how == "enable" else grass_ds.initialize
-        engine, *_ = initialize(model=model, config=config, model_parameters=list(model.parameters()))
-    kept = engine.grass.config == GrassConfig(**config["grass"])
-    engine.destroy()
-    return {name: spy.call_count for name, spy in counts.items()} | {"config is kept": kept}
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize(("how", "stage"), [("initialize", 2), ("enable", 3)])
-def test_a_start_parses_and_discovers_once(two_ranks: Any, how: str, stage: int) -> None:
-    once = {"GrassConfig": 1, "ModelLayers": 1, "check_ds_config": 1, "config is kept": True}
-    found = two_ranks.run(counted, config=ds_config(stage=stage, grass=grass_block()), how=how)
-    assert found == [once, once]
+        assert found["error"] and found["restored"]
 
 
 def evaluated(config: dict[str, Any], how: str) -> dict[str, Any]:
     """The loss of an engine without an optimizer, as front-ends build one for a reference model or an evaluation."""
-    enabled = grass_ds.enable() if how == "enable" else None
-    try:
-        initialize = deepspeed.initialize if enabled else grass_ds.initialize
-        engine, *_ = initialize(model=tiny_llama(), config=config)
-        engine.eval()
-        with torch.no_grad():
-            ids = batch(0, 0, engine.global_rank)
-            loss = engine(input_ids=ids, labels=ids).loss.item()
-        wrapper = type(engine.optimizer).__name__
-        engine.destroy()
-        return {"loss": loss, "wrapper": wrapper, "grass": getattr(engine, "grass", None)}
-    finally:
-        if enabled:
-            enabled.close()
+    with grass_ds.enable() if how == "enable" else nullcontext():
+        engine, *_ = (deepspeed if how == "enable" else grass_ds).initialize(model=tiny_llama(), config=config)
+    engine.eval()
+    with torch.no_grad():
+        ids = batch(0, 0, engine.global_rank)
+        loss = engine(input_ids=ids, labels=ids).loss.item()
+    wrapper = type(engine.optimizer).__name__
+    engine.destroy()
+    return {"loss": loss, "wrapper": wrapper, "grass": getattr(engine, "grass", None)}
 
 
 @pytest.mark.dist

@@ -32,6 +32,7 @@ GPU = {
     "V100": ({"bf16": 9e3, "fp16": 100e3, "fp32": 14e3}, "fp16"),
     "bf16 refused": ({"bf16": 0.0, "fp16": 50e3, "fp32": 8e3}, "fp16"),
     "GTX 1080": ({"bf16": 0.0, "fp16": 130.0, "fp32": 8e3}, "fp32"),
+    "nothing works": ({"bf16": 0.0, "fp32": 0.0}, "fp32"),
 }
 
 
@@ -55,24 +56,16 @@ def test_the_warning_names_the_slowdown_and_the_remedy() -> None:
     assert text is not None and "does not work" in text and "use fp16" in text
 
 
-def test_a_device_that_computes_nothing_is_not_recommended_16_bits() -> None:
-    assert Rates({"bf16": 0.0, "fp32": 0.0}).recommended() == "fp32"
-
-
-@pytest.mark.parametrize("config", [{}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": False}}, {"fp16": True}])
-def test_a_config_that_asks_for_nothing_is_no_finding(tmp_path: Path, config: dict[str, Any]) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps(config))
-    assert machine.asked_for(str(tmp_path / "ds.json")) == []
-
-
 def test_the_doctor_fails_a_config_that_asks_for_what_is_emulated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = str(tmp_path / "ds.json")
-    Path(file).write_text(json.dumps({"bf16": {"enabled": True}}))
-    assert machine.asked_for(file) == ["bf16"]
-    Path(file).write_text(json.dumps({"bfloat16": {"enabled": True}, "fp16": {"enabled": False}}))
-    assert machine.asked_for(file) == ["bf16"]  # DeepSpeed reads both names
+    nothing: list[dict[str, Any]] = [{}, {"bf16": {"enabled": "auto"}}, {"bf16": {"enabled": False}}, {"fp16": True}]
+    bf16: list[dict[str, Any]] = [{"bf16": {"enabled": True}}]
+    bf16 += [{"bfloat16": {"enabled": True}, "fp16": {"enabled": False}}]  # DeepSpeed reads both names
+    for config in nothing + bf16:
+        Path(file).write_text(json.dumps(config))
+        assert machine.asked_for(file) == (["bf16"] if config in bf16 else [])
     for device, status in (("AVX2", FAIL), ("amx_bf16", OK)):
         monkeypatch.setattr(precision, "measure", lambda names, device=device: Rates(CPU[device][0]))
         first, second = machine.check_precision(file)

@@ -5,7 +5,6 @@ import importlib.metadata
 import re
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 if sys.version_info >= (3, 11):
@@ -105,12 +104,9 @@ def warnings_of_a_start(rank: str, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return said
 
 
-def test_rank_0_says_once_what_is_untested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_alone_says_once_what_is_untested(monkeypatch: pytest.MonkeyPatch) -> None:
     [said] = warnings_of_a_start("0", monkeypatch)
     assert said == f"grass_ds is not tested with {outside('torch', '2.99.0')}"
-
-
-def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warnings_of_a_start("1", monkeypatch) == []
 
 
@@ -127,28 +123,28 @@ def test_an_import_that_fails_names_the_package_that_may_be_why(monkeypatch: pyt
         grass_ds.GrassCallback  # noqa: B018
 
 
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = ModuleNotFoundError("No module named 'transformers'", name="transformers")
-    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=missing))
-    with pytest.raises(ImportError, match=r"No module named 'transformers': pip install 'transformers>=.*extra 'hf'"):
-        grass_ds.GrassCallback  # noqa: B018
+COMMAND = "deepspeed 0.19.2 does not have: x: pip install 'deepspeed>=0.19.3'"
+FAILED_IMPORTS: list[tuple[str, str, Exception, str]] = [
+    (
+        "GrassCallback", "4.60.0", ModuleNotFoundError("No module named 'transformers'", name="transformers"),
+        r"^No module named 'transformers': pip install 'transformers>=.*extra 'hf'",
+    ),
+    (  # what transformers makes of a failed import
+        "GrassCallback", "4.40.0", RuntimeError("Failed to import transformers.integrations"),
+        "^Failed to import .*" + re.escape(outside("transformers", "4.40.0")),
+    ),
+    ("initialize", "4.60.0", ImportError(COMMAND), f"^{re.escape(COMMAND)}$"),  # names the command already
+]  # fmt: skip
 
 
-def test_a_message_that_names_the_command_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "installed", {"deepspeed": "0.19.2"}.get)
-    said = "deepspeed 0.19.2 does not have: x: pip install 'deepspeed>=0.19.3'"
-    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=ImportError(said)))
-    with pytest.raises(ImportError) as caught:
-        grass_ds.initialize  # noqa: B018
-    assert str(caught.value) == said
-
-
-def test_what_transformers_makes_of_a_failed_import_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "installed", {"transformers": "4.40.0"}.get)
-    failed = RuntimeError("Failed to import transformers.integrations")
-    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=failed))
-    with pytest.raises(ImportError, match="Failed to import .*" + re.escape(outside("transformers", "4.40.0"))):
-        grass_ds.GrassCallback  # noqa: B018
+@pytest.mark.parametrize(("name", "transformers", "error", "said"), FAILED_IMPORTS)
+def test_a_failed_import_names_the_command(
+    monkeypatch: pytest.MonkeyPatch, name: str, transformers: str, error: Exception, said: str
+) -> None:
+    monkeypatch.setattr(versions, "installed", {"transformers": transformers, "deepspeed": "0.19.2"}.get)
+    monkeypatch.setattr(grass_ds, "import_module", mock.Mock(side_effect=error))
+    with pytest.raises(ImportError, match=said):
+        getattr(grass_ds, name)
 
 
 def test_a_package_that_deepspeed_needs_is_not_taken_for_a_name_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,29 +167,14 @@ def test_programs_say_at_start_what_they_need(monkeypatch: pytest.MonkeyPatch) -
         startup.check_packages()
 
 
-def test_a_name_that_deepspeed_lacks_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepspeed_compat.deepspeed, "__version__", "0.18.6")
-    monkeypatch.delattr(deepspeed_compat.ZeROOptimizer, "should_refresh_expected_hook_count")
-    with pytest.raises(ImportError) as caught:
-        deepspeed_compat.check()
-    wanted = f"deepspeed{versions.RANGES['deepspeed']}"
-    assert str(caught.value) == (
-        "grass_ds needs names that deepspeed 0.18.6 does not have: ZeROOptimizer.should_refresh_expected_hook_count. They are in "
-        f"{wanted}: pip install '{wanted}'"
-    )
-
-
-def config_of(stage: int) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage}, "grass": {"sampler": "uniform"}}
-
-
 def test_zero3_on_cpu_ranks_needs_a_deepspeed_that_waits_for_its_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed_compat, "waits_for_all_gathers", lambda: False)
     monkeypatch.setattr(validation, "installed", lambda _: "0.19.3")
+    configs = {stage: {"zero_optimization": {"stage": stage}, "grass": {"sampler": "uniform"}} for stage in (1, 2, 3)}
     for stage in (1, 2):
-        validation.check_ds_config(config_of(stage), GrassConfig())
+        validation.check_ds_config(configs[stage], GrassConfig())
     with pytest.raises(GrassConfigError) as caught:
-        validation.check_ds_config(config_of(3), GrassConfig())
+        validation.check_ds_config(configs[3], GrassConfig())
     for part in ("zero_optimization.stage = 3", "deepspeed 0.19.3", "pip install 'deepspeed>=0.19.8,<0.20'"):
         assert part in str(caught.value)
 
@@ -208,6 +189,6 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_the_ranges_admit_what_users_have(name: str) -> None:
-    assert [p for p, found in ENVIRONMENTS[name].items() if not versions.is_tested(p, found)] == []
+def test_the_ranges_admit_what_users_have() -> None:
+    for name, packages in ENVIRONMENTS.items():
+        assert [p for p, found in packages.items() if not versions.is_tested(p, found)] == [], name

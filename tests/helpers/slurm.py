@@ -41,17 +41,9 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {name: value for name, value in os.environ.items() if not _FOREIGN.fullmatch(name)}
-        self.environment |= {
-            "SLURM_LAB": str(folder / "lab"),
-            "SLURM_LAB_PACKAGES": "openmpi-bin",
-            "SLURM_LAB_NET": "10.78.0",
-        }
-        self.environment |= {
-            "VENV": "none",
-            "PYTHONWARNINGS": "ignore",
-            "WANDB_MODE": "offline",
-            "HF_DATASETS_CACHE": str(folder / "datasets"),
-        }
+        lab = {"SLURM_LAB": str(folder / "lab"), "SLURM_LAB_PACKAGES": "openmpi-bin", "SLURM_LAB_NET": "10.78.0"}
+        self.environment |= {**lab, "HF_DATASETS_CACHE": str(folder / "datasets")}
+        self.environment |= {"VENV": "none", "PYTHONWARNINGS": "ignore", "WANDB_MODE": "offline"}
 
     def start(self) -> None:
         try:

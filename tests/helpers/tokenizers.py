@@ -55,16 +55,8 @@ def byte_level(
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not merges)
     tokenizer.decoder = decoders.ByteLevel()
-    turns = [
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-        "<start_of_turn>",
-        "<end_of_turn>",
-    ]
-    tokenizer.add_special_tokens([*filter(None, (bos, eos)), *turns])
+    turns = "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> <end_of_turn>"
+    tokenizer.add_special_tokens([*filter(None, (bos, eos)), *turns.split()])
     tokenizer.post_processor = processors.ByteLevel(**more)
     if bos:
         tokenizer.post_processor = _around(tokenizer, bos)

@@ -33,10 +33,6 @@ def break_measure(train: Any, rank: int = 0) -> None:
     train.measure = measured
 
 
-def break_measure_of_rank_1(train: Any) -> None:
-    break_measure(train, rank=1)
-
-
 def break_report(train: Any) -> None:
     train.report.save = lambda *_: fail(TypeError)
 
@@ -56,7 +52,7 @@ FAULTS = {
     "measure": break_measure,
     "report": break_report,
     "log": break_last_log_line,
-    "rank-1": break_measure_of_rank_1,
+    "rank-1": partial(break_measure, rank=1),
 }
 RANKS = {"rank-1": 2}
 

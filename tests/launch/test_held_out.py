@@ -32,18 +32,20 @@ def test_held_out_rows_are_announced(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert said.startswith("data: training on all 36 rows of ")
     assert "these 4 of 40 rows are held out of training" in said
     assert said.count("\n") == 1
+    assert list(load_data(options(tmp_path / "rows.jsonl", eval_task="none"))) == ["train"]
+    assert capsys.readouterr().out.endswith("; nothing is measured\n")
 
 
-@pytest.mark.parametrize("count", [9, 500])
 def test_eval_data_is_measured_whole_and_nothing_is_held_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    test = write(tmp_path / "mytest.jsonl", count)
-    splits = load_data(options(write(tmp_path / "rows.jsonl", 40), test, eval_samples=1000))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 40, "test": count}
-    assert capsys.readouterr().out == (
-        f"data: training on all 40 rows of {tmp_path / 'rows.jsonl'}; measuring on all {count} rows of {test}\n"
-    )
+    rows, test = write(tmp_path / "rows.jsonl", 40), write(tmp_path / "mytest.jsonl", 500)
+    splits = load_data(options(rows, test, eval_samples=1000))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 40, "test": 500}
+    training = f"data: training on all 40 rows of {rows}; measuring on"
+    assert capsys.readouterr().out == f"{training} all 500 rows of {test}\n"
+    load_data(options(rows, test))
+    assert capsys.readouterr().out == f"{training} the first 64 of 500 rows of {test} (--eval_samples)\n"
 
 
 def test_test_rows_that_eval_data_replaces_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,17 +55,6 @@ def test_test_rows_that_eval_data_replaces_are_named(tmp_path: Path, capsys: pyt
     assert len(load_data(options(tmp_path / "folder", test))["test"]) == 7
     said = capsys.readouterr().out
     assert said.endswith(f"on all 7 rows of {test}; not read: {replaced} (--eval_data takes its place)\n")
-
-
-def test_nothing_is_held_out_where_nothing_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(load_data(options(write(tmp_path / "rows.jsonl", 40), eval_task="none"))) == ["train"]
-    assert capsys.readouterr().out.endswith("; nothing is measured\n")
-
-
-def test_a_limit_on_the_measured_rows_is_announced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    test = write(tmp_path / "mytest.jsonl", 500)
-    load_data(options(write(tmp_path / "rows.jsonl", 40), test))
-    assert capsys.readouterr().out.endswith(f"measuring on the first 64 of 500 rows of {test} (--eval_samples)\n")
 
 
 def test_the_encoding_holds_for_both_sources(tmp_path: Path) -> None:

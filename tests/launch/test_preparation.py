@@ -59,9 +59,7 @@ def test_tokens_of_the_data_beyond_the_embedding_are_refused(
     with pytest.raises(ValueError, match=r"small: .*has 260 rows \(tokens 0 to 259\)"):
         preparation.prepare_model(options(small_vocabulary, tmp_path / "out"), task)
     assert not (tmp_path / "out").exists()
-
-
-def test_tokens_that_do_not_occur_do_no_harm(small_vocabulary: Path, task: preparation.Task, tmp_path: Path) -> None:
+    # Those that do not occur do no harm.
     few = datasets.Dataset.from_dict({"input_ids": [[3, 259]], "labels": [[3, 259]]})
     task.train, task.test, task.test_tokens, task.measure = few, None, None, "none"
     preparation.prepare_model(options(small_vocabulary, tmp_path / "out"), task)
@@ -78,26 +76,14 @@ def test_an_output_folder_that_is_a_file_is_refused(
         preparation.prepare_model(options(model_folder, tmp_path / "out"), task)
 
 
-@pytest.mark.parametrize(
-    ("zero", "said"),
-    [
-        ({"stage": 3}, True),
-        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, False),
-        ({"stage": 2}, False),
-    ],
-)
 def test_a_model_that_will_be_saved_in_another_form_is_announced(
-    model_folder: Path,
-    task: preparation.Task,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    zero: Any,
-    said: bool,
+    model_folder: Path, task: preparation.Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = options(model_folder, tmp_path / "out")
-    given.ds_config = {"zero_optimization": zero}
-    preparation.prepare_model(given, task)
-    assert ("will be saved as a DeepSpeed checkpoint" in capsys.readouterr().out) is said
+    given, gathering = options(model_folder, tmp_path / "out"), {"stage3_gather_16bit_weights_on_model_save": True}
+    for zero, said in (({"stage": 3}, True), ({"stage": 3, **gathering}, False), ({"stage": 2}, False)):
+        given.ds_config = {"zero_optimization": zero}
+        preparation.prepare_model(given, task)
+        assert ("will be saved as a DeepSpeed checkpoint" in capsys.readouterr().out) is said
 
 
 @pytest.mark.parametrize("wanted", ["exact", "choice"])

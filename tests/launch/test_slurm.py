@@ -101,35 +101,21 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(
     def start(name: str) -> Job:
         return cluster.submit(MULTI_NODE, name, *options, **environment)
 
-    def interrupt(job: Job, how: Callable[[], Any], start: int) -> int:
-        """At least three steps after the last stop; the step at which it stopped."""
+    def interrupt(job: Job, how: Callable[[], Any], start: int) -> None:
+        """Stop the job for the time of number `start`, at least three steps after the last stop."""
         done = steps_done(folder)
         job.wait_until(lambda: job.starts == start and steps_done(folder) >= done + 3, "step")
         how()
-        job.wait_until(lambda: job.log.count("stopped by SIG") == stops + 1, "stop")
+        job.wait_until(lambda: job.log.count("stopped by SIG") == start, "stop")
         step = int(re.findall(r"with checkpoint-(\d+)", job.log)[-1])
         assert done + 3 <= step < STEPS
         assert (folder / f"checkpoint-{step}" / "grass_trainer.json").is_file()
-        return step
 
     job = start("interrupted")
-    stops = 0
+    urgent = "sbatch --parsable --partition=urgent --nodes=2 --exclusive --time=1 --output=/dev/null --wrap=true"
     interrupt(job, lambda: job.signal_script("USR1"), start=1)
-    stops = 1
-    urgent = [
-        "sbatch",
-        "--parsable",
-        "--partition=urgent",
-        "--nodes=2",
-        "--exclusive",
-        "--time=1",
-        "--output=/dev/null",
-        "--wrap=true",
-    ]
-    interrupt(job, lambda: cluster.run(*urgent), start=2)
-    stops = 2
+    interrupt(job, lambda: cluster.run(*urgent.split()), start=2)
     interrupt(job, lambda: cluster.run("scontrol", "requeue", str(job.number)), start=3)
-    stops = 3
     interrupt(job, lambda: cluster.run("scancel", str(job.number)), start=4)
     job.wait(state="CANCELLED")
     assert re.findall(r"back to the queue \(exit code (\d+)", job.log)[:2] == ["75", "75"]

@@ -116,13 +116,6 @@ def mistake(case: str, model_folder: Path, folder: Path) -> tuple[list[str], dic
     return options, {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": str(folder / "none"), "HOME": str(folder)}
 
 
-def assert_told(case: str, output: str, folder: Path) -> None:
-    (message,) = [line for line in output.splitlines() if line.startswith("error")]
-    assert BAD[case][1] in output[output.index(message) :], (case, output[-3000:])
-    assert 'launch/train.py", line' not in output, (case, output[:3000])  # a message, no traceback of ours
-    assert not (folder / "out" / "report.json").exists(), case
-
-
 def run_program(environment: dict[str, str], options: list[str], folder: Path) -> None:
     os.environ.update(environment)
     sys.argv = ["launch/train.py", "--output_dir", str(folder / "out"), *options]
@@ -136,23 +129,15 @@ def test_mistakes_end_every_rank_with_one_message(model_folder: Path, tmp_path: 
         options, environment = mistake(folder.name, model_folder, folder)
         started[folder] = (2, partial(run_program, environment, options, folder))
     for folder, codes in run_forked(started).items():
-        log = (folder / "log").read_text()
-        assert all(code and code > 0 for code in codes), (folder.name, codes, log)
-        assert_told(folder.name, log, folder)
-
-
-@pytest.mark.all
-@pytest.mark.parametrize("case", BAD)
-def test_mistakes_end_the_job(model_folder: Path, tmp_path: Path, case: str) -> None:
-    options, environment = mistake(case, model_folder, tmp_path)
-    done = train(torchrun(2), options, tmp_path, **environment)
-    assert done.returncode != 0
-    assert_told(case, done.stdout + done.stderr, tmp_path)
+        case, log = folder.name, (folder / "log").read_text()
+        assert all(code and code > 0 for code in codes), (case, codes, log)
+        (message,) = [line for line in log.splitlines() if line.startswith("error")]
+        assert BAD[case][1] in log[log.index(message) :], (case, log[-3000:])
+        assert 'launch/train.py", line' not in log, (case, log[:3000])  # a message, no traceback of ours
+        assert not (folder / "out" / "report.json").exists(), case
 
 
 def speak() -> list[bool]:
-    from launch import distributed
-
     return [distributed.first_to_fail(), distributed.first_to_fail()]
 
 

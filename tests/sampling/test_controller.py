@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The phase machine: probing, draws, refreshes, switches, counters, exact resume, method changes."""
 
-import ast
 import io
 import json
 import math
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import grass_ds.sampling
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Switch
 from grass_ds.sampling.samplers import SAMPLERS
 from grass_ds.sampling.schedule import Phase
@@ -151,14 +149,6 @@ def test_a_refresh_goes_before_the_draw_it_shares_a_step_with():
     assert controller.end_step({1: 0.5}) == Switch((0,), (0,), (1,))
 
 
-def test_static_keeps_the_probed_scores():
-    controller = make(sampler="static", refresh_period=1)
-    advance(controller, 3)
-    scores = controller.scores
-    advance(controller, 20)
-    assert controller.scores == scores
-
-
 # ---- probing again --------------------------------------------------------------------------------------------------
 
 
@@ -214,9 +204,10 @@ def test_a_run_saved_amid_its_second_probing_goes_on_under_other_settings(other,
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "grass"])
-def test_only_grass_probes_again(name):
+def test_only_grass_refreshes_and_probes_again(name):
     once, again = make(sampler=name), make(sampler=name, reprobe_period=2)
-    assert advance(once, 30) == advance(again, 30)
+    assert (seen := advance(once, 30)) == advance(again, 30)
+    assert len({scores for _, phase, _, scores, _ in seen if phase is Phase.TRAIN}) == 1
     assert again.probe_step == again.probe_steps_within(30) == once.probe_steps_within(30)
     assert again.probe_steps_within(30) == (3 if name == "static" else 0)
 
@@ -237,7 +228,7 @@ def test_a_broken_measurement_names_the_layer_and_is_not_counted(broken, done):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     cut=st.integers(0, 30),
     periods=st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(0, 8)),
@@ -269,12 +260,8 @@ def test_two_controllers_with_equal_inputs_agree_and_global_seeds_do_not_matter(
 
 def fingerprints_of_a_run():
     """The fingerprint of every sampler after 25 steps."""
-    result = {}
-    for name in NAMES:
-        controller = make(sampler=name)
-        advance(controller, 25)
-        result[name] = list(controller.fingerprint())
-    return result
+    controllers = [make(sampler=name) for name in NAMES]
+    return [advance(controller, 25) and list(controller.fingerprint()) for controller in controllers]
 
 
 def test_a_fresh_process_reaches_the_same_fingerprint():
@@ -321,11 +308,6 @@ def test_the_fingerprint_tells_what_differs():
     assert differing_fields(reference, edited(phase="probe")) == {"phase"}
 
 
-def test_loading_another_models_state_is_refused():
-    with pytest.raises(ValueError, match="6 layers, this model has 5"):
-        make(5).load_state_dict(make(6).state_dict())
-
-
 def test_a_changed_method_keeps_counters_and_scores_and_probes_only_if_it_must():
     uniform = make(sampler="uniform")
     advance(uniform, 9)
@@ -342,6 +324,8 @@ def test_a_changed_method_keeps_counters_and_scores_and_probes_only_if_it_must()
     static = make(sampler="static")
     static.load_state_dict(saved(cyclic))
     assert static.phase is Phase.TRAIN and static.scores == grass.scores
+    with pytest.raises(ValueError, match="6 layers, this model has 5"):
+        make(5).load_state_dict(saved(static))
     full = make(num_active_layers=6)
     full.load_state_dict(saved(static))
     assert full.active_layers == tuple(range(6)) and full.end_step(None) is None and full.step == 15
@@ -363,20 +347,6 @@ def test_leaving_a_method_amid_its_probing_starts_training(name):
     assert back.scores == (2.0,) * 6  # nothing of the abandoned probing is left in the means
 
 
-def test_the_room_imports_nothing_but_torch_and_the_standard_library():
-    allowed = {*sys.stdlib_module_names, "torch"}
-    files = sorted(Path(grass_ds.sampling.__file__).parent.glob("*.py"))
-    assert len(files) == 6
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0, file
-                modules = [node.module or ""]
-            for module in modules:
-                assert module.split(".")[0] in allowed or module.startswith("grass_ds.sampling."), (file.name, module)
-
-
 # ---- looking ahead --------------------------------------------------------------------------------------------------
 
 
@@ -384,13 +354,16 @@ def test_the_room_imports_nothing_but_torch_and_the_standard_library():
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name, reprobe):
     """Said one step before each draw of training and at no other time; wrong at most where a refresh shares the step
-    with the draw."""
-    controller = make(sampler=name, sample_period=2, refresh_period=6, reprobe_period=reprobe)
+    with the draw. Asking decides nothing."""
+    settings = {"sampler": name, "sample_period": 2, "refresh_period": 6, "reprobe_period": reprobe}
+    controller, unasked = make(**settings), make(**settings)
     told = wrong = 0
     for _ in range(80):
         upcoming, phase, step = controller.upcoming(), controller.phase, controller.step
         draws = controller.draws
-        advance(controller, 1)
+        assert controller.upcoming() == upcoming
+        assert advance(controller, 1) == advance(unasked, 1)
+        assert controller.fingerprint() == unasked.fingerprint()
         assert (upcoming is not None) == (phase is Phase.TRAIN and controller.draws > draws)
         if upcoming is not None:
             told += 1
@@ -400,13 +373,3 @@ def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name, reprobe)
     probings = controller.step // reprobe if reprobe and name == "grass" else 0
     assert told == (0 if name == "full" else controller.step // 2 - probings)
     assert wrong < told or not told
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_asking_what_is_upcoming_decides_nothing(name):
-    asked, unasked = make(sampler=name, sample_period=2), make(sampler=name, sample_period=2)
-    for _ in range(40):
-        asked.upcoming()
-        asked.upcoming()
-        assert advance(asked, 1) == advance(unasked, 1)
-        assert asked.fingerprint() == unasked.fingerprint()

@@ -89,17 +89,6 @@ def test_decoders(name, tied):
     )
 
 
-def test_resolving_refuses_kinds_that_are_not_there():
-    layers = discover_layers(Plain())
-    assert layers.resolve_always_active([]) == ()
-    assert layers.resolve_always_active(None) == ("other",)  # it has no final norm, and its head is the vocabulary's
-    with pytest.raises(
-        ValueError,
-        match=r"'norm', but this model has nothing of that kind.*'head' \(out.weight, out.bias\); 'other' \(scale",
-    ):
-        layers.resolve_always_active(["norm", "head"])
-
-
 class Block(nn.Module):
     def __init__(self, size=8, experts=2):
         super().__init__()
@@ -153,6 +142,11 @@ def test_a_plain_module_is_understood_by_its_structure():
         "other": ("scale", "project.weight", "project.bias"),
     }
     assert not layers.tied
+    assert layers.resolve_always_active([]) == ()
+    assert layers.resolve_always_active(None) == ("other",)  # it has no final norm, and its head is the vocabulary's
+    missing = r"'norm', but this model has nothing of that kind.*'head' \(out.weight, out.bias\); 'other' \(scale"
+    with pytest.raises(ValueError, match=missing):
+        layers.resolve_always_active(["norm", "head"])
 
 
 @pytest.mark.parametrize("model", [Named(vision=9, text=3), TwoTowers(vision=1, text=3)], ids=["named", "dominant"])
@@ -180,6 +174,10 @@ def test_comparable_stacks_are_refused_with_every_candidate_and_a_path_decides()
     assert discover_layers(model, "text.blocks").path == "text.blocks"
     chosen = discover_layers(model, "vision.encoder.blocks")
     assert chosen.outside["norm"] == ("vision.encoder.last_norm.weight", "vision.encoder.last_norm.bias")
+    for path in ("text.layers", "text", "tokens", "text.blocks.0", ""):
+        with pytest.raises(LayerDiscoveryError, match=r"text\.blocks: 3 blocks") as refusal:
+            discover_layers(model, path)
+        assert f"layers_path = {path!r}" in str(refusal.value)
 
 
 def test_a_path_may_name_one_of_several_stages():
@@ -188,14 +186,6 @@ def test_a_path_may_name_one_of_several_stages():
     assert layers.names == ("stages.1.blocks.0", "stages.1.blocks.1")
     assert layers.outside["norm"] == ("stages.1.last_norm.weight", "stages.1.last_norm.bias")
     assert everything(layers) == sorted(n for n, _ in model.named_parameters())
-
-
-@pytest.mark.parametrize("path", ["text.layers", "text", "tokens", "text.blocks.0", ""])
-def test_a_wrong_path_lists_the_candidates(path):
-    model = TwoTowers(vision=4, text=3)
-    with pytest.raises(LayerDiscoveryError, match=r"text\.blocks: 3 blocks") as refusal:
-        discover_layers(model, path)
-    assert f"layers_path = {path!r}" in str(refusal.value)
 
 
 def test_a_path_may_name_blocks_of_several_types_but_the_search_does_not_guess_them():
@@ -237,65 +227,54 @@ def test_parameters_shared_between_blocks_or_with_the_rest_are_refused():
     model.body[1].norm.weight = model.scale
     with pytest.raises(LayerDiscoveryError, match=r"shared by the modules outside the blocks and body\.1"):
         discover_layers(model)
-
-
-def test_parameters_shared_within_a_block_are_listed_once():
-    model = Plain()
+    model = Plain()  # within a block they are listed once
     model.body[0].experts[1].weight = model.body[0].experts[0].weight
-    layers = discover_layers(model)
-    assert everything(layers) == sorted(n for n, _ in model.named_parameters())
+    assert everything(discover_layers(model)) == sorted(n for n, _ in model.named_parameters())
 
 
-def test_frozen_parameters_are_found_all_the_same():
-    model = build("Llama", tied=False)
+def test_frozen_and_partitioned_parameters_are_found_all_the_same():
+    """ZeRO-3 leaves no elements of a parameter, and the truth in ``ds_shape`` and ``ds_numel``."""
+    model = TwoTowers(vision=1, text=5)
     expected = discover_layers(model)
     model.requires_grad_(False)
     assert discover_layers(model) == expected
-
-
-def test_partitioned_parameters_count_with_their_full_shape():
-    """What ZeRO-3 leaves of a parameter: no elements, the truth in ``ds_shape`` and ``ds_numel``."""
-    model = TwoTowers(vision=1, text=5)
-    expected = discover_layers(model)
     for parameter in model.parameters():
         parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
         parameter.data = torch.empty(0)
     assert discover_layers(model) == expected
 
 
-def task_model(name):
-    """(model, parameters that only a task gives it)."""
-    import transformers as hf
-
-    sizes = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    }
-    match name:
-        case "llama":
-            return hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes, num_labels=2)), {"score.weight"}
-        case "reward":
-            return hf.LlamaForSequenceClassification(hf.LlamaConfig(**sizes, num_labels=1)), {"score.weight"}
-        case "tokens":
-            model = hf.LlamaForTokenClassification(hf.LlamaConfig(**sizes, num_labels=5))
-            return model, {"score.weight", "score.bias"}
-        case "answers":
-            return hf.LlamaForQuestionAnswering(hf.LlamaConfig(**sizes)), {"qa_outputs.weight", "qa_outputs.bias"}
-        case "gpt2":
-            config = hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, num_labels=2)
-            return hf.GPT2ForSequenceClassification(config), {"score.weight"}
-    labels = int(name.rpartition("-")[2])
-    model = hf.BertForSequenceClassification(hf.BertConfig(**sizes, num_labels=labels))
-    return model, {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+GPT2_SIZES = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+LINEAR = {"score.weight"}
+POOLED = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
 
 
-@pytest.mark.parametrize("name", ["llama", "reward", "tokens", "answers", "gpt2", "bert-2", "bert-3"])
-def test_the_output_layers_of_a_task_model_are_its_head_and_train_by_default(name):
+@pytest.mark.parametrize(
+    ("family", "task", "labels", "own"),
+    [
+        ("Llama", "SequenceClassification", 2, LINEAR),
+        ("Llama", "SequenceClassification", 1, LINEAR),  # a reward model
+        ("Llama", "TokenClassification", 5, {"score.weight", "score.bias"}),
+        ("Llama", "QuestionAnswering", 2, {"qa_outputs.weight", "qa_outputs.bias"}),
+        ("GPT2", "SequenceClassification", 2, LINEAR),
+        ("Bert", "SequenceClassification", 2, POOLED),
+        ("Bert", "SequenceClassification", 3, POOLED),
+    ],
+)
+def test_the_output_layers_of_a_task_model_are_its_head_and_train_by_default(family, task, labels, own):
     """Whatever the number of labels: two make a classifier as large as BERT's table of token types."""
-    model, own = task_model(name)
+    import transformers
+
+    sizes = GPT2_SIZES if family == "GPT2" else SIZES
+    config = getattr(transformers, f"{family}Config")(**sizes, num_labels=labels)
+    model = getattr(transformers, f"{family}For{task}")(config)
     layers = discover_layers(model)
     assert set(layers.outside["head"]) == own
     assert not layers.tied and "other" not in layers.outside and "tower" not in layers.outside

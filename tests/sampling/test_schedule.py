@@ -12,6 +12,8 @@ def test_boundaries_lie_after_each_period():
     assert [n for n in range(1, 13) if schedule.refreshes_after(n)] == [6, 12]
     assert [n for n in range(1, 13) if schedule.reprobes_after(n)] == [5, 10]
     assert not any(Schedule(3, 4, 6).reprobes_after(n) for n in range(100))
+    smallest = Schedule(probe_steps=1, sample_period=1, refresh_period=1)
+    assert smallest.draws_after(1) and smallest.refreshes_after(1)
 
 
 @pytest.mark.parametrize("reprobe", [0, 1, 2, 5])
@@ -25,8 +27,3 @@ def test_probe_steps_within_counts_them_one_by_one(reprobe):
             left = 3 if schedule.reprobes_after(trained) else 0
         assert schedule.probe_steps_within(steps) == probed
     assert (reprobe == 0) == (probed == 3)
-
-
-def test_the_smallest_allowed_periods():
-    schedule = Schedule(probe_steps=1, sample_period=1, refresh_period=1)
-    assert schedule.draws_after(1) and schedule.refreshes_after(1)

@@ -11,23 +11,11 @@ def skeleton(text: str) -> str:
 
 
 def test_train_and_test_share_no_template() -> None:
+    assert TEMPLATES["train"].keys() == TEMPLATES["test"].keys() == KINDS.keys()
     train = {skeleton(template) for templates in TEMPLATES["train"].values() for template in templates}
     test = {skeleton(template) for templates in TEMPLATES["test"].values() for template in templates}
     assert len(train) == sum(map(len, TEMPLATES["train"].values()))
     assert not train & test
-
-
-def test_train_and_test_share_no_row() -> None:
-    train = {row["instruction"] for row in generate("train", 2000)}
-    assert not train & {row["instruction"] for row in generate("test", 400)}
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_templates_ask_with_every_number_once_in_order(split: str) -> None:
-    assert TEMPLATES[split].keys() == KINDS.keys()
-    for templates in TEMPLATES[split].values():
-        for template in templates:
-            assert re.findall(r"\{([abc])\}", template) == ["a", "b", "c"], template
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -47,7 +35,9 @@ def test_every_worked_answer_is_right(split: str) -> None:
 
 def test_rows_are_different_and_kinds_are_balanced() -> None:
     rows = generate("train", 500)
-    assert len({row["instruction"] for row in rows}) == 500
+    asked = {row["instruction"] for row in rows}
+    assert len(asked) == 500
+    assert not asked & {row["instruction"] for row in generate("test", 400)}
     multiplications = sum(" * " in row["output"] for row in rows)
     assert multiplications == 200  # two of the five kinds
 

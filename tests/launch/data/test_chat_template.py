@@ -32,6 +32,15 @@ def pieces(tokenizer: PreTrainedTokenizerBase, row: Row, kind: str = "auto") -> 
     return names(ids), names([label for label in labels if label != IGNORED_LABEL])
 
 
+def trained_text(tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+    _, labels = Template.choose(tokenizer).encode(row)
+    return str(tokenizer.decode([label for label in labels if label != IGNORED_LABEL]))
+
+
+def answers_of(row: Row) -> list[str]:
+    return [message["content"] for message in conversation(row) if message["role"] == "assistant"]
+
+
 def by_the_tokenizer(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
     """The tokenizer's own tokens of a conversation."""
     return list(tokenizer.apply_chat_template(conversation(row), tokenize=True, return_dict=False))
@@ -48,19 +57,21 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("row", [CAPITAL, TWO], ids=["one turn", "two turns"])
+@pytest.mark.parametrize(
+    "row",
+    [CAPITAL, TWO, chat(("assistant", "Paris"), ("user", "is"), ("assistant", "the"))],
+    ids=["one turn", "two turns", "answer first"],
+)
 def test_tokens_are_those_of_the_whole_conversation(family: str, row: Row) -> None:
     """But for the line break behind the last turn. Trained is each answer with the template's own end of turn."""
     tokenizer, end, behind = FAMILIES[family]
-    ids, labels = Template.choose(tokenizer).encode(row)
+    ids, _ = Template.choose(tokenizer).encode(row)
     whole = tokenizer.apply_chat_template(conversation(row), tokenize=False)
     assert whole.endswith(end + behind)
     assert ids == tokenizer(whole.removesuffix(behind), add_special_tokens=False)["input_ids"]
     assert by_the_tokenizer(tokenizer, row)[: len(ids)] == ids
-    answers = [message["content"] for message in conversation(row) if message["role"] == "assistant"]
-    trained = [label for label in labels if label != IGNORED_LABEL]
-    said = tokenizer.decode(trained).replace(" ", "")
-    assert said == "".join(answer + end.strip() for answer in answers)
+    trained = trained_text(tokenizer, row).replace(" ", "")
+    assert trained == "".join(answer + end.strip() for answer in answers_of(row))
 
 
 def test_the_first_trained_token_is_the_one_that_follows_the_prompt() -> None:
@@ -109,10 +120,9 @@ def test_a_token_across_the_border_is_trained() -> None:
 def test_characters_of_several_tokens_keep_their_place() -> None:
     for tokenizer in (tokenizers.byte_level(tokenizers.CHATML), tokenizers.sentencepiece(tokenizers.ZEPHYR)):
         row = {"instruction": "é 😀 \u0627", "output": "ü 😀!"}
-        ids, labels = Template.choose(tokenizer).encode(row)
+        ids, _ = Template.choose(tokenizer).encode(row)
         assert by_the_tokenizer(tokenizer, row)[: len(ids)] == ids
-        trained = tokenizer.decode([label for label in labels if label != IGNORED_LABEL])
-        assert trained == "ü 😀!" + tokenizer.eos_token
+        assert trained_text(tokenizer, row) == "ü 😀!" + tokenizer.eos_token
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
@@ -128,27 +138,12 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
 def test_a_pretrained_tokenizer() -> None:
     tokenizer = load_tokenizer("smollm2-135m")
     for row in (ROW, TWO, {**CAPITAL, "output": "\n\n  x = 1\n"}):
-        ids, labels = Template.choose(tokenizer).encode(row)
+        ids, _ = Template.choose(tokenizer).encode(row)
         assert by_the_tokenizer(tokenizer, row)[: len(ids)] == ids
-        answers = [message["content"] for message in conversation(row) if message["role"] == "assistant"]
-        trained = tokenizer.decode([label for label in labels if label != IGNORED_LABEL])
-        assert trained.lstrip("\n") == "".join(answer + "<|im_end|>" for answer in answers).lstrip("\n")
+        answers = "".join(answer + "<|im_end|>" for answer in answers_of(row))
+        assert trained_text(tokenizer, row).lstrip("\n") == answers.lstrip("\n")
     ids, labels = Template.choose(tokenizer).encode({"text": "A tale."})
     assert ids == labels == [*tokenizer("A tale.")["input_ids"], tokenizer.eos_token_id]
-
-
-@pytest.mark.parametrize("kind", ["chat", "plain"])
-def test_only_the_answer_is_trained_on(tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
-    template = Template.choose(tokenizer, kind)
-    ids, labels = template.encode(ROW)
-    prompt = template.prompt_ids(ROW)
-    assert ids[: len(prompt)] == prompt
-    assert labels[: len(prompt)] == [IGNORED_LABEL] * len(prompt)
-    assert labels[len(prompt) :] == ids[len(prompt) :]
-    assert tokenizer.decode(ids[len(prompt) :]).lstrip() == ROW["output"] + tokenizer.eos_token
-    assert ids == prompt + template.continuation(ROW, ROW["output"])[1] + [tokenizer.eos_token_id]
-    assert ROW["instruction"] in tokenizer.decode(prompt)
-    assert ROW["output"] not in tokenizer.decode(prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,14 +206,6 @@ def test_a_plain_conversation_begins_as_a_text_and_ends_once(kind: str) -> None:
         assert prompt == ids[: len(prompt)]
 
 
-@pytest.mark.parametrize("family", ["llama3", "llama2"])
-def test_a_chat_template_writes_its_own_beginning(family: str) -> None:
-    tokenizer = FAMILIES[family][0]
-    ids, _ = Template.choose(tokenizer).encode(CAPITAL)
-    assert ids.count(tokenizer.bos_token_id) == 1
-    assert ids[0] == Template.choose(tokenizer).prompt_ids(CAPITAL)[0] == tokenizer.bos_token_id
-
-
 @pytest.mark.parametrize(
     ("chat_template", "end", "break_"),
     [
@@ -248,18 +235,10 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_text() -> None:
 BARE = "{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}"
 
 
-@pytest.mark.parametrize(
-    "chat_template", [None, tokenizers.CHATML, BARE], ids=["plain", "chat", "chat without an end"]
-)
-def test_white_space_at_the_end_of_an_answer_is_trained(chat_template: str | None) -> None:
-    trained = pieces(tokenizers.byte_level(chat_template), {**CAPITAL, "output": "x\n  \n"})[1]
-    assert trained[-6:] == ["x", "Ċ", "Ġ", "Ġ", "Ċ", "<|im_end|>"]
-
-
-def test_text_is_trained_on_as_a_whole(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids, labels = Template.choose(tokenizer).encode({"text": "A tale of two layers."})
-    assert ids == labels
-    assert tokenizer.decode(ids) == "A tale of two layers." + tokenizer.eos_token
+def test_white_space_at_the_end_of_an_answer_is_trained() -> None:
+    for chat_template in (None, tokenizers.CHATML, BARE):
+        trained = pieces(tokenizers.byte_level(chat_template), {**CAPITAL, "output": "x\n  \n"})[1]
+        assert trained[-6:] == ["x", "Ċ", "Ġ", "Ġ", "Ċ", "<|im_end|>"]
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
@@ -314,10 +293,6 @@ def test_other_keys_of_a_message_reach_the_template_but_for_nothing() -> None:
     ]
     trained = "".join(pieces(tokenizers.byte_level(tokenizers.TOOLS), row)[1])
     assert trained == 'weather({"city":Ġ"Paris",Ġ"zip":Ġnull})<|im_end|>ItĠisĠ21.<|im_end|>'
-    with pytest.raises(ValueError, match="message 1 calls the tool 'weather', which the chat template leaves out"):
-        Template.choose(tokenizers.byte_level(tokenizers.CHATML)).encode(row)
-    with pytest.raises(ValueError, match="which the plain template leaves out"):
-        Template.choose(tokenizers.byte_level(None)).encode(row)
 
 
 def calling(arguments: Any, question: str = "w?", content: Any = None) -> Row:
@@ -328,16 +303,13 @@ def calling(arguments: Any, question: str = "w?", content: Any = None) -> Row:
 
 
 def trained_call(chat_template: str, row: Row) -> str:
-    tokenizer = tokenizers.byte_level(chat_template)
-    _, labels = Template.choose(tokenizer).encode(row)
-    return str(tokenizer.decode([label for label in labels if label != IGNORED_LABEL]))
+    return trained_text(tokenizers.byte_level(chat_template), row)
 
 
 PARIS = {"city": "Paris", "days": [1, 2.5], "é": True}
 PARIS_TEXT = '{"city": "Paris", "days": [1, 2.5], "é": true}'
 
 
-@pytest.mark.parametrize("arguments", [PARIS, json.dumps(PARIS), json.dumps(PARIS, indent=1)])
 @pytest.mark.parametrize(
     "written",
     [
@@ -347,12 +319,13 @@ PARIS_TEXT = '{"city": "Paris", "days": [1, 2.5], "é": true}'
         "{{ '' + c.function.arguments }}",
     ],
 )
-@pytest.mark.parametrize("question", ["w?", str(PARIS), PARIS_TEXT])
-def test_arguments_of_a_call_are_trained_as_json_written_once(written: str, arguments: Any, question: str) -> None:
+def test_arguments_of_a_call_are_trained_as_json_written_once(written: str) -> None:
     """Whether the file has an object or JSON text, and whichever of them the template expects."""
     chat_template = tokenizers.TOOLS.replace("{{ c.function.arguments | tojson }}", written)
-    assert trained_call(chat_template, calling(arguments, question)) == f"weather({PARIS_TEXT})<|im_end|>"
-    assert trained_call(chat_template, calling({}, question)) == "weather({})<|im_end|>"
+    for question in ("w?", str(PARIS), PARIS_TEXT):
+        for arguments in (PARIS, json.dumps(PARIS), json.dumps(PARIS, indent=1)):
+            assert trained_call(chat_template, calling(arguments, question)) == f"weather({PARIS_TEXT})<|im_end|>"
+        assert trained_call(chat_template, calling({}, question)) == "weather({})<|im_end|>"
 
 
 def test_a_conversation_may_end_with_a_call_alone() -> None:
@@ -367,10 +340,9 @@ def test_a_conversation_may_end_with_a_call_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-@pytest.mark.parametrize("question", ["w?", "Ask weather"])
-def test_a_call_that_is_left_out_is_refused_though_its_tool_is_named_elsewhere(kind: str, question: str) -> None:
+def test_a_call_that_is_left_out_is_refused_though_its_tool_is_named_elsewhere(kind: str) -> None:
     with pytest.raises(ValueError, match=f"message 1 calls the tool 'weather', which the {kind} template leaves out"):
-        Template.choose(tokenizers.byte_level(tokenizers.CHATML), kind).encode(calling({}, question))
+        Template.choose(tokenizers.byte_level(tokenizers.CHATML), kind).encode(calling({}, "Ask weather"))
 
 
 def test_tools_that_a_row_offers_reach_the_template() -> None:
@@ -416,39 +388,18 @@ def test_special_tokens_in_what_a_user_writes_are_the_tokenizers_affair() -> Non
 # ---- templates that refuse, or rewrite -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_answer_may_come_first(family: str) -> None:
-    tokenizer = FAMILIES[family][0]
-    row = chat(("assistant", "Paris"), ("user", "is"), ("assistant", "the"))
-    ids, labels = Template.choose(tokenizer).encode(row)
-    assert by_the_tokenizer(tokenizer, row)[: len(ids)] == ids
-    trained = tokenizer.decode([label for label in labels if label != IGNORED_LABEL]).replace(" ", "")
-    end = FAMILIES[family][1].strip()
-    assert trained == f"Paris{end}the{end}"
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        chat(("system", "s"), ("user", "u"), ("assistant", "a")),
-        chat(("assistant", "a"), ("user", "u"), ("assistant", "b")),
-    ],
-    ids=["a role", "assistant first"],
-)
-def test_a_template_that_refuses_is_quoted(row: Row) -> None:
+def test_a_template_that_refuses_is_quoted() -> None:
     template = Template.choose(tokenizers.byte_level(tokenizers.GEMMA, bos="<bos>", eos="<eos>"))
-    with pytest.raises(
-        ValueError, match=r"chat template refuses.*: Conversation roles must alternate.*--template plain"
-    ):
-        template.encode(row)
+    refused = r"chat template refuses.*: Conversation roles must alternate.*--template plain"
+    for first in ("system", "assistant"):
+        with pytest.raises(ValueError, match=refused):
+            template.encode(chat((first, "s"), ("user", "u"), ("assistant", "a")))
 
 
-@pytest.mark.parametrize(
-    "body", ["{{ messages.nothing.at_all }}", "{{ 1 + 'a' }}", "{{ messages[9]['role'] + 'a' }}", "{% for %}"]
-)
-def test_whatever_a_template_raises_is_a_mistake_of_the_user(body: str) -> None:
-    with pytest.raises(ValueError, match="the chat template refuses the conversation: "):
-        Template.choose(tokenizers.byte_level(body)).encode(CAPITAL)
+def test_whatever_a_template_raises_is_a_mistake_of_the_user() -> None:
+    for body in ("{{ messages.nothing.at_all }}", "{{ 1 + 'a' }}", "{{ messages[9]['role'] + 'a' }}", "{% for %}"):
+        with pytest.raises(ValueError, match="the chat template refuses the conversation: "):
+            Template.choose(tokenizers.byte_level(body)).encode(CAPITAL)
 
 
 def test_an_earlier_turn_that_the_template_rewrites_is_not_trained() -> None:

@@ -90,19 +90,13 @@ def test_arguments_that_are_json_text_become_the_object(text: str) -> None:
     assert read == {**bare, "tool_calls": [{"name": "f", "arguments": ARGUMENTS}]}
 
 
-def test_a_call_may_have_no_arguments() -> None:
+def test_a_call_may_have_no_arguments_and_no_words() -> None:
     assert filled({"messages": [USER, calls(arguments="")]})["messages"][1] == calls(arguments={})
     bare = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     assert filled({"messages": [USER, bare]})["messages"][1] == bare
-
-
-def test_the_last_message_may_be_a_call_without_words() -> None:
     for content in (None, "", " "):
         last = {**calls(arguments={"x": 1}), "content": content}
         assert filled({"messages": [USER, last]})["messages"] == [USER, last]
-
-
-def test_an_empty_list_of_calls_is_left_out() -> None:
     messages = [{**USER, "tool_calls": []}, {**ASSISTANT, "tool_calls": []}]
     assert filled({"messages": messages})["messages"] == [USER, ASSISTANT]
 
@@ -112,11 +106,11 @@ def test_text_parts_become_one_text() -> None:
     assert from_json(text)["messages"] == [{"role": "user", "content": "a b1.50"}, ASSISTANT]
 
 
-@pytest.mark.parametrize("names", [("Human", "GPT"), ("USER", "Assistant"), ("user ", " Model")])
-@pytest.mark.parametrize("keys", [("from", "value"), ("role", "content")])
-def test_roles_are_known_however_they_are_written(names: tuple[str, str], keys: tuple[str, str]) -> None:
-    messages = [dict(zip(keys, turn, strict=True)) for turn in zip(names, "qa", strict=True)]
-    assert filled({"messages": messages})["messages"] == [USER, ASSISTANT]
+def test_roles_are_known_however_they_are_written() -> None:
+    for keys in (("from", "value"), ("role", "content")):
+        for names in (("Human", "GPT"), ("USER", "Assistant"), ("user ", " Model")):
+            messages = [dict(zip(keys, turn, strict=True)) for turn in zip(names, "qa", strict=True)]
+            assert filled({"messages": messages})["messages"] == [USER, ASSISTANT]
     assert filled({"messages": [{"role": "Critic", "content": "c"}, ASSISTANT]})["messages"][0]["role"] == "Critic"
 
 
@@ -160,19 +154,10 @@ def test_json_values_become_their_text(literal: str, text: str) -> None:
     ] == [USER, {"role": "assistant", "content": text}]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (5, "5"),
-        (0.5, "0.5"),
-        (True, "true"),
-        (Decimal("1.50"), "1.50"),
-        (datetime.date(2024, 1, 5), "2024-01-05"),
-        ("é".encode(), "é"),
-    ],
-)
-def test_values_of_a_table_become_text(value: Any, text: str) -> None:
-    assert filled({"instruction": "q", "output": value})["output"] == text
+def test_values_of_a_table_become_text() -> None:
+    texts = {5: "5", 0.5: "0.5", True: "true", Decimal("1.50"): "1.50", "é".encode(): "é"}
+    for value, text in {**texts, datetime.date(2024, 1, 5): "2024-01-05"}.items():
+        assert filled({"instruction": "q", "output": value})["output"] == text
 
 
 @pytest.mark.parametrize(
@@ -282,11 +267,13 @@ def test_messages_that_cannot_be_used_are_named(messages: Any, expected: str) ->
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "maximum": 3}}}
 
 
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
-def test_the_tools_that_a_conversation_offers_are_kept(tools: Any) -> None:
-    row = row_of({"messages": [USER, ASSISTANT], "tools": tools})
-    assert json.loads(row["tools"]) == [TOOL]
-    assert offered_tools(row) == (TOOL,)
+def test_the_tools_that_a_conversation_offers_are_kept() -> None:
+    for tools in ([TOOL], json.dumps([TOOL])):
+        row = row_of({"messages": [USER, ASSISTANT], "tools": tools})
+        assert json.loads(row["tools"]) == [TOOL]
+        assert offered_tools(row) == (TOOL,)
+    for nothing in (None, "", []):
+        assert row_of({"messages": [USER, ASSISTANT], "tools": nothing})["tools"] is None
 
 
 def test_what_is_null_in_calls_and_schemas_is_null_for_the_template() -> None:
@@ -296,11 +283,6 @@ def test_what_is_null_in_calls_and_schemas_is_null_for_the_template() -> None:
     row = next(iter(datasets.Dataset.from_list([columns_of(row_of(parse_json(text)))], features=FEATURES)))
     assert offered_tools(row) == (schema,)
     assert conversation(row)[-1]["tool_calls"][0]["function"]["arguments"] == {"x": None, "y": [None]}
-
-
-@pytest.mark.parametrize("tools", [None, "", []])
-def test_no_tools_are_none(tools: Any) -> None:
-    assert row_of({"messages": [USER, ASSISTANT], "tools": tools})["tools"] is None
 
 
 @pytest.mark.parametrize(("tools", "said"), [("{", "not JSON"), ({"f": 1}, "an object"), ([1], "a list")])

@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -13,7 +12,6 @@ from helpers import tokenizers
 from helpers.programs import in_memory, torchrun, train
 from transformers import PreTrainedTokenizerBase
 
-from launch.arguments import DataArguments
 from launch.data import preview
 from launch.data.chat_template import IGNORED_LABEL, Template
 from launch.data.tokenization import tokenize
@@ -51,11 +49,13 @@ def test_spaces_at_the_start_of_a_piece_are_shown() -> None:
     ]
 
 
-def test_control_characters_are_escaped() -> None:
+def test_control_characters_are_escaped_and_what_a_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(CHATML, {"instruction": "\x1b[31mred\x07\r\tend\u202e", "output": "ü 😀"})
     assert "  given | \\x1b[31mred\\x07\\r" in lines
     assert "  given | \\tend\\u202e<|im_end|>\\n" in lines
     assert lines[-1] == "trained | ü 😀<|im_end|>"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert "trained | \\xfc \\U0001f600<|im_end|>" in preview.show(CHATML, encoded({**ROW, "output": "ü 😀"}), 1)
 
 
 def test_a_long_row_is_shortened_in_the_middle() -> None:
@@ -94,16 +94,6 @@ def test_the_first_rows_are_shown() -> None:
     assert "row 3 of 3" not in text
     assert text.splitlines()[-1] == "all 3 training rows: 76 tokens, 16 of them trained (21.1%)"
     assert "row 3 of 3" in preview.show(CHATML, rows, 99)
-
-
-def test_a_terminal_without_the_characters_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    assert "trained | \\xfc \\U0001f600<|im_end|>" in preview.show(CHATML, encoded({**ROW, "output": "ü 😀"}), 1)
-
-
-def test_the_help_of_inspect_says_that_the_model_is_not_looked_at() -> None:
-    told = {field.name: field.metadata.get("help", "") for field in fields(DataArguments)}["inspect"]
-    assert "The model is not looked at: whether it has all of the tokens is checked when training begins." in told
 
 
 @pytest.mark.dist

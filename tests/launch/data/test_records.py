@@ -27,32 +27,17 @@ def lines(rows: list[Any]) -> str:
 # ---- json -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        lines(ROWS),
-        "\n" + lines(ROWS).replace("\n", "\r\n\r\n"),
-        lines(ROWS).rstrip(),
-        json.dumps(ROWS),
-        json.dumps(ROWS, indent=2),
-        json.dumps({"version": "1", "data": ROWS}, indent=1),
-        json.dumps({"instruction": ["q0", "q1", "q2"], "output": ["a0", "a1", "a2"]}, indent=1),
-    ],
-)
-def test_rows_may_be_lines_a_list_wrapped_or_columns(tmp_path: Path, name: str, text: str) -> None:
-    assert values(tmp_path, name, text) == ROWS
+WRAPPED = {"version": "1", "data": ROWS}
+COLUMNS = {"instruction": ["q0", "q1", "q2"], "output": ["a0", "a1", "a2"]}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        json.dumps({"version": "1", "data": ROWS}),
-        json.dumps({"instruction": ["q0", "q1", "q2"], "output": ["a0", "a1", "a2"]}),
-    ],
-)
-def test_the_only_line_of_a_json_file_may_hold_all_rows(tmp_path: Path, text: str) -> None:
-    assert values(tmp_path, "a.json", text) == ROWS
+def test_rows_may_be_lines_a_list_wrapped_or_columns(tmp_path: Path) -> None:
+    texts = [lines(ROWS), "\n" + lines(ROWS).replace("\n", "\r\n\r\n"), lines(ROWS).rstrip(), json.dumps(ROWS)]
+    texts += [json.dumps(whole, indent=1) for whole in (ROWS, WRAPPED, COLUMNS)]
+    for text in texts:
+        assert values(tmp_path, "a.json", text) == values(tmp_path, "a.jsonl", text) == ROWS
+    for whole in (WRAPPED, COLUMNS):  # in a single line, which in .jsonl would be one row
+        assert values(tmp_path, "a.json", json.dumps(whole)) == ROWS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL"])
@@ -151,8 +136,7 @@ def test_a_csv_value_is_the_text_that_the_file_holds(tmp_path: Path) -> None:
     assert [row["input"] for row in read] == texts
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.CSV"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", "\t"), ("a.tsv", ","), ("a.CSV", ";"), ("a.csv", ",")])
 def test_the_header_tells_the_delimiter(tmp_path: Path, name: str, delimiter: str) -> None:
     rows = [["instruction", "output"], ["q: a.b", "a"], ['"x,y;z\tw"', '"say ""b"""']]
     read = values(tmp_path, name, "\n".join(delimiter.join(row) for row in rows))

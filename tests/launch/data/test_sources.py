@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -41,21 +40,24 @@ def test_a_file_of_each_kind_gives_its_rows(tmp_path: Path, ending: str) -> None
     assert len(splits["test"]) == 2  # a tenth is held out
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "A.JSONL.GZ", "a.json.zst", "a.JSONL"])
-def test_packed_files_and_upper_case_endings_are_read(tmp_path: Path, name: str) -> None:
-    packing = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix.lower())
-    with pa.output_stream(str(tmp_path / name), compression=packing) as stream:
-        stream.write(b'{"instruction": "q", "output": 1.50}\n{"instruction": "r", "output": "a"}\n')
-    assert load_splits(str(tmp_path / name))["train"].rows["output"] == ["1.50", "a"]
+TABLE, LINE = "instruction{0}output\ncafé{0}02134\n", '{"instruction": "café", "output": "02134"}\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "delimiter"), [("a.csv.gz", ","), ("a.TSV.zst", "\t"), ("a.tsv", "\t"), ("a.CSV", ";")]
+    ("name", "content"),
+    [
+        *((name, LINE) for name in ("a.jsonl.gz", "A.JSONL.GZ", "a.json.zst", "a.JSONL")),
+        ("a.csv.gz", TABLE.format(",")),
+        ("a.TSV.zst", TABLE.format("\t")),
+        ("a.CSV", TABLE.format(";")),
+    ],
 )
-def test_packed_tables_are_read(tmp_path: Path, name: str, delimiter: str) -> None:
+def test_packed_files_and_upper_case_endings_are_read_in_their_encoding(
+    tmp_path: Path, name: str, content: str
+) -> None:
     packing = {".gz": "gzip", ".zst": "zstd"}.get(Path(name).suffix.lower())
     with pa.output_stream(str(tmp_path / name), compression=packing) as stream:
-        stream.write(f"instruction{delimiter}output\ncafé{delimiter}02134\n".encode("utf-16-le"))
+        stream.write(content.encode("utf-16-le"))
     rows = load_splits(str(tmp_path / name), encoding="utf-16-le")["train"].rows
     assert (rows[0]["instruction"], rows[0]["output"]) == ("café", "02134")
 
@@ -90,53 +92,30 @@ def test_mistakes_name_file_row_and_fields(tmp_path: Path, name: str, content: s
         load_splits(str(tmp_path / name))
 
 
-@pytest.mark.parametrize(
-    "source", ["./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "rows.JSONL.gz", "builtin:poetry"]
-)
-def test_a_missing_source_is_named(source: str) -> None:
-    with pytest.raises(ValueError, match=source):
-        load_splits(source)
-
-
-def test_an_unknown_encoding_is_refused_before_anything_is_read() -> None:
+def test_a_missing_source_or_encoding_is_named() -> None:
+    for source in ("./nowhere", "/no/such/rows.jsonl", "rows.jsonl", "rows.JSONL.gz", "builtin:poetry"):
+        with pytest.raises(ValueError, match=source):
+            load_splits(source)
     with pytest.raises(ValueError, match="--encoding 'utf-9': no such text encoding; use for example utf-8"):
         load_splits("rows.csv", encoding="utf-9")
 
 
-def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+def test_rows_are_read_anew_when_the_file_or_the_program_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for count in (1, 2):
         write(path, numbered(count))
         assert len(load_splits(str(path))["train"]) == count
+    before = {load_splits(str(path))["train"].rows._fingerprint for _ in range(2)}
+    assert len(before) == 1
+    for module in (row_table, text_files, records, formats, values, messages):
+        changed = tmp_path / "changed.py"
+        changed.write_bytes(Path(str(module.__file__)).read_bytes() + b"# changed")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(module, "__file__", str(changed))
+            assert load_splits(str(path))["train"].rows._fingerprint not in before, module
 
 
-@pytest.mark.parametrize("module", [row_table, text_files, records, formats, values, messages])
-def test_rows_are_read_anew_when_the_program_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
-) -> None:
-    path = str(write(tmp_path / "rows.jsonl", numbered(1)))
-    before = [load_splits(path)["train"].rows._fingerprint for _ in range(2)]
-    changed = tmp_path / "changed.py"
-    changed.write_bytes(Path(str(module.__file__)).read_bytes() + b"# changed")
-    monkeypatch.setattr(module, "__file__", str(changed))
-    assert len({*before, load_splits(path)["train"].rows._fingerprint}) == 2
-
-
-def test_a_part_that_is_no_text_is_named_with_its_file_and_row(tmp_path: Path) -> None:
-    image = [{"type": "text", "text": "q"}, {"type": "image", "url": "x"}]
-    rows = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]}
-        for text in ("q", image)
-    ]
-    path = write(tmp_path / "rows.jsonl", rows)
-    expected = (
-        rf"^{path}: row 1 \(line 2\) has message 0 of messages, which has a part 1 of type 'image'; only parts of"
-    )
-    with pytest.raises(ValueError, match=expected):
-        load_splits(str(path))
-
-
-# ---- places ---------------------------------------------------------------------------------------------------------
+# ---- where a row is named ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ending", "line"), [(".jsonl", " (line 96)"), (".csv", " (line 97)"), (".parquet", "")])
@@ -156,6 +135,9 @@ def test_a_row_of_several_files_is_counted_in_its_own(tmp_path: Path) -> None:
     splits = load_splits(str(tmp_path))
     assert splits["train"].where(10) == f"{tmp_path}/train-1-of-3.jsonl: row 0 (line 1)"
     assert splits["test"].where(2) == f"{tmp_path}/train-2-of-3.jsonl: row 11 (line 12)"
+    write(tmp_path / "train-1-of-3.jsonl", [ROW, {"instruction": "q", "output": ""}])
+    with pytest.raises(ValueError, match=r"train-1-of-3\.jsonl: row 1 \(line 2\) has no text in output"):
+        load_splits(str(tmp_path))
 
 
 def test_a_row_that_no_file_holds_is_named_by_its_source(tmp_path: Path) -> None:
@@ -198,11 +180,6 @@ def test_a_folder_or_dataset_given_as_test_data_needs_test_rows(tmp_path: Path) 
         load_measured(str(tmp_path), "dev")
 
 
-def test_nothing_is_held_out_where_the_test_rows_come_from_elsewhere(tmp_path: Path) -> None:
-    path = str(write(tmp_path / "rows.jsonl", numbered(40)))
-    assert {name: len(rows) for name, rows in load_splits(path, hold_out=False).items()} == {"train": 40}
-
-
 def test_the_summary_counts_what_is_trained_on_measured_and_held_out(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", numbered(40))
     splits = load_splits(str(path))
@@ -223,15 +200,10 @@ def test_the_summary_counts_what_is_trained_on_measured_and_held_out(tmp_path: P
 
 @pytest.mark.parametrize("name", ["test", "validation", "valid", "val", "dev", "eval", "Test"])
 def test_a_folder_with_train_and_test_is_recognised(tmp_path: Path, name: str) -> None:
-    write(tmp_path / "train.jsonl", [ROW] * 3)
     write(tmp_path / f"{name}.jsonl", [ROW] * 2)
-    splits = load_splits(str(tmp_path))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2}
-
-
-def test_a_folder_may_hold_test_rows_only(tmp_path: Path) -> None:
-    write(tmp_path / "test.jsonl", [ROW] * 2)
     assert list(load_splits(str(tmp_path))) == ["test"]
+    write(tmp_path / "train.jsonl", [ROW] * 3)
+    assert {name: len(rows) for name, rows in load_splits(str(tmp_path)).items()} == {"train": 3, "test": 2}
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
@@ -255,13 +227,6 @@ def test_parts_of_a_split_are_read_in_order(tmp_path: Path) -> None:
     assert len(splits["test"]) == 1
     (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(ValueError, match=r"train has 3 parts, but part \[1\] is not there"):
-        load_splits(str(tmp_path))
-
-
-def test_a_row_of_a_part_is_named_by_its_own_file(tmp_path: Path) -> None:
-    for index, row in enumerate([ROW, {"instruction": "q", "output": ""}]):
-        write(tmp_path / f"train-{index}-of-2.jsonl", [ROW, row])
-    with pytest.raises(ValueError, match=r"train-1-of-2\.jsonl: row 1 \(line 2\) has no text in output"):
         load_splits(str(tmp_path))
 
 

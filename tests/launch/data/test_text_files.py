@@ -57,18 +57,13 @@ def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path: Path) -> Non
         read(tmp_path / "a.csv")
 
 
-def test_a_wrong_encoding_is_said_to_be_wrong(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"q,a")
-    with pytest.raises(ValueError, match=r"a\.csv: not text in utf-16.*say how the file is encoded"):
-        read(tmp_path / "a.csv", "utf-16")
-
-
 @pytest.mark.parametrize(
     ("content", "encoding", "remedy"),
     [
         (b"caf\xe9", "utf-8", "for example latin-1, cp1252 or utf-16"),
         (b"caf\x81", "cp1252", "for example latin-1, utf-16 or utf-8"),
         (b"caf\x81", "Windows-1252", "for example latin-1, utf-16 or utf-8"),
+        (b"q,a", "utf-16", "for example utf-16-le or utf-16-be"),
         ("q,a".encode("utf-16-be"), "utf-16", "for example utf-16-le or utf-16-be"),
         (b"\xff\xfeq", "utf-16-be", "its byte order mark says this encoding: write the file again"),
     ],
@@ -77,29 +72,22 @@ def test_the_encoding_that_did_not_fit_is_not_proposed(
     tmp_path: Path, content: bytes, encoding: str, remedy: str
 ) -> None:
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=f"{remedy}$"):
+    with pytest.raises(ValueError, match=rf"a\.csv: not text in .*{remedy}$"):
         read(tmp_path / "a.csv", encoding)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl"])
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
-def test_compression_is_seen_in_the_bytes(tmp_path: Path, name: str, compression: str) -> None:
-    text = TEXT * 100_000
-    with pa.output_stream(str(tmp_path / name), compression=compression) as stream:
-        stream.write(text.encode())
-    assert read(tmp_path / name) == text
-    (tmp_path / name).write_text(TEXT)
-    assert read(tmp_path / name) == TEXT  # packed in name only
-
-
-@pytest.mark.parametrize("compression", ["gzip", "zstd"])
-def test_a_cut_archive_is_refused(tmp_path: Path, compression: str) -> None:
-    path = tmp_path / "a.jsonl.gz"
-    with pa.output_stream(str(path), compression=compression) as stream:
-        stream.write("".join(f"{index} {index**3}\n" for index in range(10_000)).encode())
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: the compressed file is broken or cut off: .*copy or pack"):
-        read(path)
+def test_compression_is_seen_in_the_bytes_and_a_cut_archive_is_refused(tmp_path: Path, compression: str) -> None:
+    text = "".join(f"{index} {index**3}\n" for index in range(10_000))
+    for path in (tmp_path / name for name in ("a.jsonl.gz", "a.jsonl.zst", "a.jsonl")):
+        with pa.output_stream(str(path), compression=compression) as stream:
+            stream.write(text.encode())
+        assert read(path) == text
+        path.write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(ValueError, match=rf"{path}: the compressed file is broken or cut off: .*copy or pack"):
+            read(path)
+        path.write_text(TEXT)
+        assert read(path) == TEXT  # packed in name only
 
 
 def test_archives_in_several_parts_are_read_to_the_end(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from helpers import tokenizers
+from helpers import programs, tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from launch import distributed
@@ -21,7 +21,7 @@ ROW = {"instruction": "What is 2 and 3?", "output": "2 + 3 = 5. The answer is 5.
 
 
 def in_memory(*rows: dict[str, Any]) -> Rows:
-    return Rows("memory", datasets.Dataset.from_list(list(rows)))
+    return programs.in_memory(rows)
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, example: dict[str, list[int]]) -> str:
@@ -29,18 +29,6 @@ def trained_text(tokenizer: PreTrainedTokenizerFast, example: dict[str, list[int
 
 
 # ---- length ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_long_prompt_loses_its_start_and_keeps_the_answer(
-    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
-    long = {**ROW, "instruction": "word " * 300}
-    with caplog.at_level(logging.WARNING):
-        encoded = tokenize(in_memory(ROW, long), Template.choose(tokenizer), 64)
-    assert "1 of 2 rows cut to 64 tokens: 1 lost the start of the prompt" in caplog.text
-    assert len(encoded[1]["input_ids"]) == len(encoded[1]["labels"]) == 64
-    assert trained_text(tokenizer, encoded[1]) == ROW["output"] + tokenizer.eos_token
-    assert len(encoded[0]["input_ids"]) < 64
 
 
 def test_a_long_answer_is_an_error_or_left_out(
@@ -57,11 +45,6 @@ def test_a_long_answer_is_an_error_or_left_out(
     assert "2 of 3 rows left out" in caplog.text
     with pytest.raises(ValueError, match="no row is left"):
         tokenize(in_memory(rows.rows[1]), template, 64, "drop")
-
-
-def test_long_text_loses_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoded = tokenize(in_memory({"text": "one two " * 100}), Template.choose(tokenizer), 16)
-    assert encoded[0]["input_ids"] == encoded[0]["labels"] == tokenizer("one two " * 100)["input_ids"][:16]
 
 
 def test_collator_pads_to_a_multiple_of_eight() -> None:
@@ -90,15 +73,19 @@ def turns(*contents: str, system: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize(
     "tokenizer", [LLAMA3, LLAMA2], ids=["system in a turn of its own", "system in the user's turn"]
 )
-def test_a_cut_prompt_keeps_beginning_system_prompt_and_openings(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_cut_prompt_keeps_beginning_system_prompt_and_openings(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
     """It is what the tokenizer makes of the conversation whose prompt has lost its start."""
     row = turns("0123456789" * 5, "Paris", system="Be brief.")
     template = Template.choose(tokenizer)
     length = len(template.encode(row)[0])
     for cut in (1, 13, 49):
-        found = tokenize(in_memory(row), template, length - cut)[0]
+        with caplog.at_level(logging.WARNING):
+            found = tokenize(in_memory(row, turns("a", "b")), template, length - cut)
+        assert f"1 of 2 rows cut to {length - cut} tokens: 1 lost the start of the prompt" in caplog.text
         expected = template.encode(turns(("0123456789" * 5)[cut:], "Paris", system="Be brief."))
-        assert (found["input_ids"], found["labels"]) == expected
+        assert (found[0]["input_ids"], found[0]["labels"]) == expected
     with pytest.raises(ValueError, match="1 of 1 answers are longer than"):
         tokenize(in_memory(row), template, length - 51)
 
@@ -168,6 +155,7 @@ def test_long_text_keeps_its_beginning(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING):
         found = tokenize(in_memory({"text": "the capital " * 9}, {"text": "is"}), Template.choose(LLAMA2), 8)
     assert found[0]["input_ids"] == LLAMA2("the capital " * 9)["input_ids"][:8]
+    assert found[0]["labels"][1:] == found[0]["input_ids"][1:]
     assert found[1]["input_ids"] == [*LLAMA2("is")["input_ids"], LLAMA2.eos_token_id]
     assert "1 of 2 rows cut to 8 tokens: 1 lost the end of the text" in caplog.text
 
@@ -225,16 +213,6 @@ def test_every_rank_is_told_of_the_row_that_the_template_refuses(two_ranks: Any,
     )
 
 
-def test_a_part_that_is_not_text_is_named() -> None:
-    image = turns("u", "a")
-    image["messages"][0]["content"] = [{"type": "image", "url": "x"}]
-    text = turns("u", "a")
-    text["messages"] = [{**message, "content": [{"type": "text", "text": "t"}]} for message in text["messages"]]
-    image["messages"][1]["content"] = text["messages"][1]["content"]
-    with pytest.raises(ValueError, match=r"memory: row 1: message 0 has a part 0 of type 'image'"):
-        tokenize(in_memory(text, image), Template.choose(LLAMA3), 512)
-
-
 def test_a_row_is_named_as_it_is_counted_in_its_file(tmp_path: Path) -> None:
     """Also where it is held out, or stands in one file of several."""
     template = Template.choose(tokenizers.byte_level(tokenizers.GEMMA, bos="<bos>", eos="<eos>"))
@@ -276,19 +254,16 @@ def test_cached_tokens_are_those_of_these_settings(tmp_path: Path) -> None:
         return row["input_ids"], row["labels"]
 
     chatml = tokenizers.byte_level(tokenizers.CHATML)
-    for _ in range(2):
-        assert made(chatml) == Template.choose(chatml).encode(rows.rows[0])
-        assert made(chatml, "plain") == Template.choose(chatml, "plain").encode(rows.rows[0])
-        assert made(LLAMA2) == Template.choose(LLAMA2).encode(rows.rows[0])
-        assert len(made(chatml, length=64)[0]) == 64
-    before = tokenization._fingerprint(rows, Template.choose(chatml), 512)
-    assert before == tokenization._fingerprint(rows, Template.choose(tokenizers.byte_level(tokenizers.CHATML)), 512)
     others = [
-        (Template.choose(chatml, "plain"), 512),
-        (Template.choose(chatml), 511),
-        (Template.choose(tokenizers.byte_level(tokenizers.REASONING)), 512),
-        (Template.choose(tokenizers.byte_level(tokenizers.CHATML, eos="<eos>")), 512),
-        (Template.choose(tokenizers.byte_level(tokenizers.CHATML, bos="<bos>")), 512),
-        (Template.choose(tokenizers.byte_level(tokenizers.CHATML, merges=(("a", "b"),))), 512),
+        tokenizers.byte_level(tokenizers.CHATML),
+        tokenizers.byte_level(tokenizers.REASONING),
+        tokenizers.byte_level(tokenizers.CHATML, eos="<eos>"),
+        tokenizers.byte_level(tokenizers.LLAMA3, bos="<bos>"),
+        tokenizers.byte_level(tokenizers.CHATML, merges=(("a", "r"),)),
+        LLAMA2,
     ]
-    assert len({before, *(tokenization._fingerprint(rows, *other) for other in others)}) == len(others) + 1
+    for _ in range(2):
+        for tokenizer in (chatml, *others):
+            assert made(tokenizer) == Template.choose(tokenizer).encode(rows.rows[0])
+        assert made(chatml, "plain") == Template.choose(chatml, "plain").encode(rows.rows[0])
+        assert len(made(chatml, length=64)[0]) == 64

@@ -91,15 +91,7 @@ def test_extract_number(text: str, number: float | None) -> None:
         ("The answer is 60%", "0.6", False),
         ("The answer is 4.", "**4**", True),
         ("no number", "3", False),
-    ],
-)
-def test_numbers_are_compared_by_value(text: str, reference: str, right: bool) -> None:
-    assert is_correct(text, reference) is right
-
-
-@pytest.mark.parametrize(
-    ("text", "reference", "right"),
-    [
+        # words are compared whole
         ("the correct answer is answer3", "answer3", True),
         ("the correct answer is answer2.", "answer3", False),
         ("The answer is True.", "true", True),
@@ -111,6 +103,8 @@ def test_numbers_are_compared_by_value(text: str, reference: str, right: bool) -
         ("The answer is New.", "New York", False),
         ("The answer is Paris, France.", "Paris", False),
         ("The answer is St. Louis.", "St. Louis", True),
+        ("\u6771\u4eac\u3002", "\u6771\u4eac", True),
+        ("The answer is \u6771\u4eac\u3002\u5927\u304d\u3044\u3002", "\u6771\u4eac", True),
         ("The answer is U.S.A.", "U.S.A.", True),
         ('The answer is "C++".', "C++", True),
         ("The answer is 3:30.", "3:30", True),
@@ -131,7 +125,7 @@ def test_numbers_are_compared_by_value(text: str, reference: str, right: bool) -
         (r"$\boxed{\text{New York}}$", "New York", True),
     ],
 )
-def test_words_are_compared_whole(text: str, reference: str, right: bool) -> None:
+def test_numbers_are_compared_by_value_and_words_whole(text: str, reference: str, right: bool) -> None:
     assert is_correct(text, reference) is right
 
 
@@ -149,56 +143,32 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "said", ["{}", "{}.", "The answer is {}.", "The answer is {} because it is so.", "Answer: {}"]
-)
 @pytest.mark.parametrize(("name", "other"), NAMES)
-def test_a_name_with_full_stops_is_one_answer(said: str, name: str, other: str) -> None:
-    assert is_correct(said.format(name), name)
-    assert not is_correct(said.format(other), name)
-    assert not is_correct(said.format(name.split()[0]), name) or " " not in name
+def test_a_name_with_full_stops_is_one_answer(name: str, other: str) -> None:
+    for said in ("{}", "{}.", "The answer is {}.", "The answer is {} because it is so.", "Answer: {}"):
+        assert is_correct(said.format(name), name)
+        assert not is_correct(said.format(other), name)
+        assert not is_correct(said.format(name.split()[0]), name) or " " not in name
 
 
-@pytest.mark.parametrize("text", ["a. ", "A. ", "x: "])
-def test_a_text_without_an_end_is_graded_in_no_time(text: str) -> None:
+def test_a_text_without_an_end_is_graded_in_no_time() -> None:
     start = time.process_time()
-    assert not is_correct(text * 40_000, "B")
-    assert time.process_time() - start < 2  # looking at every piece takes far longer
+    for text in ("a. ", "A. ", "x: "):
+        assert not is_correct(text * 40_000, "B")
+    assert time.process_time() - start < 6  # looking at every piece takes far longer
 
 
-def test_an_ideographic_full_stop_ends_an_answer() -> None:
-    assert is_correct("\u6771\u4eac\u3002", "\u6771\u4eac")
-    assert is_correct("The answer is \u6771\u4eac\u3002\u5927\u304d\u3044\u3002", "\u6771\u4eac")
+CHOICES = ["B", "(B)", "B)", "**B**", "**(B)**", "`B`", "b", r"\boxed{B}", r"$\text{B}$"]
+CHOICES += ["B) iron", "(B) iron", "B. iron", "B: iron", "option B", "choice (B): iron"]
 
 
-@pytest.mark.parametrize(
-    "said", ["The answer is {}", "The answer is: {}.", "{}", "{}.", "Answer: {}", "So it is.\n#### {}"]
-)
-@pytest.mark.parametrize(
-    "choice",
-    [
-        "B",
-        "(B)",
-        "B)",
-        "**B**",
-        "**(B)**",
-        "`B`",
-        "b",
-        r"\boxed{B}",
-        r"$\text{B}$",
-        "B) iron",
-        "(B) iron",
-        "B. iron",
-        "B: iron",
-        "option B",
-        "choice (B): iron",
-    ],
-)
-def test_a_choice_may_be_decorated(said: str, choice: str) -> None:
-    text = said.format(choice)
-    assert is_correct(text, "B")
-    assert is_correct(text, "(B)")
-    assert not is_correct(text, "A")
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_may_be_decorated(choice: str) -> None:
+    for said in ("The answer is {}", "The answer is: {}.", "{}", "{}.", "Answer: {}", "So it is.\n#### {}"):
+        text = said.format(choice)
+        assert is_correct(text, "B")
+        assert is_correct(text, "(B)")
+        assert not is_correct(text, "A")
 
 
 NUMBERS = st.one_of(
@@ -209,20 +179,11 @@ NUMBERS = st.one_of(
     st.floats(allow_nan=False, allow_infinity=False).map(repr),
     st.fractions(-100, 100, max_denominator=99).map(str),
 )
-PHRASES = st.sampled_from(
-    [
-        "The answer is {}.",
-        "The answer is {}",
-        "3 + 4 = 7. The answer is ${}.",
-        "The answer is {} apples, of 9.",
-        "The answer is 10 - 4 = {}.",
-        "The answer is **{}**.",
-        r"So it is \boxed{{{}}}.",
-        "It is 7.\n#### {}",
-        "So it is {}",
-        "Answer: {}",
-    ]
-)
+STATING = ["The answer is {}.", "The answer is: {}", r"So it is $\boxed{{{}}}$.", "It is.\n#### {}"]
+OTHERS = ["The answer is {}", "The answer is **{}**.", r"So it is \boxed{{{}}}.", "It is 7.\n#### {}", "Answer: {}"]
+OTHERS += ["So it is {}"]
+NUMERIC = ["3 + 4 = 7. The answer is ${}.", "The answer is {} apples, of 9.", "The answer is 10 - 4 = {}."]
+PHRASES = st.sampled_from([STATING[0], *OTHERS, *NUMERIC])
 
 
 def value_of(number: str) -> Fraction:
@@ -263,24 +224,13 @@ PIECES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "phrase", ["The answer is {}.", "The answer is: {}", r"So it is $\boxed{{{}}}$.", "It is.\n#### {}"]
-)
 @pytest.mark.parametrize(("answer", "other"), PIECES)
-def test_a_reference_is_no_piece_of_what_an_output_states(phrase: str, answer: str, other: str) -> None:
-    reference = reference_answer({"instruction": "q", "output": phrase.format(answer)})
-    assert reference is not None
-    assert is_correct(phrase.format(answer), reference)
-    assert not is_correct(phrase.format(other), reference)
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.sampled_from(PIECES), PHRASES.filter(lambda phrase: "apples" not in phrase and "10 -" not in phrase))
-def test_no_reference_grades_another_output_as_right(pair: tuple[str, str], phrase: str) -> None:
-    answer, other = pair
-    reference = reference_answer({"instruction": "q", "output": phrase.format(answer)})
-    assert reference is None or is_correct(phrase.format(answer), reference)
-    assert reference is None or not is_correct(phrase.format(other), reference)
+def test_a_reference_is_no_piece_of_what_an_output_states(answer: str, other: str) -> None:
+    for phrase in STATING + OTHERS:
+        reference = reference_answer({"instruction": "q", "output": phrase.format(answer)})
+        assert reference is not None or phrase in OTHERS
+        assert reference is None or is_correct(phrase.format(answer), reference)
+        assert reference is None or not is_correct(phrase.format(other), reference)
 
 
 @settings(max_examples=500, deadline=None)

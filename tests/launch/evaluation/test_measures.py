@@ -60,12 +60,6 @@ def test_batched_generation_equals_one_by_one(model: LlamaForCausalLM, tokenizer
     assert exact_match(model, template, in_memory(answered), batch_size=4, max_new_tokens=12) == pytest.approx(5 / 6)
 
 
-def test_exact_match_needs_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = in_memory([{"instruction": "a", "output": "3"}, {"instruction": "a", "output": "words"}])
-    with pytest.raises(ValueError, match="memory: row 1 has no `answer`"):
-        exact_match(model, Template.choose(tokenizer), rows)
-
-
 def log_likelihood(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> float:
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     return float(logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum())
@@ -166,13 +160,6 @@ def test_the_right_option_is_read_as_in_training(
     assert tokenizer.decode(read[1]["input_ids"]).endswith(output[: output.index("B") + 1])
 
 
-def test_choice_needs_its_answer_among_the_options(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    with pytest.raises(ValueError, match="row 0 has no options with its answer 'answer9'"):
-        choice_accuracy(model, Template.choose(tokenizer), in_memory([{**ARC, "answer": "answer9"}]))
-
-
 @torch.no_grad()
 def losses_of(model: LlamaForCausalLM, template: Template, rows: Rows) -> tuple[float, int, float]:
     """Mean loss over all answer tokens of a float64 model, how many they are, and how far off a mean in float32 may be, relative."""
@@ -190,21 +177,18 @@ def losses_of(model: LlamaForCausalLM, template: Template, rows: Rows) -> tuple[
     return total / count, count, tolerance
 
 
-def test_loss_is_the_mean_over_answer_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    template, rows = Template.choose(tokenizer), in_memory(generate("test", 7))
-    expected, _, tolerance = losses_of(model, template, rows)
-    found = mean_loss(model, template, list(tokenize(rows, template, 512)), batch_size=3)
-    assert found == pytest.approx(expected, rel=tolerance)
-
-
-def test_ranks_share_the_rows_and_agree(
+def test_loss_is_the_mean_over_the_answer_tokens_of_all_ranks(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template = Template.choose(tokenizer)
-    rows = in_memory(generate("test", 7))
+    parts: list[list[float]]
+    template, rows = Template.choose(tokenizer), in_memory(generate("test", 7))
     expected, tokens, tolerance = losses_of(model, template, rows)
-    examples = list(tokenize(rows, template, 512))
-    parts: list[list[float]] = []
+    examples, parts = list(tokenize(rows, template, 512)), []
+    for training in (False, True):
+        model.train(training)
+        assert mean_loss(model, template, examples, batch_size=3) == pytest.approx(expected, rel=tolerance)
+        assert model.training is training
+    model.eval()
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: parts.append(list(values)) or values)
     for rank in range(3):
@@ -214,14 +198,6 @@ def test_ranks_share_the_rows_and_agree(
     losses, counts = (sum(column) for column in zip(*parts, strict=True))
     assert counts == tokens
     assert losses / counts == pytest.approx(expected, rel=tolerance)
-
-
-def test_training_mode_is_restored(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    template = Template.choose(tokenizer)
-    model.train()
-    mean_loss(model, template, list(tokenize(in_memory(generate("test", 2)), template, 512)))
-    assert model.training
-    model.eval()
 
 
 def test_ranks_of_a_whole_model_do_not_wait_for_each_other(
@@ -257,8 +233,9 @@ def test_rank_0_says_why_auto_takes_the_loss(
     assert capsys.readouterr().out.startswith("measuring the loss only: 3 of 4 rows have" if rank == 0 else "")
     assert choose_task("loss", in_memory([prose])) == "loss"
     assert capsys.readouterr().out == ""
+    rows = in_memory([ARC, generate("test", 1)[0]])
     with pytest.raises(ValueError, match="memory: row 1 has no options"):
-        choose_task("choice", in_memory([ARC, generate("test", 1)[0]]))
+        choose_task("choice", rows)
 
 
 def test_prompts_count_among_the_tokens_that_are_read(tokenizer: PreTrainedTokenizerFast) -> None:
