@@ -160,10 +160,10 @@ def meet_and_leave(first: int) -> float:
     heartbeat, seconds = Heartbeat(LIMIT, INTERVAL), 0.0
     for _ in range(2):
         with heartbeat:
-            if dist.get_rank() != first:
-                time.sleep(2 * INTERVAL)
             running = "grass_ds heartbeat" in [thread.name for thread in threading.enumerate()]
             assert running == (dist.get_world_size() > 1)
+            if dist.get_rank() != first:
+                time.sleep(2 * INTERVAL)
             left = time.monotonic()
         seconds = max(seconds, time.monotonic() - left)
     return seconds
