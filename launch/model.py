@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -101,7 +102,7 @@ def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokeniz
     Raises:
         ValueError: with the id, the rows of the embedding and the remedy.
     """
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     # ZeRO-3 leaves a part of the embedding here, and its shape in `ds_shape`.
     rows = getattr(weight, "ds_shape", weight.shape)[0]
     if largest >= rows:

@@ -103,7 +103,7 @@ def _harmless(event: Callable[..., None]) -> Callable[..., None]:
             event(self, args, state, control, **kwargs)
         except Exception as error:
             _lost(error)
-            self._wandb = None  # the parent's sign for "no wandb"
+            vars(self)["_wandb"] = None  # the parent's sign for "no wandb"
 
     return guarded
 
@@ -189,7 +189,7 @@ def _last_stored(run: Any) -> int:
 
 def _steps(data: bytes) -> Iterator[int]:
     """The steps in a .wandb file: protobuf in LevelDB's log format, the last perhaps torn. wandb has no reader."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     # A record is cut in chunks, each with its checksum, length and kind: 1 whole, 2 first, 3 middle, 4 last.
     block, header = 32768, struct.Struct("<IHB")
@@ -202,6 +202,6 @@ def _steps(data: bytes) -> Iterator[int]:
         position += header.size + length
         record += data[position - length : position]
         if kind in (1, 4) and position <= len(data):
-            items = Record.FromString(record).history.item
+            items = messages.Record.FromString(record).history.item
             yield from (int(item.value_json) for item in items if (item.key or ".".join(item.nested_key)) == _STEP)
             record = b""
