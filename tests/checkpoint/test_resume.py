@@ -25,7 +25,7 @@ BACKGROUND = {"checkpoint": {"async": True}}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grass-bf16-zero1-device-gas2": (
         {"dtype": "bf16", "stage": 1, "gas": 2, "clip": 0.5},
-        {"offload": {"device": "none"}},
+        {"offload": {"device": "none"}, "always_active": []},
     ),
     "cyclic-fp32-zero1-cpu-reset": ({"stage": 1}, {"sampler": "cyclic", "state_on_switch": "reset"}),
     "grass-bf16-zero1-nvme-async": ({"dtype": "bf16", "stage": 1, **BACKGROUND}, {"num_active_layers": 2}),

@@ -39,35 +39,34 @@ def test_digest_tells_values_apart_and_fits_the_comparison() -> None:
     assert numbers == [digest(*value) for value in values]
 
 
-def compare(values: list[list[int]]) -> str | None:
-    try:
-        check_ranks_agree(values[rank()], "the test", group=None, device="cpu")
-    except RankDivergenceError as error:
-        return str(error)
-    return None
+def compare(cases: list[list[list[int]]]) -> list[str]:
+    """What the comparison says of every case, a list of values per rank; nothing where they agree."""
+    said = []
+    for values in cases:
+        try:
+            check_ranks_agree(values[rank()], "the test", group=None, device="cpu")
+            said.append("")
+        except RankDivergenceError as error:
+            said.append(str(error))
+    return said
 
 
 @pytest.mark.dist
-def test_equal_values_agree_at_both_ends_of_the_range(two_ranks: Any) -> None:
-    for values in ([0], [2**62 - 1], [0, 2**62 - 1, 5]):
-        assert two_ranks.run(compare, values=[values, values], timeout=HANG) == [None, None]
+def test_equal_values_agree_at_both_ends_of_the_range(two_ranks: Any, one_rank: Any) -> None:
+    equal = [[0], [2**62 - 1], [0, 2**62 - 1, 5]]
+    assert two_ranks.run(compare, cases=[[values] * 2 for values in equal], timeout=HANG) == [[""] * 3] * 2
+    assert one_rank.run(compare, cases=[[[7]]], timeout=HANG) == [[""]]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("first", "second"), [([0], [1]), ([5, 2**62 - 1], [5, 2**62 - 2]), ([1, 2], [2, 1])])
-def test_a_difference_on_one_rank_raises_on_every_rank(two_ranks: Any, first: list[int], second: list[int]) -> None:
-    for values in ([first, second], [second, first]):
-        messages = two_ranks.run(compare, values=values, timeout=HANG)
-        for number, message in enumerate(messages):
-            assert message is not None
+def test_a_difference_on_one_rank_raises_on_every_rank(two_ranks: Any) -> None:
+    pairs = [[[0], [1]], [[5, 2**62 - 1], [5, 2**62 - 2]], [[1, 2], [2, 1]]]
+    cases = [*pairs, *(pair[::-1] for pair in pairs)]
+    for number, messages in enumerate(two_ranks.run(compare, cases=cases, timeout=HANG)):
+        for values, message in zip(cases, messages, strict=True):
             assert f"rank {number}" in message
             assert "the test" in message
             assert str(values[number]) in message
-
-
-@pytest.mark.dist
-def test_one_rank_agrees_with_itself(one_rank: Any) -> None:
-    assert one_rank.run(compare, values=[[7]], timeout=HANG) == [None]
 
 
 # ---- failing together -----------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def outcome(action: Callable[[], Any]) -> Any:
     return result, len(sent.calls)
 
 
-def fail_inside(failing: dict[int, Exception], source: Source | None) -> Any:
+def fail_inside(failing: dict[int, Exception], source: Source | None = None) -> Any:
     def action() -> str:
         with raise_on_all_ranks(None, "cpu", source):
             if rank() in failing:
@@ -99,11 +98,6 @@ def fail_inside(failing: dict[int, Exception], source: Source | None) -> Any:
         return "done"
 
     return outcome(action)
-
-
-def fail_in_thread(failing: int) -> Any:
-    source = Source(error=OSError("disk") if rank() == failing else None)
-    return fail_inside({}, source)
 
 
 def gather(failing: dict[int, Exception]) -> Any:
@@ -124,26 +118,29 @@ FAIL = {"block": fail_inside, "gather": gather}
     ("error", "elsewhere"), [(OSError("disk"), RankFailedError), (ValueError("a mistake"), ValueError)]
 )
 def test_an_error_of_one_rank_is_raised_on_all(two_ranks: Any, way: str, error: Exception, elsewhere: type) -> None:
-    more = {"source": None} if way == "block" else {}
     for failing in (0, 1):
-        results = two_ranks.run(FAIL[way], failing={failing: error}, timeout=HANG, **more)
+        results = two_ranks.run(FAIL[way], failing={failing: error}, timeout=HANG)
         assert results[failing][0] == (type(error), str(error))
         assert results[1 - failing][0] == (elsewhere, f"rank {failing} failed: {error}")
 
 
 @pytest.mark.dist
-def test_of_several_errors_each_rank_raises_its_own_and_others_the_lowest_ranks(four_ranks: Any) -> None:
+@pytest.mark.parametrize("way", FAIL)
+def test_of_several_errors_each_rank_raises_its_own_and_others_the_lowest_ranks(four_ranks: Any, way: str) -> None:
     failing = {1: OSError("one"), 3: ValueError("three")}
     own = {number: (type(error), str(error)) for number, error in failing.items()}
     expected = [own.get(number, (RankFailedError, "rank 1 failed: one")) for number in range(4)]
-    for way, more in (("block", {"source": None}), ("gather", {})):
-        results = four_ranks.run(FAIL[way], failing=failing, timeout=HANG, **more)
-        assert [result for result, _ in results] == expected
+    results = four_ranks.run(FAIL[way], failing=failing, timeout=HANG)
+    assert [result for result, _ in results] == expected
+
+
+def fail_in_thread() -> Any:
+    return fail_inside({}, Source(error=OSError("disk") if rank() == 1 else None))
 
 
 @pytest.mark.dist
 def test_an_error_in_a_thread_counts(two_ranks: Any) -> None:
-    first, second = two_ranks.run(fail_in_thread, failing=1, timeout=HANG)
+    first, second = two_ranks.run(fail_in_thread, timeout=HANG)
     assert (first[0], second[0]) == ((RankFailedError, "rank 1 failed: disk"), (OSError, "disk"))
 
 
@@ -171,46 +168,40 @@ def refused_at_start(config: dict[str, Any], model: nn.Module | None = None, **a
     return str(caught.value)
 
 
-def start_with_other_block(key: str, value: Any) -> str:
-    block = grass_block(**({key: value} if rank() == 1 else {}))
-    return refused_at_start(ds_config(grass=block))
+def start_with_other_blocks(changes: dict[str, Any]) -> list[str]:
+    """On rank 1 one key of the block after another has another value."""
+    blocks = [grass_block(**({key: value} if rank() == 1 else {})) for key, value in changes.items()]
+    return [refused_at_start(ds_config(grass=block)) for block in blocks]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("key", "value"), [("seed", 8), ("sample_period", 4), ("temperature", 0.6), ("always_active", [])]
-)
-def test_another_grass_block_on_one_rank_stops_all_ranks_at_the_start(two_ranks: Any, key: str, value: Any) -> None:
-    for message in two_ranks.run(start_with_other_block, key=key, value=value, timeout=HANG):
-        assert '"grass" block' in message
+def test_another_grass_block_on_one_rank_stops_all_ranks_at_the_start(two_ranks: Any) -> None:
+    changes = {"seed": 8, "sample_period": 4, "temperature": 0.6, "always_active": []}
+    for messages in two_ranks.run(start_with_other_blocks, changes=changes, timeout=HANG):
+        assert all('"grass" block' in message for message in messages)
 
 
-def start_with_other_model(how: str) -> str:
+def start_with_other_models() -> list[str]:
     """On rank 1 the parameters are in two groups or in another order, one is frozen, or two matrices swap their
-    shapes.
-
-    The shapes have as many elements, so that only the comparison of the layout can tell.
-    """
-    model, split = tiny_llama(), 0
-    if rank() == 1 and how == "shapes":
+    shapes, which have as many elements, so that only the comparison of the layout can tell."""
+    said = []
+    for how in ("groups", "order", "frozen", "shapes"):
+        model, how = tiny_llama(), how if rank() == 1 else ""
         mlp = model.model.layers[1].mlp
-        mlp.gate_proj, mlp.down_proj = mlp.down_proj, mlp.gate_proj
-    parameters = list(model.parameters())
-    if rank() == 1 and how == "order":
-        parameters.reverse()
-    if rank() == 1 and how == "frozen":
-        model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
-    if rank() == 1 and how == "groups":
-        split = 5
-    groups = [{"params": parameters[split:]}] + ([{"params": parameters[:split]}] if split else [])
-    return refused_at_start(ds_config(grass=grass_block()), model, model_parameters=groups)
+        if how == "shapes":
+            mlp.gate_proj, mlp.down_proj = mlp.down_proj, mlp.gate_proj
+        mlp.up_proj.weight.requires_grad_(how != "frozen")
+        parameters = list(model.parameters())[:: -1 if how == "order" else 1]
+        parts = (parameters[5:], parameters[:5]) if how == "groups" else (parameters,)
+        groups = [{"params": members} for members in parts]
+        said.append(refused_at_start(ds_config(grass=grass_block()), model, model_parameters=groups))
+    return said
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("how", ["groups", "order", "frozen", "shapes"])
-def test_another_model_or_other_param_groups_on_one_rank_stop_all_ranks_at_the_start(two_ranks: Any, how: str) -> None:
-    for message in two_ranks.run(start_with_other_model, how=how, timeout=HANG):
-        assert "the layers and param groups" in message
+def test_another_model_or_other_param_groups_on_one_rank_stop_all_ranks_at_the_start(two_ranks: Any) -> None:
+    for messages in two_ranks.run(start_with_other_models, timeout=HANG):
+        assert all("the layers and param groups" in message for message in messages)
 
 
 # ---- while training -------------------------------------------------------------------------------------------------

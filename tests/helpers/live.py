@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def settle(live: LiveBytes, expected: int) -> int:
+def wait_for_bytes(live: LiveBytes, expected: int) -> int:
     """Bytes alive, after up to 10 s of waiting for ``expected``: gloo's threads keep what they sent a moment longer."""
     deadline = time.monotonic() + 10
     while live.now != expected and time.monotonic() < deadline:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small run whose costs the tests work out by hand, as far as all ZeRO stages agree on it. Run inside a rank."""
+"""The small run whose costs the tests work out by hand, in every ZeRO stage. Run inside a rank."""
 
 from typing import Any
 
 from torch import nn
 
-from helpers.models import tiny_llama
+from helpers.models import VOCAB, tiny_llama
 
 HIDDEN, LAYERS, PERIOD = 24, 4, 2
 ALIGNMENT = 8  # shards are multiples of this many elements
@@ -13,6 +13,9 @@ STATE = 12  # bytes per element: fp32 weights and two moments
 STEP_COUNT = 4  # bytes: torch's AdamW keeps a float32 step count per tensor
 GRAIN = 1024  # elements: device buffers are a multiple of it
 WORLD = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
+# Elements of the parameters of a unit.
+LAYER = [p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters()]
+NORM, EMBED = [HIDDEN], [VOCAB * HIDDEN]
 
 
 def width(config: dict[str, Any]) -> int:
@@ -24,3 +27,30 @@ def model_for(config: dict[str, Any]) -> nn.Module:
     """In the dtype of the run, so that initialize() has nothing to convert."""
     model = tiny_llama(hidden=HIDDEN, layers=LAYERS)
     return model.bfloat16() if "bf16" in config else model
+
+
+def part(numel: int, parts: int) -> int:
+    return -(-numel // parts)
+
+
+def shard(sizes: list[int], world: int, stage: int) -> int:
+    """Elements of a unit on every rank: ZeRO-3 cuts every parameter, ZeRO-1 and 2 the whole unit."""
+    owned = sum(part(size, world) for size in sizes) if stage == 3 else part(sum(sizes), world)
+    return part(owned, ALIGNMENT) * ALIGNMENT
+
+
+def weight_bytes(config: dict[str, Any], world: int) -> int:
+    """The model as it rests on one rank: whole in ZeRO-1 and 2, its partitions in ZeRO-3."""
+    stage = config["zero_optimization"]["stage"]
+    shards = LAYERS * shard(LAYER, world, stage) + 2 * shard(EMBED, world, stage) + shard(NORM, world, stage)
+    return width(config) * shards * (world if stage < 3 else 1)
+
+
+def state_bytes(layers: int, world: int, stage: int) -> int:
+    """Optimizer state of ``layers`` layers and of the final norm on one rank, step counts aside."""
+    return STATE * (layers * shard(LAYER, world, stage) + shard(NORM, world, stage))
+
+
+def buffer_bytes(world: int, stage: int) -> int:
+    """Two device buffers, each as large as the largest shard that trains: a layer's."""
+    return 2 * STATE * part(shard(LAYER, world, stage), GRAIN) * GRAIN

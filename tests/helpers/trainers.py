@@ -102,10 +102,12 @@ def losses(trainer: Any) -> list[float]:
 
 @contextmanager
 def losses_seen(model: nn.Module) -> Iterator[list[float]]:
-    """The cross-entropy of every micro-batch on this rank, however the loop scales its loss."""
+    """The cross-entropy of every micro-batch that this rank trains on, however the loop scales its loss."""
     found: list[float] = []
 
     def append_loss(_: nn.Module, __: Any, inputs: dict[str, torch.Tensor], output: Any) -> None:
+        if not model.training:
+            return
         logits, labels = output.logits[:, :-1].flatten(0, 1).detach(), inputs["labels"][:, 1:].flatten()
         found.append(nn.functional.cross_entropy(logits.float(), labels).item())
 

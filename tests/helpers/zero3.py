@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small ZeRO-3 run whose sizes can be told by hand. Run inside a rank."""
+"""ZeRO-3 configs of the small run, and which weights it gathers. Run inside a rank."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,12 +9,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from helpers.models import VOCAB, cyclic, ds_config, layer_of, tiny_llama
-from helpers.small import ALIGNMENT, GRAIN, HIDDEN, LAYERS, PERIOD, STATE, width
+from helpers.models import cyclic, ds_config, layer_of, tiny_llama
+from helpers.small import HIDDEN, LAYER, LAYERS, PERIOD
 
-LAYER = [p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters()]
 NAMES = {name: param.numel() for name, param in tiny_llama(hidden=HIDDEN, layers=LAYERS).named_parameters()}
-NORM, EMBED = [HIDDEN], [VOCAB * HIDDEN]
 # No weight stays gathered for its own sake, and none is gathered ahead.
 BARE = {
     "stage3_param_persistence_threshold": 0,
@@ -28,33 +26,8 @@ DEFAULT = {
 PERSISTENT = {**AHEAD, "stage3_param_persistence_threshold": HIDDEN}  # the norms
 
 
-def part(numel: int, world: int) -> int:
-    """Elements of a parameter on every rank."""
-    return -(-numel // world)
-
-
-def shard(sizes: list[int], world: int) -> int:
-    """Elements of a unit on every rank: the parts of its parameters, aligned."""
-    return -(-sum(part(size, world) for size in sizes) // ALIGNMENT) * ALIGNMENT
-
-
 def config_of(zero: dict[str, Any], grass: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return ds_config(stage=3, grass={**cyclic(PERIOD), **grass}, zero_optimization=zero, **settings)
-
-
-def weight_bytes(config: dict[str, Any], world: int) -> int:
-    """Partitions of the whole model on one rank."""
-    return width(config) * (LAYERS * shard(LAYER, world) + 2 * shard(EMBED, world) + shard(NORM, world))
-
-
-def state_bytes(layers: int, world: int) -> int:
-    """Optimizer state of ``layers`` layers and of the final norm on one rank, step counts aside."""
-    return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
-
-
-def buffer_bytes(world: int) -> int:
-    """Two device buffers, each as large as the largest shard that trains: a layer's."""
-    return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
 
 
 def layers_in(names: Iterable[str]) -> set[int]:

@@ -53,14 +53,16 @@ def compiled(config: dict[str, Any], how: str) -> dict[str, Any]:
     return {"weights": weights, "graphs": graphs, "sets": len(sets), "compiled": said}
 
 
-@pytest.mark.parametrize("stage", tiered([1, 2], 2))
+@pytest.mark.parametrize("stage", tiered([1, 2, 3], 2))
 def test_blocks_share_their_graphs_whatever_is_drawn(compiling_ranks: RankPool, stage: int) -> None:
-    config = ds_config(stage=stage, grass=grass_block(sampler="cyclic", sample_period=1))
+    block = grass_block(sampler="cyclic", sample_period=1)
+    config = ds_config(stage=stage, grass=block, zero_optimization=RELEASED if stage == 3 else {})
     plain = compiling_ranks.run(compiled, config=config, how="no")
     for found, expected in zip(compiling_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
         assert found["compiled"] and not expected["compiled"]
         assert found["sets"] == 4
-        assert 1 < len(found["graphs"]) <= KINDS_OF_BLOCK
+        # In ZeRO-3 the hooks that gather weights break the graphs.
+        assert len(found["graphs"]) > 1 and (stage == 3 or len(found["graphs"]) <= KINDS_OF_BLOCK)
         assert difference(found["weights"], expected["weights"]) is None
 
 
@@ -70,15 +72,6 @@ def test_a_model_in_one_piece_is_compiled_anew_for_every_set(compiling_ranks: Ra
     config = ds_config(grass=grass_block(sampler="cyclic", sample_period=1))
     for found in compiling_ranks.run(compiled, config=config, how="whole"):
         assert len(found["graphs"]) >= found["sets"] == 4
-
-
-@pytest.mark.all
-def test_compiled_blocks_compute_the_same_on_zero3(compiling_ranks: RankPool) -> None:
-    """There the hooks that gather weights break the graphs."""
-    config = ds_config(stage=3, grass=grass_block(sampler="cyclic", sample_period=1), zero_optimization=RELEASED)
-    plain = compiling_ranks.run(compiled, config=config, how="no")
-    for found, expected in zip(compiling_ranks.run(compiled, config=config, how="engine"), plain, strict=True):
-        assert difference(found["weights"], expected["weights"]) is None
 
 
 def refused() -> str:

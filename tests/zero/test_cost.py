@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What layers cost: inactive ones nothing, active ones what the formulas here say.
+"""What layers cost in every ZeRO stage: inactive ones nothing, active ones what the formulas here say.
 
 Nothing is taken on the library's word: collectives are counted where torch dispatches them, memory is the bytes of the
 live storages.
@@ -8,49 +8,59 @@ live storages.
 import gc
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
-from helpers.live import LiveBytes, hooks_on, settle
-from helpers.models import VOCAB, batch, ds_config, engine_of, grass_block, tiny_llama, train
-from helpers.small import ALIGNMENT, GRAIN, HIDDEN, LAYERS, PERIOD, STATE, STEP_COUNT, WORLD, model_for, width
+from deepspeed import comm
+from helpers.live import LiveBytes, hooks_on, wait_for_bytes
+from helpers.models import cyclic, ds_config, engine_of, grass_block, loss_of, train
+from helpers.small import (
+    EMBED,
+    HIDDEN,
+    LAYER,
+    LAYERS,
+    NORM,
+    PERIOD,
+    STEP_COUNT,
+    WORLD,
+    buffer_bytes,
+    model_for,
+    part,
+    shard,
+    state_bytes,
+    weight_bytes,
+    width,
+)
 from helpers.traffic import Collectives
+from helpers.zero3 import AHEAD, BARE, DEFAULT, PERSISTENT, layers_in
 
 pytestmark = pytest.mark.dist
 
-NORM = HIDDEN  # elements of the final norm
 TEMPLATE = STEP_COUNT  # a fresh step count, kept to begin with
-
-LAYER = sum(p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters())
-
-
-def shard(numel: int, world: int) -> int:
-    """Elements per rank: rounded up so that every rank has the same, aligned number."""
-    return -(-numel // (ALIGNMENT * world)) * ALIGNMENT
+IN_FLIGHT = 1024  # bytes: small exchanges that gloo's threads hold a moment longer
 
 
-def cyclic(**settings: Any) -> dict[str, Any]:
-    return grass_block(sampler="cyclic", cyclic_order="ascending", sample_period=PERIOD, **settings)
+def stage_of(config: dict[str, Any]) -> int:
+    return int(config["zero_optimization"]["stage"])
 
 
-def weight_bytes(config: dict[str, Any], world: int) -> int:
-    """The model in the layout of the run: blocks, embedding and head, final norm."""
-    shards = LAYERS * shard(LAYER, world) + 2 * shard(VOCAB * HIDDEN, world) + shard(NORM, world)
-    return width(config) * world * shards
+def resting_bytes(config: dict[str, Any], world: int, layers: int | None) -> int:
+    """Weights, and the states of so many layers and of the norm; None before the first step."""
+    bytes_of_states = 0 if layers is None else state_bytes(layers, world, stage_of(config)) + STEP_COUNT * (layers + 1)
+    return weight_bytes(config, world) + bytes_of_states + TEMPLATE
 
 
-def state_bytes(layers: int, world: int) -> int:
-    """Optimizer state of ``layers`` layers and of the final norm on one rank."""
-    return STATE * (layers * shard(LAYER, world) + shard(NORM, world))
-
-
-def buffer_bytes(world: int) -> int:
-    """Two device buffers, each as large as the largest shard that trains: a layer's."""
-    return 2 * STATE * -(-shard(LAYER, world) // GRAIN) * GRAIN
-
-
-def run_backward(engine: Any, step: int, micro: int) -> None:
-    ids = batch(step, micro, engine.global_rank)
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
+def run_backward(engine: Any, step: int) -> list[list[tuple[str, int]]]:
+    """All micro-steps of a step up to the last backward; what each backward sent, gathers of ZeRO-3 left out."""
+    calls = []
+    for micro in range(engine.gradient_accumulation_steps()):
+        if micro:
+            engine.step()
+        loss = loss_of(engine, step, micro)
+        with Collectives() as sent:
+            engine.backward(loss)
+        calls.append([call for call in sent.calls if call[0] != "allgather_base"])
+    return calls
 
 
 # ---- traffic and gradients ------------------------------------------------------------------------------------------
@@ -62,75 +72,85 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come
     into, and a shard with its squared norm per active unit.
     """
-    model, fired, steps = model_for(config), set(), []
+    model, fired, steps, stage = model_for(config), set(), [], stage_of(config)
+    model.eval()  # as ``from_pretrained`` leaves it
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
         param.register_post_accumulate_grad_hook(lambda _, name=name: fired.add(name))
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for step in range(3 * PERIOD):
             fired.clear()
-            record: dict[str, Any] = {"active": engine.grass.active_layers, "backward": []}
-            for micro in range(engine.gradient_accumulation_steps()):
-                if micro:
-                    engine.step()
-                with Collectives() as sent:
-                    run_backward(engine, step, micro)
-                record["backward"].append(sent.calls)
-                assert all(param.grad is None for param in model.parameters())
+            active = engine.grass.active_layers
+            backward = run_backward(engine, step)
+            assert all(param.grad is None for param in model.parameters())
             seen = sum(count > 0 for count in engine.grass.visits)
-            resting = weight_bytes(config, world) + bool(step) * (state_bytes(seen, world) + STEP_COUNT * (seen + 1))
-            shards = [shard(NORM, world)] + [shard(LAYER, world)] * len(record["active"])
-            expected = resting + TEMPLATE + buffer_bytes(world) + width(config) * sum(shards) + 4 * len(shards)
-            assert settle(live, expected) == expected
-            record["held"] = engine.grass.memory()["gradients"]["device"]
+            gathered = [n for n, p in model.named_parameters() if stage == 3 and p.ds_status.name != "NOT_AVAILABLE"]
+            shards = [shard(NORM, world, stage)] + [shard(LAYER, world, stage)] * len(active)
+            expected = resting_bytes(config, world, seen if step else None) + buffer_bytes(world, stage)
+            expected += width(config) * (sum(shards) + HIDDEN * len(gathered)) + 4 * len(shards)
+            assert wait_for_bytes(live, expected) == expected
+            memory = engine.grass.memory()
+            assert memory["gradients"]["device"] == width(config) * sum(shards)
+            on_host = state_bytes(seen, world, stage) if step else 0
+            assert memory["optimizer_state"] == {"device": buffer_bytes(world, stage), "host": on_host}
             with Collectives() as sent:
                 engine.step()
-            record["step"] = sent.calls
-            record["fired"] = set(fired)
             assert all(param.grad is None for param in model.parameters())
             assert engine.grass.memory()["gradients"]["device"] == 0
-            steps.append(record)
+            steps.append(
+                {"active": active, "backward": backward, "step": sent.calls, "gathered": gathered, "fired": set(fired)}
+            )
     return steps
 
 
-# name -> (pool, config, active layers, micro-steps that reduce)
-TRAFFIC: dict[str, tuple[str, dict[str, Any], int, tuple[int, ...]]] = {
-    "zero2-fp32": ("two_ranks", {}, 1, (0,)),
-    "zero2-bf16-two-layers-gas3": ("two_ranks", {"dtype": "bf16", "gas": 3}, 2, (0, 1, 2)),
-    "zero1-fp32-gas3": ("two_ranks", {"stage": 1, "gas": 3}, 1, (2,)),
-    "zero1-bf16-clip-gas2": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 2, "clip": 0.1}, 1, (1,)),
-    "zero2-bf16-all-layers": ("two_ranks", {"dtype": "bf16"}, LAYERS, (0,)),
-    "zero2-fp32-one-rank": ("one_rank", {}, 1, (0,)),
-    "zero2-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, 1, (0,)),
+# name -> (pool, config, config of ZeRO, active layers, micro-steps that reduce)
+TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ...]]] = {
+    "zero2-fp32": ("two_ranks", {}, {}, 1, (0,)),
+    "zero2-bf16-two-layers-gas3": ("two_ranks", {"dtype": "bf16", "gas": 3}, {}, 2, (0, 1, 2)),
+    "zero1-fp32-gas3": ("two_ranks", {"stage": 1, "gas": 3}, {}, 1, (2,)),
+    "zero1-bf16-clip-gas2": ("two_ranks", {"stage": 1, "dtype": "bf16", "gas": 2, "clip": 0.1}, {}, 1, (1,)),
+    "zero2-bf16-all-layers": ("two_ranks", {"dtype": "bf16"}, {}, LAYERS, (0,)),
+    "zero2-fp32-one-rank": ("one_rank", {}, {}, 1, (0,)),
+    "zero2-bf16-four-ranks": ("four_ranks", {"dtype": "bf16"}, {}, 1, (0,)),
+    "zero3-fp32": ("two_ranks", {"stage": 3}, DEFAULT, 1, (0,)),
+    "zero3-bf16-two-layers-gas3": ("two_ranks", {"stage": 3, "dtype": "bf16", "gas": 3}, AHEAD, 2, (0, 1, 2)),
+    "zero3-bf16-all-layers": ("two_ranks", {"stage": 3, "dtype": "bf16"}, AHEAD, LAYERS, (0,)),
+    "zero3-persistent-norms": ("two_ranks", {"stage": 3}, PERSISTENT, 2, (0,)),
+    "zero3-one-rank": ("one_rank", {"stage": 3}, AHEAD, 1, (0,)),
+    "zero3-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16"}, AHEAD, 1, (0,)),
 }
 
 
 @pytest.mark.parametrize("case", TRAFFIC)
-def test_traffic_and_gradients_are_those_of_the_active_layers(request: pytest.FixtureRequest, case: str) -> None:
-    pool, settings, gamma, reducing = TRAFFIC[case]
+def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.FixtureRequest, case: str) -> None:
+    pool, settings, zero, gamma, reducing = TRAFFIC[case]
     gas, world = settings.get("gas", 1), WORLD[pool]
-    config = ds_config(grass=cyclic(num_active_layers=gamma), **settings)
+    config = ds_config(grass=cyclic(PERIOD, num_active_layers=gamma), zero_optimization=zero, **settings)
+    stage = stage_of(config)
     for steps in request.getfixturevalue(pool).run(watch_steps, config=config, world=world):
         for number, step in enumerate(steps):
             assert len(step["active"]) == gamma
             units = [NORM] + [LAYER] * gamma  # final norm first: that is how backward meets them
-            shards = [width(config) * shard(numel, world) for numel in units]
-            reductions = [("reduce_scatter_base", world * size) for size in shards]
+            flats = [width(config) * world * shard(sizes, world, stage) for sizes in units]
+            reductions = [("reduce_scatter_base", flat) for flat in flats]
             assert step["backward"] == [reductions if micro in reducing else [] for micro in range(gas)]
-            gathers = [("allgather_base", world * size) for size in shards] if world > 1 else []
+            gathers = [("allgather_base", flat) for flat in flats] if world > 1 else []
+            if stage == 3:  # of what was gathered to stay, that which has moved
+                moved = [n for n in step["gathered"] if "layers" not in n or layers_in([n]) & set(step["active"])]
+                together = width(config) * world * part(HIDDEN, world) * len(moved)
+                gathers = [("allgather_base", together)] if moved else []
+                stay = "persistent" in case and number % PERIOD > 0
+                assert (len(step["gathered"]), len(moved)) == (
+                    (2 * LAYERS + 1, 2 * gamma + 1) if stay else (0, 0)
+                ) or ("persistent" in case and not stay)
             # one vector: per unit the squared norm of the sum and that of the parts, and whether there is one; micro-steps, squared, too
             norms = [("allreduce", 4 * (3 * len(units) + 2))]
             fingerprint = [("allreduce", 2 * 6 * 8)] if gamma < LAYERS and (number + 1) % PERIOD == 0 else []
             assert step["step"] == norms + gathers + fingerprint
-            assert step["held"] == sum(shards)
-            layers = {int(name.split(".")[2]) for name in step["fired"] if "layers" in name}
-            assert layers == set(step["active"])
+            assert layers_in(step["fired"]) == set(step["active"])
             assert {name for name in step["fired"] if "layers" not in name} == {"model.norm.weight"}
 
 
 # ---- peaks ----------------------------------------------------------------------------------------------------------
-
-SHARD = shard(LAYER, 2)
-FLAT = 2 * SHARD
 
 
 def watch_gradient_peak(config: dict[str, Any], probe: bool) -> tuple[int, int]:
@@ -138,70 +158,76 @@ def watch_gradient_peak(config: dict[str, Any], probe: bool) -> tuple[int, int]:
 
     The reduction is a local stand-in: gloo's threads would keep what they sent for a moment longer.
     """
-    from deepspeed import comm
-
     model, stock = model_for(config), comm.reduce_scatter_tensor
-    sizes = {size * numel for size in (2, 4) for numel in (SHARD, FLAT)}
+    one = shard(LAYER, 2, stage_of(config))
+    sizes = {size * numel for size in (2, 4) for numel in (one, 2 * one)}
     with engine_of(config, model) as engine:
         assert (engine.grass.phase == "probe") == probe
         comm.reduce_scatter_tensor = lambda output, flat, group=None: output.copy_(flat[: output.numel()])
+        weights = [getattr(param, "ds_tensor", param) for param in model.parameters()]
         try:
-            with LiveBytes(sizes=sizes, ignore=model.parameters()) as live:
-                for micro in range(engine.gradient_accumulation_steps()):
-                    if micro:
-                        engine.step()
-                    run_backward(engine, 0, micro)
+            with LiveBytes(sizes=sizes, ignore=weights) as live:
+                run_backward(engine, 0)
         finally:
             comm.reduce_scatter_tensor = stock
         return live.peak, engine.grass.memory(peak=True)["gradients"]["device"]
 
 
-# name -> (config, sampler's block, largest number of gradient bytes held at once)
-PEAKS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-    # the shards of the units done and of the one in flight, and the latter's flat gradient
-    "zero2-fp32": ({}, cyclic(num_active_layers=3), 4 * (3 * SHARD + FLAT)),
-    "zero2-bf16-gas2": ({"dtype": "bf16", "gas": 2}, cyclic(num_active_layers=3), 2 * (4 * SHARD + FLAT)),
+FP32_ACCUMULATION = {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}}
+# name -> (config, largest number of gradient bytes held at once, in bytes per element of a layer's shard)
+PEAKS: dict[str, tuple[dict[str, Any], int]] = {
+    # the shards of the units done and of the one in flight, and the latter's flat gradient: two shards
+    "zero2-fp32": ({}, 4 * (3 + 2)),
+    "zero2-bf16-gas2": ({"dtype": "bf16", "gas": 2}, 2 * (4 + 2)),
+    "zero3-fp32": ({"stage": 3, "zero_optimization": BARE}, 4 * (3 + 2)),
     # accumulates whole gradients, all of them there when the first reduction of the boundary starts
-    "zero1-fp32-gas2": ({"stage": 1, "gas": 2}, cyclic(num_active_layers=3), 4 * (3 * FLAT + SHARD)),
+    "zero1-fp32-gas2": ({"stage": 1, "gas": 2}, 4 * (3 * 2 + 1)),
     # shards wait in fp32: their bf16 form on the wire comes on top
-    "zero2-bf16-fp32-accumulation": (
-        {"dtype": "bf16", "data_types": {"grad_accum_dtype": "fp32"}},
-        cyclic(num_active_layers=3),
-        4 * 3 * SHARD + 2 * (FLAT + SHARD),
-    ),
+    "zero2-bf16-fp32-accumulation": (FP32_ACCUMULATION, 4 * 3 + 2 * (2 + 1)),
     # probing keeps nothing: one unit, however many layers and micro-steps
-    "zero2-probe": ({}, grass_block(), 4 * (FLAT + SHARD)),
-    "zero2-probe-bf16-gas2": ({"dtype": "bf16", "gas": 2}, grass_block(), 2 * (FLAT + SHARD)),
-    "zero1-probe-gas2": ({"stage": 1, "gas": 2}, grass_block(), 4 * (FLAT + SHARD)),
+    "zero2-probe": ({}, 4 * (2 + 1)),
+    "zero1-probe-gas2": ({"stage": 1, "gas": 2}, 4 * (2 + 1)),
+    "zero3-probe-bf16-gas2": ({"stage": 3, "dtype": "bf16", "gas": 2, "zero_optimization": BARE}, 2 * (2 + 1)),
 }
 
 
 @pytest.mark.parametrize("case", PEAKS)
 def test_gradient_peak(two_ranks: Any, case: str) -> None:
-    settings, block, limit = PEAKS[case]
+    settings, limit = PEAKS[case]
+    block = grass_block() if "probe" in case else cyclic(PERIOD, num_active_layers=3)
     config = ds_config(grass={**block, "always_active": []}, **settings)
-    for measured, reported in two_ranks.run(watch_gradient_peak, config=config, probe="probe" in case):
-        assert measured == limit
-        assert reported == measured
+    expected = limit * shard(LAYER, 2, stage_of(config))
+    assert two_ranks.run(watch_gradient_peak, config=config, probe="probe" in case) == [(expected, expected)] * 2
 
 
-def watch_construction(config: dict[str, Any]) -> tuple[int, int]:
+def watch_construction(config: dict[str, Any], in_parts: bool) -> tuple[int, int]:
     """Bytes beyond the model's own: at the peak of initialize() and after it, where only padding may be left."""
-    model, padded = model_for(config), weight_bytes(config, world=2)
-    weights = sum(p.nbytes for p in model.parameters())
-    with LiveBytes(model.parameters()) as live, engine_of(config, model):
+    if in_parts:
+        with deepspeed.zero.Init(config_dict_or_path={**config, "train_batch_size": 4}):
+            model = model_for(config)
+    else:
+        model = model_for(config)
+    weights = [getattr(param, "ds_tensor", param) for param in model.parameters()]
+    own, after = sum(weight.nbytes for weight in weights), weight_bytes(config, world=2) + TEMPLATE
+    with LiveBytes(weights) as live, engine_of(config, model):
         peak = live.peak
-        assert settle(live, padded + TEMPLATE) == padded + TEMPLATE
-        return peak - weights, padded - weights
+        assert wait_for_bytes(live, after) == after
+        return peak - own, after - own
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16")])
-def test_construction_needs_at_most_two_units_beside_the_model(two_ranks: Any, stage: int, dtype: str) -> None:
-    config = ds_config(stage=stage, dtype=dtype, grass=cyclic())
-    for peak, after in two_ranks.run(watch_construction, config=config):
-        unit = width(config) * FLAT
-        assert unit <= peak <= 2 * unit
-        assert after < unit // 100
+@pytest.mark.parametrize(
+    ("stage", "dtype", "in_parts"), [(1, "fp32", False), (2, "bf16", False), (3, "fp32", False), (3, "fp32", True)]
+)
+def test_construction_needs_at_most_two_units_beside_the_model(
+    two_ranks: Any, stage: int, dtype: str, in_parts: bool
+) -> None:
+    """ZeRO-3 needs its part of one unit."""
+    config = ds_config(stage=stage, dtype=dtype, grass=cyclic(PERIOD), zero_optimization=BARE if stage == 3 else {})
+    largest = width(config) * max(shard(LAYER, 2, stage), shard(EMBED, 2, stage))
+    limit = largest + IN_FLIGHT if stage == 3 else 2 * 2 * width(config) * shard(LAYER, 2, stage)
+    for peak, after in two_ranks.run(watch_construction, config=config, in_parts=in_parts):
+        assert peak <= limit
+        assert after < limit // 100 + (IN_FLIGHT if stage == 3 else 0)
 
 
 # ---- optimizer state ------------------------------------------------------------------------------------------------
@@ -211,34 +237,43 @@ def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dic
     """Between steps: visited layers, and what the library reports; that many layers' states and the device buffers
     must be alive, and nothing else."""
     model, between = model_for(config), []
+    on_device = config["grass"]["offload"]["device"] == "none"
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for step in range(PERIOD * LAYERS):
             train(engine, 1, start=step)
             visited = sum(count > 0 for count in engine.grass.visits)
             peak = engine.grass.memory(peak=True)["optimizer_state"]["device"]
-            expected = weight_bytes(config, world) + state_bytes(held[step], world) + STEP_COUNT * (held[step] + 1)
-            expected += TEMPLATE + (0 if config["grass"]["offload"]["device"] == "none" else buffer_bytes(world))
-            assert settle(live, expected) == expected
+            buffers = 0 if on_device else buffer_bytes(world, stage_of(config))
+            expected = resting_bytes(config, world, held[step]) + buffers
+            assert wait_for_bytes(live, expected) == expected
             between.append({"visited": visited, "peak": peak, **engine.grass.memory()["optimizer_state"]})
     return between
 
 
-@pytest.mark.parametrize("pool", ["two_ranks", "four_ranks"])
-@pytest.mark.parametrize(("place", "on_switch"), [("cpu", "keep"), ("none", "keep"), ("cpu", "reset")])
+@pytest.mark.parametrize(
+    ("pool", "stage", "device", "on_switch"),
+    [
+        ("four_ranks", 2, "cpu", "keep"),
+        ("two_ranks", 2, "none", "keep"),
+        ("two_ranks", 2, "cpu", "reset"),
+        ("two_ranks", 3, "none", "reset"),
+    ],
+)
 def test_optimizer_state_is_that_of_layers_ever_active(
-    request: pytest.FixtureRequest, place: str, on_switch: str, pool: str
+    request: pytest.FixtureRequest, pool: str, stage: int, device: str, on_switch: str
 ) -> None:
     world = WORLD[pool]
-    config = ds_config(dtype="bf16", grass=cyclic(offload={"device": place}, state_on_switch=on_switch))
+    block = cyclic(PERIOD, offload={"device": device}, state_on_switch=on_switch)
+    config = ds_config(stage=stage, dtype="bf16", grass=block, zero_optimization=BARE if stage == 3 else {})
     steps = range(PERIOD * LAYERS)
     # dropped at the switch, or kept
     held = [int((step + 1) % PERIOD > 0) if on_switch == "reset" else step // PERIOD + 1 for step in steps]
     for between in request.getfixturevalue(pool).run(watch_state, config=config, world=world, held=held):
         for step, now in enumerate(between):
-            state = state_bytes(held[step], world)
+            state, buffers = state_bytes(held[step], world, stage), buffer_bytes(world, stage)
             assert now["visited"] == step // PERIOD + 1
-            assert (now["device"], now["host"]) == ((state, 0) if place == "none" else (buffer_bytes(world), state))
-            assert now["peak"] == now["device"]
+            assert (now["device"], now["host"]) == ((state, 0) if device == "none" else (buffers, state))
+            assert now["peak"] == max(state_bytes(1, world, stage), state) if device == "none" else now["device"]
 
 
 def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[str, Any]]:
@@ -247,9 +282,8 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
-            alive = weight_bytes(config, world=2) + state_bytes(LAYERS, world=2) + STEP_COUNT * (LAYERS + 1)
-            alive += TEMPLATE + buffer_bytes(world=2)
-            assert settle(live, alive) == alive
+            alive = resting_bytes(config, 2, LAYERS) + buffer_bytes(2, stage_of(config))
+            assert wait_for_bytes(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
             host, visits = engine.grass.memory()["optimizer_state"]["host"], engine.grass.visits
@@ -257,8 +291,10 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
     return census
 
 
-def test_nothing_grows_over_fifty_switches(two_ranks: Any) -> None:
-    config = ds_config(dtype="bf16", grass=grass_block(sampler="cyclic", cyclic_order="random", sample_period=1))
+@pytest.mark.parametrize(("stage", "zero"), [(2, {}), (3, AHEAD)], ids=["zero2", "zero3"])
+def test_nothing_grows_over_fifty_switches(two_ranks: Any, stage: int, zero: dict[str, Any]) -> None:
+    block = grass_block(sampler="cyclic", cyclic_order="random", sample_period=1)
+    config = ds_config(stage=stage, dtype="bf16", grass=block, zero_optimization=zero)
     for early, late in two_ranks.run(train_long, config=config, switches=(8, 58)):
         assert min(early.pop("visits")) > 0
         assert sum(late.pop("visits")) == 58

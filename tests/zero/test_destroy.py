@@ -65,7 +65,7 @@ def destroy_and_start_again(first: dict[str, Any], second: dict[str, Any]) -> di
     return {**found, "losses": losses, "different": different, "moved": difference(snapshot(model), weights)}
 
 
-@pytest.mark.parametrize(("stage", "then", "dtype"), [(1, 2, "fp32"), (2, 1, "bf16")])
+@pytest.mark.parametrize(("stage", "then", "dtype"), [(1, 2, "fp32"), (2, 1, "bf16"), (3, 3, "fp32")])
 def test_a_second_engine_on_the_model_starts_afresh(two_ranks: Any, stage: int, then: int, dtype: str) -> None:
     first = ds_config(stage=stage, dtype=dtype, grass=cyclic())
     second = ds_config(stage=then, dtype=dtype, grass=grass_block(sampler="grass"))

@@ -128,42 +128,35 @@ def test_scores_that_are_all_0_are_refused(two_ranks: Any) -> None:
         assert "the gradient of every layer was 0 in all 2 probe steps" in found["error"]
 
 
-def said_at_start(config: dict[str, Any], frozen: str = "") -> str:
-    model = tiny_llama()
-    for name, param in model.named_parameters():
-        param.requires_grad_(not frozen or not name.startswith(frozen))
-    with logged(" active at a time") as lines, engine_of(config, model=model):
-        return "".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("clipping", "said"),
-    [
-        (None, "gradients are clipped at norm 1 (the default of DeepSpeed; gradient_clipping sets it)"),
-        (0.5, "gradients are clipped at norm 0.5"),
-        (0.0, "gradients are not clipped"),
-    ],
-)
-def test_one_line_says_what_never_trains_and_the_clip_in_force(
-    two_ranks: Any, clipping: float | None, said: str
-) -> None:
-    config = ds_config(grass=grass_block(sampler="uniform"))
-    if clipping is None:
-        del config["gradient_clipping"]
-    else:
-        config["gradient_clipping"] = clipping
-    first, second = two_ranks.run(said_at_start, config=config)
-    sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
-    share = sizes["lm_head.weight"] / sum(sizes.values())
-    assert "uniform over 4 layers at model.layers, 1 active at a time" in first
-    assert f"never trained: embed ({share:.2%} of the weights), head ({share:.2%} of the weights)" in first
-    assert first.endswith(said) and second == ""
-
-
-def test_the_line_says_what_the_user_froze(two_ranks: Any) -> None:
+def said_at_start(clippings: tuple[float | None, ...]) -> list[str]:
+    """The line of engines with each of the clip norms, None for no setting; then that of one with a frozen head."""
+    found, model = [], tiny_llama()
+    for clip in clippings:
+        config = ds_config(grass=grass_block(sampler="uniform"), gradient_clipping=clip)
+        if clip is None:
+            del config["gradient_clipping"]
+        with logged(" active at a time") as lines, engine_of(config):
+            found.append("".join(lines))
+    model.lm_head.weight.requires_grad_(False)
     block = grass_block(sampler="uniform", always_active=["norm", "head"])
-    first, _ = two_ranks.run(said_at_start, config=ds_config(grass=block), frozen="lm_head")
-    assert "always active: norm (" in first and "head (" not in first.split("never trained: ")[0]
+    with logged(" active at a time") as lines, engine_of(ds_config(grass=block), model=model):
+        return [*found, "".join(lines)]
+
+
+def test_one_line_says_what_never_trains_and_the_clip_in_force(two_ranks: Any) -> None:
+    said = {
+        None: "gradients are clipped at norm 1 (the default of DeepSpeed; gradient_clipping sets it)",
+        0.5: "gradients are clipped at norm 0.5",
+        0.0: "gradients are not clipped",
+    }
+    [*lines, frozen], second = two_ranks.run(said_at_start, clippings=tuple(said))
+    assert second == [""] * 4
     sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
     share = f"{sizes['lm_head.weight'] / sum(sizes.values()):.2%}"
-    assert f"head ({share} of the weights, frozen or not in the optimizer)" in first.split("never trained: ")[1]
+    for line, clipping in zip(lines, said.values(), strict=True):
+        assert "uniform over 4 layers at model.layers, 1 active at a time" in line
+        assert f"never trained: embed ({share} of the weights), head ({share} of the weights)" in line
+        assert line.endswith(clipping)
+    trained, never = frozen.split("never trained: ")
+    assert "always active: norm (" in trained and "head (" not in trained
+    assert f"head ({share} of the weights, frozen or not in the optimizer)" in never

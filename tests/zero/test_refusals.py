@@ -79,24 +79,30 @@ def test_another_model_or_other_param_groups_are_refused(two_ranks: Any, stage: 
     assert weights == ["", ""]  # these do not care
 
 
-def test_a_checkpoint_of_plain_deepspeed_is_refused_with_the_remedy(two_ranks: Any, tmp_path: Path) -> None:
-    two_ranks.run(save, config=ds_config(), folder=tmp_path)
-    for [message] in two_ranks.run(refusals, config=ds_config(grass=grass_block()), folder=tmp_path, asked=[{}]):
-        assert message.startswith("ValueError: the checkpoint here was not written by grass_ds")
-        assert "load_optimizer_states=False" in message
+GRASS = grass_block()
+CUTS: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+    "plain DeepSpeed": (ds_config(), 2, ("was not written by grass_ds", "load_optimizer_states=False")),
+    "2 to 3": (
+        ds_config(grass=GRASS),
+        3,
+        ("was saved with ZeRO stage 1 or 2 and this run has stage 3", "zero_to_fp32.py"),
+    ),
+    "3 to 1": (
+        ds_config(stage=3, grass=GRASS),
+        1,
+        ("was saved with ZeRO stage 3 and this run has stage 1", "zero_to_fp32.py"),
+    ),
+}
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 3), (3, 2), (3, 1)])
-def test_a_checkpoint_of_another_cut_is_refused_with_the_remedy(
-    two_ranks: Any, saved: int, loaded: int, tmp_path: Path
-) -> None:
-    two_ranks.run(save, config=ds_config(stage=saved, grass=grass_block()), folder=tmp_path)
-    config, was = ds_config(stage=loaded, grass=grass_block()), "3" if saved == 3 else "1 or 2"
+@pytest.mark.parametrize("case", CUTS)
+def test_a_checkpoint_of_another_cut_is_refused_with_the_remedy(two_ranks: Any, case: str, tmp_path: Path) -> None:
+    saved, stage, (why, remedy) = CUTS[case]
+    two_ranks.run(save, config=saved, folder=tmp_path)
+    config = ds_config(stage=stage, grass=GRASS)
     for [message] in two_ranks.run(refusals, config=config, folder=tmp_path, asked=[{}]):
-        assert message.startswith(
-            f"ValueError: the checkpoint here was saved with ZeRO stage {was} and this run has stage {loaded}"
-        )
-        assert "zero_to_fp32.py" in message
+        assert message.startswith(f"ValueError: the checkpoint here {why}")
+        assert remedy in message
 
 
 def test_what_is_not_there_or_was_tampered_with_is_refused(two_ranks: Any, tmp_path: Path) -> None:

@@ -29,62 +29,52 @@ def there_and_back(model: nn.Module) -> None:
     model._apply(lambda tensor: tensor.clone())
 
 
-STAGES: dict[str, dict[str, Any]] = {
-    "zero1": {"stage": 1},
-    "zero2": {},
-    "zero3-kept": {"stage": 3},  # small weights stay gathered
-    "zero3": {"stage": 3, "zero_optimization": RELEASED},
-}
-DISTURBANCES = {"nothing": lambda model: None, "average": average_swap, "move": there_and_back}
+def average_swap_after(engine: Any, step: int) -> None:
+    if step == 2:
+        average_swap(engine.module)
 
 
-def disturbed(config: dict[str, Any], what: str) -> dict[str, torch.Tensor]:
+def move_after(engine: Any, step: int) -> None:
+    if step == 2:
+        there_and_back(engine.module)
+
+
+def assign_before(engine: Any, step: int) -> None:
+    """Other weights, also while probing and in layers that do not train. The step takes the run's own again."""
+    for param in engine.module.parameters():
+        param.data = 0.5 * param.data
+
+
+def disturbed(config: dict[str, Any], before: Any = None, after: Any = None) -> dict[str, Any]:
+    """Train (steps 0 and 1 probe unless the sampler is full), with a disturbance before or after each step."""
     with engine_of(config) as engine:
-        train(engine, 2)
-        DISTURBANCES[what](engine.module)
-        train(engine, 3, start=2)
-        return snapshot(engine.module)
-
-
-CONFIGS = {
-    "zero1-full": ds_config(stage=1, grass={"sampler": "full"}),
-    "zero1-uniform": ds_config(stage=1, grass=UNIFORM),
-    "zero2-uniform": ds_config(grass=UNIFORM),
-    "zero2-bf16": ds_config(dtype="bf16", grass=UNIFORM),
-    "zero3-uniform": ds_config(stage=3, grass=UNIFORM, zero_optimization=RELEASED),
-    "zero3-kept": ds_config(stage=3, grass=UNIFORM),  # small weights stay gathered
-}
-
-
-@pytest.mark.parametrize("name", tiered(CONFIGS, "zero1-full", "zero2-uniform", "zero3-kept"))
-def test_training_goes_on_as_if_nothing_had_happened(two_ranks: Any, name: str) -> None:
-    untouched = two_ranks.run(disturbed, config=CONFIGS[name], what="nothing")
-    for what in ("average", "move"):
-        found = two_ranks.run(disturbed, config=CONFIGS[name], what=what)
-        assert difference(found, untouched) is None, what
-
-
-def assigned_before_the_step(config: dict[str, Any], assign: bool) -> dict[str, Any]:
-    """Assign other weights between backward and step, also while probing (steps 0 and 1), and leave them there."""
-    with engine_of(config) as engine:
-        for step in range(5):
+        for step in range(6):
             backward(engine, step)
-            if assign:
-                for param in engine.module.parameters():
-                    param.data = 0.5 * param.data
+            if before is not None:
+                before(engine, step)
             engine.step()
+            if after is not None:
+                after(engine, step)
         return {"weights": snapshot(engine.module), "scores": engine.grass.scores}
 
 
-SCORED = {name: ds_config(**more, grass=grass_block()) for name, more in STAGES.items()}
+PROBING = grass_block(sample_period=1)
+CONFIGS = {
+    "zero1": ds_config(stage=1, grass=PROBING),
+    "zero1-full": ds_config(stage=1, grass={"sampler": "full"}),
+    "zero2": ds_config(grass=PROBING),
+    "zero2-bf16": ds_config(dtype="bf16", grass=PROBING),
+    "zero3": ds_config(stage=3, grass=PROBING, zero_optimization=RELEASED),
+    "zero3-kept": ds_config(stage=3, grass=PROBING),  # small weights stay gathered
+}
 
 
-@pytest.mark.parametrize("name", tiered(STAGES, "zero2", "zero3-kept"))
-def test_assigned_weights_last_until_the_next_step(two_ranks: Any, name: str) -> None:
-    """Also in layers that do not train, and where the step only measures."""
-    untouched = two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=False)
-    assigned = two_ranks.run(assigned_before_the_step, config=SCORED[name], assign=True)
-    assert difference(assigned, untouched) is None
+@pytest.mark.parametrize("name", tiered(CONFIGS, "zero1-full", "zero2", "zero3-kept"))
+def test_training_goes_on_as_if_nothing_had_happened(two_ranks: Any, name: str) -> None:
+    untouched = two_ranks.run(disturbed, config=CONFIGS[name])
+    for how in ({"after": average_swap_after}, {"after": move_after}, {"before": assign_before}):
+        found = two_ranks.run(disturbed, config=CONFIGS[name], **how)
+        assert difference(found, untouched) is None, how
 
 
 def refused_on_zero3() -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from helpers.models import VOCAB, ds_config, engine_of, grass_block, tiny_llama, train
 from helpers.ranks import RankPool
-from helpers.small import ALIGNMENT, HIDDEN, WORLD
+from helpers.small import ALIGNMENT, HIDDEN, LAYER, WORLD, part
 from helpers.tiered import tiered
 from helpers.traffic import Collectives
-from helpers.zero3 import BARE, LAYER, part
+from helpers.zero3 import BARE
 
 Call = tuple[str, int]  # operator, bytes of its largest tensor
 

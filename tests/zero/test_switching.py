@@ -81,75 +81,52 @@ def test_a_run_goes_on_with_another_sampler(two_ranks: Any, saved: str, then: st
 
 # ---- weights alone --------------------------------------------------------------------------------------------------
 
-
-def save(config: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    with engine_of(config) as engine:
-        train(engine, 4)
-        engine.save_checkpoint(folder, tag="here")
-        return snapshot(engine.module)
+WAYS: tuple[dict[str, bool], ...] = ({"load_optimizer_states": False}, {"load_module_only": True})
 
 
-def restart(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    with engine_of(config, tiny_llama(seed=9)) as engine:
-        engine.load_checkpoint(folder, tag="here", load_optimizer_states=False, load_lr_scheduler_states=False)
-        loaded, state = snapshot(engine.module), optimizer_state(engine)
-        phase, visits = engine.grass.phase, engine.grass.visits
-        losses = train(engine, 4)
-        return {
-            "weights": loaded,
-            "state": state,
-            "phase": phase,
-            "visits": visits,
-            "losses": losses,
-            "end": snapshot(engine.module),
-        }
-
-
-def from_weights(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    model = tiny_llama(seed=9)
-    model.load_state_dict(weights)
-    with engine_of(config, model) as engine:
-        return {"losses": train(engine, 4), "end": snapshot(engine.module)}
-
-
-@pytest.mark.parametrize(
-    ("saved_by", "stage"),
-    tiered([("grass", 2), ("grass", 3), ("stock", 2), ("stock", 3)], ("grass", 2), ("stock", 3)),
-)
-def test_restart_from_weights_alone(two_ranks: Any, saved_by: str, stage: int, tmp_path: Path) -> None:
-    config, plain = ds_config(stage=stage, grass=grass_block()), ds_config(stage=stage)
-    [weights, _] = two_ranks.run(save, config=config if saved_by == "grass" else plain, folder=tmp_path)
-    reference = two_ranks.run(from_weights, config=config, weights=weights)
-    for report, fresh in zip(two_ranks.run(restart, config=config, folder=tmp_path), reference, strict=True):
-        assert difference(weights, report["weights"]) is None
-        assert report["state"] == {}
-        assert report["phase"] == "probe"
-        assert not any(report["visits"])
-        assert report["losses"] == fresh["losses"]
-        assert difference(report["end"], fresh["end"]) is None
-
-
-def weights_of_a_tag(config: dict[str, Any], folder: Path, save_latest: bool) -> list[str | None]:
+def save(config: dict[str, Any], folder: Path, save_latest: bool) -> dict[str, torch.Tensor]:
+    """The weights at the tag ``here``; a later tag has others."""
     with engine_of(config) as engine:
         train(engine, 4)
         engine.save_checkpoint(folder, tag="here", save_latest=False)
         weights = snapshot(engine.module)
         train(engine, 2, start=4)
         engine.save_checkpoint(folder, tag="later", save_latest=save_latest)
-    found = []
-    for alone in ({"load_optimizer_states": False}, {"load_module_only": True}):
-        with engine_of(config, tiny_llama(seed=9)) as engine:
-            engine.load_checkpoint(folder, tag="here", load_lr_scheduler_states=False, **alone)
-            found.append(difference(weights, snapshot(engine.module)))
-            assert (optimizer_state(engine), engine.grass.phase) == ({}, "probe")
-            train(engine, 4)
-            found.append(None if difference(weights, snapshot(engine.module)) else "it did not train")
+    return weights
+
+
+def restart(config: dict[str, Any], folder: Path, weights: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Runs from the weights of the checkpoint, in both ways, and one that was given these weights."""
+    found: list[dict[str, Any]] = []
+    for way in (*WAYS, None):
+        model = tiny_llama(seed=9)
+        if way is None:
+            model.load_state_dict(weights)
+        with engine_of(config, model) as engine:
+            if way is not None:
+                engine.load_checkpoint(folder, tag="here", load_lr_scheduler_states=False, **way)
+            run = {"start": snapshot(model), "state": optimizer_state(engine), "phase": engine.grass.phase}
+            found.append({**run, "visits": engine.grass.visits, "losses": train(engine, 4), "end": snapshot(model)})
     return found
 
 
-@pytest.mark.parametrize(("stage", "threshold"), tiered([(2, 0), (2, 100), (3, 0), (3, 100)], (2, 0), (3, 100)))
-def test_weights_alone_are_those_of_the_tag(two_ranks: Any, stage: int, threshold: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("saved_by", "stage", "threshold"),
+    tiered(
+        [("grass", 2, 0), ("grass", 3, 100), ("stock", 2, 0), ("stock", 3, 0)],
+        ("grass", 2, 0),
+        ("grass", 3, 100),
+        ("stock", 3, 0),
+    ),
+)
+def test_restart_from_weights_alone(two_ranks: Any, saved_by: str, stage: int, threshold: int, tmp_path: Path) -> None:
     zero = {"stage": stage, "stage3_param_persistence_threshold": threshold}
-    config = ds_config(dtype="bf16", zero_optimization=zero, grass=grass_block())
-    for found in two_ranks.run(weights_of_a_tag, config=config, folder=tmp_path, save_latest=threshold > 0):
-        assert found == [None] * 4
+    plain = ds_config(zero_optimization=zero)
+    config = {**plain, "grass": grass_block()}
+    saving = {"config": config if saved_by == "grass" else plain, "save_latest": threshold > 0}
+    [weights, _] = two_ranks.run(save, folder=tmp_path, **saving)
+    for *reports, fresh in two_ranks.run(restart, config=config, folder=tmp_path, weights=weights):
+        assert difference(fresh["start"], weights) is None
+        assert difference(fresh["end"], weights)
+        assert (fresh["state"], fresh["phase"], set(fresh["visits"])) == ({}, "probe", {0})
+        assert difference(reports, [fresh] * len(WAYS)) is None

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import batch, engine_of, loss_of, snapshot
-from helpers.small import PERIOD, WORLD, model_for
+from helpers.small import PERIOD, WORLD, model_for, part
 from helpers.tiered import tiered
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
@@ -19,7 +19,6 @@ from helpers.zero3 import (
     config_of,
     from_shards,
     layers_in,
-    part,
     status,
 )
 
