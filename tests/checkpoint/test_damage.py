@@ -106,7 +106,8 @@ def test_damaged_files_are_told_and_passed_over(two_ranks: Any, stage: int, tmp_
         assert len(report["damaged"]) == len(damages)
         for (name, damage), found in report["damaged"].items():
             assert found["error"].startswith("ValueError: "), (name, damage, found)
-            assert name in found["error"] and OLD in found["error"], (name, damage, found)
+            assert name in found["error"], (name, damage, found)
+            assert found["error"].endswith(f"; load another: {OLD}"), (name, damage, found)
             assert found["touched"] is found["fallen"] is None, (name, damage, found)
             assert found["used"] == OLD, (name, damage, found)
             assert len(found["warned"]) == (rank == 0), (name, damage, found)
