@@ -32,10 +32,14 @@ class Rates:
 
     gflops: Mapping[str, float]
 
+    @property
+    def fastest(self) -> float:
+        return max(self.gflops.values())
+
     def emulated(self, name: str) -> bool:
         """Whether the device lacks the dtype; never of fp32, which is slower than 16 bits on a GPU by design."""
-        rate, fastest = self.gflops[name], max(self.gflops.values())
-        return name != "fp32" and (not rate or rate < EMULATED_BELOW * fastest)
+        rate = self.gflops[name]
+        return name != "fp32" and (not rate or rate < EMULATED_BELOW * self.fastest)
 
     def recommended(self, among: Collection[str] = tuple(DTYPES)) -> str:
         """bf16 where the device computes it, else fp16 where it does, else fp32; ``among`` always allows fp32.

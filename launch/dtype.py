@@ -52,7 +52,7 @@ def measured(names: Collection[str] = ()) -> precision.Rates:
     everywhere = distributed.gather(lambda: precision.measure(names))
     return min(
         everywhere,
-        key=lambda rates: [rates.gflops[name] / max(rates.gflops.values()) for name in rates.gflops if name != "fp32"],
+        key=lambda rates: [rates.gflops[name] / rates.fastest for name in rates.gflops if name != "fp32"],
     )
 
 

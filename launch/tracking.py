@@ -95,7 +95,7 @@ def _harmless(event: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(event)
     def guarded(
-        self: WandbRun, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self: Any, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._wandb is None:
             return
@@ -103,7 +103,7 @@ def _harmless(event: Callable[..., None]) -> Callable[..., None]:
             event(self, args, state, control, **kwargs)
         except Exception as error:
             _lost(error)
-            vars(self)["_wandb"] = None  # the parent's sign for "no wandb"
+            self._wandb = None  # the parent's sign for "no wandb"
 
     return guarded
 
