@@ -174,6 +174,15 @@ class GrassConfig(_Block):
     seed: int = Field(42, ge=0, lt=2**63)
     """Seed of the sampler's own random generator. The global generators are neither read nor advanced."""
 
+    expansion: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    """Step of the inactive layers above the lowest active one, whose gradients backward can give anyway: their weights
+    move by this share of the learning rate against the sign of the gradient, without optimizer state (relatives: BREAD,
+    FRUGAL). 0: they do not move."""
+
+    expansion_depth: int | None = Field(None, ge=0)
+    """The lowest layer that ``expansion`` may move, so that backward always runs down to it. Null: the lowest active
+    one."""
+
     missing_gradients: Literal["error", "zero"] = "error"
     """What happens if an active layer, or a module of ``always_active``, receives no gradient on any rank in a whole
     accumulation window. ``error``: training stops with the name and likely causes; for modules that train by default,

@@ -28,7 +28,7 @@ class Unit(ABC):
         layer: index of the decoder block, None outside the blocks; ``group``: of the client's param group.
         params: the model's parameters; their names are ``param_names``, their elements ``sizes``.
         world, rank: of the data-parallel group.
-        always: always active; ``active``: trains in the coming step.
+        always: always active; ``active``: trains in the coming step; ``expanded``: inactive, but takes a sign step.
         index: position in the order of reduction.
         numel: elements of the parameters; ``shard_numel``: of every rank's shard, padding included.
         saved_numel: elements of this rank's shard that a checkpoint of this ZeRO stage holds; the rest is padding.
@@ -46,6 +46,7 @@ class Unit(ABC):
     always: bool
     index: int = -1
     active: bool = False
+    expanded: bool = False
     sizes: list[int] = field(init=False)
     numel: int = field(init=False)
     shard_numel: int = field(init=False)

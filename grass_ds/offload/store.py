@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grass_ds.core.rounding import follow
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import Chunk, StateLayout
 from grass_ds.offload.device_buffers import DeviceBuffers
@@ -52,6 +53,7 @@ class StateStore:
         self.chunk_numel = layout.chunk_numel
         self._tier, self._buffers, self._templates, self._layout = tier, buffers, templates, layout
         self._scalars: dict[Unit, dict[str, Any]] = {}
+        self._moved: set[Unit] = set()  # their weights have moved without the master weights
         buffers.stored = self._scalars.keys()
 
     def __contains__(self, unit: Unit) -> bool:
@@ -61,7 +63,8 @@ class StateStore:
         """The unit's state, read-only: :meth:`put` changes it. On the host, or on the device with ``device: none``."""
         planes = self._buffers.read(unit)
         moments = dict(zip(self.template(unit).moments, planes[1:], strict=True))
-        return UnitState(planes[0], moments, self._scalars[unit])
+        master = follow(planes[0], unit.shard.to(planes[0].device)) if unit in self._moved else planes[0]
+        return UnitState(master, moments, self._scalars[unit])
 
     def template(self, unit: Unit) -> StateTemplate:
         return self._templates[unit.group]
@@ -130,6 +133,8 @@ class StateStore:
             planes[0].copy_(chunk.of(unit.shard))
             for plane in planes[1:]:
                 plane.zero_()
+        elif unit in self._moved:
+            planes[0].copy_(follow(planes[0], chunk.of(unit.shard)))
         master, moments = nn.Parameter(planes[0]), dict(zip(template.moments, planes[1:], strict=True))
         scalars: Any = self._scalars.get(unit, template.start)
         if scalars is not None and (scalars or moments):
@@ -140,6 +145,7 @@ class StateStore:
             self._buffers.release(chunk)
             if chunk.last:
                 self._scalars[unit] = scalars
+                self._moved.discard(unit)
         except BaseException:
             if not self._buffers.keeps_all:  # half stepped, but the tier has the state before
                 self._buffers.discard(unit)
@@ -171,6 +177,12 @@ class StateStore:
         planes = [state.master, *(state.moments.get(name, zeros) for name in template.moments)]
         self._buffers.write(unit, planes)
         self._scalars[unit] = copy.deepcopy(dict(scalars))
+        self._moved.discard(unit)
+
+    def mark_moved(self, unit: Unit) -> None:
+        """The unit's low-precision weights have moved. Its master weights, if any, follow when they are used next."""
+        if unit in self:
+            self._moved.add(unit)
 
     def ensure(self, unit: Unit) -> UnitState:
         """The unit's state, made from its weights if it has none yet."""
@@ -182,6 +194,7 @@ class StateStore:
         """Delete the unit's state, if any; the next step makes it from the weights again."""
         if self._scalars.pop(unit, None) is None:
             return
+        self._moved.discard(unit)
         with suppress(OffloadError):
             self._buffers.discard(unit)
         self._tier.drop(unit)

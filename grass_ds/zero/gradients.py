@@ -48,6 +48,7 @@ class GradientReducer:
     Attributes:
         shards: unit -> averaged gradient summed over micro-steps, [shard_numel], DeepSpeed's ``grad_accum_dtype``;
             empty while probing.
+        signs: expanded unit -> signs of that gradient, [shard_numel], int8, from the end of the window on.
         squares: unit -> squared norm of this rank's shard of a micro-step's averaged gradient, summed over
             micro-steps; float32 scalar.
         micro_steps: backward passes since :meth:`clear`; ``discarded``: those whose gradients were dropped.
@@ -68,6 +69,7 @@ class GradientReducer:
         overlap = engine.zero_overlap_comm() and not get_accelerator().is_synchronized_device()
         self._stream = get_accelerator().Stream() if overlap else None
         self._on_reduced = on_reduced
+        self._at_boundary = engine.is_gradient_accumulation_boundary
         self.warned: set[Unit] = set()
         self.peak_bytes = 0
         self.track([], keep=True)
@@ -82,6 +84,7 @@ class GradientReducer:
         self._pending = {unit: _Pending() for unit in self._units}
         self._next = 0  # units before this position were reduced in this micro-step
         self.shards: dict[Unit, torch.Tensor] = {}
+        self.signs: dict[Unit, torch.Tensor] = {}
         self.squares: dict[Unit, torch.Tensor] = {}
         self.arrived: set[Unit] = set()
         self.micro_steps = self.discarded = 0
@@ -96,7 +99,7 @@ class GradientReducer:
     def nbytes(self) -> int:
         """Bytes of gradient held now."""
         flats = sum(p.flat.nbytes for p in self._pending.values() if p.flat is not None)
-        return flats + sum(shard.nbytes for shard in self.shards.values())
+        return flats + sum(kept.nbytes for kept in (*self.shards.values(), *self.signs.values()))
 
     def add_gradient(self, unit: Unit, slot: int, param: nn.Parameter, reduce_now: bool) -> None:
         """Move ``param.grad`` into its unit's flat buffer, then reduce what is complete if ``reduce_now``."""
@@ -115,6 +118,12 @@ class GradientReducer:
         self.arrived.add(unit)
         if reduce_now:
             self._reduce_complete()
+
+    def take_signs(self, unit: Unit) -> torch.Tensor:
+        """Signs of an expanded unit's gradient, int8 [shard_numel], which are not kept any longer."""
+        if unit in self.signs:
+            return self.signs.pop(unit)
+        return self.shards.pop(unit).sign().to(torch.int8)  # the caller ended the window after backward
 
     def finish_micro_step(self, reduce_now: bool) -> None:
         """End of one backward pass."""
@@ -157,7 +166,11 @@ class GradientReducer:
         """Measure a reduced shard, and keep it if asked; ``in_flight`` bytes of its flat gradient are still held."""
         self._update_peak(in_flight + shard.nbytes)
         self.squares[unit] = self.squares.get(unit, 0) + squared_norm(shard)
-        if self._keep and unit in self.shards:
+        if unit.expanded and self._at_boundary():
+            total = shard if unit not in self.shards else self.shards.pop(unit).add_(shard)
+            signs = total.sign().to(torch.int8)
+            self.signs[unit] = signs if unit not in self.signs else self.signs[unit].add_(signs)
+        elif self._keep and unit in self.shards:
             self.shards[unit].add_(shard)
         elif self._keep:
             self.shards[unit] = kept = shard.to(self._accum_dtype)

@@ -8,6 +8,11 @@ reduce-scattered, and its state is loaded if there is room. In ``step``:
            the fp32 shard, write the weights, store the state.
   Phase 3. The model gets the updated weights, which differs between stages (:meth:`GrassZeroOptimizer._sync_weights`).
 An inactive unit takes part in none of it: no gradient, no buffer, no collective, no state on the device.
+
+[Note: Expansion] With ``grass.expansion`` the inactive layers that backward passes anyway have a gradient, too. In
+phase 2 their low-precision weights move by ``expansion`` x the learning rate against its sign, without optimizer state.
+If such a layer has fp32 master weights, these stay where they are. They follow the weights when they are used next:
+when the layer becomes active, in checkpoints and in ``safe_get_*`` (:func:`grass_ds.core.rounding.follow`).
 """
 
 import math
@@ -28,7 +33,7 @@ from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.zero.fragments import ParamFragment
 from grass_ds.zero.gradients import GradientReducer
-from grass_ds.zero.step import global_squares, layer_rms, step_unit
+from grass_ds.zero.step import expand_unit, global_squares, layer_rms, step_unit
 from grass_ds.zero.wrapper import OptimizerWrapper
 
 
@@ -63,6 +68,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self._check_agreement("the sampler's first state")
         self._hooks: list[Any] = []
         self._active: list[Unit] = []
+        self._expanded: list[Unit] = []
         self._client_params = [group["params"] for group in optimizer.param_groups]
         try:
             for unit in units:
@@ -90,7 +96,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
             self.reducer.add_gradient(unit, slot, param, self._reduces_now())
             expected = self._max_expected_hooks_seen
             if refresh:
-                params = [each for active in self._active for each in active.params]
+                params = [each for tracked in self._tracked for each in tracked.params]
                 expected = deepspeed_compat.count_used_parameters_in_backward(params)
             self.update_hook_state_and_maybe_run_epilogue(expected)
 
@@ -111,14 +117,15 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """
         try:
             scale = self.loss_scale
-            norms, squares = global_squares(self.reducer, self._active, self.dp_process_group, self.config)
+            norms, squares = global_squares(self.reducer, self._tracked, self.dp_process_group, self.config)
             finite = math.isfinite(sum(norms.values()) + sum(squares.values()))
             has_gradients = self.reducer.micro_steps > 0
             if has_gradients:
                 self._measure(squares, finite, scale)
             self._counts_in_schedule = finite and has_gradients
             self.overflow = not self._counts_in_schedule or self.controller.phase is Phase.PROBE
-            self._global_grad_norm = math.sqrt(sum(norms.values())) / scale if finite else float("inf")
+            norm = math.sqrt(sum(norms[unit] for unit in self._active))
+            self._global_grad_norm = norm / scale if finite else float("inf")
             if not self.overflow:
                 clip = max((self._global_grad_norm + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
                 with self.store.trace.span("step", f"step {self.controller.step}"):
@@ -142,7 +149,16 @@ class GrassZeroOptimizer(OptimizerWrapper):
         with self._raise_on_all_ranks():
             for unit in self._active:
                 step_unit(unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store)
-        self._sync_weights(self._active)
+            for unit in self._expanded:
+                self._expand(unit)
+        self._sync_weights(self._tracked)
+
+    def _expand(self, unit: Unit) -> None:
+        rate = self.config.expansion * self.optimizer.param_groups[unit.group]["lr"]
+        seed = digest(self.config.seed, self.controller.step, unit.name, unit.rank)
+        generator = torch.Generator(unit.shard.device).manual_seed(seed)
+        expand_unit(unit, self.reducer.take_signs(unit), rate, generator)
+        self.store.mark_moved(unit)
 
     def check_weights(self) -> None:
         """Raise ValueError on every rank if a parameter was given other values by ``param.data = ...``."""
@@ -197,19 +213,32 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def activate(self) -> None:
         """Make exactly the active layers and the always-active modules trainable."""
-        layers = set(self.controller.active_layers)
+        layers, training = set(self.controller.active_layers), self.controller.phase is Phase.TRAIN
+        lowest = self.lowest_layer if self.config.expansion > 0 else len(self.controller.visits)
         for unit in self.units:
             unit.active = unit.always or unit.layer in layers
+            unit.expanded = training and unit.layer is not None and not unit.active and unit.layer >= lowest
         self._set_requires_grad()
         self._active = [unit for unit in self.units if unit.active]
-        training = self.controller.phase is Phase.TRAIN
-        self.reducer.track(self._active, keep=training)
+        self._expanded = [unit for unit in self.units if unit.expanded]
+        self.reducer.track(self._tracked, keep=training)
         self.store.plan(self._active if training else [])
+
+    @property
+    def lowest_layer(self) -> int:
+        """The lowest layer that has a gradient in the coming step."""
+        lowest, depth = min(self.controller.active_layers), self.config.expansion_depth
+        return lowest if depth is None or self.config.expansion == 0 else min(lowest, depth)
+
+    @property
+    def _tracked(self) -> list[Unit]:
+        """Units that have a gradient in the coming step."""
+        return [unit for unit in self.units if unit.active or unit.expanded]
 
     def _set_requires_grad(self, everywhere: bool = False) -> None:
         for unit in self.units:
             for param in unit.params:
-                param.requires_grad_(everywhere or unit.active)
+                param.requires_grad_(everywhere or unit.active or unit.expanded)
 
     def _check_agreement(self, what: str) -> None:
         mine, fields = self.controller.fingerprint(), FINGERPRINT_FIELDS
@@ -302,7 +331,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self._detach()
         for unit in self.units:
             unit.release_buffer()
-        self.units, self._active, self._hooks = [], [], []
+        self.units, self._active, self._expanded, self._hooks = [], [], [], []
         for group, params in zip(self.optimizer.param_groups, self._client_params, strict=False):
             group["params"] = params
         self._client_params = []

@@ -60,7 +60,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """The engine calls it at the start of every forward."""
         super().clear_backward_seen_flag()
         self._find_assigned()
-        self._choose_trace(0 if self._full_backward else min(self.controller.active_layers))
+        self._choose_trace(0 if self._full_backward else self.lowest_layer)
 
     def _choose_trace(self, lowest: int) -> None:
         """Use the trace of passes down to layer ``lowest``, unless this forward is an evaluation."""

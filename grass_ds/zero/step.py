@@ -13,6 +13,7 @@ from deepspeed.utils import logger
 from grass_ds.config import GrassConfig
 from grass_ds.core.agreement import RankDivergenceError
 from grass_ds.core.durable_files import listed
+from grass_ds.core.rounding import add_rounded_stochastically
 from grass_ds.core.units import Unit
 from grass_ds.offload.store import StateStore
 from grass_ds.zero.gradients import GradientReducer, squared_norm
@@ -43,6 +44,12 @@ def step_unit(
                 group["params"], optimizer.param_groups = [], groups
                 master.grad = None
             chunk.of(unit.shard).copy_(master)
+
+
+def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:
+    """Move an inactive unit's low-precision shard by ``rate`` against the signs [shard_numel, int8] of its gradient."""
+    change = signs.sign().to(unit.shard.device, torch.float32).mul_(-rate)
+    add_rounded_stochastically(unit.shard, change, generator)
 
 
 def global_squares(
@@ -87,7 +94,7 @@ def _local_squares(reducer: GradientReducer, units: Sequence[Unit]) -> list[torc
     if not reducer.shards:  # probing keeps none
         return squares * 2
     # Measured here, not as they arrived: the user may have replaced them (safe_set_full_grad).
-    norms = [squared_norm(reducer.shards[unit]) for unit in units]
+    norms = [reducer.squares[unit] if unit.expanded else squared_norm(reducer.shards[unit]) for unit in units]
     return norms + squares if reducer.micro_steps > 1 else norms * 2  # of a single micro-step the two are the same
 
 
@@ -102,7 +109,7 @@ def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss
     total: defaultdict[int, float] = defaultdict(float)
     numel: defaultdict[int, int] = defaultdict(int)
     for unit, square in squares.items():
-        if unit.layer is not None:
+        if unit.layer is not None and not unit.expanded:
             total[unit.layer] += square
             numel[unit.layer] += unit.numel
     scale = window * window / micro_steps

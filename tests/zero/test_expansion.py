@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expansion: inactive layers above the lowest active one move by a sign step; all others stay still by the bit."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import LAYERS, backward, batch, cyclic, ds_config, engine_of, layer_of, snapshot, tiny_llama, train
+from torch import nn
+
+pytestmark = pytest.mark.dist
+
+LR, EXPANSION = 1e-2, 0.125
+RATE = LR * EXPANSION
+
+
+def gradients(weights: dict[str, torch.Tensor], gas: int, step: int, world: int) -> dict[str, torch.Tensor]:
+    """Those of one process on the batches of all ranks, float32."""
+    model = tiny_llama()
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    for rank in range(world):
+        for micro in range(gas):
+            ids = batch(step, micro, rank)
+            model(input_ids=ids, labels=ids).loss.div(gas * world).backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def expanded_names(model: nn.Module, active: tuple[int, ...], lowest: int) -> set[str]:
+    layers = {layer for layer in range(lowest, LAYERS) if layer not in active}
+    return {name for name, _ in model.named_parameters() if layer_of(name) in layers}
+
+
+def moves(config: dict[str, Any], steps: int) -> None:
+    """Every step moves the expanded layers by RATE against the sign of the gradient, and no layer below them."""
+    model = tiny_llama()
+    depth = config["grass"].get("expansion_depth")
+    with engine_of(config, model) as engine:
+        gas, world = engine.gradient_accumulation_steps(), engine.dp_world_size
+        for step in range(steps):
+            before, active = snapshot(model), engine.grass.active_layers
+            lowest = min(active) if depth is None else min(*active, depth)
+            names = expanded_names(model, active, lowest)
+            exact = gradients(before, gas, step, world)
+            train(engine, 1, start=step)
+            after = snapshot(model)
+            moved = {name for name in before if not torch.equal(before[name], after[name])}
+            trained = {n for n in before if layer_of(n) in active} | {"model.norm.weight"}
+            assert moved == names | trained, f"step {step}"
+            for name in names:
+                # Where a gradient is so small that the order of a sum decides its sign, either is right.
+                certain = exact[name].abs() > 1e-4 * exact[name].abs().max()
+                expected = before[name] - RATE * exact[name].sign()
+                assert torch.equal(after[name][certain], expected[certain]), f"{name}, step {step}"
+                assert certain.float().mean() > 0.9
+
+
+BLOCK = cyclic(2, expansion=EXPANSION)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gas", "settings"), [(2, 1, {}), (1, 2, {}), (2, 2, {"expansion_depth": 0}), (3, 1, {}), (3, 2, {})]
+)
+def test_inactive_layers_move_by_the_sign_of_the_gradient(
+    two_ranks: Any, stage: int, gas: int, settings: dict[str, Any]
+) -> None:
+    config = ds_config(stage=stage, gas=gas, lr=LR, grass={**BLOCK, **settings})
+    two_ranks.run(moves, config=config, steps=2 * LAYERS + 2)
+
+
+def masters(config: dict[str, Any], steps: int) -> list[float]:
+    """The fp32 weights that users see round to the model's, always."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model = tiny_llama()
+    shares = []
+    with engine_of(config, model) as engine:
+        named = dict(model.named_parameters())
+        for step in range(steps):
+            train(engine, 1, start=step)
+            weights = snapshot(model)
+            cut_off = 0.0
+            for name, param in named.items():
+                master = safe_get_full_fp32_param(param)
+                if master is not None:
+                    assert torch.equal(master.to(weights[name].dtype), weights[name]), f"{name}, step {step}"
+                    cut_off += float((master != weights[name].float()).float().mean()) * (layer_of(name) is not None)
+            shares.append(cut_off)
+    return shares
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("device", ["cpu", "none"])
+def test_master_weights_follow(two_ranks: Any, stage: int, device: str) -> None:
+    block = {**BLOCK, "offload": {"device": device}}
+    (shares, _) = two_ranks.run(masters, config=ds_config(stage=stage, dtype="bf16", lr=LR, grass=block), steps=12)
+    assert shares[-1] > 1  # what rounding had cut off is still there
+
+
+def backward_only(config: dict[str, Any]) -> None:
+    """A step that is skipped moves nothing."""
+    model = tiny_llama()
+    with engine_of(config, model) as engine:
+        train(engine, 2)
+        before = snapshot(model)
+        backward(engine, 2)
+        with torch.no_grad():
+            shard = engine.optimizer.reducer.shards[engine.optimizer._active[0]]
+            shard[0] = float("inf")
+        engine.step()
+        after = snapshot(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_skipped_step_moves_nothing(two_ranks: Any) -> None:
+    two_ranks.run(backward_only, config=ds_config(lr=LR, grass=BLOCK))
