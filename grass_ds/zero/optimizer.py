@@ -155,8 +155,8 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def _expand(self, unit: Unit) -> None:
         rate = self.config.expansion * self.optimizer.param_groups[unit.group]["lr"]
-        seed = digest(self.config.seed, self.controller.step, unit.name, unit.rank)
-        generator = torch.Generator(unit.shard.device).manual_seed(seed)
+        # Not the sampler's seed, which a resumed run may change.
+        generator = torch.Generator(unit.shard.device).manual_seed(digest(self.controller.step, unit.name, unit.rank))
         expand_unit(unit, self.reducer.take_signs(unit), rate, generator)
         self.store.mark_moved(unit)
 

@@ -49,6 +49,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"dtype": "bf16", "stage": 3, "clip": 0.5, **BACKGROUND},
         {"sampler": "grass", "num_active_layers": 2},
     ),
+    "cyclic-bf16-zero2-cpu-expansion": ({"dtype": "bf16", "gas": 2}, {"sampler": "cyclic", "expansion": 0.2}),
+    "grass-bf16-zero3-cpu-expansion": ({"dtype": "bf16", "stage": 3}, {"sampler": "grass", "expansion": 0.2}),
     "uniform-bf16-zero3-nvme": ({"dtype": "bf16", "stage": 3}, {"sampler": "uniform"}),
 }
 
@@ -116,6 +118,7 @@ def resumed(engine: Any, folder: Path, tag: str, history: list[dict[str, Any]], 
         "grass-fp16-zero2-cpu-scaled",
         "static-fp32-zero3-device-reset",
         "grass-bf16-zero3-cpu-async",
+        "cyclic-bf16-zero2-cpu-expansion",
     ),
 )
 def test_resumed_run_is_the_straight_run(two_ranks: Any, case: str, tmp_path: Path) -> None:
