@@ -198,6 +198,15 @@ class GrassConfig(_Block):
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     """Where optimizer state is kept while its layer does not step: the keys below."""
 
+    @model_validator(mode="after")
+    def _expands(self) -> "GrassConfig":
+        if self.expansion_depth is not None and self.expansion == 0:
+            raise ValueError(
+                f"expansion_depth = {self.expansion_depth} has no effect without expansion: set expansion above 0, or "
+                "leave expansion_depth out"
+            )
+        return self
+
     def controller_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :class:`grass_ds.sampling.controller.Controller`."""
         return self.model_dump(include={field.name for field in dataclasses.fields(SamplingSettings)})

@@ -116,7 +116,7 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
     """The layers of a model that can be trained layer by layer in full.
 
     Raises:
-        GrassConfigError: adapters, pipeline parallelism or experts.
+        GrassConfigError: adapters, pipeline parallelism or experts, or ``expansion_depth`` beyond the layers.
         ValueError: the layers cannot be found, or ``always_active`` names what the model does not have.
     """
     adapted = any(hasattr(module, "peft_config") for module in model.modules())
@@ -134,4 +134,9 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
         )
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
+    if config.expansion_depth is not None and config.expansion_depth >= len(layers.names):
+        raise GrassConfigError(
+            f"grass.expansion_depth = {config.expansion_depth}: the model has layers 0 to {len(layers.names) - 1}; name "
+            "one of them, or null for the lowest active layer"
+        )
     return layers

@@ -133,10 +133,12 @@ class GrassEngine(CheckpointingEngine):
             "" if "gradient_clipping" in self.config else " (the default of DeepSpeed; gradient_clipping sets it)"
         )
         clipped = f"clipped at norm {clip:g}{default}" if clip else "not clipped"
+        depth = "the lowest active one" if config.expansion_depth is None else f"layer {config.expansion_depth}"
+        expanded = f"; inactive layers from {depth} up take sign steps of {config.expansion:g} x lr"
         logger.warning(
             f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time; "
             f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
-            f"gradients are {clipped}"
+            f"gradients are {clipped}{expanded if config.expansion else ''}"
         )
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:

@@ -17,12 +17,10 @@ def neighbours(exact: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     """The values of ``dtype`` at or next below and above, as float32, by its bits."""
     near = exact.to(dtype)
     bits = near.view(torch.int16)
-    outward = torch.where(bits < 0, near < exact, near < exact)
     away = (near.float() < exact) == (near.float() >= 0)
     other = (bits + torch.where(away, 1, -1).to(torch.int16)).view(dtype).float()
     same = near.float() == exact
     other = torch.where(same, near.float(), other)
-    assert outward.shape == exact.shape
     return torch.minimum(near.float(), other), torch.maximum(near.float(), other)
 
 
@@ -37,7 +35,7 @@ def test_every_sum_is_rounded_to_a_neighbour_and_right_in_the_mean(dtype: torch.
     for _ in range(rounds):
         moved = weights.clone()
         add_rounded_stochastically(moved, change, source)
-        assert (((moved.float() == below) | (moved.float() == above))).all()
+        assert ((moved.float() == below) | (moved.float() == above)).all()
         total += moved.double()
     # The share of roundings up is binomial: six standard deviations for each of 500 elements.
     gap = (above - below).double()
