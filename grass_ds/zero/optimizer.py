@@ -10,7 +10,7 @@ reduce-scattered, and its state is loaded if there is room. In ``step``:
 An inactive unit takes part in none of it: no gradient, no buffer, no collective, no state on the device.
 
 [Note: Expansion] With ``grass.expansion`` the inactive layers that backward passes anyway have a gradient, too. In
-phase 2 their low-precision weights move by ``expansion`` x the learning rate against its sign, without optimizer state.
+phase 2 their low-precision weights move by ``expansion`` x the learning rate against its sign, without any state.
 If such a layer has fp32 master weights, these stay where they are. They follow the weights when they are used next:
 when the layer becomes active, in checkpoints and in ``safe_get_*`` (:func:`grass_ds.core.rounding.follow`).
 """

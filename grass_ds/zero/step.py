@@ -47,7 +47,7 @@ def step_unit(
 
 
 def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:
-    """Move an inactive unit's low-precision shard by ``rate`` against the signs [shard_numel, int8] of its gradient."""
+    """Move an inactive unit's low-precision shard by ``rate`` against its gradient's signs [shard_numel, int8]."""
     change = signs.sign().to(unit.shard.device, torch.float32).mul_(-rate)
     add_rounded_stochastically(unit.shard, change, generator)
 
