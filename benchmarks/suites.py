@@ -9,6 +9,8 @@ from benchmarks.checkpoint import suite as checkpoint
 from benchmarks.checkpoint import tables as checkpoint_tables
 from benchmarks.cpu import suite as cpu
 from benchmarks.cpu import tables as cpu_tables
+from benchmarks.frontier import suite as frontier
+from benchmarks.frontier import tables as frontier_tables
 from benchmarks.gpu import suite as gpu
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.offload import suite as offload
@@ -33,6 +35,7 @@ class Suite(NamedTuple):
 SUITES = {
     "cpu": Suite(cpu.cases, cpu_tables.tables),
     "quality": Suite(quality.cases, quality_tables.tables),
+    "frontier": Suite(frontier.cases, frontier_tables.tables),
     "offload": Suite(offload.cases, offload_tables.tables),
     "checkpoint": Suite(checkpoint.cases, checkpoint_tables.tables),
     "gpu": Suite(gpu.cases, gpu_tables.tables),
