@@ -27,6 +27,7 @@ class Case:
         async_save: write the checkpoint in the background (checkpoint).
         task, test_rows: what is trained on, and rows per measurement (quality).
         tuning: measure the development loss alone (quality).
+        answers: have the test answers graded, too (quality).
         curve: measure that loss every so many steps (quality); 0: never.
         dtype, disk, data: precision, folder on a local disk, folder of data sets; not part of the key.
     """
@@ -52,6 +53,7 @@ class Case:
     task: str | None = None
     test_rows: int = 48
     tuning: bool = False
+    answers: bool = True
     curve: int = 0
     dtype: str = "bf16"
     disk: str | None = None

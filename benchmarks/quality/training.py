@@ -28,6 +28,7 @@ def quality(case: Case, model: Any, tokenizer: Any) -> Row:
     row["dev_loss"] = exam.loss(model, "dev")
     if not case.tuning:
         row["test_loss"] = exam.loss(model, "test")
+    if case.answers and not case.tuning:
         row["accuracy"] = exam.accuracy(model)
         row["constant"] = exam.constant()
     return row
@@ -55,7 +56,7 @@ def _train(case: Case, model: Any, exam: Exam, collate: Collator) -> Row:
         scores = list(grass.scores) if grass is not None and grass.scores else None
         if scores is not None and (not drawn or drawn[-1]["scores"] != scores):
             drawn.append({"step": number, "scores": scores, "probabilities": list(grass.probabilities or [])})
-        if case.curve and number % case.curve == 0:
+        if case.curve and number % case.curve == 0 and number < case.steps:  # the last loss is the row's
             peak = max(peak, peak_bytes())
             curve.append({"step": number, "cpu_seconds": cpu, "dev_loss": exam.loss(model, "dev")})
             reset_peak()
