@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 
 from benchmarks.case import Row
-from benchmarks.frontier.suite import ADAM, TUNING_SEED, WITH_EXPANSION, Setting, setting, tried_rates
+from benchmarks.frontier.suite import ADAM, TUNING_SEED, Setting, setting, tried_rates, with_expansion
 from benchmarks.quality.suite import STEPS
 from benchmarks.report.table import conditions, mean, mean_deviation, median, table
 
@@ -16,7 +16,7 @@ NAMES = {
 
 
 def tables(rows: list[Row]) -> list[str]:
-    known = (*ADAM, *WITH_EXPANSION)
+    known = (*ADAM, *with_expansion(rows))
     text = f"task `arithmetic`, {STEPS} steps; {rows[0]['dev_rows']} development rows"
     return ["## Frontier", conditions(rows, text), rates(rows, known), results(rows, known)]
 
