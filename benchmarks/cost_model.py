@@ -15,8 +15,10 @@ from benchmarks.case import Case, Row
 from benchmarks.methods import EVERYTHING, METHODS, grass_config
 from benchmarks.precision import BYTES, STATE
 from grass_ds.config import GrassConfig
+from grass_ds.core.signs import PER_BYTE
 
 FP32 = BYTES["fp32"]
+SIGN = 1 / PER_BYTE  # bytes of a sign that waits for its step
 # DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters: weights needed again so soon stay gathered.
 REUSE_DISTANCE = 1_000_000_000
 
@@ -39,13 +41,21 @@ class TrainedStep:
         self.lora, self.half_lora = self.method.lora_rank is not None, self.method.frozen == "lora_A"
         self.outside = self._outside()
         blocks = self.shape["layers"]
-        # Layers of which something trains, and the lowest that backward runs through.
+        # Layers whose weights have a gradient; those of them that take a sign step; the lowest that backward reaches.
         self.layers = list(range(blocks)) if self.lora or active is None else sorted(active)
+        self.expanded = self._expanded(blocks)
+        self.layers = sorted({*self.layers, *self.expanded})
         self.lowest = 0 if "embed" in self.outside else min(self.layers, default=blocks)
         self.width = BYTES[row["dtype"]]
         self.tokens = row["micro_batch"] * row["sequence"]
         # Whether every micro-batch is reduced: into shards, or for scores, which are means over micro-batches.
         self.reduces_always = row["stage"] > 1 or (self.grass is not None and self.grass.sampler == "grass")
+
+    def _expanded(self, blocks: int) -> list[int]:
+        if self.grass is None or self.grass.expansion == 0:
+            return []
+        depth = min(blocks if self.grass.expansion_depth is None else self.grass.expansion_depth, *self.layers)
+        return [layer for layer in range(depth, blocks) if layer not in self.layers]
 
     def _outside(self) -> set[str]:
         """Modules outside the blocks that train; tied embeddings are embeddings and head."""
@@ -62,13 +72,18 @@ class TrainedStep:
 
     @property
     def units(self) -> list[int]:
-        """Elements of each unit that trains: those outside the blocks first."""
+        """Elements of each unit that has a gradient: those outside the blocks first."""
         s = self.shape
         if self.lora:
             return [s["layers"] * self.adapter_numel]
         outside = {name: s[f"{name}_numel"] for name in ("head", "norm", "embed")}
         trained = [numel for name, numel in outside.items() if name in self.outside and numel]
         return trained + [s["layer_numel"]] * len(self.layers)
+
+    @property
+    def stepped(self) -> list[int]:
+        """The same of each unit that the optimizer steps."""
+        return self.units[: len(self.units) - len(self.expanded)]
 
     @property
     def numel(self) -> int:
@@ -189,7 +204,7 @@ def memory(row: Row, active: list[int] | None) -> dict[str, int]:
 
 def _state(step: TrainedStep) -> int:
     """Optimizer state on the device."""
-    shards = [-(-numel // step.row["ranks"]) for numel in step.units]
+    shards = [-(-numel // step.row["ranks"]) for numel in step.stepped]
     grass = step.grass
     if "offload_optimizer" in step.method.zero:
         return 0
@@ -201,7 +216,7 @@ def _state(step: TrainedStep) -> int:
         return STATE * grass.offload.device_buffers * min(grass.offload.chunk_numel, max(shards))
     ever = {layer for layers in (*step.row["active"], step.active) for layer in layers or ()}
     met = step.shape["layers"] if step.row["prepare_state"] else len(ever)
-    outside = sum(shards[: len(shards) - len(step.layers)])
+    outside = sum(shards[: len(step.units) - len(step.layers)])
     return STATE * (outside + met * -(-step.shape["layer_numel"] // step.row["ranks"]))
 
 
@@ -218,17 +233,17 @@ def _candidates(step: TrainedStep) -> Iterator[dict[str, int]]:
     head = step.width * s["vocab"] * s["hidden"] if "head" in step.outside else 0
     yield {"activations": total, "logits": step.width * rows, "gradients": held + head}
     tied = head if s["tied"] else 0  # waits for the embedding's part
-    done = sum(step.units[: len(step.units) - len(step.layers)]) if not step.lora else 0
+    done: float = step.width * sum(step.units[: len(step.units) - len(step.layers)]) if not step.lora else 0
     for layer in range(s["layers"] - 1, step.lowest - 1, -1):
         own = _recomputed_bytes(step, layer) if row["checkpointing"] else 0
         work = step.tokens * step.width * (2 * s["intermediate"] + s["hidden"])
         trained = (step.adapter_numel if step.lora else s["layer_numel"]) if layer in step.layers else 0
-        gradients = max(held, step.width * done // row["ranks"]) + tied + step.width * trained
+        gradients = max(held, int(done // row["ranks"])) + tied + step.width * trained
         below = sum(nbytes for index, nbytes in kept.items() if index <= layer)
         yield {"activations": below + own + work, "logits": 0, "gradients": gradients}
-        done += trained
+        done += trained * (SIGN if layer in step.expanded else step.width)
     embed = step.width * s["embed_numel"] if "embed" in step.outside else 0
-    yield {"activations": 0, "logits": 0, "gradients": max(held, whole // row["ranks"]) + embed + tied}
+    yield {"activations": 0, "logits": 0, "gradients": max(held, int(done // row["ranks"])) + embed + tied}
 
 
 def layer_bytes(step: TrainedStep, layer: int) -> int:
@@ -282,7 +297,7 @@ def seconds(row: Row) -> list[dict[str, float]]:
     plain, found = row["plain"], []
     for active in row["active"]:
         passes = next(done for done in plain["passes"] if done["active"] == active)
-        shard = sum(TrainedStep(row, active).units) / row["ranks"]
+        shard = sum(TrainedStep(row, active).stepped) / row["ranks"]
         moved = traffic(row, active)
         found.append(
             {

@@ -3,6 +3,8 @@
 
 import torch
 
+EXPONENT = 0x7F800000  # bits of a float32
+
 
 def add_rounded_stochastically(weights: torch.Tensor, change: torch.Tensor, generator: torch.Generator) -> None:
     """Add ``change`` (float32) to ``weights`` in place, without a bias by rounding.
@@ -16,8 +18,9 @@ def add_rounded_stochastically(weights: torch.Tensor, change: torch.Tensor, gene
     exact = weights.to(torch.float32).add_(change)
     if weights.dtype != torch.float32:
         limits = torch.finfo(weights.dtype)
-        exponent = torch.frexp(exact.abs().clamp_min_(limits.smallest_normal)).exponent - 1
-        spacing = torch.ldexp(torch.full_like(exact, limits.eps), exponent)  # of the dtype around each element
+        spacing = exact.abs().clamp_min_(limits.smallest_normal)
+        spacing.view(torch.int32).bitwise_and_(EXPONENT)
+        spacing.mul_(limits.eps)  # of the dtype around each element
         up = torch.rand(exact.shape, generator=generator, device=exact.device)
         exact.div_(spacing).add_(up).floor_().mul_(spacing)
     weights.copy_(exact)

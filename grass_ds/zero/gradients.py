@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from grass_ds.core import deepspeed_compat
+from grass_ds.core.signs import pack_signs, unpack_signs
 from grass_ds.core.units import Unit
 
 
@@ -48,7 +49,7 @@ class GradientReducer:
     Attributes:
         shards: unit -> averaged gradient summed over micro-steps, [shard_numel], DeepSpeed's ``grad_accum_dtype``;
             empty while probing.
-        signs: expanded unit -> signs of that gradient, [shard_numel], int8, from the end of the window on.
+        signs: expanded unit -> signs of that gradient, see :func:`pack_signs`, from the end of the window on.
         squares: unit -> squared norm of this rank's shard of a micro-step's averaged gradient, summed over
             micro-steps; float32 scalar.
         micro_steps: backward passes since :meth:`clear`; ``discarded``: those whose gradients were dropped.
@@ -120,10 +121,10 @@ class GradientReducer:
             self._reduce_complete()
 
     def take_signs(self, unit: Unit) -> torch.Tensor:
-        """Signs of an expanded unit's gradient, int8 [shard_numel], which are not kept any longer."""
+        """Signs of an expanded unit's gradient, see :func:`pack_signs`, which are not kept any longer."""
         if unit in self.signs:
             return self.signs.pop(unit)
-        return self.shards.pop(unit).sign().to(torch.int8)  # the caller ended the window after backward
+        return pack_signs(self.shards.pop(unit))  # the caller ended the window after backward
 
     def finish_micro_step(self, reduce_now: bool) -> None:
         """End of one backward pass."""
@@ -168,8 +169,9 @@ class GradientReducer:
         self.squares[unit] = self.squares.get(unit, 0) + squared_norm(shard)
         if unit.expanded and self._at_boundary():
             total = shard if unit not in self.shards else self.shards.pop(unit).add_(shard)
-            signs = total.sign().to(torch.int8)
-            self.signs[unit] = signs if unit not in self.signs else self.signs[unit].add_(signs)
+            if unit in self.signs:  # several backward passes in the last micro-step: each has a vote
+                total = total.sign().add_(unpack_signs(self.signs[unit], unit.shard_numel))
+            self.signs[unit] = pack_signs(total)
         elif self._keep and unit in self.shards:
             self.shards[unit].add_(shard)
         elif self._keep:

@@ -14,9 +14,12 @@ from grass_ds.config import GrassConfig
 from grass_ds.core.agreement import RankDivergenceError
 from grass_ds.core.durable_files import listed
 from grass_ds.core.rounding import add_rounded_stochastically
+from grass_ds.core.signs import PER_BYTE, unpack_signs
 from grass_ds.core.units import Unit
 from grass_ds.offload.store import StateStore
 from grass_ds.zero.gradients import GradientReducer, squared_norm
+
+PIECE = 2**20  # elements of a shard that take their sign step together; another size would draw other random numbers
 
 
 class MissingGradientError(ValueError):
@@ -47,9 +50,12 @@ def step_unit(
 
 
 def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:
-    """Move an inactive unit's low-precision shard by ``rate`` against its gradient's signs [shard_numel, int8]."""
-    change = signs.sign().to(unit.shard.device, torch.float32).mul_(-rate)
-    add_rounded_stochastically(unit.shard, change, generator)
+    """Move an inactive unit's low-precision shard by ``rate`` against the signs of its gradient, see ``pack_signs``.
+
+    Rounding needs 17 bytes per element, so one piece at a time.
+    """
+    for weights, packed in zip(unit.shard.split(PIECE), signs.split(PIECE // PER_BYTE), strict=True):
+        add_rounded_stochastically(weights, unpack_signs(packed, len(weights)).mul_(-rate), generator)
 
 
 def global_squares(

@@ -70,7 +70,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """Per step: what was sent, what the library says it holds, and whose gradients came.
 
     Between backward and step nothing may be alive but weights, resting states, the two device buffers that states come
-    into, and a shard with its squared norm per active unit.
+    into, a shard per active unit, two bits per element per expanded one, and the squared norms of both.
     """
     model, fired, steps, stage = model_for(config), set(), [], stage_of(config)
     model.eval()  # as ``from_pretrained`` leaves it
@@ -80,24 +80,27 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
         for step in range(3 * PERIOD):
             fired.clear()
             active = engine.grass.active_layers
+            expanded = set(range(min(active), LAYERS)) - set(active) if "expansion" in config["grass"] else set()
             backward = run_backward(engine, step)
             assert all(param.grad is None for param in model.parameters())
             seen = sum(count > 0 for count in engine.grass.visits)
             gathered = [n for n, p in model.named_parameters() if stage == 3 and p.ds_status.name != "NOT_AVAILABLE"]
             shards = [shard(NORM, world, stage)] + [shard(LAYER, world, stage)] * len(active)
             expected = resting_bytes(config, world, seen if step else None) + buffer_bytes(world, stage)
-            expected += width(config) * (sum(shards) + HIDDEN * len(gathered)) + 4 * len(shards)
+            gradients = width(config) * sum(shards) + len(expanded) * shard(LAYER, world, stage) // 4
+            expected += gradients + width(config) * HIDDEN * len(gathered) + 4 * (len(shards) + len(expanded))
             assert wait_for_bytes(live, expected) == expected
             memory = engine.grass.memory()
-            assert memory["gradients"]["device"] == width(config) * sum(shards)
+            assert memory["gradients"]["device"] == gradients
             on_host = state_bytes(seen, world, stage) if step else 0
             assert memory["optimizer_state"] == {"device": buffer_bytes(world, stage), "host": on_host}
             with Collectives() as sent:
                 engine.step()
             assert all(param.grad is None for param in model.parameters())
             assert engine.grass.memory()["gradients"]["device"] == 0
+            layers = {"active": active, "with_gradient": {*active, *expanded}}
             steps.append(
-                {"active": active, "backward": backward, "step": sent.calls, "gathered": gathered, "fired": set(fired)}
+                {**layers, "backward": backward, "step": sent.calls, "gathered": gathered, "fired": set(fired)}
             )
     return steps
 
@@ -117,6 +120,9 @@ TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ..
     "zero3-persistent-norms": ("two_ranks", {"stage": 3}, PERSISTENT, 2, (0,)),
     "zero3-one-rank": ("one_rank", {"stage": 3}, AHEAD, 1, (0,)),
     "zero3-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16"}, AHEAD, 1, (0,)),
+    "zero2-bf16-expansion": ("two_ranks", {"dtype": "bf16"}, {}, 1, (0,)),
+    "zero1-fp32-expansion-gas2": ("two_ranks", {"stage": 1, "gas": 2}, {}, 2, (1,)),
+    "zero3-expansion": ("two_ranks", {"stage": 3}, DEFAULT, 1, (0,)),
 }
 
 
@@ -124,12 +130,14 @@ TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ..
 def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.FixtureRequest, case: str) -> None:
     pool, settings, zero, gamma, reducing = TRAFFIC[case]
     gas, world = settings.get("gas", 1), WORLD[pool]
-    config = ds_config(grass=cyclic(PERIOD, num_active_layers=gamma), zero_optimization=zero, **settings)
+    more = {"expansion": 0.1} if "expansion" in case else {}
+    config = ds_config(grass=cyclic(PERIOD, num_active_layers=gamma, **more), zero_optimization=zero, **settings)
     stage = stage_of(config)
     for steps in request.getfixturevalue(pool).run(watch_steps, config=config, world=world):
         for number, step in enumerate(steps):
             assert len(step["active"]) == gamma
-            units = [NORM] + [LAYER] * gamma  # final norm first: that is how backward meets them
+            # final norm first: that is how backward meets them
+            units = [NORM] + [LAYER] * len(step["with_gradient"])
             flats = [width(config) * world * shard(sizes, world, stage) for sizes in units]
             reductions = [("reduce_scatter_base", flat) for flat in flats]
             assert step["backward"] == [reductions if micro in reducing else [] for micro in range(gas)]
@@ -146,7 +154,7 @@ def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.Fixtu
             norms = [("allreduce", 4 * (3 * len(units) + 2))]
             fingerprint = [("allreduce", 2 * 6 * 8)] if gamma < LAYERS and (number + 1) % PERIOD == 0 else []
             assert step["step"] == norms + gathers + fingerprint
-            assert layers_in(step["fired"]) == set(step["active"])
+            assert layers_in(step["fired"]) == step["with_gradient"]
             assert {name for name in step["fired"] if "layers" not in name} == {"model.norm.weight"}
 
 
