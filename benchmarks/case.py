@@ -29,6 +29,7 @@ class Case:
         tuning: measure the development loss alone (quality).
         answers: have the test answers graded, too (quality).
         curve: measure that loss every so many steps (quality); 0: never.
+        schedule: of the learning rate after its warm-up, to zero: "linear" or "cosine".
         dtype, disk, data: precision, folder on a local disk, folder of data sets; not part of the key.
     """
 
@@ -55,6 +56,7 @@ class Case:
     tuning: bool = False
     answers: bool = True
     curve: int = 0
+    schedule: str = "linear"
     dtype: str = "bf16"
     disk: str | None = None
     data: str | None = None

@@ -98,7 +98,7 @@ def ds_config(case: Case, bucket: int = 5_000_000, total_steps: int | None = Non
     Args:
         bucket: elements of DeepSpeed's communication buffers; about one layer, as the default of 5e8 would dominate
             the memory of a small model.
-        total_steps: the learning rate falls linearly to zero by then; None: it stays.
+        total_steps: the learning rate falls to zero by then, see ``Case.schedule``; None: it stays.
     """
     buckets = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     adam = {"lr": case.lr, "weight_decay": 0.0, "torch_adam": True, "fused": True}
@@ -115,6 +115,9 @@ def ds_config(case: Case, bucket: int = 5_000_000, total_steps: int | None = Non
     }
     if total_steps is not None:
         config["scheduler"] = {"type": "WarmupDecayLR", "params": {**warmup, "total_num_steps": total_steps}}
+    if total_steps is not None and case.schedule == "cosine":
+        params = {"total_num_steps": total_steps, "warmup_num_steps": max(2, total_steps // 20), "cos_min_ratio": 0.0}
+        config["scheduler"] = {"type": "WarmupCosineLR", "params": {**params, "warmup_type": "linear"}}
     if case.async_save:
         config["checkpoint"] = {"async": True}
     if (block := grass_block(case)) is not None:

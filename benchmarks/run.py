@@ -15,6 +15,7 @@ for one; with ``--rows FOLDER`` there is a file for another.
 
 import argparse
 import json
+import math
 import os
 import socket
 import subprocess
@@ -33,7 +34,7 @@ if __package__ in (None, ""):
 from benchmarks import precision
 from benchmarks.case import Case, Request, Row, read_rows
 from benchmarks.methods import METHODS
-from benchmarks.quality.suite import PARTS
+from benchmarks.quality.suite import COMPARED_TASKS, PARTS
 from benchmarks.suites import SUITES
 from benchmarks.tasks import TASKS
 from grass_ds.precision import DTYPES, candidates
@@ -77,10 +78,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=(precision.AUTO, *DTYPES), default=precision.AUTO, help="of all cases")
     parser.add_argument("--data", help="quality: folder with gsm8k/, arc_easy/, ...: see benchmarks/tasks.py")
     parser.add_argument("--part", choices=PARTS, help="quality: this part alone; it needs the learning rates of tune")
-    parser.add_argument("--task", choices=TASKS, help="quality: this task alone; default: all that need --data")
+    parser.add_argument(
+        "--task", choices=TASKS, help=f"quality: this task alone; default: {' and '.join(COMPARED_TASKS)}"
+    )
     parser.add_argument("--model", help="instead of the suite's, for a trial; use --rows with it")
     parser.add_argument("--limit", type=int, default=sys.maxsize, help="cases to run at most")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds per case")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="end then; cases of epoch go on from their checkpoints next time",
+    )
     parser.add_argument("--rows", type=Path, default=FOLDER / "rows", help="folder of the rows")
     parser.add_argument("--commit", help="of this tree; default: from git")
     parser.add_argument("--nvme-path", type=Path, default=ROOT / ".benchmarks", help="folder on a local disk")
@@ -96,16 +105,24 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
     dtype, commit = choose_precision(args.dtype, file), args.commit or current_commit()
     begin, lock, left = time.monotonic(), Lock(), args.limit
+    end = begin + 60 * args.minutes
 
     with tempfile.TemporaryDirectory(dir=args.nvme_path) as disk:
 
         def measure(case: Case) -> None:
-            row = run_case(replace(case, dtype=dtype, disk=disk, data=args.data), args.timeout)
+            if (seconds := end - time.monotonic()) <= 0:
+                return
+            try:
+                row = run_case(replace(case, dtype=dtype, disk=disk, data=args.data), min(args.timeout, seconds))
+            except subprocess.TimeoutExpired:
+                if seconds > args.timeout:
+                    raise
+                return
             with lock, file.open("a") as rows:
                 rows.write(json.dumps({"cell": case.text(), "commit": commit, "jobs": args.jobs, **row}) + "\n")
             print(f"[{time.monotonic() - begin:6.0f} s] {case.text()}", flush=True)
 
-        while todo := remaining(args, file)[:left]:
+        while time.monotonic() < end and (todo := remaining(args, file)[:left]):
             print(f"{len(todo)} cases to run", flush=True)
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(measure, todo))  # a case that fails ends the suite; those that run are finished
@@ -116,7 +133,7 @@ def remaining(args: argparse.Namespace, file: Path) -> list[Case]:
     """Cases without a row that can run here."""
     rows = read_rows(file)
     parts = (args.part,) if args.part else PARTS
-    tasks = (args.task,) if args.task else tuple(task for task in TASKS if task != "builtin")
+    tasks = (args.task,) if args.task else COMPARED_TASKS
     cases = SUITES[args.suite].cases(Request(rounds=args.rounds, parts=parts, tasks=tasks, rows=rows))
     if args.model is not None:
         cases = [replace(case, model=args.model) for case in cases]

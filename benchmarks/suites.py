@@ -9,6 +9,8 @@ from benchmarks.checkpoint import suite as checkpoint
 from benchmarks.checkpoint import tables as checkpoint_tables
 from benchmarks.cpu import suite as cpu
 from benchmarks.cpu import tables as cpu_tables
+from benchmarks.epoch import suite as epoch
+from benchmarks.epoch import tables as epoch_tables
 from benchmarks.frontier import suite as frontier
 from benchmarks.frontier import tables as frontier_tables
 from benchmarks.gpu import suite as gpu
@@ -36,6 +38,7 @@ SUITES = {
     "cpu": Suite(cpu.cases, cpu_tables.tables),
     "quality": Suite(quality.cases, quality_tables.tables),
     "frontier": Suite(frontier.cases, frontier_tables.tables),
+    "epoch": Suite(epoch.cases, epoch_tables.tables),
     "offload": Suite(offload.cases, offload_tables.tables),
     "checkpoint": Suite(checkpoint.cases, checkpoint_tables.tables),
     "gpu": Suite(gpu.cases, gpu_tables.tables),

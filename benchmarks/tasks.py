@@ -31,7 +31,8 @@ class Task:
         exact: sources answered by generating; the number is compared.
         choice: sources answered by the likelihood of their options.
         sequence: longest row in tokens; longer prompts lose their start, longer answers are left out.
-        micro_batch: rows per step.
+        micro_batch: rows per micro-batch.
+        new_tokens: longest generated answer.
     """
 
     train: tuple[str, ...]
@@ -39,6 +40,7 @@ class Task:
     choice: tuple[str, ...] = ()
     sequence: int = 256
     micro_batch: int = 2
+    new_tokens: int = 100
 
     def answered(self, rows: int) -> int:
         """How many of ``rows`` rows per source measure the accuracy: generating takes long."""
@@ -49,6 +51,9 @@ CHOICES = ("arc_easy", "arc_challenge", "boolq")
 TASKS = {
     "arithmetic": Task(train=("gsm8k",), exact=("multiarith", "addsub", "singleeq")),
     "choice": Task(train=CHOICES, choice=CHOICES, sequence=192, micro_batch=4),
+    "epoch": Task(
+        train=("gsm8k",), exact=("gsm8k", "multiarith", "addsub", "singleeq"), micro_batch=4, new_tokens=160
+    ),
     "builtin": Task(train=(BUILTIN,), exact=(BUILTIN,), sequence=128),
 }
 
@@ -89,7 +94,7 @@ class Exam:
 
     def accuracy(self, model: Any) -> dict[str, float]:
         """Share of right answers per source."""
-        generate = partial(exact_match, model, self.template, batch_size=32, max_new_tokens=100)
+        generate = partial(exact_match, model, self.template, batch_size=32, max_new_tokens=self.task.new_tokens)
         choose = partial(choice_accuracy, model, self.template, batch_size=16)
         found = {source: generate(self._unseen(source)) for source in self.task.exact}
         return found | {source: choose(self._unseen(source)) for source in self.task.choice}

@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 
 from benchmarks.case import Case, Row
 from benchmarks.checkpoint.saving import checkpoint
+from benchmarks.epoch.training import epoch
 from benchmarks.measure.cost import cost
 from benchmarks.measure.observer import resident_bytes
 from benchmarks.measure.plain import plain
@@ -33,7 +34,12 @@ from grass_ds.sampling.samplers import SAMPLERS
 from launch import distributed
 
 # kind -> measurement of a case, its model and its tokenizer: fields of the row.
-MEASUREMENTS: dict[str, Callable[[Case, Any, Any], Row]] = {"cost": cost, "quality": quality, "checkpoint": checkpoint}
+MEASUREMENTS: dict[str, Callable[[Case, Any, Any], Row]] = {
+    "cost": cost,
+    "quality": quality,
+    "epoch": epoch,
+    "checkpoint": checkpoint,
+}
 # Fields of the case that its row repeats under the same names.
 CONDITIONS = (
     *("kind", "dtype", "method", "model", "stage", "micro_batch", "accumulation", "sequence", "steps"),
@@ -79,7 +85,7 @@ def conditions(case: Case) -> Row:
     return {
         **{name: getattr(case, name) for name in CONDITIONS},
         "async": case.async_save,
-        **({"task": case.task} if case.kind == "quality" else {}),
+        **({"task": case.task} if case.task is not None else {}),
         "temperature": config.temperature if config is not None and SAMPLERS[config.sampler].needs_scores else None,
         "ranks": distributed.world_size(),
         "device": get_accelerator().device_name(),

@@ -36,7 +36,7 @@ def build(case: Case, model: Any) -> tuple[Any, LayerToggle | None]:
     """The engine of the method, and what toggles its layers if the method does."""
     layers = model.get_decoder().layers
     largest = max(sum(weight.numel() for weight in layer.parameters()) for layer in layers)
-    total_steps = training_steps(case, len(layers)) if case.kind == "quality" else None
+    total_steps = training_steps(case, len(layers)) if case.task is not None else None
     config = ds_config(case, bucket=max(5_000_000, largest), total_steps=total_steps)
     if case.method == "badam-package":
         return badam_engine(model, config, switch_every=case.grass.get("sample_period", 50)), None

@@ -16,6 +16,7 @@ TUNING_SEED = 9  # of no run that is reported
 SEEDS = (0, 1, 2)
 # SmolLM2's head is its embeddings: "grass-embed" is grass with a head that trains.
 COMPARED = ("full", "lora", "uniform", "cyclic", "static", "grass", "grass-sharp", "grass-embed")
+COMPARED_TASKS = ("arithmetic", "choice")
 # Short runs: the sampler's periods are a fifth of its defaults, alike for all methods.
 SETTINGS = {"probe_steps": 4, "sample_period": 5, "refresh_period": 10}
 
