@@ -7,6 +7,8 @@ from typing import NamedTuple
 from benchmarks.case import Case, Request, Row
 from benchmarks.checkpoint import suite as checkpoint
 from benchmarks.checkpoint import tables as checkpoint_tables
+from benchmarks.compute import suite as compute
+from benchmarks.compute import tables as compute_tables
 from benchmarks.cpu import suite as cpu
 from benchmarks.cpu import tables as cpu_tables
 from benchmarks.epoch import suite as epoch
@@ -36,6 +38,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "cpu": Suite(cpu.cases, cpu_tables.tables),
+    "compute": Suite(compute.cases, compute_tables.tables),
     "quality": Suite(quality.cases, quality_tables.tables),
     "frontier": Suite(frontier.cases, frontier_tables.tables),
     "epoch": Suite(epoch.cases, epoch_tables.tables),
