@@ -40,6 +40,21 @@ def badam_engine(model: nn.Module, config: dict[str, Any], switch_every: int) ->
     return engine
 
 
+class SignSGD(torch.optim.Optimizer):
+    """Moves every weight by the learning rate against the sign of its gradient."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """``closure`` is not called."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.add_(param.grad.sign(), alpha=-group["lr"])
+
+
 class LayerToggle:
     """LISA as its public callbacks do it: every ``period`` steps other decoder layers require gradients.
 

@@ -29,6 +29,7 @@ class Method:
         zero: added to ``zero_optimization``.
         lora_rank: of PEFT LoRA on all linear layers, alpha twice that; None: the model itself trains.
         frozen: parameters with this in their name do not train.
+        sign_sgd: the optimizer is :class:`benchmarks.baselines.SignSGD` instead of AdamW.
         toggles: LISA as public callbacks do it, see :class:`benchmarks.baselines.LayerToggle`.
         package: that the method comes in; it need not be installed.
     """
@@ -38,6 +39,7 @@ class Method:
     zero: dict[str, Any] = field(default_factory=dict)
     lora_rank: int | None = None
     frozen: str | None = None
+    sign_sgd: bool = False
     toggles: bool = False
     package: str | None = None
 
@@ -68,6 +70,7 @@ METHODS: dict[str, Method] = {
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}
     ),
     "cyclic": Method("cyclic (BAdam's order), 2 layers + final norm", {"sampler": "cyclic"}),
+    "sign-sgd": Method("sign-SGD without state on layers + final norm", {"sampler": "uniform"}, sign_sgd=True),
     "full-sampler": Method(
         "our wrapper doing all that stock does (sampler `full`)", {"sampler": "full", "offload": {"device": "none"}}
     ),

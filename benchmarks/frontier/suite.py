@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Suite ``frontier``: what loss for how much time and memory, each setting at a learning rate of its own."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -12,58 +12,103 @@ TASK = "arithmetic"
 GAMMAS = (1, 2, 4, 8, 15, 30)
 RULE = 1.6e-3  # learning rate x layers at a time, of the pilot
 FACTORS = (0.5, 1.0, 2.0)
-# Grids of equal size around what the quality suite found; LoRA r=16 starts at the rates of r=128.
+# Middles of grids of equal size. LoRA r=16 starts at the rates of r=128.
 BASELINES = {"full": 5e-5, "lora-16": 4e-4, "lora": 2e-4}
 EXPANSIONS = (0.1, 0.2, 0.4)
 EXPANDED = (1, 2, 4, 8)  # gammas that are tried with it
 
 
 class Setting(NamedTuple):
-    """A point of the frontier. ``gamma``: layers at a time, None for methods that are not ours."""
+    """A point of the frontier.
+
+    Attributes:
+        gamma: layers at a time, None for methods that are not ours.
+        expansion, depth: keys ``expansion`` and ``expansion_depth``.
+    """
 
     method: str
     gamma: int | None = None
     expansion: float = 0.0
+    depth: int | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to try first, ascending."""
-        middle = BASELINES[self.method] if self.gamma is None else RULE / self.gamma
-        return tuple(middle * factor for factor in FACTORS)
+        return around(BASELINES[self.method] if self.gamma is None else RULE / self.gamma)
 
     def case(self, lr: float, **changed: object) -> Case:
         grass: dict[str, float] = {} if self.gamma is None else {**SETTINGS, "num_active_layers": self.gamma}
         if self.expansion:
             grass["expansion"] = self.expansion
+        if self.depth is not None:
+            grass["expansion_depth"] = self.depth
         return quality_case(TASK, self.method, lr=lr, grass=grass, **changed)
 
 
-ADAM = (
+PLAIN = (
     *(Setting(method) for method in BASELINES),
     *(Setting("uniform", gamma) for gamma in GAMMAS),
     *(Setting("grass", gamma) for gamma in (2, 8)),
+    Setting("sign-sgd", GAMMAS[-1]),
 )
-WITH_EXPANSION = tuple(Setting("uniform", *both) for both in product(EXPANDED, EXPANSIONS))
+
+
+def around(middle: float) -> tuple[float, ...]:
+    return tuple(middle * factor for factor in FACTORS)
 
 
 def setting(row: Row) -> Setting:
-    return Setting(row["method"], row["grass"].get("num_active_layers"), row["grass"].get("expansion", 0.0))
+    grass = row["grass"]
+    depth = grass.get("expansion_depth")
+    return Setting(row["method"], grass.get("num_active_layers"), grass.get("expansion", 0.0), depth)
 
 
-def tried_rates(one: Setting, rows: Iterable[Row]) -> dict[float, float]:
-    """Learning rates tried, with their development loss."""
-    mine = (row for row in rows if setting(row) == one and row["seed"] == TUNING_SEED)
-    return {row["lr"]: row["dev_loss"] for row in mine}
+class Plan:
+    """What the rows ask for: a search per setting, and with expansion first for the coefficient, then for the rate.
 
+    Attributes:
+        tuning: settings and learning rates to be measured with the tuning seed, those that are done included.
+        settled: setting -> its best learning rate, once it has worse neighbours.
+    """
 
-def best_rate(one: Setting, rows: Iterable[Row]) -> float | None:
-    """The rate with the least development loss; None while rates are still to be tried."""
-    losses = tried_rates(one, rows)
-    return None if untried_rates(one, losses) else min(losses, key=losses.__getitem__)
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._losses = {(setting(row), row["lr"]): row["dev_loss"] for row in rows if row["seed"] == TUNING_SEED}
+        self.tuning: list[tuple[Setting, float]] = []
+        self.settled: dict[Setting, float] = {}
+        for one in PLAIN:
+            self._search_rate(one, one.rates)
+        for gamma in EXPANDED:
+            self._expand(gamma)
 
+    def tried(self, one: Setting) -> dict[float, float]:
+        """Learning rates with their development loss."""
+        return {lr: loss for (other, lr), loss in self._losses.items() if other == one}
 
-def untried_rates(one: Setting, losses: dict[float, float]) -> list[float]:
-    return beyond(one.rates, losses)
+    def _search_rate(self, one: Setting, grid: Sequence[float]) -> None:
+        losses = self.tried(one)
+        untried = beyond(grid, losses)
+        self.tuning += [(one, lr) for lr in (*losses, *untried) if (one, lr) not in self.tuning]
+        if not untried:
+            self.settled[one] = min(losses, key=losses.__getitem__)
+
+    def _expand(self, gamma: int) -> None:
+        """The coefficient at the rate without expansion, then whether deeper layers gain, then the rate."""
+        if (rate := self.settled.get(Setting("uniform", gamma))) is None:
+            return
+        mine = {one for one, lr in self._losses if (one.method, one.gamma, one.depth) == ("uniform", gamma, None)}
+        losses = {
+            one.expansion: self._losses[one, rate] for one in mine if one.expansion and (one, rate) in self._losses
+        }
+        untried = beyond(EXPANSIONS, losses)
+        self.tuning += [(Setting("uniform", gamma, value), rate) for value in (*losses, *untried)]
+        if untried:
+            return
+        chosen = Setting("uniform", gamma, min(losses, key=losses.__getitem__))
+        deep = chosen._replace(depth=0)
+        self.tuning.append((deep, rate))
+        if (deep, rate) in self._losses:
+            best = min((chosen, deep), key=lambda one: self._losses[one, rate])
+            self._search_rate(best, around(rate))
 
 
 def beyond(grid: Sequence[float], losses: dict[float, float]) -> list[float]:
@@ -74,40 +119,10 @@ def beyond(grid: Sequence[float], losses: dict[float, float]) -> list[float]:
     return [best * 2] if best == max(losses) else [best / 2] if best == min(losses) else []
 
 
-def expansions(gamma: int, rows: Iterable[Row]) -> dict[float, float]:
-    """Coefficients tried at ``gamma``, with their least development loss."""
-    found: dict[float, float] = {}
-    for row in rows:
-        one = setting(row)
-        if one.method == "uniform" and one.gamma == gamma and one.expansion and row["seed"] == TUNING_SEED:
-            found[one.expansion] = min(row["dev_loss"], found.get(one.expansion, row["dev_loss"]))
-    return found
-
-
-def with_expansion(rows: Iterable[Row]) -> dict[Setting, bool]:
-    """The settings with expansion that are tried; whether it is the best one of its gamma."""
-    chosen: dict[Setting, bool] = {}
-    for gamma in EXPANDED:
-        losses = expansions(gamma, rows)
-        untried = beyond(EXPANSIONS, losses)
-        best = None if untried else min(losses, key=losses.__getitem__)
-        chosen |= {Setting("uniform", gamma, value): value == best for value in sorted({*losses, *untried})}
-    return chosen
-
-
 def cases(request: Request) -> Iterator[Case]:
-    """Tuning first, with the rates that its own rows ask for; expansion at the best rate of the same gamma without."""
-    rows = request.rows
-    for one in ADAM:
-        losses = tried_rates(one, rows)
-        for lr in (*losses, *untried_rates(one, losses)):
-            yield one.case(lr, seed=TUNING_SEED, tuning=True)
-    best = {one: best_rate(one, rows) for one in ADAM}
-    expanded = with_expansion(rows)
-    for one in expanded:
-        if (rate := best[one._replace(expansion=0.0)]) is not None:
-            yield one.case(rate, seed=TUNING_SEED, tuning=True)
-    reported = (*ADAM, *(one for one, chosen in expanded.items() if chosen))
-    for seed, one in product(SEEDS, reported):
-        if (rate := best[one._replace(expansion=0.0)]) is not None:
-            yield one.case(rate, seed=seed, answers=False)
+    """Tuning first, with what its own rows ask for; then all seeds of the settings that are settled."""
+    plan = Plan(request.rows)
+    for one, lr in plan.tuning:
+        yield one.case(lr, seed=TUNING_SEED, tuning=True)
+    for seed, (one, lr) in product(SEEDS, plan.settled.items()):
+        yield one.case(lr, seed=seed, answers=False)

@@ -3,50 +3,59 @@
 
 from collections.abc import Sequence
 
+from benchmarks import cost_model
 from benchmarks.case import Row
-from benchmarks.frontier.suite import ADAM, TUNING_SEED, Setting, setting, tried_rates, with_expansion
+from benchmarks.frontier.suite import TUNING_SEED, Plan, Setting, setting
 from benchmarks.quality.suite import STEPS
-from benchmarks.report.table import conditions, mean, mean_deviation, median, table
+from benchmarks.report.table import Columns, conditions, mean, mean_deviation, median, table
 
-NAMES = {
+NAMES: Columns = {
     "method": lambda one: one.method,
     "layers": lambda one: "" if one.gamma is None else str(one.gamma),
-    "expansion": lambda one: f"{one.expansion:g}" if one.expansion else "",
+    "expansion": lambda one: (
+        f"{one.expansion:.3g}{' from layer 0' if one.depth == 0 else ''}" if one.expansion else ""
+    ),
 }
 
 
 def tables(rows: list[Row]) -> list[str]:
-    known = (*ADAM, *with_expansion(rows))
     text = f"task `arithmetic`, {STEPS} steps; {rows[0]['dev_rows']} development rows"
-    return ["## Frontier", conditions(rows, text), rates(rows, known), results(rows, known)]
+    return ["## Frontier", conditions(rows, text), rates(rows), results(rows)]
 
 
-def rates(rows: Sequence[Row], known: Sequence[Setting]) -> str:
-    """Development loss per setting and learning rate."""
-    found = {one: tried_rates(one, rows) for one in known}
-    every = sorted({lr for losses in found.values() for lr in losses})
+def rates(rows: Sequence[Row]) -> str:
+    """Development loss per setting and learning rate; the least is bold once its neighbours are worse."""
+    plan = Plan(rows)
+    found = {one: plan.tried(one) for one in dict.fromkeys(one for one, _ in plan.tuning)}
 
     def cell(one: Setting, lr: float) -> str:
-        if lr not in found[one]:
-            return ""
-        text = f"{found[one][lr]:.3f}"
-        return f"**{text}**" if found[one][lr] == min(found[one].values()) else text
+        text = f"{found[one][lr]:.3f}" if lr in found[one] else ""
+        return f"**{text}**" if plan.settled.get(one) == lr else text
 
-    columns = {f"{lr:.3g}": lambda one, lr=lr: cell(one, lr) for lr in every}
-    return table(f"Development loss by learning rate, seed {TUNING_SEED}", known, NAMES, columns)
+    columns = {
+        f"{lr:.3g}": lambda one, lr=lr: cell(one, lr) for lr in sorted({lr for by in found.values() for lr in by})
+    }
+    return table(f"Development loss by learning rate, seed {TUNING_SEED}", found, NAMES, columns)
 
 
-def results(rows: Sequence[Row], known: Sequence[Setting]) -> str:
+def results(rows: Sequence[Row]) -> str:
     """Losses and costs at the best rate."""
-    found = {one: [row for row in rows if setting(row) == one and "test_loss" in row] for one in known}
-    shown = [one for one in known if found[one]]
+    found = {one: [row for row in rows if setting(row) == one and "test_loss" in row] for one in Plan(rows).settled}
     columns = {
         "lr": lambda one: f"{found[one][0]['lr']:.3g}",
         "test loss": lambda one: mean_deviation([row["test_loss"] for row in found[one]]),
         "development loss": lambda one: mean_deviation([row["dev_loss"] for row in found[one]]),
         "seeds": lambda one: str(len(found[one])),
         "CPU s / step": lambda one: mean(row["cpu_seconds"] / row["steps"] for row in found[one]),
+        "device memory in bf16, GB": lambda one: median([device_bytes(row) for row in found[one]], 2, 1e-9),
         "peak RSS, GB": lambda one: median([row["peak_bytes"] for row in found[one]], 2, 1e-9),
-        "weights with a gradient, M": lambda one: f"{found[one][0]['trainable'] / 1e6:.1f}",
+        "weights with a gradient, M": lambda one: mean((row["trainable"] / 1e6 for row in found[one]), 1),
     }
-    return table("Loss and cost", shown, NAMES, columns)
+    return table("Loss and cost", [one for one in found if found[one]], NAMES, columns)
+
+
+def device_bytes(row: Row) -> float:
+    """By the cost model at the peak of the run, as if it had been in bf16, which takes less than fp32."""
+    row = {**row, "dtype": "bf16"}
+    active = [layers for layers in row["active"] if layers] or [None]
+    return max(cost_model.memory(row, layers)["total"] for layers in active)

@@ -9,7 +9,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 import grass_ds
-from benchmarks.baselines import LayerToggle, badam_engine
+from benchmarks.baselines import LayerToggle, SignSGD, badam_engine
 from benchmarks.case import Case
 from benchmarks.methods import METHODS, ds_config, grass_config, prepare_model
 from grass_ds.sampling.controller import Controller
@@ -42,7 +42,12 @@ def build(case: Case, model: Any) -> tuple[Any, LayerToggle | None]:
         return badam_engine(model, config, switch_every=case.grass.get("sample_period", 50)), None
     model = prepare_model(case.method, model)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    engine = grass_ds.initialize(model=model, model_parameters=trainable, config=config)[0]
+    optimizer = None
+    if METHODS[case.method].sign_sgd:
+        del config["optimizer"]
+        optimizer = SignSGD(trainable, case.lr)
+        config["zero_allow_untested_optimizer"] = True
+    engine = grass_ds.initialize(model=model, optimizer=optimizer, model_parameters=trainable, config=config)[0]
     if not METHODS[case.method].toggles:
         return engine, None
     count, period = case.grass.get("num_active_layers", 2), case.grass.get("sample_period", 20)

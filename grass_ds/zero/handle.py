@@ -38,6 +38,11 @@ class GrassHandle:
         return self._controller.active_layers
 
     @property
+    def expanded_layers(self) -> tuple[int, ...]:
+        """Indices of the inactive layers that the next step moves by a sign step; none without ``expansion``."""
+        return self._optimizer.expanded_layers
+
+    @property
     def scores(self) -> tuple[float, ...] | None:
         """Importance m_l per layer; None before the first probing is over, and for samplers without scores."""
         return self._controller.scores

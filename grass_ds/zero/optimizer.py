@@ -231,6 +231,11 @@ class GrassZeroOptimizer(OptimizerWrapper):
         return lowest if depth is None or self.config.expansion == 0 else min(lowest, depth)
 
     @property
+    def expanded_layers(self) -> tuple[int, ...]:
+        """Ascending, like the controller's ``active_layers``."""
+        return tuple(sorted({unit.layer for unit in self._expanded if unit.layer is not None}))
+
+    @property
     def _tracked(self) -> list[Unit]:
         """Units that have a gradient in the coming step."""
         return [unit for unit in self.units if unit.active or unit.expanded]

@@ -40,6 +40,7 @@ def moves(config: dict[str, Any], steps: int) -> None:
             before, active = snapshot(model), engine.grass.active_layers
             lowest = min(active) if depth is None else min(*active, depth)
             names = expanded_names(model, active, lowest)
+            assert engine.grass.expanded_layers == tuple(sorted({layer_of(name) for name in names}))
             exact = gradients(before, gas, step, world)
             train(engine, 1, start=step)
             after = snapshot(model)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite ``frontier``: what is searched for, in which order; and the control without Adam."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.markdown import lines_of
+
+from benchmarks.case import Case, Request
+from benchmarks.frontier import suite, tables
+from benchmarks.frontier.suite import EXPANSIONS, PLAIN, RULE, SEEDS, Plan, Setting
+from benchmarks.measure.engine import build, random_steps
+from benchmarks.models import load
+
+TWO = Setting("uniform", 2)
+RATE = RULE / 2
+
+
+def row(one: Setting, lr: float, loss: float) -> dict[str, Any]:
+    """A tuning row as far as this suite reads it."""
+    case = one.case(lr, seed=suite.TUNING_SEED, tuning=True)
+    return {"method": case.method, "grass": case.grass, "lr": lr, "seed": case.seed, "dev_loss": loss}
+
+
+def searched(losses: dict[float, float], one: Setting = TWO) -> list[dict[str, Any]]:
+    return [row(one, lr, loss) for lr, loss in losses.items()]
+
+
+RATES = {RATE / 2: 2.0, RATE: 1.0, RATE * 2: 3.0}
+COEFFICIENTS = [
+    row(TWO._replace(expansion=value), RATE, loss) for value, loss in zip(EXPANSIONS, (3, 1, 2), strict=True)
+]
+BEST = TWO._replace(expansion=EXPANSIONS[1])
+
+
+def new(rows: list[dict[str, Any]], one: Setting) -> list[tuple[Setting, float]]:
+    """What is to be run of a setting and of those with expansion."""
+    done = {(suite.setting(row), row["lr"]) for row in rows}
+    plan = Plan(rows)
+    assert len(set(plan.tuning)) == len(plan.tuning)
+    return [found for found in plan.tuning if found[0][:2] == one[:2] and found not in done]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], [(TWO, lr) for lr in TWO.rates]),
+        (searched({RATE / 2: 1.0, RATE: 2.0, RATE * 2: 3.0}), [(TWO, RATE / 4)]),
+        (searched({RATE / 2: 3.0, RATE: 2.0, RATE * 2: 1.0}), [(TWO, RATE * 4)]),
+        (searched(RATES), [(TWO._replace(expansion=value), RATE) for value in EXPANSIONS]),
+        (searched(RATES) + COEFFICIENTS, [(BEST._replace(depth=0), RATE)]),
+        (
+            searched(RATES) + COEFFICIENTS + [row(BEST._replace(depth=0), RATE, 9)],
+            [(BEST, RATE / 2), (BEST, RATE * 2)],
+        ),
+    ],
+)
+def test_one_thing_is_searched_for_after_another(rows: list[dict[str, Any]], expected: list[Any]) -> None:
+    assert new(rows, TWO) == expected
+
+
+def test_a_settled_setting_runs_with_all_seeds() -> None:
+    rows = searched(RATES) + COEFFICIENTS + [row(BEST._replace(depth=0), RATE, 9)]
+    rows += searched({RATE / 2: 3.0, RATE * 2: 2.0}, BEST)
+    assert Plan(rows).settled == {TWO: RATE, BEST: RATE}
+    runs = [case for case in suite.cases(Request(rows=rows)) if not case.tuning]
+    assert [(case.seed, case.grass.get("expansion")) for case in runs] == [
+        (seed, value) for seed in SEEDS for value in (None, BEST.expansion)
+    ]
+    (line,) = (line for line in lines_of(tables.rates(rows)) if (line["layers"], line["expansion"]) == ("2", "0.2"))
+    assert (line["0.0004"], line["0.0008"], line["0.0016"]) == ("3.000", "**1.000**", "2.000")
+
+
+def test_a_row_says_its_setting() -> None:
+    for one in (*PLAIN, BEST, BEST._replace(depth=0)):
+        case = one.case(1e-4)
+        assert suite.setting({"method": case.method, "grass": case.grass}) == one
+
+
+def one_step(lr: float) -> dict[str, float]:
+    """Largest and least move of the weights of what moved, over lr."""
+    case = Case(kind="cost", method="sign-sgd", lr=lr, dtype="fp32", sequence=8, grass={"num_active_layers": 6})
+    engine, _ = build(case, load("llama-tiny-random", "fp32")[0])
+    step = random_steps(case, engine)
+    for _ in range(8):  # up to the full learning rate
+        step()
+    before = {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
+    step()
+    moves = {name: (weight.detach() - before[name]).abs() for name, weight in engine.module.named_parameters()}
+    return {name: float(move.max()) / lr for name, move in moves.items()}
+
+
+@pytest.mark.dist
+def test_sign_sgd_moves_all_layers_by_the_learning_rate(one_rank: Any) -> None:
+    torch.manual_seed(0)
+    (moves,) = one_rank.run(one_step, lr=2.0**-10)
+    trained = {name for name, move in moves.items() if move > 0}
+    assert trained == {name for name in moves if ".layers." in name or name == "model.norm.weight"}
+    # weights are below 2, so a sum is rounded by at most 2**-24
+    assert [moves[name] for name in trained] == pytest.approx([1] * len(trained), abs=2.0**-24 * 2**10)
