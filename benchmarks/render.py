@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables from the rows: ``benchmarks/RESULTS.md``, and the table between the markers of ``README.md``.
+"""Tables from the rows: ``benchmarks/RESULTS.md``, and the table between the markers of ``README.md``; pictures.
 
-python benchmarks/render.py            # write both
+python benchmarks/render.py            # write all
 python benchmarks/render.py --rows DIR # from rows in another folder: RESULTS.md in that folder
 """
 
@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.case import read_rows
+from benchmarks.frontier import figure
 from benchmarks.methods import METHODS
 from benchmarks.report.readme_table import readme_table
 from benchmarks.suites import SUITES
@@ -54,3 +55,4 @@ if __name__ == "__main__":
         README.write_text(readme())
     else:
         (rows / RESULTS.name).write_text(results(rows))
+    figure.save(read_rows(rows / "frontier.jsonl"), rows.parent / "figures" / "frontier.png")

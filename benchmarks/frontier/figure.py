@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of suite ``frontier``: test loss over device memory, and over the time of a step."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.case import Row
+from benchmarks.frontier.suite import Plan, Setting, setting
+from benchmarks.frontier.tables import device_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe-Ito colours.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+AXES: dict[str, Callable[[Row], float]] = {
+    "device memory in bf16, GB (cost model)": lambda row: device_bytes(row) / 1e9,
+    "CPU seconds per step": lambda row: row["cpu_seconds"] / row["steps"],
+}
+
+
+def family(one: Setting) -> str:
+    """Settings that differ in the number of layers alone."""
+    return f"{one.method} with expansion" if one.expansion else one.method
+
+
+def draw(rows: Sequence[Row]) -> "Figure | None":
+    """Mean over seeds, with the standard deviation; points are labelled with layers at a time. None without results."""
+    from matplotlib.figure import Figure
+
+    reported = [row for row in rows if "test_loss" in row]
+    found = {one: mine for one in Plan(rows).settled if (mine := [row for row in reported if setting(row) == one])}
+    families = {name: [one for one in found if family(one) == name] for name in dict.fromkeys(map(family, found))}
+    if not families:
+        return None
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    plots = figure.subplots(1, len(AXES), sharey=True)
+    for plot, (label, measure) in zip(plots, AXES.items(), strict=True):
+        for (name, members), colour in zip(families.items(), COLOURS, strict=False):
+            losses = [[row["test_loss"] for row in found[one]] for one in members]
+            at = [statistics.fmean(map(measure, found[one])) for one in members]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0 for values in losses]
+            means = [statistics.fmean(values) for values in losses]
+            plot.errorbar(at, means, spread, label=name, color=colour, marker="o", linewidth=1, capsize=2)
+            for one, x, y in zip(members, at, means, strict=True):
+                if one.gamma is not None:
+                    plot.annotate(str(one.gamma), (x, y), textcoords="offset points", xytext=(4, 4), color=colour)
+        plot.set(xlabel=label)
+        plot.grid(alpha=0.3)
+    plots[0].set(ylabel="test loss, nats per answer token")
+    plots[0].legend(frameon=False)
+    return figure
+
+
+def save(rows: Sequence[Row], file: Path) -> None:
+    """Write the picture; nothing without results."""
+    if (figure := draw(rows)) is not None:
+        file.parent.mkdir(exist_ok=True)
+        figure.savefig(file, dpi=110, metadata={"Software": None})
