@@ -93,7 +93,7 @@ class GrassEngine(CheckpointingEngine):
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)
         if self.global_rank == 0:
-            self._announce(config, layers, units)
+            self._announce(config, layers, units, optimizer)
         return zero
 
     def _fit_backward(self, layers: ModelLayers, units: Sequence[Unit]) -> bool:
@@ -113,8 +113,10 @@ class GrassEngine(CheckpointingEngine):
             aio=self.aio_config(),
         )
 
-    def _announce(self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit]) -> None:
-        """One warning: which modules train, which never do, and the norm at which gradients are clipped."""
+    def _announce(
+        self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """One warning: how much trains at a time, at which learning rate; what always and what never trains; clipping."""
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
         kinds = {"part of the layers": [name for names in layers.block_params for name in names], **layers.outside}
         owned = {name for unit in units for name in unit.param_names}
@@ -126,6 +128,9 @@ class GrassEngine(CheckpointingEngine):
 
         total, clip = len(layers.names), self.gradient_clipping()
         gamma = total if config.sampler == "full" else min(config.num_active_layers, total)
+        share = gamma / total * sum(unit.numel for unit in units if unit.layer is not None) / sum(sizes.values())
+        # A scheduler may have set the rate of the first step already.
+        rates = sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups})
         on = shares({name for unit in units if unit.always for name in unit.param_names})
         off = shares({name for unit in units if not unit.ever_active for name in unit.param_names})
         off += shares(sizes.keys() - owned, ", frozen or not in the optimizer")
@@ -136,7 +141,8 @@ class GrassEngine(CheckpointingEngine):
         depth = "the lowest active one" if config.expansion_depth is None else f"layer {config.expansion_depth}"
         expanded = f"; inactive layers from {depth} up take sign steps of {config.expansion:g} x lr"
         logger.warning(
-            f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time; "
+            f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time "
+            f"({share:.2%} of the weights), learning rate {', '.join(f'{float(rate):g}' for rate in rates)}; "
             f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
             f"gradients are {clipped}{expanded if config.expansion else ''}"
         )

@@ -154,7 +154,9 @@ def test_one_line_says_what_never_trains_and_the_clip_in_force(two_ranks: Any) -
     sizes = {name: param.numel() for name, param in tiny_llama().named_parameters()}
     share = f"{sizes['lm_head.weight'] / sum(sizes.values()):.2%}"
     for line, clipping in zip(lines, said.values(), strict=True):
-        assert "uniform over 4 layers at model.layers, 1 active at a time" in line
+        layer = sum(size for name, size in sizes.items() if ".layers.0." in name) / sum(sizes.values())
+        active = f"uniform over 4 layers at model.layers, 1 active at a time ({layer:.2%} of the weights)"
+        assert f"{active}, learning rate 0.001; " in line
         assert f"never trained: embed ({share} of the weights), head ({share} of the weights)" in line
         assert line.endswith(clipping)
     trained, never = frozen.split("never trained: ")
