@@ -30,7 +30,7 @@ from benchmarks.measure.plain import plain
 from benchmarks.methods import METHODS, grass_config
 from benchmarks.models import load, shape_of
 from benchmarks.quality.training import quality
-from grass_ds.sampling.samplers import SAMPLERS
+from grass_ds.sampling.registry import find_sampler
 from launch import distributed
 
 # kind -> measurement of a case, its model and its tokenizer: fields of the row.
@@ -86,7 +86,9 @@ def conditions(case: Case) -> Row:
         **{name: getattr(case, name) for name in CONDITIONS},
         "async": case.async_save,
         **({"task": case.task} if case.task is not None else {}),
-        "temperature": config.temperature if config is not None and SAMPLERS[config.sampler].needs_scores else None,
+        "temperature": config.temperature
+        if config is not None and find_sampler(config.sampler).needs_scores
+        else None,
         "ranks": distributed.world_size(),
         "device": get_accelerator().device_name(),
         "hardware": hardware(),

@@ -53,6 +53,8 @@ def values(schema: Mapping[str, Any]) -> str:
         return " or ".join(map(values, schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(choice)}`" for choice in schema["enum"])
+    if "examples" in schema:
+        return ", ".join(f"`{json.dumps(choice)}`" for choice in schema["examples"]) + ", or a name"
     if schema["type"] == "array":
         return f"list of {values(schema['items'])}"
     if schema["type"] in ("boolean", "null"):

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
-from grass_ds.sampling.samplers import SamplingSettings
+from grass_ds.sampling.registry import find_sampler
+from grass_ds.sampling.samplers import SAMPLERS, SamplingSettings
 
 BLOCK = "grass"
 # Remedies beyond a value in the range.
@@ -116,10 +117,14 @@ class GrassConfig(_Block):
     enabled: bool = True
     """Whether layers are sampled. ``false``: the engine is stock DeepSpeed."""
 
-    sampler: Literal["grass", "static", "uniform", "cyclic", "full"] = "grass"
+    sampler: str = Field("grass", examples=[*SAMPLERS])
     """How active layers are drawn. ``grass``: by gradient norm, which is measured again during training. ``static``:
     by gradient norm, measured once (the paper's ablation GRASS*). ``uniform``: at random (LISA). ``cyclic``: in turn
-    (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning)."""
+    (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
+    point of the group ``grass_ds.samplers``, or the path of a class as in ``my_package.my_module.MySampler``."""
+
+    sampler_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a sampler that is not one of ours."""
 
     num_active_layers: int = Field(2, ge=1)
     """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
@@ -168,8 +173,9 @@ class GrassConfig(_Block):
     """Dotted path of the list of decoder layers, for example ``model.layers``. Null: found by inspection of the
     model."""
 
-    cyclic_order: Literal["random", "ascending", "descending"] = "random"
-    """Order in which layers take turns. ``random``: a new permutation for every cycle. Sampler ``cyclic`` only."""
+    cyclic_order: Literal["random", "ascending", "descending"] | tuple[int, ...] = "random"
+    """Order in which layers take turns. ``random``: a new permutation for every cycle. A list: these layers in this
+    order; others do not train. Sampler ``cyclic`` only."""
 
     seed: int = Field(42, ge=0, lt=2**63)
     """Seed of the sampler's own random generator. The global generators are neither read nor advanced."""
@@ -197,6 +203,12 @@ class GrassConfig(_Block):
 
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     """Where optimizer state is kept while its layer does not step: the keys below."""
+
+    @field_validator("sampler")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        find_sampler(value)
+        return value
 
     @model_validator(mode="after")
     def _expands(self) -> "GrassConfig":
@@ -238,11 +250,12 @@ def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:
 def _explain(error: ValidationError) -> str:
     lines = []
     for detail in error.errors():
-        path = ".".join((BLOCK, *map(str, detail["loc"])))
+        # Of a union, pydantic names the alternative: "cyclic_order", "tuple[int, ...]", 0.
+        path = ".".join((BLOCK, *(str(part) for part in detail["loc"] if "[" not in str(part))))
         if detail["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown key. {_nearest(detail['loc'])}")
         else:
-            message = detail["msg"].replace("valid tuple", "valid list")
+            message = detail["msg"].replace("valid tuple", "valid list").removeprefix("Value error, ")
             remedy = _REMEDIES.get(str(detail["loc"][0])) if detail["loc"] else None
             lines.append(f"{path}: got {detail['input']!r}; {message}" + (f"; {remedy}" if remedy else ""))
     return f'the "{BLOCK}" block of the DeepSpeed config is wrong:\n  - ' + "\n  - ".join(lines)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grass_ds.sampling.importance import Importance
-from grass_ds.sampling.samplers import SAMPLERS, SamplingSettings
+from grass_ds.sampling.registry import find_sampler
+from grass_ds.sampling.samplers import SamplingSettings
 from grass_ds.sampling.schedule import Phase, Schedule
 
 FINGERPRINT_FIELDS = ("phase", "step", "probe_step", "active_layers", "scores", "sampler")
@@ -31,6 +32,9 @@ class Controller:
         settings: the fields of :class:`SamplingSettings`. gamma >= L acts as the ``full`` sampler: no probing, no
             draws, no scores.
 
+    Raises:
+        ValueError: the sampler cannot be found, or does not accept its settings.
+
     Attributes:
         phase: :class:`Phase` of the coming step.
         active_layers: ascending indices of the layers the coming step trains; all of them while probing.
@@ -43,7 +47,7 @@ class Controller:
     def __init__(self, num_layers: int, **settings: Any) -> None:
         given = SamplingSettings(**settings)
         self._name = given.sampler if given.num_active_layers < num_layers else "full"
-        self._sampler = SAMPLERS[self._name](num_layers, given)
+        self._sampler = find_sampler(self._name)(num_layers, given)
         reprobe_period = given.reprobe_period if self._sampler.adaptive else 0
         self._schedule = Schedule(given.probe_steps, given.sample_period, given.refresh_period, reprobe_period)
         self._num_layers, self._ema_alpha = num_layers, given.ema_alpha

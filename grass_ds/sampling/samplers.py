@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the active set is drawn: one class per method, and the table that names them.
 
-A new method is a subclass of :class:`Sampler` and an entry in :data:`SAMPLERS`.
+A new method is a subclass of :class:`Sampler`, and an entry in :data:`SAMPLERS` unless another package has it: see
+:func:`grass_ds.sampling.registry.find_sampler`.
 """
 
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -32,8 +33,9 @@ class SamplingSettings:
     temperature: float
     ema_alpha: float
     score_normalization: str
-    cyclic_order: str
+    cyclic_order: str | Sequence[int]
     seed: int
+    sampler_args: Mapping[str, Any] = field(default_factory=dict)
 
 
 def draw_without_replacement(logits: Sequence[float], count: int, generator: torch.Generator) -> list[int]:
@@ -55,9 +57,17 @@ def draw_without_replacement(logits: Sequence[float], count: int, generator: tor
 class Sampler:
     """Draws gamma of L layers, each equally likely (LISA). Subclasses have other logits or another order.
 
-    ``scores`` is the importance m_l of every layer, None before the first probing and without ``needs_scores``.
+    A subclass draws from ``self._generator`` alone, and has what else decides its draws in :meth:`state_dict`: then
+    all ranks draw alike, and a resumed run draws on.
+
+    Attributes:
+        num_layers, settings: L, and the keys of the block.
+
+    Raises:
+        ValueError: a key of ``sampler_args`` is not in ``accepts``.
     """
 
+    accepts: ClassVar[Sequence[str]] = ()  # keys of "sampler_args"
     needs_scores: ClassVar[bool] = False  # probe before the first draw
     adaptive: ClassVar[bool] = False  # keep measuring the active layers and refresh the scores
     draws: ClassVar[bool] = True  # False: the active set never changes
@@ -66,17 +76,25 @@ class Sampler:
         self.num_layers, self.settings = num_layers, settings
         self._count = min(settings.num_active_layers, num_layers)
         self._generator = torch.Generator(device="cpu").manual_seed(settings.seed)
+        if unknown := sorted(set(settings.sampler_args) - set(self.accepts)):
+            known = f"it has {', '.join(self.accepts)}" if self.accepts else "it has none"
+            raise ValueError(f"sampler_args: {settings.sampler} has no argument {', '.join(unknown)}; {known}")
 
-    def _logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
+    def logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
+        """One per layer; their softmax is the chance of each to be picked first.
+
+        Args:
+            scores: importance m_l of every layer; None before the first probing and without ``needs_scores``.
+        """
         return (0.0,) * self.num_layers
 
     def probabilities(self, scores: Sequence[float] | None) -> tuple[float, ...]:
         """Chance of each layer to be picked first in the next draw; sums to 1."""
-        return softmax(self._logits(scores))
+        return softmax(self.logits(scores))
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """The next active set: distinct layer indices, ascending. Advances the sampler's own state."""
-        return tuple(sorted(draw_without_replacement(self._logits(scores), self._count, self._generator)))
+        return tuple(sorted(draw_without_replacement(self.logits(scores), self._count, self._generator)))
 
     def state_dict(self) -> dict[str, Any]:
         """The private generator's state (uint8 tensor): with settings and scores it decides the coming draws."""
@@ -93,9 +111,9 @@ class GrassSampler(Sampler):
     needs_scores = True
     adaptive = True
 
-    def _logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
+    def logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
         if scores is None:
-            return super()._logits(scores)
+            return super().logits(scores)
         return sampling_logits(scores, self.settings.temperature, self.settings.score_normalization)
 
 
@@ -106,7 +124,7 @@ class StaticSampler(GrassSampler):
 
 
 class CyclicSampler(Sampler):
-    """BAdam: every layer once per cycle, in ascending, descending or newly shuffled order.
+    """BAdam: every layer once per cycle, in ascending, descending, newly shuffled or a given order.
 
     ``probabilities`` are 1 / L: a layer's share of a cycle. A changed ``cyclic_order`` takes effect with the next one.
     """
@@ -114,6 +132,13 @@ class CyclicSampler(Sampler):
     def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
         super().__init__(num_layers, settings)
         self._queue: list[int] = []
+        order = settings.cyclic_order
+        if isinstance(order, str):
+            return
+        if len(order) < self._count or len(set(order)) < len(order) or not set(order) <= set(range(num_layers)):
+            raise ValueError(
+                f"cyclic_order = {list(order)}: name at least {self._count} of the layers 0 to {num_layers - 1}, each once"
+            )
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """The next gamma layers of the cycle, ascending.
@@ -131,7 +156,9 @@ class CyclicSampler(Sampler):
     def _new_cycle(self) -> list[int]:
         order = self.settings.cyclic_order
         if order == "random":
-            return draw_without_replacement(self._logits(None), self.num_layers, self._generator)
+            return draw_without_replacement(self.logits(None), self.num_layers, self._generator)
+        if not isinstance(order, str):
+            return list(order)
         return sorted(range(self.num_layers), reverse=order == "descending")
 
     def state_dict(self) -> dict[str, Any]:
