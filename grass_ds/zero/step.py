@@ -52,8 +52,9 @@ def step_unit(
 def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:
     """Move an inactive unit's low-precision shard by ``rate`` against the signs of its gradient, see ``pack_signs``.
 
-    Rounding needs 17 bytes per element, so one piece at a time.
+    Rounding needs 22 bytes per element, so one piece at a time.
     """
+    signs = signs.to(unit.shard.device)  # offload_param
     for weights, packed in zip(unit.shard.split(PIECE), signs.split(PIECE // PER_BYTE), strict=True):
         add_rounded_stochastically(weights, unpack_signs(packed, len(weights)).mul_(-rate), generator)
 
@@ -85,7 +86,8 @@ def global_squares(
             "some ranks only. Decide on all ranks alike, for example by the loss averaged over them"
         )
     if steps and config.missing_gradients == "error":
-        missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
+        arrived = zip(units, values[2 * count :], strict=False)
+        missing = [unit for unit, ranks in arrived if not ranks and not unit.expanded]
         optional = _OPTIONAL_KINDS if config.always_active is None or config.sampler == "full" else ()
         _refuse_missing([unit for unit in missing if unit.kind not in optional], len(units))
         _warn_of_missing(reducer, missing)
