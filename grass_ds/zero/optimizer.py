@@ -157,7 +157,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
         group = self.optimizer.param_groups[unit.group]
         rate = self.config.expansion * group["lr"] * (-1 if group.get("maximize") else 1)
         # Not the sampler's seed, which a resumed run may change.
-        generator = torch.Generator(unit.shard.device).manual_seed(digest(self.controller.step, unit.name, unit.rank))
+        generator = torch.Generator(unit.device).manual_seed(digest(self.controller.step, unit.name, unit.rank))
         with self.store.moving(unit):
             expand_unit(unit, self.reducer.take_signs(unit), rate, generator)
 

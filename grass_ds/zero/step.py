@@ -54,9 +54,11 @@ def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.G
 
     Rounding needs 22 bytes per element, so one piece at a time.
     """
-    signs = signs.to(unit.shard.device)  # offload_param
     for weights, packed in zip(unit.shard.split(PIECE), signs.split(PIECE // PER_BYTE), strict=True):
-        add_rounded_stochastically(weights, unpack_signs(packed, len(weights)).mul_(-rate), generator)
+        moved = weights.to(packed.device)
+        add_rounded_stochastically(moved, unpack_signs(packed, len(weights)).mul_(-rate), generator)
+        if moved is not weights:  # in host memory by offload_param
+            weights.copy_(moved)
 
 
 def global_squares(

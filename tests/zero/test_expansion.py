@@ -180,3 +180,19 @@ def dropped(config: dict[str, Any]) -> None:
 
 def test_a_layer_without_a_gradient_stays(two_ranks: Any) -> None:
     two_ranks.run(dropped, config=ds_config(lr=LR, grass=BLOCK))
+
+
+def final_weights(config: dict[str, Any], checkpointing: bool) -> dict[str, torch.Tensor]:
+    model = tiny_llama().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with engine_of(config, model) as engine:
+        train(engine, LAYERS)
+        return snapshot(model)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activation_checkpointing_changes_no_bit(two_ranks: Any, stage: int) -> None:
+    config = ds_config(stage=stage, dtype="bf16", lr=LR, grass=cyclic(1, expansion=EXPANSION))
+    plain, recomputed = (two_ranks.run(final_weights, config=config, checkpointing=on)[0] for on in (False, True))
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
