@@ -2,7 +2,10 @@
 """Run a suite: one JSON row per case. ``render.py`` makes the tables.
 
     python benchmarks/run.py --suite cpu         # time, memory and traffic of a step
+    python benchmarks/run.py --suite compute     # the same where arithmetic rules
     python benchmarks/run.py --suite quality     # loss and accuracy per method and seed
+    python benchmarks/run.py --suite frontier    # loss over memory and time, each setting at its best learning rate
+    python benchmarks/run.py --suite epoch       # loss and answers after a pass through the rows of a task
     python benchmarks/run.py --suite offload     # time and memory per "offload" block
     python benchmarks/run.py --suite checkpoint  # bytes of a checkpoint, and the time that training stalls
     python benchmarks/run.py --suite gpu         # shapes of TinyLlama, Gemma-2B and LLaMA-2-7B with random weights

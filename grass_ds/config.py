@@ -186,8 +186,8 @@ class GrassConfig(_Block):
     FRUGAL). 0: they do not move."""
 
     expansion_depth: int | None = Field(None, ge=0)
-    """The lowest layer that ``expansion`` may move, so that backward always runs down to it. Null: the lowest active
-    one."""
+    """``expansion`` moves layers down to this one, too, so that backward always runs down to it. Null: down to the
+    lowest active layer."""
 
     missing_gradients: Literal["error", "zero"] = "error"
     """What happens if an active layer, or a module of ``always_active``, receives no gradient on any rank in a whole

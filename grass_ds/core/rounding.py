@@ -3,7 +3,9 @@
 
 import torch
 
-EXPONENT = 0x7F800000  # bits of a float32
+EXPONENT, MAGNITUDE = 0x7F800000, 0x7FFFFFFF  # bits of a float32
+# Bits that a float32 has and the dtype lacks.
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def add_rounded_stochastically(weights: torch.Tensor, change: torch.Tensor, generator: torch.Generator) -> None:
@@ -16,14 +18,19 @@ def add_rounded_stochastically(weights: torch.Tensor, change: torch.Tensor, gene
         generator: on the device of ``weights``; equal states give equal results.
     """
     exact = weights.to(torch.float32).add_(change)
-    if weights.dtype != torch.float32:
-        limits = torch.finfo(weights.dtype)
-        spacing = exact.abs().clamp_min_(limits.smallest_normal)
-        spacing.view(torch.int32).bitwise_and_(EXPONENT)
-        spacing.mul_(limits.eps)  # of the dtype around each element
-        up = torch.rand(exact.shape, generator=generator, device=exact.device)
-        exact.div_(spacing).add_(up).floor_().mul_(spacing)
-    weights.copy_(exact)
+    if weights.dtype == torch.float32:
+        weights.copy_(exact)
+        return
+    limits, least = torch.finfo(weights.dtype), torch.finfo(torch.float32).tiny
+    # Of the dtype around each element. Devices may take float32 below its smallest normal number for zero.
+    spacing = exact.abs().clamp_min_(max(limits.smallest_normal, least / limits.eps))
+    spacing.view(torch.int32).bitwise_and_(EXPONENT)
+    spacing.mul_(limits.eps)
+    fraction = exact.div_(spacing)
+    below = fraction.floor()
+    fraction.sub_(below)
+    below.add_(torch.rand(below.shape, generator=generator, device=below.device) < fraction)
+    weights.copy_(below.mul_(spacing))
 
 
 def follow(master: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -38,14 +45,16 @@ def follow(master: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, new memory.
     """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(
-        weights.dtype, 1
-    )  # bits that float32 has and the dtype lacks
-    most = 2 ** (dropped - 1) - 1  # half a step of the dtype would be a tie; float32 keeps nothing
-    cut_off = _bits(master).sub_(_bits(master.to(weights.dtype))).clamp_(-most, most)
-    return _bits(weights).add_(cut_off).view(torch.float32)
+    most = 2 ** (DROPPED.get(weights.dtype, 1) - 1) - 1  # half a step of the dtype would be a tie
+    cut_off = _ordinals(master).sub_(_ordinals(master.to(weights.dtype))).clamp_(-most, most)
+    return _from_ordinals(_ordinals(weights).add_(cut_off))
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    """Those of the values in float32, as int32, new memory: neighbours differ by 1."""
-    return values.to(torch.float32, copy=True).view(torch.int32)
+def _ordinals(values: torch.Tensor) -> torch.Tensor:
+    """Position of the values among all float32 numbers, as int32, new memory: 0 is 0, neighbours differ by 1."""
+    bits = values.to(torch.float32, copy=True).view(torch.int32)
+    return torch.where(bits < 0, -(bits & MAGNITUDE), bits)
+
+
+def _from_ordinals(ordinals: torch.Tensor) -> torch.Tensor:
+    return torch.where(ordinals < 0, ordinals.neg().bitwise_or_(~MAGNITUDE), ordinals).view(torch.float32)

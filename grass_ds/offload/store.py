@@ -54,6 +54,7 @@ class StateStore:
         self._tier, self._buffers, self._templates, self._layout = tier, buffers, templates, layout
         self._scalars: dict[Unit, dict[str, Any]] = {}
         self._moved: set[Unit] = set()  # their weights have moved without the master weights
+        self._assigned: set[Unit] = set()  # their master weights may have been set without the weights
         buffers.stored = self._scalars.keys()
 
     def __contains__(self, unit: Unit) -> bool:
@@ -134,7 +135,7 @@ class StateStore:
             for plane in planes[1:]:
                 plane.zero_()
         elif unit in self._moved:
-            planes[0].copy_(follow(planes[0], chunk.of(unit.shard)))
+            planes[0].copy_(follow(planes[0], chunk.of(unit.shard).to(planes[0].device)))
         master, moments = nn.Parameter(planes[0]), dict(zip(template.moments, planes[1:], strict=True))
         scalars: Any = self._scalars.get(unit, template.start)
         if scalars is not None and (scalars or moments):
@@ -146,6 +147,7 @@ class StateStore:
             if chunk.last:
                 self._scalars[unit] = scalars
                 self._moved.discard(unit)
+                self._assigned.discard(unit)
         except BaseException:
             if not self._buffers.keeps_all:  # half stepped, but the tier has the state before
                 self._buffers.discard(unit)
@@ -178,9 +180,18 @@ class StateStore:
         self._buffers.write(unit, planes)
         self._scalars[unit] = copy.deepcopy(dict(scalars))
         self._moved.discard(unit)
+        self._assigned.add(unit)
 
-    def mark_moved(self, unit: Unit) -> None:
-        """The unit's low-precision weights have moved. Its master weights, if any, follow when they are used next."""
+    @contextmanager
+    def moving(self, unit: Unit) -> Iterator[None]:
+        """Inside, the caller moves the low-precision weights. Master weights, if any, follow when they are used next.
+
+        Master weights that were set since the last step, as by ``safe_set_full_fp32_param``, become the weights first.
+        """
+        if unit in self._assigned:
+            unit.shard.copy_(self[unit].master)
+        yield
+        self._assigned.discard(unit)
         if unit in self:
             self._moved.add(unit)
 
@@ -195,6 +206,7 @@ class StateStore:
         if self._scalars.pop(unit, None) is None:
             return
         self._moved.discard(unit)
+        self._assigned.discard(unit)
         with suppress(OffloadError):
             self._buffers.discard(unit)
         self._tier.drop(unit)
@@ -210,7 +222,8 @@ class StateStore:
 
     def close(self) -> None:
         """Release device memory, host memory, threads and files; write the trace. Idempotent."""
-        self._scalars.clear()
+        for units in (self._scalars, self._moved, self._assigned):
+            units.clear()
         try:
             self._buffers.close()
         finally:

@@ -138,8 +138,10 @@ class GrassEngine(CheckpointingEngine):
             "" if "gradient_clipping" in self.config else " (the default of DeepSpeed; gradient_clipping sets it)"
         )
         clipped = f"clipped at norm {clip:g}{default}" if clip else "not clipped"
-        depth = "the lowest active one" if config.expansion_depth is None else f"layer {config.expansion_depth}"
-        expanded = f"; inactive layers from {depth} up take sign steps of {config.expansion:g} x lr"
+        deeper = "" if config.expansion_depth is None else f" or layer {config.expansion_depth}"
+        expanded = (
+            f"; inactive layers from the lowest active one{deeper} up take sign steps of {config.expansion:g} x lr"
+        )
         logger.warning(
             f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time "
             f"({share:.2%} of the weights), learning rate {', '.join(f'{float(rate):g}' for rate in rates)}; "

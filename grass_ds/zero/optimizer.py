@@ -154,11 +154,12 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self._sync_weights(self._tracked)
 
     def _expand(self, unit: Unit) -> None:
-        rate = self.config.expansion * self.optimizer.param_groups[unit.group]["lr"]
+        group = self.optimizer.param_groups[unit.group]
+        rate = self.config.expansion * group["lr"] * (-1 if group.get("maximize") else 1)
         # Not the sampler's seed, which a resumed run may change.
-        generator = torch.Generator(unit.shard.device).manual_seed(digest(self.controller.step, unit.name, unit.rank))
-        expand_unit(unit, self.reducer.take_signs(unit), rate, generator)
-        self.store.mark_moved(unit)
+        generator = torch.Generator(unit.device).manual_seed(digest(self.controller.step, unit.name, unit.rank))
+        with self.store.moving(unit):
+            expand_unit(unit, self.reducer.take_signs(unit), rate, generator)
 
     def check_weights(self) -> None:
         """Raise ValueError on every rank if a parameter was given other values by ``param.data = ...``."""

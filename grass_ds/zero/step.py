@@ -52,10 +52,13 @@ def step_unit(
 def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:
     """Move an inactive unit's low-precision shard by ``rate`` against the signs of its gradient, see ``pack_signs``.
 
-    Rounding needs 17 bytes per element, so one piece at a time.
+    Rounding needs 22 bytes per element, so one piece at a time.
     """
     for weights, packed in zip(unit.shard.split(PIECE), signs.split(PIECE // PER_BYTE), strict=True):
-        add_rounded_stochastically(weights, unpack_signs(packed, len(weights)).mul_(-rate), generator)
+        moved = weights.to(packed.device)
+        add_rounded_stochastically(moved, unpack_signs(packed, len(weights)).mul_(-rate), generator)
+        if moved is not weights:  # in host memory by offload_param
+            weights.copy_(moved)
 
 
 def global_squares(
@@ -85,7 +88,8 @@ def global_squares(
             "some ranks only. Decide on all ranks alike, for example by the loss averaged over them"
         )
     if steps and config.missing_gradients == "error":
-        missing = [unit for unit, ranks in zip(units, values[2 * count :], strict=False) if not ranks]
+        arrived = zip(units, values[2 * count :], strict=False)
+        missing = [unit for unit, ranks in arrived if not ranks and not unit.expanded]
         optional = _OPTIONAL_KINDS if config.always_active is None or config.sampler == "full" else ()
         _refuse_missing([unit for unit in missing if unit.kind not in optional], len(units))
         _warn_of_missing(reducer, missing)

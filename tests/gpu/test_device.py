@@ -26,24 +26,25 @@ def weights_after(config: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_side_stream_changes_no_bit(one_gpu: Any, stage: int) -> None:
+@pytest.mark.parametrize("expansion", [0.0, 0.1])
+def test_side_stream_changes_no_bit(one_gpu: Any, stage: int, expansion: float) -> None:
     """A missing wait between the compute stream and those of the reductions and of ZeRO-3's gathers would show in the weights."""
     results = []
     for overlap in (False, True):
         zero = {"overlap_comm": overlap, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
-        config = ds_config(stage=stage, dtype="bf16", clip=1.0, grass=grass_block(), zero_optimization=zero)
+        block = grass_block(expansion=expansion)
+        config = ds_config(stage=stage, dtype="bf16", clip=1.0, grass=block, zero_optimization=zero)
         results.append(one_gpu.run(weights_after, config=config)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize("pin", [True, False])
-def test_weights_in_host_memory_change_no_bit(one_gpu: Any, pin: bool) -> None:
+@pytest.mark.parametrize(("pin", "expansion"), [(True, 0.0), (False, 0.0), (True, 0.1)])
+def test_weights_in_host_memory_change_no_bit(one_gpu: Any, pin: bool, expansion: float) -> None:
     """ZeRO-3 with ``offload_param``: the step writes to host memory what the next forward gathers from there."""
     results = []
     for place in ({}, {"offload_param": {"device": "cpu", "pin_memory": pin}}):
-        config = ds_config(
-            stage=3, dtype="bf16", grass=grass_block(), zero_optimization={"overlap_comm": True, **place}
-        )
+        zero = {"overlap_comm": True, **place}
+        config = ds_config(stage=3, dtype="bf16", grass=grass_block(expansion=expansion), zero_optimization=zero)
         results.append(one_gpu.run(weights_after, config=config)[0])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 

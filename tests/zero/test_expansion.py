@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import LAYERS, backward, batch, cyclic, ds_config, engine_of, layer_of, snapshot, tiny_llama, train
+from helpers.models import (
+    LAYERS,
+    backward,
+    batch,
+    cyclic,
+    ds_config,
+    engine_of,
+    layer_of,
+    snapshot,
+    split_groups,
+    tiny_llama,
+    train,
+)
 from torch import nn
 
 pytestmark = pytest.mark.dist
@@ -30,11 +42,12 @@ def expanded_names(model: nn.Module, active: tuple[int, ...], lowest: int) -> se
     return {name for name, _ in model.named_parameters() if layer_of(name) in layers}
 
 
-def moves(config: dict[str, Any], steps: int) -> None:
+def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
     """Every step moves the expanded layers by RATE against the sign of the gradient, and no layer below them."""
     model = tiny_llama()
     depth = config["grass"].get("expansion_depth")
-    with engine_of(config, model) as engine:
+    arguments = {"model_parameters": split_groups(model)} if groups else {}
+    with engine_of(config, model, **arguments) as engine:
         gas, world = engine.gradient_accumulation_steps(), engine.dp_world_size
         for step in range(steps):
             before, active = snapshot(model), engine.grass.active_layers
@@ -59,13 +72,21 @@ BLOCK = cyclic(2, expansion=EXPANSION)
 
 
 @pytest.mark.parametrize(
-    ("stage", "gas", "settings"), [(2, 1, {}), (1, 2, {}), (2, 2, {"expansion_depth": 0}), (3, 1, {}), (3, 2, {})]
+    ("stage", "gas", "settings", "groups"),
+    [
+        (2, 1, {}, False),
+        (1, 2, {}, True),
+        (2, 2, {"expansion_depth": 0}, False),
+        (3, 1, {}, True),
+        (3, 2, {}, False),
+    ],
 )
 def test_inactive_layers_move_by_the_sign_of_the_gradient(
-    two_ranks: Any, stage: int, gas: int, settings: dict[str, Any]
+    two_ranks: Any, stage: int, gas: int, settings: dict[str, Any], groups: bool
 ) -> None:
+    """With two param groups a layer is two units."""
     config = ds_config(stage=stage, gas=gas, lr=LR, grass={**BLOCK, **settings})
-    two_ranks.run(moves, config=config, steps=2 * LAYERS + 2)
+    two_ranks.run(moves, config=config, steps=2 * LAYERS + 2, groups=groups)
 
 
 def masters(config: dict[str, Any], steps: int) -> list[float]:
@@ -97,20 +118,81 @@ def test_master_weights_follow(two_ranks: Any, stage: int, device: str) -> None:
     assert shares[-1] > 1  # what rounding had cut off is still there
 
 
-def backward_only(config: dict[str, Any]) -> None:
-    """A step that is skipped moves nothing."""
+def assigned(config: dict[str, Any]) -> None:
+    """Master weights that the user sets become the weights before they move by a sign step."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    model = tiny_llama()
+    with engine_of(config, model) as engine:
+        train(engine, 2 * LAYERS)  # all layers have master weights
+        assert engine.grass.expanded_layers == (1, 2, 3)
+        name, param = next((n, p) for n, p in model.named_parameters() if "layers.3.mlp.up_proj" in n)
+        safe_set_full_fp32_param(param, torch.full(safe_get_full_fp32_param(param).shape, 0.75))
+        train(engine, 1, start=2 * LAYERS)
+        step = (snapshot(model)[name].float() - 0.75).abs()
+        assert torch.equal(step, torch.full_like(step, config["optimizer"]["params"]["lr"] * EXPANSION))
+        assert torch.equal(safe_get_full_fp32_param(param), snapshot(model)[name].float())
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(2, "fp32"), (3, "bf16")])
+def test_master_weights_that_were_set_are_not_lost(two_ranks: Any, stage: int, dtype: str) -> None:
+    """The step is 2^-8, the distance of bf16 between 0.5 and 1, so nothing is rounded."""
+    two_ranks.run(assigned, config=ds_config(stage=stage, dtype=dtype, lr=2.0**-5, grass=BLOCK))
+
+
+def skipped(config: dict[str, Any], expanded: bool) -> None:
+    """A step whose gradient is not finite in an active or an expanded layer moves nothing."""
     model = tiny_llama()
     with engine_of(config, model) as engine:
         train(engine, 2)
         before = snapshot(model)
         backward(engine, 2)
-        with torch.no_grad():
-            shard = engine.optimizer.reducer.shards[engine.optimizer._active[0]]
-            shard[0] = float("inf")
+        reducer, unit = engine.optimizer.reducer, engine.optimizer._active[0]
+        if expanded:
+            (unit, *_) = engine.optimizer._expanded
+            reducer.squares[unit].fill_(float("nan"))
+        else:
+            reducer.shards[unit][0] = float("inf")
         engine.step()
         after = snapshot(model)
         assert all(torch.equal(before[name], after[name]) for name in before)
+        assert engine.grass.memory()["gradients"]["device"] == 0
 
 
-def test_a_skipped_step_moves_nothing(two_ranks: Any) -> None:
-    two_ranks.run(backward_only, config=ds_config(lr=LR, grass=BLOCK))
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_skipped_step_moves_nothing(two_ranks: Any, expanded: bool) -> None:
+    two_ranks.run(skipped, config=ds_config(lr=LR, grass=BLOCK), expanded=expanded)
+
+
+def dropped(config: dict[str, Any]) -> None:
+    """A layer that this step's forward leaves out receives no gradient."""
+    model = tiny_llama()
+    with engine_of(config, model) as engine:
+        assert engine.grass.expanded_layers == (1, 2, 3)
+        handle = model.model.layers[3].register_forward_hook(lambda _, inputs, output: inputs[0])
+        before = snapshot(model)
+        train(engine, 1)
+        handle.remove()
+        after = snapshot(model)
+        moved = {layer_of(name) for name in before if not torch.equal(before[name], after[name])}
+        assert moved == {0, 1, 2, None}
+
+
+def test_a_layer_without_a_gradient_stays(two_ranks: Any) -> None:
+    two_ranks.run(dropped, config=ds_config(lr=LR, grass=BLOCK))
+
+
+def final_weights(config: dict[str, Any], checkpointing: bool) -> dict[str, torch.Tensor]:
+    model = tiny_llama().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with engine_of(config, model) as engine:
+        train(engine, LAYERS)
+        return snapshot(model)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_activation_checkpointing_changes_no_bit(two_ranks: Any, stage: int) -> None:
+    config = ds_config(stage=stage, dtype="bf16", lr=LR, grass=cyclic(1, expansion=EXPANSION))
+    plain, recomputed = (two_ranks.run(final_weights, config=config, checkpointing=on)[0] for on in (False, True))
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
