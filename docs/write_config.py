@@ -76,7 +76,9 @@ def section(model: type[GrassConfig] | type[OffloadConfig]) -> str:
         ours = " [ours]" if "[ours]" in text else ""
         first, _, rest = text.removesuffix("[ours]").strip().partition(". ")
         name = f"[`{key}`](#{key})" if rest else f"`{key}`"
-        table.append(f"| {name} | {values(schema)} | `{json.dumps(schema['default'])}` | {first.rstrip('.')}{ours} |")
+        table.append(
+            f"| {name} | {values(schema)} | `{json.dumps(schema.get('default', {}))}` | {first.rstrip('.')}{ours} |"
+        )
         if rest:
             paragraph = textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
             details.append(f"### `{key}`\n\n{paragraph}\n")

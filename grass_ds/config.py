@@ -123,9 +123,6 @@ class GrassConfig(_Block):
     (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
     point of the group ``grass_ds.samplers``, or the path of a class as in ``my_package.my_module.MySampler``."""
 
-    sampler_args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of a sampler that is not one of ours."""
-
     num_active_layers: int = Field(2, ge=1)
     """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
     is sampled. Parameters outside the layers follow ``always_active`` all the same."""
@@ -188,6 +185,9 @@ class GrassConfig(_Block):
     expansion_depth: int | None = Field(None, ge=0)
     """``expansion`` moves layers down to this one, too, so that backward always runs down to it. Null: down to the
     lowest active layer."""
+
+    sampler_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a sampler that is not one of ours."""
 
     missing_gradients: Literal["error", "zero"] = "error"
     """What happens if an active layer, or a module of ``always_active``, receives no gradient on any rank in a whole

@@ -19,8 +19,9 @@ def error_of(block: Any) -> str:
 # key, bad value, what the message must say besides both: the range or the choices
 MISTAKES = [
     ("enabled", 2, "boolean"),
-    ("sampler", "gras", "'grass', 'static', 'uniform', 'cyclic' or 'full'"),
-    ("sampler", 3, "'grass'"),
+    ("sampler", "gras", 'did you mean "grass"? use grass, static, uniform, cyclic, full, or the path of a class'),
+    ("sampler", 3, "string"),
+    ("sampler_args", [1], "dictionary"),
     ("num_active_layers", 0, "greater than or equal to 1"),
     ("num_active_layers", -2, "greater than or equal to 1"),
     ("num_active_layers", 1.5, "integer"),
@@ -46,6 +47,7 @@ MISTAKES = [
     ("always_active", ["norm", "lm_head"], "'embed', 'norm', 'head' or 'other'"),
     ("layers_path", 3, "string"),
     ("cyclic_order", "up", "'random', 'ascending' or 'descending'"),
+    ("cyclic_order", [0, "up"], "integer"),
     ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**63, "less than"),
     ("seed", 1.5, "integer"),
