@@ -119,7 +119,8 @@ class GrassConfig(_Block):
 
     sampler: str = Field("grass", examples=[*SAMPLERS])
     """How active layers are drawn. ``grass``: by gradient norm, which is measured again during training. ``static``:
-    by gradient norm, measured once (the paper's ablation GRASS*). ``uniform``: at random (LISA). ``cyclic``: in turn
+    by gradient norm, measured once (the paper's ablation GRASS*). ``outlier``: by the share of weights that are
+    outliers, measured once (OWS, the sampling of OwLore). ``uniform``: at random (LISA). ``cyclic``: in turn
     (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
     point of the group ``grass_ds.samplers``, or the path of a class as in ``my_package.my_module.MySampler``."""
 
@@ -129,8 +130,9 @@ class GrassConfig(_Block):
 
     probe_steps: int = Field(20, ge=1)
     """Steps of one probing phase (paper: T_p). Such a step runs forward and backward through all layers, measures
-    their gradients and updates nothing. Probing comes before training and every ``reprobe_period``. Samplers ``grass``
-    and ``static`` only. [ours]"""
+    their gradients and updates nothing. Probing comes before training and every ``reprobe_period``. With ``outlier``
+    these steps are the calibration: backward runs through the topmost layer only. Samplers ``grass``, ``static`` and
+    ``outlier`` only. [ours]"""
 
     sample_period: int = Field(25, ge=1)
     """Optimizer steps between two draws (paper: T_s; 25 to 50 were best there). [ours]"""
@@ -156,6 +158,11 @@ class GrassConfig(_Block):
     """Scaling of the scores before the softmax. ``mean``: they are divided by their mean, so that ``temperature`` has
     no unit [ours]. ``none``: raw gradient RMS (the paper's formula). Raw values are far below 1, and the temperature
     must be of their size."""
+
+    outlier_threshold: float = Field(13.0, gt=0, allow_inf_nan=False)
+    """A weight is an outlier if |weight| x the norm of its input feature is above this many times the mean of its
+    layer (paper: M). 13 is what the name of the ratio file says that was released with the paper's code. Sampler
+    ``outlier`` only."""
 
     always_active: tuple[Literal["embed", "norm", "head", "other"], ...] | None = None
     """Modules outside the layers that always train. ``embed``: the embeddings. ``norm``: the final norm. ``head``: the

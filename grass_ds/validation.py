@@ -10,8 +10,10 @@ from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.core import deepspeed_compat
 from grass_ds.offload.block_io import AioSettings
 from grass_ds.sampling.controller import Controller
+from grass_ds.sampling.importance import Signal
 from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.versions import installed
+from grass_ds.zero.outliers import linear_modules
 
 # Path in the DeepSpeed config -> reason and remedy, then the values that are allowed beside null (default: false).
 REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -117,8 +119,8 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
     """The layers of a model that can be trained layer by layer in full.
 
     Raises:
-        GrassConfigError: adapters, pipeline parallelism or experts, ``expansion_depth`` beyond the layers, or settings
-            that the sampler refuses.
+        GrassConfigError: adapters, pipeline parallelism or experts, ``expansion_depth`` beyond the layers, settings
+            that the sampler refuses, or layers whose outliers it cannot measure.
         ValueError: the layers cannot be found, or ``always_active`` names what the model does not have.
     """
     adapted = any(hasattr(module, "peft_config") for module in model.modules())
@@ -137,9 +139,11 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
     try:
-        Controller(len(layers.names), **config.controller_arguments())
+        controller = Controller(len(layers.names), **config.controller_arguments())
     except ValueError as error:
         raise GrassConfigError(f"grass.{error}") from error
+    if controller.signal is Signal.OUTLIER_RATIO:
+        linear_modules(model, layers.names)
     if config.expansion_depth is not None and config.expansion_depth >= len(layers.names):
         raise GrassConfigError(
             f"grass.expansion_depth = {config.expansion_depth}: the model has layers 0 to {len(layers.names) - 1}; name "

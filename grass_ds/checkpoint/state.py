@@ -28,6 +28,7 @@ from grass_ds.offload.store import StateStore, UnitState
 from grass_ds.sampling.controller import Controller
 
 GRASS = "grass"
+INPUT_SQUARES = "input_squares"  # of a probing that measures outliers
 
 
 class ShardedOptimizer(Protocol):
@@ -36,6 +37,7 @@ class ShardedOptimizer(Protocol):
     units: list[Unit]
     store: StateStore
     controller: Controller
+    outliers: Any  # state_dict() and load_state_dict()
     stage: int
     param_groups: list[dict[str, Any]]
     loss_scaler: Any
@@ -73,6 +75,7 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
         keys.DS_VERSION: deepspeed.__version__,
         GRASS: {
             "controller": optimizer.controller.state_dict(),
+            INPUT_SQUARES: optimizer.outliers.state_dict(),
             "layout": layout(units),
             "param_groups": hyper,
             "skips": optimizer.skips,
@@ -199,6 +202,7 @@ def _check(optimizer: ShardedOptimizer, saved: dict[str, Any], what: str) -> dic
 def _restore_progress(optimizer: ShardedOptimizer, saved: dict[str, Any]) -> None:
     ours = saved[GRASS]
     optimizer.controller.load_state_dict(ours["controller"])
+    optimizer.outliers.load_state_dict(ours.get(INPUT_SQUARES))
     optimizer.loss_scaler = saved[keys.LOSS_SCALER]
     optimizer.dynamic_loss_scale = saved["dynamic_loss_scale"]
     optimizer.overflow = saved["overflow"]

@@ -48,7 +48,7 @@ ENGINE_ATTRIBUTES = _names("""
 # What the gradient hook of a ZeRO optimizer must call, in this order.
 HOOK_STATE = _names("""
     should_refresh_expected_hook_count reenter_backward_if_needed update_hook_state_and_maybe_run_epilogue
-    clear_backward_seen_flag register_grad_acc_post_hook _max_expected_hooks_seen
+    clear_backward_seen_flag enter_backward register_grad_acc_post_hook _max_expected_hooks_seen
 """)
 # What DeepSpeed reads of a ZeRO optimizer or of its parameters, and ours provide.
 PROVIDED = _names("_global_grad_norm _restore_from_bit16_weights _hp_mapping _z3_optimizer")
@@ -90,7 +90,7 @@ MODULE_NAMES = {
     "deepspeed.runtime.tensor_parallel.init_utils": ("load_ds_config",),
     "deepspeed.runtime.utils": ("count_used_parameters_in_backward",),
     "deepspeed.runtime.zero.parameter_offload": ("DeepSpeedZeRoOffload",),
-    "deepspeed.runtime.zero.partition_parameters": ("Init", "ZeroParamStatus"),
+    "deepspeed.runtime.zero.partition_parameters": ("GatheredParameters", "Init", "ZeroParamStatus"),
     "deepspeed.runtime.zero.partitioned_param_coordinator": ("PartitionedParameterCoordinator",),
     "deepspeed.utils.groups": ("_get_sequence_parallel_world_size",),
     "deepspeed.utils.tensor_fragment": ("fragment_address",),
@@ -176,7 +176,7 @@ from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from deepspeed.runtime.utils import count_used_parameters_in_backward
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters, Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import zero_to_fp32
 from deepspeed.utils.groups import _get_sequence_parallel_world_size as sequence_parallel_size

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grass_ds.sampling.importance import Importance
+from grass_ds.sampling.importance import Importance, Signal
 from grass_ds.sampling.registry import find_sampler
 from grass_ds.sampling.samplers import SamplingSettings
 from grass_ds.sampling.schedule import Phase, Schedule
@@ -51,7 +51,7 @@ class Controller:
         reprobe_period = given.reprobe_period if self._sampler.adaptive else 0
         self._schedule = Schedule(given.probe_steps, given.sample_period, given.refresh_period, reprobe_period)
         self._num_layers, self._ema_alpha = num_layers, given.ema_alpha
-        self._importance = Importance(num_layers)
+        self._importance = Importance(num_layers, self._sampler.signal)
         self.step = self.probe_step = self.draws = 0
         self.visits = (0,) * num_layers
         self.active_layers = self._begin()
@@ -64,7 +64,10 @@ class Controller:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """m_l per layer (gradient RMS, float64); None before the first probing ends, and without ``needs_scores``."""
+        """m_l per layer (gradient RMS, or the outlier ratio in percent; float64).
+
+        None before the first probing ends, and without ``needs_scores``.
+        """
         return self._importance.scores if self._sampler.needs_scores else None
 
     @property
@@ -74,31 +77,53 @@ class Controller:
 
     @property
     def measuring(self) -> bool:
-        """Whether :meth:`end_step` needs the gradient RMS of every active layer for the current step."""
+        """Whether :meth:`end_step` needs the :attr:`signal` of every active layer for the current step."""
+        if self.phase is Phase.PROBE and self.signal is Signal.OUTLIER_RATIO:
+            return self._ends_probing()
         return self.phase is Phase.PROBE or self._sampler.adaptive
 
-    def end_step(self, rms: Mapping[int, float] | None) -> Switch | None:
+    @property
+    def signal(self) -> Signal | None:
+        """What probing measures; None: the sampler never probes."""
+        return self._sampler.signal if self._sampler.needs_scores else None
+
+    @property
+    def backward_layers(self) -> tuple[int, ...]:
+        """Ascending indices of the layers whose gradients the coming step needs.
+
+        Outliers are counted in forward: of their probing the topmost layer alone, without which there would be no
+        backward pass.
+        """
+        if self.phase is Phase.PROBE and self.signal is Signal.OUTLIER_RATIO:
+            return (self._num_layers - 1,)
+        return self.active_layers
+
+    def _ends_probing(self) -> bool:
+        return self.probe_step + 1 >= self._schedule.probe_steps
+
+    def end_step(self, measured: Mapping[int, float] | None) -> Switch | None:
         """Count one applied optimizer step, or one probe step; never call it for an overflow-skipped one.
 
         Args:
-            rms: sqrt(||g_l||^2 / N_l) of exactly the active layers if :attr:`measuring`, by layer index, from the
-                gradient averaged over ranks, unscaled and before clipping; otherwise ignored.
+            measured: the :attr:`signal` of exactly the active layers if :attr:`measuring`, by layer index; otherwise
+                ignored. Gradient RMS: sqrt(||g_l||^2 / N_l), from the gradient averaged over ranks, unscaled and
+                before clipping. Outlier ratio: D_l in percent.
 
         Returns:
             The change of the active set from the next step on, None when it stays.
 
         Raises:
-            ValueError: an RMS is not finite (names the layer) or is missing, or all were 0 in a whole probing. The
-                step is then not counted.
+            ValueError: a number is not finite (names the layer) or is missing, or all gradients were 0 in a whole
+                probing. The step is then not counted.
         """
         if self.measuring:
-            self._importance.add_measurements(rms, self.active_layers)
+            self._importance.add_measurements(measured, self.active_layers)
         active = self._end_probe_step() if self.phase is Phase.PROBE else self._end_train_step()
         return None if active is None else self._switch_to(active)
 
     def _end_probe_step(self) -> tuple[int, ...] | None:
-        done = self.probe_step + 1 >= self._schedule.probe_steps
-        if done and not any(self._importance.sums):
+        done = self._ends_probing()
+        if done and self.signal is Signal.GRADIENT_RMS and not any(self._importance.sums):
             raise ValueError(
                 f"the gradient of every layer was 0 in all {self.probe_step + 1} probe steps: the loss does not "
                 "depend on the layers. Look for labels that are all ignored (-100), a loss of 0, or an output layer "
@@ -189,8 +214,8 @@ class Controller:
         """Go on where ``state`` was taken.
 
         Changed settings (periods, gamma, tau, alpha) hold from the next boundary on; a changed seed does not matter.
-        A changed sampler keeps step counters, visits and scores, draws its first set at once from its own fresh
-        generator, and probes first if it needs scores that the state lacks. The active set may change by loading.
+        A changed sampler keeps step counters, visits and scores of its signal, draws its first set at once from its own
+        fresh generator, and probes first if it needs scores that the state lacks. The active set may change by loading.
 
         Raises:
             ValueError: the state is of a model with another number of layers.

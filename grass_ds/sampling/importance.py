@@ -3,7 +3,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
+
+
+class Signal(str, Enum):
+    """What the score of a layer is made of."""
+
+    GRADIENT_RMS = "gradient RMS"  # of every step that measures; the score is their mean
+    OUTLIER_RATIO = "outlier ratio"  # D_l in percent, once, at the last step of a probing
+
+
+_REMEDIES = {
+    Signal.GRADIENT_RMS: "Layers are not drawn from broken gradients: lower the learning rate, clip gradients, or look "
+    "for broken samples in the data",
+    Signal.OUTLIER_RATIO: "Its weights or the inputs of its linear modules are not finite: look for broken samples in "
+    "the data",
+}
 
 
 def softmax(logits: Sequence[float]) -> tuple[float, ...]:
@@ -33,28 +49,30 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
 class Importance:
     """The score m_l of every layer, and ``sums`` and ``counts`` of the measurements since the last update.
 
-    A measurement is one step's sqrt(||g_l||^2 / N_l), float64. Scores are None before the first update.
+    A measurement is one step's ``signal``, float64. Scores are None before the first update.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, signal: Signal = Signal.GRADIENT_RMS) -> None:
+        self.signal = signal
         self.scores: tuple[float, ...] | None = None
         self.sums, self.counts = [0.0] * num_layers, [0] * num_layers
 
     def add_measurements(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
-        """Add one step's gradient RMS for each layer of ``expected``.
+        """Add one step's measurement for each layer of ``expected``.
 
         Raises:
             ValueError: other layers than ``expected`` were measured, or a value is not finite; nothing was added then.
         """
         measured = {layer: float(value) for layer, value in (rms or {}).items()}
         if set(measured) != set(expected):
-            raise ValueError(f"gradient RMS is wanted for layers {list(expected)}, got layers {sorted(measured)}")
+            raise ValueError(
+                f"{self.signal.value} is wanted for layers {list(expected)}, got layers {sorted(measured)}"
+            )
         for layer, value in measured.items():
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(
-                    f"the gradient RMS of layer {layer} is {value!r}: expected a finite number >= 0. Layers are not "
-                    "drawn from broken gradients: lower the learning rate, clip gradients, or look for broken samples "
-                    "in the data"
+                    f"the {self.signal.value} of layer {layer} is {value!r}: expected a finite number >= 0. "
+                    f"{_REMEDIES[self.signal]}"
                 )
         for layer, value in measured.items():
             self.sums[layer] += value
@@ -79,8 +97,13 @@ class Importance:
     def state_dict(self) -> dict[str, Any]:
         """Plain lists of floats and ints; exact."""
         scores = None if self.scores is None else list(self.scores)
-        return {"scores": scores, "sums": list(self.sums), "counts": list(self.counts)}
+        return {"scores": scores, "sums": list(self.sums), "counts": list(self.counts), "signal": self.signal.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``; from nothing if it is of another signal."""
+        if Signal(state.get("signal", Signal.GRADIENT_RMS)) is not self.signal:
+            self.scores = None
+            self.drop_measurements()
+            return
         self.scores = None if state["scores"] is None else tuple(state["scores"])
         self.sums, self.counts = list(state["sums"]), list(state["counts"])

@@ -5,6 +5,7 @@ A new method is a subclass of :class:`Sampler`, and an entry in :data:`SAMPLERS`
 :func:`grass_ds.sampling.registry.find_sampler`.
 """
 
+import math
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from grass_ds.sampling.importance import sampling_logits, softmax
+from grass_ds.sampling.importance import Signal, sampling_logits, softmax
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,23 @@ class Sampler:
         num_layers, settings: L, and the keys of the block.
 
     Raises:
-        ValueError: a key of ``sampler_args`` is not in ``accepts``.
+        ValueError: a key of ``sampler_args`` is not in ``accepts``, or an adaptive sampler needs another signal.
     """
 
     accepts: ClassVar[Sequence[str]] = ()  # keys of "sampler_args"
     needs_scores: ClassVar[bool] = False  # probe before the first draw
-    adaptive: ClassVar[bool] = False  # keep measuring the active layers and refresh the scores
+    signal: ClassVar[Signal] = Signal.GRADIENT_RMS  # what probing measures
+    adaptive: ClassVar[bool] = False  # keep measuring the active layers' gradients and refresh the scores
     draws: ClassVar[bool] = True  # False: the active set never changes
 
     def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
         self.num_layers, self.settings = num_layers, settings
         self._count = min(settings.num_active_layers, num_layers)
         self._generator = torch.Generator(device="cpu").manual_seed(settings.seed)
+        if self.adaptive and self.signal is not Signal.GRADIENT_RMS:
+            raise ValueError(
+                f"sampler: {settings.sampler} is adaptive, but only gradients are measured while training"
+            )
         if unknown := sorted(set(settings.sampler_args) - set(self.accepts)):
             known = f"it has {', '.join(self.accepts)}" if self.accepts else "it has none"
             raise ValueError(f"sampler_args: {settings.sampler} has no argument {', '.join(unknown)}; {known}")
@@ -121,6 +127,26 @@ class StaticSampler(GrassSampler):
     """Static GRASS, the paper's ablation: probe once, keep those scores."""
 
     adaptive = False
+
+
+LAST = -1e4  # a logit far below log D of every D > 0 (-745): drawn when no other layer is left
+
+
+class OutlierSampler(Sampler):
+    """OWS, the sampling of OwLore (arXiv 2405.18380): gamma layers by p_l = D_l / sum D, measured once.
+
+    ``scores`` are the outlier ratios D_l in percent (see :mod:`grass_ds.zero.outliers`). A layer with D_l = 0 has
+    p_l = 0. If fewer than gamma layers have outliers, the others of a draw are of equal chance, where the paper's code
+    (``numpy.random.choice``) would stop.
+    """
+
+    needs_scores = True
+    signal = Signal.OUTLIER_RATIO
+
+    def logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
+        if scores is None:
+            return super().logits(scores)
+        return tuple(math.log(ratio) if ratio > 0.0 else LAST for ratio in scores)
 
 
 class CyclicSampler(Sampler):
@@ -181,6 +207,7 @@ class FullSampler(Sampler):
 SAMPLERS: dict[str, type[Sampler]] = {
     "grass": GrassSampler,
     "static": StaticSampler,
+    "outlier": OutlierSampler,
     "uniform": Sampler,
     "cyclic": CyclicSampler,
     "full": FullSampler,

@@ -19,11 +19,13 @@ from grass_ds.offload.build import open_store
 from grass_ds.offload.state_template import learn_template
 from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import Controller
+from grass_ds.sampling.importance import Signal
 from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
 from grass_ds.zero.checkpointing import CheckpointingEngine
 from grass_ds.zero.handle import GrassHandle
 from grass_ds.zero.optimizer import GrassZeroOptimizer
+from grass_ds.zero.outliers import OutlierMeasurement
 from grass_ds.zero.stage3 import GrassZero3Optimizer
 from grass_ds.zero.stage12 import GrassZero12Optimizer
 
@@ -75,13 +77,17 @@ class GrassEngine(CheckpointingEngine):
         world, rank = dist.get_world_size(group=group), dist.get_rank(group=group)
         units = build_units(layers, always, optimizer.param_groups, self.param_names, world, rank, partitioned=stage3)
         controller = Controller(len(layers.names), **config.controller_arguments())
+        measured = layers.names if controller.signal is Signal.OUTLIER_RATIO else ()
+        outliers = OutlierMeasurement(
+            self.module, measured, config.outlier_threshold, group, self.device, lambda: self.optimizer.in_forward
+        )
         full_backward = self._fit_backward(layers, units)
         with ExitStack() as undo:
             with raise_on_all_ranks(group, self.device):
                 store = self._open_store(config, optimizer, units)
                 undo.callback(store.close)
             zero: GrassZeroOptimizer
-            parts = (self, config, optimizer, units, controller, store)
+            parts = (self, config, optimizer, units, controller, store, outliers)
             if stage3:
                 # Without an optimizer DeepSpeed only sets up the hooks that gather weights.
                 offload = super()._configure_zero_optimizer(None)
@@ -178,7 +184,8 @@ class GrassEngine(CheckpointingEngine):
                 counts towards torch's limit of recompilations otherwise.
 
         Raises:
-            ValueError: ``compiled_autograd_enabled``, which would record the hooks that collect gradients.
+            ValueError: ``compiled_autograd_enabled``, which would record the hooks that collect gradients; or outliers
+                are being measured, by hooks that a graph may leave out.
         """
         backend = get_accelerator().get_compile_backend() if backend is None else backend
         kwargs = dict(compile_kwargs or {})
@@ -187,6 +194,11 @@ class GrassEngine(CheckpointingEngine):
             return
         if compiled_autograd_enabled:
             raise ValueError("compiled_autograd_enabled = True does not go with layer sampling: leave it False")
+        if self.optimizer.outliers.active:
+            raise ValueError(
+                "engine.compile() while outliers are measured: hooks count the inputs of linear modules, which a "
+                'compiled graph may leave out. Call it once engine.grass.phase is "train"'
+            )
         if self.is_compiled:
             return
         for name in self.grass.layers:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from grass_ds.checkpoint.state import INPUT_SQUARES
 from grass_ds.checkpoint.writer import CheckpointWriter, SaveReport
 from grass_ds.config import GrassConfig
 from grass_ds.sampling.layers import ModelLayers
@@ -44,7 +45,10 @@ class GrassHandle:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Importance m_l per layer; None before the first probing is over, and for samplers without scores."""
+        """Per layer importance m_l, or outlier ratio D_l in percent (sampler ``outlier``).
+
+        None before the first probing is over, and for samplers without scores.
+        """
         return self._controller.scores
 
     @property
@@ -89,10 +93,11 @@ class GrassHandle:
         self.writer.wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sampler: phase, counters, scores, active set, generator. Plain Python and tensors."""
-        return self._controller.state_dict()
+        """The sampler: phase, counters, scores, active set, generator, input norms. Plain Python and tensors."""
+        return {**self._controller.state_dict(), INPUT_SQUARES: self._optimizer.outliers.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved sampler; takes effect at once. Call it between steps, on every rank."""
         self._controller.load_state_dict(state)
+        self._optimizer.outliers.load_state_dict(state.get(INPUT_SQUARES))
         self._optimizer.activate()

@@ -33,6 +33,7 @@ from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Phase
 from grass_ds.zero.fragments import ParamFragment
 from grass_ds.zero.gradients import GradientReducer
+from grass_ds.zero.outliers import OutlierMeasurement
 from grass_ds.zero.step import expand_unit, global_squares, layer_rms, step_unit
 from grass_ds.zero.wrapper import OptimizerWrapper
 
@@ -52,17 +53,18 @@ class GrassZeroOptimizer(OptimizerWrapper):
         units: Sequence[Unit],
         controller: Controller,
         store: StateStore,
+        outliers: OutlierMeasurement,
     ):
         super().__init__(engine, optimizer, units[0].dtype)
         self.config = config
         self.units = list(units)
         self.controller = controller
-        self.store = store
+        self.store, self.outliers = store, outliers
         self.reducer = GradientReducer(engine, on_reduced=store.prefetch)
         self.dp_process_group = engine.seq_data_parallel_group
         self.grass: Any = None  # the engine's GrassHandle, for code that has the optimizer only
         self._counts_in_schedule = False  # the last step; False for a skipped or discarded one
-        self._layer_rms: dict[int, float] | None = None
+        self._measured: dict[int, float] | None = None
         layout = digest([(u.name, u.param_names, [tuple(whole_shape(p)) for p in u.params]) for u in units])
         check_ranks_agree([layout], "the layers and param groups", self.dp_process_group, self.device)
         self._check_agreement("the sampler's first state")
@@ -132,17 +134,18 @@ class GrassZeroOptimizer(OptimizerWrapper):
                     self._update(1.0 / (scale * clip))
         finally:  # gradients left by a failed step differ between ranks
             self.reducer.clear()
+            self.outliers.discard()
         self.undo_assignments()
         self.store.end_step()
 
     def _measure(self, squares: dict[Unit, float], finite: bool, scale: float) -> None:
-        """Adapt the loss scale, and keep the layers' gradient norms for :meth:`advance_schedule`."""
+        """Adapt the loss scale, and keep what was measured of the layers for :meth:`advance_schedule`."""
         self.update_loss_scale(finite)
-        self._layer_rms = None
-        if finite and self.controller.measuring:
-            steps = self.reducer.micro_steps
-            window = max(steps, self.engine.gradient_accumulation_steps()) if self.reducer.discarded else steps
-            self._layer_rms = layer_rms(squares, steps, window, scale)
+        self._measured = None
+        if finite and self.outliers.active:
+            self._measured = self.outliers.end_step(last=self.controller.measuring)
+        elif finite and self.controller.measuring:
+            self._measured = layer_rms(squares, self.reducer, self.engine.gradient_accumulation_steps(), scale)
 
     def _update(self, factor: float) -> None:
         """Step all active units; update the model if no rank failed."""
@@ -199,7 +202,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def _count_step(self) -> None:
         before = self.controller.draws
-        switch = self.controller.end_step(self._layer_rms)
+        switch = self.controller.end_step(self._measured)
         drawn = self.controller.draws != before
         if drawn or switch is not None:  # a draw, or probing that begins anew
             self._check_agreement("the layers to train next")
@@ -214,7 +217,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def activate(self) -> None:
         """Make exactly the active layers and the always-active modules trainable."""
-        layers, training = set(self.controller.active_layers), self.controller.phase is Phase.TRAIN
+        layers, training = set(self.controller.backward_layers), self.controller.phase is Phase.TRAIN
         lowest = self.lowest_layer if self.config.expansion > 0 else len(self.controller.visits)
         for unit in self.units:
             unit.active = unit.always or unit.layer in layers
@@ -224,12 +227,14 @@ class GrassZeroOptimizer(OptimizerWrapper):
         self._expanded = [unit for unit in self.units if unit.expanded]
         self.reducer.track(self._tracked, keep=training)
         self.store.plan(self._active if training else [])
+        self.outliers.measure(not training)
 
     @property
     def lowest_layer(self) -> int:
         """The lowest layer that has a gradient in the coming step."""
-        lowest, depth = min(self.controller.active_layers), self.config.expansion_depth
-        return lowest if depth is None or self.config.expansion == 0 else min(lowest, depth)
+        lowest, depth = min(self.controller.backward_layers), self.config.expansion_depth
+        expands = self.config.expansion > 0 and self.controller.phase is Phase.TRAIN
+        return lowest if depth is None or not expands else min(lowest, depth)
 
     @property
     def expanded_layers(self) -> tuple[int, ...]:
@@ -277,6 +282,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard all gradients of this accumulation window. Call it on all ranks alike."""
         self.reducer.discard()
+        self.outliers.discard()
 
     @torch.no_grad()
     def refresh_fp32_params(self) -> None:
@@ -333,6 +339,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def _detach_from_model(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self.outliers.measure(False)
         self._set_requires_grad(everywhere=True)
         self._detach()
         for unit in self.units:

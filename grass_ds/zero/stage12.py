@@ -7,6 +7,7 @@ from deepspeed import comm as dist
 from torch import nn
 
 from grass_ds.core.units import ReplicatedUnit, Unit
+from grass_ds.sampling.schedule import Phase
 from grass_ds.zero.fragments import ParamFragment
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 
@@ -20,7 +21,8 @@ class GrassZero12Optimizer(GrassZeroOptimizer):
     """
 
     def _reduces_now(self) -> bool:
-        return self.stage == 2 or self.controller.measuring or self.engine.is_gradient_accumulation_boundary()
+        measures = self.controller.measuring or self.controller.phase is Phase.PROBE
+        return self.stage == 2 or measures or self.engine.is_gradient_accumulation_boundary()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1: called by the engine at the boundary, after backward or in ``step()`` if the caller sets it."""

@@ -108,14 +108,18 @@ def _local_squares(reducer: GradientReducer, units: Sequence[Unit]) -> list[torc
     return norms + squares if reducer.micro_steps > 1 else norms * 2  # of a single micro-step the two are the same
 
 
-def layer_rms(squares: Mapping[Unit, float], micro_steps: int, window: int, loss_scale: float) -> dict[int, float]:
+def layer_rms(
+    squares: Mapping[Unit, float], reducer: GradientReducer, accumulation: int, loss_scale: float
+) -> dict[int, float]:
     """Layer -> root mean square of its gradient's elements over micro-batches: the paper's sqrt(||g||^2 / N).
 
     Args:
-        micro_steps: number of micro-batches in ``squares``.
-        window: accumulation steps. The loss of a micro-batch carries the factor 1 / window, which is undone here, so
-            that importance does not depend on the accumulation length.
+        reducer: which micro-batches are in ``squares``.
+        accumulation: the configured steps. The loss of a micro-batch carries the factor 1 / steps, which is undone
+            here, so that importance does not depend on the accumulation length.
     """
+    micro_steps = reducer.micro_steps
+    window = max(micro_steps, accumulation) if reducer.discarded else micro_steps
     total: defaultdict[int, float] = defaultdict(float)
     numel: defaultdict[int, int] = defaultdict(int)
     for unit, square in squares.items():

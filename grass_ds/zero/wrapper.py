@@ -17,7 +17,11 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
         overflow: the last step applied no update: gradients were not finite, or it was a probing step. Engine,
             accelerate and Trainer then do not advance the learning-rate schedule.
         skips: consecutive steps with non-finite gradients.
+        in_forward: a forward pass that will be trained on is under way, or its backward has yet to begin. False in
+            evaluation, and while backward recomputes activations.
     """
+
+    in_forward = False
 
     def __init__(self, engine: deepspeed_compat.DeepSpeedEngine, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         super().__init__()
@@ -35,6 +39,17 @@ class OptimizerWrapper(deepspeed_compat.ZeROOptimizer):
             dtype, engine.loss_scale(), engine.dynamic_loss_scale(), engine.dynamic_loss_scale_args()
         )
         self.dynamic_loss_scale = self.loss_scaler.dynamic
+
+    def clear_backward_seen_flag(self) -> None:
+        """The engine calls it at the start of every forward."""
+        super().clear_backward_seen_flag()
+        # Not module.training: models come from ``from_pretrained`` in evaluation mode, in which they can train, too.
+        self.in_forward = torch.is_grad_enabled()
+
+    def enter_backward(self) -> None:
+        """The engine calls it at the start of every backward, when the gradient reaches the model's output."""
+        super().enter_backward()
+        self.in_forward = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
