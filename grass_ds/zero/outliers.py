@@ -56,7 +56,7 @@ def linear_modules(model: nn.Module, layers: Sequence[str]) -> list[dict[str, nn
             raise GrassConfigError(
                 f'grass.sampler = "outlier" needs the weights of a layer in linear modules (nn.Linear, Conv1D): in {layer} '
                 f"they hold {held} of {whole} weights. Experts that are fused in one 3-D parameter cannot be measured; "
-                'use "sampler": "grass" or "uniform"'
+                'use "sampler": "grass" or "sampler": "uniform"'
             )
         found.append(modules)
     return found
@@ -89,7 +89,7 @@ def outlier_ratio(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], thresho
     mean = math.fsum(float(_wanda(*matrix).sum()) for matrix in matrices) / numel
     if not math.isfinite(mean):
         return math.nan
-    return 100 * sum(int((_wanda(*matrix) > threshold * mean).sum()) for matrix in matrices) / numel
+    return sum(int((_wanda(*matrix) > threshold * mean).sum()) for matrix in matrices) / numel * 100
 
 
 def _wanda(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ class OutlierMeasurement:
             raise ValueError(
                 f"no layer has an outlier: no |weight| x input norm is above grass.outlier_threshold = "
                 f"{self._threshold:g} times the mean of its layer. Lower it (above 0; the ratios should differ between "
-                'layers), or use "sampler": "grass" or "uniform"'
+                'layers), or use "sampler": "grass" or "sampler": "uniform"'
             )
         return ratios
 

@@ -51,6 +51,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "cyclic-bf16-zero2-cpu-expansion": ({"dtype": "bf16", "gas": 2}, {"sampler": "cyclic", "expansion": 0.2}),
     "grass-bf16-zero3-cpu-expansion": ({"dtype": "bf16", "stage": 3}, {"sampler": "grass", "expansion": 0.2}),
+    "outlier-fp32-zero2-cpu": ({"gas": 2}, {"sampler": "outlier", "outlier_threshold": 3.0}),
+    "outlier-bf16-zero3-cpu-async": (
+        {"dtype": "bf16", "stage": 3, **BACKGROUND},
+        {"sampler": "outlier", "outlier_threshold": 3.0},
+    ),
     "uniform-bf16-zero3-nvme": ({"dtype": "bf16", "stage": 3}, {"sampler": "uniform"}),
 }
 
@@ -119,6 +124,7 @@ def resumed(engine: Any, folder: Path, tag: str, history: list[dict[str, Any]], 
         "static-fp32-zero3-device-reset",
         "grass-bf16-zero3-cpu-async",
         "cyclic-bf16-zero2-cpu-expansion",
+        "outlier-bf16-zero3-cpu-async",
     ),
 )
 def test_resumed_run_is_the_straight_run(two_ranks: Any, case: str, tmp_path: Path) -> None:

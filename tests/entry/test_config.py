@@ -19,7 +19,11 @@ def error_of(block: Any) -> str:
 # key, bad value, what the message must say besides both: the range or the choices
 MISTAKES = [
     ("enabled", 2, "boolean"),
-    ("sampler", "gras", 'did you mean "grass"? use grass, static, uniform, cyclic, full, or the path of a class'),
+    (
+        "sampler",
+        "gras",
+        'did you mean "grass"? use grass, static, outlier, uniform, cyclic, full, or the path of a class',
+    ),
     ("sampler", 3, "string"),
     ("sampler_args", [1], "dictionary"),
     ("num_active_layers", 0, "greater than or equal to 1"),
@@ -43,6 +47,12 @@ MISTAKES = [
     ("ema_alpha", 1.5, "less than or equal to 1"),
     ("ema_alpha", math.nan, ""),
     ("score_normalization", "max", "'mean' or 'none'"),
+    ("outlier_threshold", 0, "greater than 0"),
+    ("outlier_threshold", -13.0, "greater than 0"),
+    ("outlier_threshold", math.inf, "finite"),
+    ("outlier_threshold", math.nan, ""),
+    ("outlier_threshold", "high", "number"),
+    ("outlier_threshold", True, "number"),
     ("always_active", "norm", "Input should be a valid"),
     ("always_active", ["norm", "lm_head"], "'embed', 'norm', 'head' or 'other'"),
     ("layers_path", 3, "string"),
@@ -165,8 +175,8 @@ def test_a_disabled_block_is_checked_all_the_same() -> None:
     assert "grass.seed" in error_of({"enabled": False, "seed": -1})
 
 
-@pytest.mark.parametrize("sampler", ["grass", "static", "uniform", "cyclic", "full"])
+@pytest.mark.parametrize("sampler", ["grass", "static", "outlier", "uniform", "cyclic", "full"])
 def test_every_accepted_config_builds_a_controller(sampler: str) -> None:
     config = GrassConfig(sampler=sampler)
     controller = Controller(4, **config.controller_arguments())
-    assert (controller.phase.value == "probe") == (sampler in ("grass", "static"))
+    assert (controller.phase.value == "probe") == (sampler in ("grass", "static", "outlier"))

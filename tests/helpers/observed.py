@@ -81,6 +81,7 @@ def observe(engine: Any) -> dict[str, Any]:
         "scores": grass.scores,
         "probabilities": grass.probabilities,
         "visits": grass.visits,
+        "input_squares": grass.state_dict()["input_squares"],
         "fingerprint": engine.optimizer.controller.fingerprint(),
         "lr": engine.get_lr(),
         "loss_scale": engine.optimizer.loss_scale,

@@ -80,6 +80,32 @@ def test_probing_measures_all_layers_and_trains_none(name):
     assert controller.measuring == (name == "grass")
 
 
+def test_outliers_are_measured_once_at_the_end_of_probing():
+    controller = make(sampler="outlier", reprobe_period=5)
+    for step in range(3):
+        assert controller.phase is Phase.PROBE and controller.scores is None
+        assert controller.active_layers == (0, 1, 2, 3, 4, 5) and controller.backward_layers == (5,)
+        assert controller.measuring == (step == 2)
+        switch = controller.end_step({layer: 0.5 * layer for layer in range(6)} if step == 2 else None)
+        assert (switch is not None) == (step == 2)
+    ratios = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)
+    assert controller.probabilities == pytest.approx([d / sum(ratios) for d in ratios])
+    for _ in range(20):
+        assert controller.phase is Phase.TRAIN and not controller.measuring and controller.scores == ratios
+        assert controller.backward_layers == controller.active_layers
+        controller.end_step(None)
+
+
+def test_scores_of_another_signal_are_not_taken_over():
+    grass, outlier = make(), make(sampler="outlier")
+    for one, other in ((grass, "outlier"), (outlier, "grass"), (outlier, "static")):
+        advance(one, 5)
+        assert one.scores is not None
+        then = make(sampler=other)
+        then.load_state_dict(saved(one))
+        assert (then.phase, then.probe_step, then.scores) == (Phase.PROBE, 0, None)
+
+
 @pytest.mark.parametrize("name", ["uniform", "cyclic"])
 def test_samplers_without_scores_train_at_once_and_never_measure(name):
     controller = make(sampler=name, probe_steps=50)
@@ -209,7 +235,7 @@ def test_only_grass_refreshes_and_probes_again(name):
     assert (seen := advance(once, 30)) == advance(again, 30)
     assert len({scores for _, phase, _, scores, _ in seen if phase is Phase.TRAIN}) == 1
     assert again.probe_step == again.probe_steps_within(30) == once.probe_steps_within(30)
-    assert again.probe_steps_within(30) == (3 if name == "static" else 0)
+    assert again.probe_steps_within(30) == (3 if name in ("static", "outlier") else 0)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1.0])

@@ -4,6 +4,7 @@
 from collections import Counter
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -76,6 +77,43 @@ def test_layers_of_underflowing_probability_are_still_drawn_by_their_own_order()
         assert draw_without_replacement((0.0, -4000.0, -2000.0, -9000.0), 3, generator) == [0, 2, 1]
 
 
+ratios = st.lists(st.floats(1e-6, 50.0) | st.just(0.0), min_size=2, max_size=12)
+
+
+@given(ratios=ratios, seed=st.integers(0, 2**40), gamma=st.integers(1, 12))
+def test_outlier_draws_by_the_share_of_outliers_without_replacement(ratios, seed, gamma):
+    """Against p = D / sum D with the drawn layers taken out, as ``numpy.random.choice(replace=False, p=p)`` has it."""
+    gamma = min(gamma, len(ratios))
+    sampler = make("outlier", len(ratios), gamma, seed=seed)
+    p = np.array(ratios) / sum(ratios) if any(ratios) else np.full(len(ratios), 1 / len(ratios))
+    assert sampler.probabilities(ratios) == pytest.approx(list(p), rel=1e-12)
+    generator = torch.Generator().manual_seed(seed)
+    expected = set()
+    for _ in range(gamma):
+        left = [layer for layer in range(len(ratios)) if layer not in expected]
+        weights = p[left] if p[left].any() else np.ones(len(left))  # only layers without outliers are left
+        shares = np.cumsum(weights / weights.sum())
+        point = torch.rand((), generator=generator, dtype=torch.float64).item()
+        expected.add(left[int(np.searchsorted(shares, point, side="right"))])
+    assert sampler.draw(ratios) == tuple(sorted(expected))
+
+
+def test_layers_without_outliers_are_drawn_last_and_alike():
+    sampler = make("outlier", 5, 3, seed=1)
+    drawn = [sampler.draw([0.0, 1e-9, 0.0, 50.0, 0.0]) for _ in range(300)]
+    assert all({1, 3} < set(layers) for layers in drawn)
+    counts = Counter(layer for layers in drawn for layer in layers if layer not in (1, 3))
+    assert set(counts) == {0, 2, 4} and min(counts.values()) > 70
+
+
+def test_an_adaptive_sampler_measures_gradients():
+    class Adaptive(SAMPLERS["outlier"]):
+        adaptive = True
+
+    with pytest.raises(ValueError, match="only gradients are measured while training"):
+        Adaptive(4, make("outlier", 4, 1).settings)
+
+
 def test_scores_decide_the_grass_draw_and_not_the_uniform_one():
     scores = [1e-6, 1e-6, 5.0, 1e-6]
     kwargs = {"temperature": 0.01, "seed": 3}
@@ -113,6 +151,7 @@ def test_cyclic_orders():
 
 GRASS = [[1, 2], [3, 5], [4, 5], [2, 4], [3, 4], [0, 1]]
 UNIFORM = [[1, 2], [3, 5], [4, 5], [1, 3], [3, 4], [0, 1]]
+OUTLIER = [[2, 3], [3, 5], [4, 5], [2, 4], [3, 4], [0, 2]]
 CYCLIC = [[1, 2], [3, 5], [0, 4], [1, 3], [4, 5], [0, 2]]
 
 
@@ -122,5 +161,6 @@ def test_draws_of_a_seed_are_pinned():
     samplers = {name: make(name, 6, 2, seed=7) for name in NAMES}
     draws = {name: [list(sampler.draw(scores)) for _ in range(6)] for name, sampler in samplers.items()}
     assert draws["grass"] == draws["static"] == GRASS
+    assert draws["outlier"] == OUTLIER
     assert draws["uniform"] == UNIFORM
     assert draws["cyclic"] == CYCLIC
