@@ -214,8 +214,9 @@ class Controller:
         """Go on where ``state`` was taken.
 
         Changed settings (periods, gamma, tau, alpha) hold from the next boundary on; a changed seed does not matter.
-        A changed sampler keeps step counters, visits and scores of its signal, draws its first set at once from its own
-        fresh generator, and probes first if it needs scores that the state lacks. The active set may change by loading.
+        A changed sampler keeps step counters, visits and scores of its own signal. It draws its first set at once from
+        its own fresh generator, and probes first if it needs scores that the state lacks. The active set may change by
+        loading.
 
         Raises:
             ValueError: the state is of a model with another number of layers.

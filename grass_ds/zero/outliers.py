@@ -214,7 +214,7 @@ class OutlierMeasurement:
         return ratios
 
     def state_dict(self) -> torch.Tensor | None:
-        """Squared input norms so far, [sum of in_features], float32, in host memory; None while nothing is measured."""
+        """Squared input norms so far, [sum of in_features], float32, in host memory; None unless probing."""
         return None if self._total is None else self._total.to("cpu", copy=True)
 
     def load_state_dict(self, state: torch.Tensor | None) -> None:
