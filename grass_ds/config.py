@@ -160,9 +160,9 @@ class GrassConfig(_Block):
     must be of their size."""
 
     outlier_threshold: float = Field(13.0, gt=0, allow_inf_nan=False)
-    """A weight is an outlier if |weight| x the norm of its input feature is above this many times the mean of its
-    layer (paper: M). 13 is what the name of the ratio file says that was released with the paper's code. Sampler
-    ``outlier`` only."""
+    """A weight is an outlier if its absolute value times the norm of its input feature is above this many times the
+    mean of its layer (paper: M). 13 is what the name of the ratio file says that was released with the paper's code.
+    Sampler ``outlier`` only."""
 
     always_active: tuple[Literal["embed", "norm", "head", "other"], ...] | None = None
     """Modules outside the layers that always train. ``embed``: the embeddings. ``norm``: the final norm. ``head``: the

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.models import (
     LAYERS,
+    RELEASED,
     VOCAB,
     batch,
     ds_config,
@@ -25,6 +26,7 @@ from helpers.tiered import tiered
 from torch import nn
 
 from grass_ds.config import GrassConfig, GrassConfigError
+from grass_ds.core.agreement import RankDivergenceError
 from grass_ds.validation import check_model
 from grass_ds.zero.outliers import linear_modules, outlier_ratio
 
@@ -33,15 +35,13 @@ PROBE, PERIOD, THRESHOLD = 3, 2, 5.0
 
 
 def block(**settings: Any) -> dict[str, Any]:
-    return grass_block(
-        **{
-            "sampler": "outlier",
-            "probe_steps": PROBE,
-            "sample_period": PERIOD,
-            "outlier_threshold": THRESHOLD,
-            **settings,
-        }
-    )
+    ours = {"sampler": "outlier", "probe_steps": PROBE, "sample_period": PERIOD, "outlier_threshold": THRESHOLD}
+    return grass_block(**{**ours, **settings})
+
+
+def config_of(stage: int, **settings: Any) -> dict[str, Any]:
+    """In ZeRO-3 weights are released between steps, or none had to be gathered."""
+    return ds_config(stage=stage, grass=block(), zero_optimization=RELEASED if stage == 3 else {}, **settings)
 
 
 # ---- the formula ----------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def expected_ratios(name: str, gas: int, world: int) -> list[tuple[float, float]
 
 
 def disturb(engine: Any, model: nn.Module) -> None:
-    """Passes that must not count: an evaluation, a step that is discarded, and one whose gradient is not finite."""
+    """Passes that must not count: evaluations, a step and a micro-batch that are discarded, a step that overflows."""
     with torch.no_grad():
         loss_of(engine, 501)
     for micro in range(engine.gradient_accumulation_steps()):
@@ -199,6 +199,8 @@ def disturb(engine: Any, model: nn.Module) -> None:
         hook.remove()
     with torch.no_grad():
         model(input_ids=batch(504, 0, engine.global_rank))  # past the engine
+    engine.backward(loss_of(engine, 505))
+    engine.zero_grad()  # of this window's first micro-batch only
 
 
 def probe(config: dict[str, Any], name: str, checkpointing: bool | None, disturbed: bool) -> dict[str, Any]:
@@ -249,7 +251,7 @@ def probe(config: dict[str, Any], name: str, checkpointing: bool | None, disturb
 def test_ratios_are_those_of_one_process_and_probing_moves_nothing(
     two_ranks: Any, stage: int, gas: int, dtype: str, name: str
 ) -> None:
-    config = ds_config(stage=stage, gas=gas, dtype=dtype, grass=block())
+    config = config_of(stage, gas=gas, dtype=dtype)
     for result in two_ranks.run(probe, config=config, name=name, checkpointing=None, disturbed=True):
         for score, (low, high) in zip(result["scores"], result["bounds"], strict=True):
             assert low <= score <= high
@@ -264,7 +266,7 @@ def test_ratios_are_those_of_one_process_and_probing_moves_nothing(
 def test_neither_recomputation_nor_passes_that_do_not_count_change_a_bit(
     two_ranks: Any, stage: int, checkpointing: bool
 ) -> None:
-    config = ds_config(stage=stage, grass=block())
+    config = config_of(stage)
     plain = two_ranks.run(probe, config=config, name="llama", checkpointing=None, disturbed=False)
     other = two_ranks.run(probe, config=config, name="llama", checkpointing=checkpointing, disturbed=True)
     assert difference(plain, other) is None
@@ -284,15 +286,35 @@ def test_a_threshold_that_nothing_reaches_ends_the_probing_on_all_ranks(two_rank
         assert "grass.outlier_threshold = 10000 times" in message
 
 
-def compile_early(config: dict[str, Any]) -> str:
-    """Refused while probing; afterwards the hooks are gone, and blocks compile."""
+def diverge(config: dict[str, Any]) -> str:
+    """Other input norms on one rank."""
     with engine_of(config, with_outliers("llama")) as engine:
-        with pytest.raises(ValueError, match="while outliers are measured") as caught:
-            engine.compile(backend="eager")
-        train(engine, PROBE)
-        assert engine.grass.phase == "train"
-        for module in linear_modules(engine.module, engine.grass.layers)[0].values():
-            assert not module._forward_pre_hooks
+        train(engine, PROBE - 1)
+        if engine.global_rank == 1:
+            engine.optimizer.outliers._total[::3] *= 100
+        with pytest.raises(RankDivergenceError) as caught:
+            train(engine, 1, start=PROBE - 1)
+    return str(caught.value)
+
+
+@dist
+def test_ranks_that_measure_other_ratios_stop(two_ranks: Any) -> None:
+    for message in two_ranks.run(diverge, config=config_of(2)):
+        assert "the layers to train next" in message and "scores" in message
+
+
+def compile_early(config: dict[str, Any]) -> str:
+    """Refused while probing. The hooks are gone after it, and when the engine is destroyed in the middle of it."""
+    for steps in (PROBE, 1):
+        model = with_outliers("llama")
+        hooked = [module for module in model.modules() if isinstance(module, nn.Linear)][:-1]  # all but the head
+        with engine_of(config, model) as engine:
+            with pytest.raises(ValueError, match="while outliers are measured") as caught:
+                engine.compile(backend="eager")
+            assert all(module._forward_pre_hooks for module in hooked)
+            train(engine, steps)
+            assert all(bool(m._forward_pre_hooks) == (steps < PROBE) for m in hooked)
+        assert not any(module._forward_pre_hooks for module in hooked)
     return str(caught.value)
 
 

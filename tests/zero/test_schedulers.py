@@ -106,12 +106,19 @@ def test_lr_sequence_is_stock_deepspeeds(two_ranks: Any, stock_rates: Callable[[
     assert ours["engine"] == stock["engine"]
 
 
-@pytest.mark.parametrize("name", tiered(SCHEDULERS, "WarmupDecayLR", "torch object built before"))
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    tiered(
+        [*(("grass", name) for name in SCHEDULERS), ("outlier", "WarmupDecayLR")],
+        ("grass", "torch object built before"),
+        ("outlier", "WarmupDecayLR"),
+    ),
+)
 def test_probing_delays_the_schedule_by_its_steps(
-    two_ranks: Any, stock_rates: Callable[[str], Any], name: str
+    two_ranks: Any, stock_rates: Callable[[str], Any], sampler: str, name: str
 ) -> None:
     stock = stock_rates(name)
-    block = grass_block(sampler="grass", probe_steps=PROBE_STEPS)
+    block = grass_block(sampler=sampler, probe_steps=PROBE_STEPS, outlier_threshold=3.0)
     [ours, _] = two_ranks.run(rates, config=ds_config(stage=1, grass=block), name=name, steps=STEPS + PROBE_STEPS)
     assert ours["groups"] == [stock["groups"][0]] * PROBE_STEPS + stock["groups"]
 
