@@ -18,7 +18,7 @@ def grass_metrics(handle: Any) -> dict[str, float]:
     |---|---|
     | `grass/phase` | 0 while probing, 1 while training |
     | `grass/active/<layer>` | 1 if the layer is in the active set A_t, else 0 (1 for every layer while probing) |
-    | `grass/score/<layer>` | importance m_l (mean gradient norm), or D_l in percent (`outlier`); absent while there is none |
+    | `grass/score/<layer>` | importance m_l (mean gradient norm), or D_l in %; absent while there is none |
     | `grass/prob/<layer>` | p_l of the next draw |
     | `grass/visits/<layer>` | optimizer steps in which the layer was trained |
     | `grass/bytes/<category>/<memory>` | bytes of this rank; weights, gradients, optimizer_state; device, host, nvme |

@@ -182,25 +182,35 @@ def expected_ratios(name: str, gas: int, world: int) -> list[tuple[float, float]
     return [bounds(layer, THRESHOLD) for layer in matrices]
 
 
-def disturb(engine: Any, model: nn.Module) -> None:
-    """Passes that must not count: evaluations, a step and a micro-batch that are discarded, a step that overflows."""
+def evaluate(engine: Any) -> None:
+    """By the engine, and past it."""
     with torch.no_grad():
         loss_of(engine, 501)
+        engine.module(input_ids=batch(502, 0, engine.global_rank))
+
+
+def discard(engine: Any) -> None:
+    """A step without gradients, and the first micro-batch of the coming step."""
     for micro in range(engine.gradient_accumulation_steps()):
-        engine.backward(loss_of(engine, 502, micro))
-        if micro + 1 == engine.gradient_accumulation_steps():
+        engine.backward(loss_of(engine, 503, micro))
+        if engine.is_gradient_accumulation_boundary():
             engine.zero_grad()
         engine.step()
+    engine.backward(loss_of(engine, 504))
+    engine.zero_grad()
+
+
+def overflow(engine: Any) -> None:
+    """A step whose gradients are not finite on one rank."""
     broken = engine.global_rank == engine.dp_world_size - 1
-    trained = [p for p in model.parameters() if p.requires_grad and broken]
+    trained = [p for p in engine.module.parameters() if p.requires_grad and broken]
     hooks = [p.register_hook(lambda gradient: torch.full_like(gradient, math.inf)) for p in trained]
-    train(engine, 1, start=503)
+    train(engine, 1, start=505)
     for hook in hooks:
         hook.remove()
-    with torch.no_grad():
-        model(input_ids=batch(504, 0, engine.global_rank))  # past the engine
-    engine.backward(loss_of(engine, 505))
-    engine.zero_grad()  # of this window's first micro-batch only
+
+
+DISTURBANCES = (evaluate, discard, overflow)  # one before each probing step; none may count
 
 
 def probe(config: dict[str, Any], name: str, checkpointing: bool | None, disturbed: bool) -> dict[str, Any]:
@@ -216,7 +226,7 @@ def probe(config: dict[str, Any], name: str, checkpointing: bool | None, disturb
             assert (engine.grass.phase, engine.grass.active_layers) == ("probe", tuple(range(LAYERS)))
             assert {n for n, p in model.named_parameters() if p.requires_grad} == top
             if disturbed:
-                disturb(engine, model)
+                DISTURBANCES[step](engine)
             squares = engine.grass.state_dict()["input_squares"]
             assert (squares.count_nonzero() == 0) == (step == 0)
             train(engine, 1, start=step)
