@@ -7,9 +7,9 @@ of the layer (``check_outlier_mean`` of OWL, github.com/luuyin/OWL, to which the
 
 [Note: What counts] X are the inputs of all tokens, padding included, in the micro-batches of the probing steps on all
 ranks. An input counts in a forward pass of the engine with gradients enabled, and only until its backward begins. So
-evaluations do not count, and neither does recomputation in backward: non-reentrant activation checkpointing stops it
-before the last module of a block, so that modules of one layer would be counted unequally. A step that does not count
-in the schedule (overflow, ``zero_grad()``) leaves no trace.
+evaluations do not count, and neither does recomputation by activation checkpointing. It may end before the last module
+of a block and leave out whole blocks, so that modules would be counted unequally. A step that does not count in the
+schedule (overflow, ``zero_grad()``) leaves no trace.
 """
 
 import math
