@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,7 @@ def wrap(model: PreTrainedModel, lora: Lora, checkpointing: bool = False) -> Any
             )
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, task_type="CAUSAL_LM")
-    # In the model's dtype: the engine keeps fp32 master weights, and ZeRO-3 refuses a second dtype.
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    adapted = _quietly(get_peft_model, model, config)
     base = Path(model.name_or_path)
     if base.is_dir():  # so that the adapters find it from everywhere
         adapted.peft_config[_ADAPTER].base_model_name_or_path = str(base.resolve())
@@ -198,9 +198,17 @@ def load_saved(model: PreTrainedModel, folder: str) -> Any:
 
     path = str(Path(folder).expanduser())
     try:
-        return PeftModel.from_pretrained(model, path, autocast_adapter_dtype=False).eval()
+        return _quietly(PeftModel.from_pretrained, model, path).eval()
     except RuntimeError as error:
         raise ValueError(f"--model {folder}: the adapters do not fit {model.name_or_path}: {error}") from error
+
+
+def _quietly(make: Callable[..., Any], *arguments: Any) -> Any:
+    """A model with adapters in its own dtype: the engine keeps fp32 masters, and ZeRO-3 refuses a second dtype."""
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5 renames.
+        warnings.simplefilter("ignore", FutureWarning)
+        return make(*arguments, autocast_adapter_dtype=False)
 
 
 def _text(value: Any) -> str:
