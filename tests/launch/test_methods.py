@@ -249,12 +249,17 @@ def train_with(method: str, model: Path, folder: Path, *more: str) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_program_trains_by_method(model_folder: Path, tmp_path: Path) -> None:
-    """The report names the method; evaluate.py finds the adapters' loss again, and their model by the folder alone."""
+    """The report names the method; evaluate.py finds the adapters' loss again, and their model by the folder alone.
+
+    On ZeRO-3, too, where adapters are partitioned like the model and gathered to be saved.
+    """
     rows = "".join(json.dumps({"instruction": f"{i} + 1?", "output": f"{i + 1}."}) + "\n" for i in range(30))
     (tmp_path / "rows.jsonl").write_text(rows)
     data = ["--data", str(tmp_path / "rows.jsonl"), "--eval_data", str(tmp_path / "rows.jsonl")]
     small = ["--lora_rank", "4", "--lora_targets", "q_proj,up_proj"]
+    zero3 = ["--deepspeed", str(CONFIGS / "zero3_full.json")]
     started = {
+        tmp_path / "zero3": (2, partial(train_with, "lora", model_folder, tmp_path / "zero3", *data, *small, *zero3)),
         tmp_path / "lora": (2, partial(train_with, "lora", model_folder, tmp_path / "lora", *data, *small)),
         tmp_path / "badam": (1, partial(train_with, "badam", model_folder, tmp_path / "badam", *data)),
     }
@@ -266,7 +271,9 @@ def test_the_program_trains_by_method(model_folder: Path, tmp_path: Path) -> Non
         said = (folder / "log").read_text()
         assert codes[folder] == [0] * started[folder][0], said[-3000:]
         reports[folder.name] = json.loads((folder / "out" / "report.json").read_text())
-        assert f"method            {folder.name}, ZeRO-2 ({methods.METHODS[folder.name].config})" in said
+        method = reports[folder.name]["settings"]["method"]
+        named = f"{method}, ZeRO-{'3 (zero3_full.json)' if folder.name == 'zero3' else '2'}"
+        assert f"method            {named}" in said
         state = json.loads((folder / "out" / "trainer_state.json").read_text())
         assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
     lora, badam = reports["lora"], reports["badam"]
@@ -285,5 +292,9 @@ def test_the_program_trains_by_method(model_folder: Path, tmp_path: Path) -> Non
         model=str(tmp_path / "lora" / "out"), data=data[1], samples=4, task="loss", dtype="fp32"
     )
     assert evaluate.run(asked)["value"] == pytest.approx(lora["after"]["loss"], rel=1e-4)
+    asked.model = str(tmp_path / "zero3" / "out")
+    assert evaluate.run(asked)["value"] == pytest.approx(reports["zero3"]["after"]["loss"], rel=1e-4)
+    assert reports["zero3"]["adapters"] == lora["adapters"]
+    assert reports["zero3"]["after"]["loss"] < lora["before"]["loss"] - 0.01
     asked.model = str(model_folder)
     assert evaluate.run(asked)["value"] == pytest.approx(lora["before"]["loss"], rel=1e-4)
