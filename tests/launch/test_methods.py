@@ -295,6 +295,7 @@ def test_the_program_trains_by_method(model_folder: Path, tmp_path: Path) -> Non
     asked.model = str(tmp_path / "zero3" / "out")
     assert evaluate.run(asked)["value"] == pytest.approx(reports["zero3"]["after"]["loss"], rel=1e-4)
     assert reports["zero3"]["adapters"] == lora["adapters"]
-    assert reports["zero3"]["after"]["loss"] < lora["before"]["loss"] - 0.01
+    assert reports["zero3"]["after"]["loss"] == pytest.approx(lora["after"]["loss"], abs=1e-3)
+    assert lora["after"]["loss"] < lora["before"]["loss"] - 5e-3
     asked.model = str(model_folder)
     assert evaluate.run(asked)["value"] == pytest.approx(lora["before"]["loss"], rel=1e-4)
