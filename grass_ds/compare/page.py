@@ -23,7 +23,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { fo
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
 img { max-width: 100%; height: auto; }
 """
 # A browser that obeys it loads nothing from anywhere, whatever is in the page.
@@ -67,7 +67,7 @@ def _loss(runs: Sequence[SavedRun]) -> str:
 def _layers(run: SavedRun) -> str:
     heading = f"<h3>{escape(run.name)}</h3>\n"
     if run.history is None or not run.history.rows:
-        return heading + _paragraph("No history: this method draws no layers, or nobody wrote it down.")
+        return heading + _paragraph("No history: the run draws no layers, or had no GrassCallback.")
     return heading + _image("layers", layer_heatmap(run.history), f"Layers of {run.name} trained at each step")
 
 

@@ -353,21 +353,22 @@ def test_a_page_without_losses_and_histories_says_so(tmp_path: Path) -> None:
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell", "firefox")
 
 
-def browser() -> list[str] | None:
-    """A command that writes a picture of a page; None: no browser is installed."""
+def browser(picture: Path = Path()) -> list[str] | None:
+    """A command that draws a page into the file ``picture``; None: no browser is installed."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         return None
     if "firefox" in Path(found).name:
-        return [found, "--headless", "--window-size=1280,2200"]
-    return [found, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2200"]
+        return [found, "--headless", "--window-size=1280,2200", "--screenshot", str(picture)]
+    options = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2200"]
+    return [found, "--headless", *options, f"--screenshot={picture}"]
 
 
 @pytest.mark.skipif(browser() is None, reason=f"no browser is installed: looked for {', '.join(BROWSERS)}")
 def test_a_browser_shows_table_curves_and_map(lora: Path, lisa: Path, tmp_path: Path) -> None:
     file, picture = tmp_path / "page.html", tmp_path / "page.png"
     compare([str(lora), str(lisa)], html=str(file))
-    started = [*(browser() or ()), f"--screenshot={picture}", file.as_uri()]
+    started = [*(browser(picture) or ()), file.as_uri()]
     subprocess.run(
         started, check=True, timeout=120, capture_output=True, env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     )
