@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m grass_ds doctor``."""
+"""The command line: ``python -m grass_ds doctor`` and ``compare``."""
 
 import argparse
 import sys
@@ -15,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     # DeepSpeed's launcher puts it before all other arguments; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    doctor = parser.add_subparsers(dest="command").add_parser(
+    commands = parser.add_subparsers(dest="command")
+    doctor = commands.add_parser(
         "doctor",
         help="would training start on this machine, or under this launcher, and if not, why",
         description="Checks what training needs here, alone or under srun, torchrun, deepspeed, mpirun. Exit code 1: "
@@ -25,10 +26,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--nvme_path", metavar="FOLDER", help='measure the folder meant for "grass.offload.nvme_path"')
     doctor.add_argument("--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    comparison = commands.add_parser(
+        "compare",
+        help="finished runs side by side: results, loss curves, who trained when, settings that differ",
+        description="Reads what launch/train.py, or a Trainer with GrassCallback, left in the folders of runs. "
+        "What a run lacks stays empty.",
+    )
+    comparison.add_argument("runs", metavar="RUN", nargs="+", help="the --output_dir of a run")
+    comparison.add_argument("--plot", metavar="FILE.png", help="draw the loss curves")
+    comparison.add_argument("--html", metavar="FILE", help="write one page with everything, which needs no network")
     options = parser.parse_args(arguments)
+    if options.command == "compare":
+        return _compare(options)
     if options.command == "doctor":
         return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
     parser.print_help()
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from grass_ds.compare.command import compare  # it needs numpy, and the doctor must start without
+
+    try:
+        print(compare(options.runs, options.plot, options.html))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line of launch/train.py: five groups of options, and defaults that fit the DeepSpeed configuration."""
+"""The command line of launch/train.py: six groups of options, and defaults that fit the DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
-from launch import distributed, dtype
+from launch import adapters, distributed, dtype, methods
 from launch.data.sources import BUILTIN
 from launch.data.text_files import UTF8
 from launch.model import DEFAULT_MODEL
@@ -24,7 +24,7 @@ PROG = "deepspeed launch/train.py"
 DESCRIPTION = """Fine-tune a language model under DeepSpeed, a few layers at a time (GRASS) or any other way that the
 DeepSpeed configuration asks for, and measure it before and after.
 
-  deepspeed launch/train.py --deepspeed ds_configs/grass.json
+  deepspeed launch/train.py --method grass
   deepspeed launch/train.py --deepspeed ds_configs/grass.json --model my_model_folder --data my_data.jsonl
 
 The options of this program come first; those of the Hugging Face Trainer follow.
@@ -51,6 +51,30 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def option(default: Any, text: str) -> Any:
     """A field of a dataclass that `HfArgumentParser` turns into an option, with its help."""
     return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class MethodArguments:
+    """How to train it."""
+
+    _argument_group_name = "method"
+
+    method: str | None = option(
+        None,
+        f"{', '.join(methods.METHODS)}. It takes its configuration from ds_configs/, unless --deepspeed names another "
+        "that fits. If left out, the configuration decides.",
+    )
+    lora_rank: int | None = option(
+        None, f"Rank of the adapters ({', '.join(methods.WITH_ADAPTERS)}); {adapters.DEFAULT_RANK} if left out."
+    )
+    lora_alpha: int | None = option(
+        None, "Adapters are scaled by this number, divided by the rank; twice the rank if left out."
+    )
+    lora_targets: str | None = option(
+        None,
+        f"Modules that get adapters: names separated by commas, e.g. q_proj,v_proj; {adapters.ALL_LINEAR} (all linear "
+        "ones but the head) if left out.",
+    )
 
 
 @dataclass
@@ -148,7 +172,9 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (the Hugging Face Trainer)"
 
     output_dir: str | None = option(
-        None, "Folder for the model, plots and report; runs/<name of the DeepSpeed file> if left out."
+        None,
+        "Folder for the model, plots and report; if left out runs/ and the name of the DeepSpeed file, of the method, "
+        "or of both.",
     )
     max_steps: int = option(
         120, "Optimizer steps in all, GRASS's measuring steps included; -1 for --num_train_epochs."
@@ -177,6 +203,7 @@ class TrainingArguments(transformers.TrainingArguments):
 class Arguments:
     """The whole command line."""
 
+    method: MethodArguments
     model: ModelArguments
     data: DataArguments
     evaluation: EvalArguments
@@ -187,6 +214,18 @@ class Arguments:
     precision: dtype.Choice
     checkpoint: str | None
     """The folder to continue from; None: from the beginning."""
+
+    def lora(self) -> adapters.Lora | None:
+        """The adapters that train; None: the model's own weights do."""
+        return _lora(self.method)
+
+    def settings(self) -> dict[str, Any]:
+        """Every option by its name, as JSON has it."""
+        options: dict[str, Any] = {}
+        for group in (self.method, self.model, self.data, self.evaluation, self.cluster):
+            options |= vars(group)
+        # A configuration that is given as a file is in `ds_config`; the Trainer masks its tokens.
+        return options | {key: value for key, value in self.training.to_dict().items() if key != "deepspeed"}
 
 
 def parse(argv: Sequence[str] | None = None, started: Callable[[float], None] = lambda limit: None) -> Arguments:
@@ -201,19 +240,18 @@ def parse(argv: Sequence[str] | None = None, started: Callable[[float], None] = 
     """
     given = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, EvalArguments, ClusterArguments, TrainingArguments),
+        (MethodArguments, ModelArguments, DataArguments, EvalArguments, ClusterArguments, TrainingArguments),
         prog=PROG,
-        usage="%(prog)s --deepspeed FILE [options]",
+        usage="%(prog)s --method NAME | --deepspeed FILE [options]",
         description=DESCRIPTION,
         formatter_class=_HelpFormatter,
     )
-    path = _deepspeed_path(given)
-    if path is None and not {"-h", "--help"} & set(given):
-        raise ValueError("say how to train with --deepspeed FILE, for example --deepspeed ds_configs/grass.json")
-    ds_config, name = ({}, "run") if path is None else (_read_ds_config(path), path.stem)
+    path, ds_config, name = _configuration(given)
     # The CPU has no bf16 switch of its own in the Trainer: it must be told that the CPU is meant.
     on_cpu = get_accelerator().device_name() == "cpu"
     parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu, **config_defaults(ds_config))
+    if path is not None:
+        parser.set_defaults(deepspeed=str(path))
     parser.set_defaults(**dict.fromkeys(_PRECISIONS))
     said = parser.parse_known_args(given)[0]  # ends here with --help
     if said.rank_timeout < 1:
@@ -250,11 +288,42 @@ def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def _deepspeed_path(given: Sequence[str]) -> Path | None:
-    """The file of --deepspeed, which is read first: it may set defaults of other options."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+def _configuration(given: Sequence[str]) -> tuple[Path | None, dict[str, Any], str]:
+    """The DeepSpeed file, its content and a name for the run, read first: they set defaults of other options.
+
+    Raises:
+        ValueError: neither --method nor --deepspeed is given, they contradict each other, or one cannot be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--deepspeed", type=Path, nargs="?")
-    return getattr(parser.parse_known_args(given)[0], "deepspeed", None)
+    parser.add_argument("--method", nargs="?")
+    said = parser.parse_known_args(given)[0]
+    path, method = said.deepspeed, said.method
+    if path is None and method is None:
+        if {"-h", "--help"} & set(given):
+            return None, {}, "run"
+        raise ValueError("say how to train with --method NAME or --deepspeed FILE, for example --method grass")
+    name = "-".join(part for part in (method, path and path.stem) if part)
+    if path is None:
+        path = methods.CONFIGS / methods.find(method).config
+    ds_config = _read_ds_config(path)
+    if method is not None:
+        methods.check_config(method, path, ds_config)
+    return path, ds_config, name
+
+
+def _lora(given: MethodArguments) -> adapters.Lora | None:
+    """The adapters that the options ask for. ValueError: an option of adapters without a method that has them."""
+    method = None if given.method is None else methods.find(given.method)
+    if method is not None and method.adapters:
+        return adapters.Lora.choose(given.lora_rank, given.lora_alpha, given.lora_targets, method.frozen)
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        if getattr(given, name) is not None:
+            raise ValueError(
+                f"--{name} {getattr(given, name)}: only --method {' and '.join(methods.WITH_ADAPTERS)} train adapters; "
+                "choose one of them, or leave the option out"
+            )
+    return None
 
 
 def _read_ds_config(path: Path) -> dict[str, Any]:
@@ -279,6 +348,8 @@ def _check(arguments: Arguments) -> None:
             "--save_only_model: nothing could be resumed from such checkpoints; leave it out, or "
             "--resume_from_checkpoint"
         )
+    if (lora := arguments.lora()) is not None:
+        adapters.check(f"--method {arguments.method.method}", lora, arguments.ds_config)
     for group, names in (
         (arguments.data, ("max_length", "train_samples", "inspect")),
         (arguments.evaluation, ("eval_samples", "max_new_tokens")),

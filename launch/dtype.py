@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from grass_ds import precision
-from launch import distributed
+from launch import adapters, distributed
 
 AUTO = "auto"
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_SAFETENSORS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ def choose_for_training(
 
 
 def _saved_dtype(checkpoint: str | None) -> str | None:
-    """The precision of the model in a checkpoint of the Trainer; None where it does not say."""
-    file = None if checkpoint is None else Path(checkpoint) / "config.json"
-    if file is None or not file.is_file():
+    """The precision of the model or the adapters in a checkpoint of the Trainer; None where it does not say."""
+    if checkpoint is None:
         return None
+    file = Path(checkpoint) / "config.json"
+    if not file.is_file():  # as with adapters, which have the dtype of their model
+        return _SAFETENSORS.get(adapters.saved_dtype(Path(checkpoint)) or "")
     with contextlib.suppress(ValueError):  # a file that cannot be read says nothing; loading the model will say why
         config = json.loads(file.read_text())
         return _SHORT.get(str(config.get("dtype") or config.get("torch_dtype")))  # transformers 5, transformers 4

@@ -42,7 +42,9 @@ from launch.model import DEFAULT_MODEL, check_tokens, load
 class Arguments:
     """What to measure."""
 
-    model: str = option(DEFAULT_MODEL, "Model folder, hub name, or smollm2-135m.")
+    model: str = option(
+        DEFAULT_MODEL, "Model folder, folder with adapters (train.py --method lora), hub name, or smollm2-135m."
+    )
     data: str = option(
         "builtin:arithmetic",
         "builtin:arithmetic, a json/jsonl/csv/tsv/parquet file, a folder with a test file, or a hub name.",

@@ -15,6 +15,7 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grass_ds.precision import DTYPES
+from launch import adapters
 from launch.saving import make_savable
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -39,6 +40,11 @@ def resolve(name: str) -> str:
         return str(_converted_default())
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file() and (base := adapters.base_model(name)) is not None:
+            raise ValueError(
+                f"--model {name}: the folder holds adapters of {base}, not a model; merge them first: "
+                "PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(another_folder)"
+            )
         if not (path / "config.json").is_file():
             raise ValueError(f"--model {name}: the folder holds no model (no config.json in {path.resolve()})")
         return str(path)
@@ -63,7 +69,10 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: see `resolve`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    return _with_padding(AutoTokenizer.from_pretrained(resolve(name)))
+
+
+def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         substitute = tokenizer.eos_token or tokenizer.unk_token
         if substitute is None:
@@ -115,7 +124,23 @@ def check_tokens(model: PreTrainedModel, name: str, tokenizer: PreTrainedTokeniz
 
 
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and its tokenizer, see `load_model` and `load_tokenizer`."""
+    """The causal language model and its tokenizer, see `load_model` and `load_tokenizer`.
+
+    A folder with adapters, as --method lora writes it, gives their base model with the adapters, and the folder's
+    tokenizer.
+
+    Raises:
+        ValueError: see `load_model`; or adapters whose base model cannot be loaded.
+    """
+    base = adapters.base_model(name)
+    if base is not None:
+        try:
+            resolve(base)
+        except ValueError as error:
+            file = Path(name) / adapters.CONFIG_FILE
+            raise ValueError(f"{error} (base_model_name_or_path in {file}: correct it there)") from error
+        tokenizer = _with_padding(AutoTokenizer.from_pretrained(Path(name).expanduser()))
+        return adapters.load_saved(load_model(base, dtype, tokenizer), name), tokenizer
     tokenizer = load_tokenizer(name)
     return load_model(name, dtype, tokenizer), tokenizer
 

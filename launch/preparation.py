@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.sampling.controller import Controller
 from grass_ds.validation import check_ds_config, check_model
-from launch import distributed, tracking
+from launch import adapters, distributed, tracking
 from launch.arguments import Arguments
 from launch.data.chat_template import Template
 from launch.data.preview import count_tokens
@@ -76,6 +76,7 @@ def prepare_model(options: Arguments, task: Task) -> tuple[PreTrainedModel, Call
     """
     model = load_model(options.model.model, options.precision.name, task.tokenizer)
     check_tokens(model, options.model.model, task.tokenizer, _largest_token(task))
+    model = _with_adapters(model, options)
     if distributed.rank() == 0:
         zero = options.ds_config.get("zero_optimization", {})
         check_saving(model, task.tokenizer, Path(str(options.training.output_dir)), zero)
@@ -90,6 +91,19 @@ def prepare_model(options: Arguments, task: Task) -> tuple[PreTrainedModel, Call
             "steps only measure; raise --max_steps or lower probe_steps"
         )
     return model, probe_steps_within
+
+
+def _with_adapters(model: PreTrainedModel, options: Arguments) -> PreTrainedModel:
+    """The model as the method trains it: with new adapters, with those of the checkpoint, or as it is."""
+    lora, checkpoint = options.lora(), options.checkpoint
+    if lora is None:
+        if checkpoint is not None:
+            adapters.refuse(Path(checkpoint))
+        return model
+    adapted = adapters.wrap(model, lora, options.training.gradient_checkpointing)
+    if checkpoint is not None:
+        adapters.restore(adapted, Path(checkpoint))
+    return adapted
 
 
 def load_data(options: Arguments) -> dict[str, Rows]:

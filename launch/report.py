@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from grass_ds import GrassCallback
-from launch import distributed
+from launch import adapters, distributed
 from launch.arguments import Arguments
 from launch.hf_trainer import GrassTrainer, Stopwatch
 from launch.preparation import Task
 
-_WIDTH = 18
+_WIDTH = 18  # of the labels
 
 
 def engine_memory(engine: Any) -> dict[str, dict[str, int]]:
@@ -42,15 +43,18 @@ def collect(
     stage = options.ds_config.get("zero_optimization", {}).get("stage", 0)
     training, steps, ranks = options.training, trainer.state.global_step, distributed.world_size()
     folder = Path(str(training.output_dir)).resolve()
+    method = options.method.method or (task.grass.sampler if task.grass else "stock")
+    lora = options.lora()
     return {
         "model": options.model.model,
-        "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters()),
+        "parameters": _count(trainer.model.parameters()) - _count(adapters.parameters(trainer.model)),
+        "adapters": None if lora is None else _adapters(trainer.model, lora),
         "data": options.data.data,
         "train_rows": len(task.train),
         "tokens": task.token_count,
         "eval_rows": 0 if task.test is None else len(task.test),
         "loss_rows": 0 if task.test_tokens is None else len(task.test_tokens),
-        "method": f"{task.grass.sampler if task.grass else 'stock'}, ZeRO-{stage}",
+        "method": f"{method}, ZeRO-{stage}",
         "deepspeed": training.deepspeed,
         "ranks": ranks,
         "device": get_accelerator().device_name(),
@@ -66,6 +70,8 @@ def collect(
             "rows_per_step": training.train_batch_size * training.gradient_accumulation_steps * ranks,
         },
         "memory": engine_memory(trainer.deepspeed),
+        "settings": options.settings(),
+        "ds_config": options.ds_config,
         "layers": None if grass is None else list(grass.visits),
         "files": {
             "model": str(folder),
@@ -75,10 +81,20 @@ def collect(
     }
 
 
+def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+
+
+def _adapters(model: torch.nn.Module, lora: adapters.Lora) -> dict[str, Any]:
+    """What the adapters are; "parameters" counts all of theirs, "trained" those that train."""
+    trained = _count(parameter for parameter in adapters.parameters(model) if parameter.requires_grad)
+    return {**asdict(lora), "parameters": _count(adapters.parameters(model)), "trained": trained}
+
+
 def save(report: Mapping[str, Any], folder: Path) -> Path:
     """Write report.json."""
     path = folder / "report.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(report, indent=2, default=str) + "\n")
     return path
 
 
@@ -97,6 +113,7 @@ def render(report: Mapping[str, Any]) -> str:
         _line(
             "method", f"{report['method']} ({Path(report['deepspeed']).name}), {report['ranks']} x {report['device']}"
         ),
+        *_adapter_line(report["adapters"]),
         _line("precision", f"{report['precision']['name']}, {report['precision']['reason']}"),
         *_accuracy(report),
         _line(
@@ -108,11 +125,19 @@ def render(report: Mapping[str, Any]) -> str:
         _line("peak memory", f"{_size(peak['bytes'])} {peak['what']}, largest rank, while training"),
         *_memory(report["memory"]),
         *_layers(report["layers"]),
-        _line("model saved in", report["files"]["model"]),
+        _line("adapters saved in" if report["adapters"] else "model saved in", report["files"]["model"]),
     ]
     if report["files"]["plots"]:
         lines.append(_line("plots", ", ".join(report["files"]["plots"])))
     return "\n".join([*lines, _line("this report", report["files"]["report"]), "-" * 78])
+
+
+def _adapter_line(adapter: Mapping[str, Any] | None) -> list[str]:
+    if adapter is None:
+        return []
+    targets = adapter["targets"] if isinstance(adapter["targets"], str) else ", ".join(adapter["targets"])
+    trained = f"{adapter['trained'] / 1e6:.1f} of {adapter['parameters'] / 1e6:.1f} M parameters train"
+    return [_line("adapters", f"rank {adapter['rank']}, alpha {adapter['alpha']}, {targets}; {trained}")]
 
 
 def _time(seconds: Mapping[str, float]) -> str:
@@ -169,7 +194,7 @@ def _memory(memory: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _layers(layers: Sequence[int] | None) -> list[str]:
-    if layers is None:
+    if layers is None:  # of the model, or of its adapters
         return [_line("layers trained", "all of them at every step")]
     lines = [_line("layers trained", "layer:steps")]
     for start in range(0, len(layers), 10):

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from launch import distributed
+from launch import adapters, distributed
 
 logger = logging.getLogger(__name__)
 
@@ -113,14 +113,15 @@ def _save_part(what: str, part: Any, folder: str) -> None:
 
 
 def check_space(model: PreTrainedModel, folder: Path) -> None:
-    """Warn if the folder's file system has less room than the model's weights take.
+    """Warn if the folder's file system has less room than the weights to save take: the adapters', or the model's.
 
     No error: not every file system tells its free space.
 
     Args:
         folder: where the trained model will be saved; it exists. Weights in it count as room, since they are replaced.
     """
-    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+    saved = adapters.parameters(model) if adapters.is_adapted(model) else model.parameters()
+    needed = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in saved)
     room = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if room < needed:
         logger.warning(

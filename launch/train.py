@@ -1,6 +1,6 @@
 """Fine-tune a language model with the Hugging Face Trainer under DeepSpeed, and measure it before and after.
 
-    deepspeed launch/train.py --deepspeed ds_configs/grass.json
+    deepspeed launch/train.py --method grass
 
 trains SmolLM2-135M on the built-in arithmetic task; `--help` lists every option. A mistake in them ends the program on
 every rank, before training, with one message and a non-zero exit code (GRASS_TRACEBACK=1 shows where it was found).
@@ -146,6 +146,7 @@ def _train_and_report(run: Run) -> int:
     if run.trainer.is_world_process_zero():
         print(report.render(numbers), flush=True)
         report.save(numbers, Path(str(training.output_dir)))
+        run.trainer.save_state()  # trainer_state.json, with the loss of every log line
     return 0
 
 

@@ -95,7 +95,8 @@ def _figure(history: History, title: str, height: float) -> "Figure":
 
     figure = Figure(figsize=(10, height), layout="constrained")
     gamma = f"\N{GREEK SMALL LETTER GAMMA} = {history.num_active_layers}"
-    figure.suptitle(f"{title}: sampler {history.sampler}, {gamma}")
+    # A name from a file is no formula.
+    figure.suptitle(f"{title}: sampler {history.sampler}, {gamma}", parse_math=False)
     return figure
 
 

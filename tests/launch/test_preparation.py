@@ -23,6 +23,8 @@ def options(model: Path, output: Path) -> Any:
         precision=SimpleNamespace(name="fp32"),
         training=SimpleNamespace(output_dir=str(output)),
         ds_config={},
+        checkpoint=None,
+        lora=lambda: None,
     )
 
 

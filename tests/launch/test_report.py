@@ -27,6 +27,7 @@ def test_the_report_counts_the_rows_of_the_loss(tokenizer: Any, monkeypatch: pyt
     tokens = tokenize(test, template, 64, "drop")
     task = Task(tokenizer, template, tokens, test, tokens, "loss", MagicMock(), None)
     options, trainer = MagicMock(ds_config={}), MagicMock(deepspeed=None)
+    options.lora.return_value = None
     stopwatch = MagicMock(seconds=1.0, first_step=0)
     options.training.output_dir, trainer.state.global_step = "out", 4
     options.training.train_batch_size = options.training.gradient_accumulation_steps = 1
