@@ -224,6 +224,10 @@ class GrassConfig(_Block):
                 f"expansion_depth = {self.expansion_depth} has no effect without expansion: set expansion above 0, or "
                 "leave expansion_depth out"
             )
+        if self.expansion > 0 and self.sampler == "full":
+            raise ValueError(
+                f'expansion = {self.expansion:g} has no effect with sampler "full", which trains all layers: leave it out'
+            )
         return self
 
     def controller_arguments(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def family(one: Setting) -> str:
 
 
 def draw(rows: Sequence[Row]) -> "Figure | None":
-    """Mean over seeds, with the standard deviation; points are labelled with layers at a time. None without results."""
+    """Mean over seeds, with the standard deviation. Labels are layers at a time. None without results."""
     from matplotlib.figure import Figure
 
     reported = [row for row in rows if "test_loss" in row]

@@ -122,7 +122,7 @@ class GrassEngine(CheckpointingEngine):
     def _announce(
         self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit], optimizer: torch.optim.Optimizer
     ) -> None:
-        """One warning: how much trains at a time, at which learning rate; what always and never trains; clipping."""
+        """One warning: how much trains at a time and at which rate, what always and what never trains, clipping."""
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
         kinds = {"part of the layers": [name for names in layers.block_params for name in names], **layers.outside}
         owned = {name for unit in units for name in unit.param_names}

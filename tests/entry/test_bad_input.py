@@ -258,6 +258,12 @@ def test_a_wrong_layers_path_lists_the_candidates() -> None:
         grass_ds.initialize(model=tiny_llama(), config=ds_config(grass=block))
 
 
+def test_an_expansion_below_no_layer_is_refused() -> None:
+    block = grass_block(expansion=0.1, expansion_depth=4)
+    with pytest.raises(ValueError, match=r"grass\.expansion_depth = 4: the model has layers 0 to 3; name one of them"):
+        grass_ds.initialize(model=tiny_llama(), config=ds_config(grass=block))
+
+
 # ---- what is not a mistake, and does as documented ------------------------------------------------------------------
 
 

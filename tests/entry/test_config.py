@@ -62,6 +62,11 @@ MISTAKES = [
     ("seed", 2**63, "less than"),
     ("seed", 1.5, "integer"),
     ("state_on_switch", "drop", "'keep' or 'reset'"),
+    ("expansion", -0.1, "greater than or equal to 0"),
+    ("expansion", 1.5, "less than or equal to 1"),
+    ("expansion", math.nan, "finite"),
+    ("expansion_depth", -1, "greater than or equal to 0"),
+    ("expansion_depth", 1.5, "integer"),
     ("offload", "cpu", "dictionary"),
     ("offload.device", "disk", "'none', 'cpu' or 'nvme'"),
     ("offload.residency", "epoch", "'stream' or 'period'"),
@@ -99,6 +104,18 @@ def test_values_in_offload_that_do_not_go_together(offload: dict[str, Any], want
     message = error_of({"offload": offload})
     assert "grass.offload" in message
     assert wanted in message
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        ({"expansion_depth": 0}, "expansion_depth = 0 has no effect without expansion: set expansion above 0"),
+        ({"expansion": 0.1, "sampler": "full"}, 'expansion = 0.1 has no effect with sampler "full"'),
+    ],
+)
+def test_expansion_without_an_effect_is_refused(block: dict[str, Any], wanted: str) -> None:
+    assert wanted in error_of(block)
+    assert GrassConfig(expansion=0.1, expansion_depth=0).expansion_depth == 0
 
 
 def test_buffers_that_suffice_are_accepted() -> None:
