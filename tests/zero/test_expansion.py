@@ -60,6 +60,9 @@ def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
             moved = {name for name in before if not torch.equal(before[name], after[name])}
             trained = {n for n in before if layer_of(n) in active} | {"model.norm.weight"}
             assert moved == names | trained, f"step {step}"
+            # Both sides sum float32; one expanded layer more would add percents.
+            norm = sum(float(exact[name].square().sum()) for name in trained) ** 0.5
+            assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-3)
             for name in names:
                 # Where a gradient is so small that the order of a sum decides its sign, either is right.
                 certain = exact[name].abs() > 1e-4 * exact[name].abs().max()
