@@ -121,6 +121,25 @@ def test_master_weights_follow(two_ranks: Any, stage: int, device: str) -> None:
     assert shares[-1] > 1  # what rounding had cut off is still there
 
 
+def without_a_rate(config: dict[str, Any]) -> None:
+    """Steps at a learning rate of 0 change nothing, whichever layers are active: none goes back to old master weights."""
+    model = tiny_llama()
+    with engine_of(config, model) as engine:
+        train(engine, 2 * LAYERS + 1)  # all layers have master weights, and have moved without them since
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        before = snapshot(model)
+        train(engine, 2 * LAYERS, start=2 * LAYERS + 1)
+        after = snapshot(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("stage", "dtype", "device"), [(2, "fp32", "cpu"), (2, "bf16", "none"), (3, "bf16", "cpu")])
+def test_a_layer_steps_from_where_it_has_moved_to(two_ranks: Any, stage: int, dtype: str, device: str) -> None:
+    block = {**BLOCK, "offload": {"device": device}}
+    two_ranks.run(without_a_rate, config=ds_config(stage=stage, dtype=dtype, lr=LR, grass=block))
+
+
 def assigned(config: dict[str, Any]) -> None:
     """Master weights that the user sets become the weights before they move by a sign step."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
