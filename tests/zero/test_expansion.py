@@ -47,6 +47,7 @@ def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
     model = tiny_llama()
     depth = config["grass"].get("expansion_depth")
     arguments = {"model_parameters": split_groups(model)} if groups else {}
+    maximized = config["optimizer"]["params"].get("maximize", False)
     with engine_of(config, model, **arguments) as engine:
         gas, world = engine.gradient_accumulation_steps(), engine.dp_world_size
         for step in range(steps):
@@ -66,7 +67,7 @@ def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
             for name in names:
                 # Where a gradient is so small that the order of a sum decides its sign, either is right.
                 certain = exact[name].abs() > 1e-4 * exact[name].abs().max()
-                expected = before[name] - RATE * exact[name].sign()
+                expected = before[name] + (RATE if maximized else -RATE) * exact[name].sign()
                 assert torch.equal(after[name][certain], expected[certain]), f"{name}, step {step}"
                 assert certain.float().mean() > 0.9
 
@@ -90,6 +91,12 @@ def test_inactive_layers_move_by_the_sign_of_the_gradient(
     """With two param groups a layer is two units."""
     config = ds_config(stage=stage, gas=gas, lr=LR, grass={**BLOCK, **settings})
     two_ranks.run(moves, config=config, steps=2 * LAYERS + 2, groups=groups)
+
+
+def test_an_optimizer_that_maximizes_moves_them_the_other_way(two_ranks: Any) -> None:
+    config = ds_config(lr=LR, grass=BLOCK)
+    config["optimizer"]["params"]["maximize"] = True
+    two_ranks.run(moves, config=config, steps=2, groups=False)
 
 
 def masters(config: dict[str, Any], steps: int) -> list[float]:
