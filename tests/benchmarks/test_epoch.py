@@ -11,6 +11,7 @@ from helpers.ranks import RankPool
 
 from benchmarks.case import Case
 from benchmarks.epoch import training
+from benchmarks.measure.progress import Progress
 from launch.model import load_tokenizer
 
 STEPS, INTERRUPTED = 5, 4
@@ -26,15 +27,15 @@ FROM_GIT = {
 
 
 def train(case: Case, interrupted: bool) -> Any:
-    tokenizer, model, step = load_tokenizer(), tiny_llama(layers=3), training._step
+    tokenizer, model, step = load_tokenizer(), tiny_llama(layers=3), Progress.step
     model.resize_token_embeddings(len(tokenizer))
 
-    def at_most(engine: Any, batches: Any, progress: training.Progress) -> None:
+    def at_most(progress: Progress, engine: Any, batches: Any) -> None:
         if interrupted and len(progress.losses) == INTERRUPTED - 1:
             raise KeyboardInterrupt
-        step(engine, batches, progress)
+        step(progress, engine, batches)
 
-    with mock.patch.object(training, "SAVE_EVERY", 2), mock.patch.object(training, "_step", at_most):
+    with mock.patch.object(training, "SAVE_EVERY", 2), mock.patch.object(Progress, "step", at_most):
         try:
             return training.epoch(case, model, tokenizer)
         except KeyboardInterrupt:
