@@ -42,20 +42,20 @@ class TrainedStep:
         self.outside = self._outside()
         blocks = self.shape["layers"]
         # Layers whose weights have a gradient; those of them that take a sign step; the lowest that backward reaches.
-        self.layers = list(range(blocks)) if self.lora or active is None else sorted(active)
-        self.expanded = self._expanded(blocks)
-        self.layers = sorted({*self.layers, *self.expanded})
+        stepped = list(range(blocks)) if self.lora or active is None else sorted(active)
+        self.expanded = self._expanded(stepped)
+        self.layers = sorted([*stepped, *self.expanded])
         self.lowest = 0 if "embed" in self.outside else min(self.layers, default=blocks)
         self.width = BYTES[row["dtype"]]
         self.tokens = row["micro_batch"] * row["sequence"]
         # Whether every micro-batch is reduced: into shards, or for scores, which are means over micro-batches.
         self.reduces_always = row["stage"] > 1 or (self.grass is not None and self.grass.sampler == "grass")
 
-    def _expanded(self, blocks: int) -> list[int]:
+    def _expanded(self, stepped: list[int]) -> list[int]:
         if self.grass is None or self.grass.expansion == 0:
             return []
-        depth = min(blocks if self.grass.expansion_depth is None else self.grass.expansion_depth, *self.layers)
-        return [layer for layer in range(depth, blocks) if layer not in self.layers]
+        depth = min(stepped if self.grass.expansion_depth is None else [self.grass.expansion_depth, *stepped])
+        return [layer for layer in range(depth, self.shape["layers"]) if layer not in stepped]
 
     def _outside(self) -> set[str]:
         """Modules outside the blocks that train; tied embeddings are embeddings and head."""

@@ -116,9 +116,9 @@ def ds_config(case: Case, bucket: int = 5_000_000, total_steps: int | None = Non
         "scheduler": {"type": "WarmupLR", "params": warmup},
         "steps_per_print": 10**9,
     }
-    if total_steps is not None:
+    if total_steps is not None and case.schedule == "linear":
         config["scheduler"] = {"type": "WarmupDecayLR", "params": {**warmup, "total_num_steps": total_steps}}
-    if total_steps is not None and case.schedule == "cosine":
+    elif total_steps is not None:
         params = {"total_num_steps": total_steps, "warmup_num_steps": max(2, total_steps // 20), "cos_min_ratio": 0.0}
         config["scheduler"] = {"type": "WarmupCosineLR", "params": {**params, "warmup_type": "linear"}}
     if case.async_save:

@@ -2,7 +2,6 @@
 """The tables of suite ``epoch``."""
 
 import statistics
-from itertools import groupby
 
 from benchmarks.case import Row
 from benchmarks.epoch.suite import ROWS_PER_STEP, RUNS, STEPS
@@ -14,8 +13,7 @@ from benchmarks.report.table import conditions, mean, mean_deviation, median, ta
 def tables(rows: list[Row]) -> list[str]:
     """Loss, accuracy and cost of every method."""
     order = [setting({"method": method, "grass": keys}) for method, keys, _ in RUNS]
-    rows = sorted(rows, key=lambda row: order.index(setting(row)))
-    lines = [(one, list(mine)) for one, mine in groupby(rows, setting)]
+    lines = [(one, mine) for one in order if (mine := [row for row in rows if setting(row) == one])]
     names = {name: lambda line, cell=cell: cell(line[0]) for name, cell in NAMES.items()}
     columns = {
         "lr": lambda line: f"{line[1][0]['lr']:.3g}",

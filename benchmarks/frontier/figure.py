@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.case import Row
-from benchmarks.frontier.suite import Plan, Setting, setting
-from benchmarks.frontier.tables import device_bytes
+from benchmarks.frontier.suite import Setting
+from benchmarks.frontier.tables import device_bytes, reported
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +30,7 @@ def draw(rows: Sequence[Row]) -> "Figure | None":
     """Mean over seeds, with the standard deviation. Labels are layers at a time. None without results."""
     from matplotlib.figure import Figure
 
-    reported = [row for row in rows if "test_loss" in row]
-    found = {one: mine for one in Plan(rows).settled if (mine := [row for row in reported if setting(row) == one])}
+    found = reported(rows)
     families = {name: [one for one in found if family(one) == name] for name in dict.fromkeys(map(family, found))}
     if not families:
         return None

@@ -95,12 +95,13 @@ class Plan:
         """The coefficient at the rate without expansion, then whether deeper layers gain, then the rate."""
         if (rate := self.settled.get(Setting("uniform", gamma))) is None:
             return
-        mine = {one for one, lr in self._losses if (one.method, one.gamma, one.depth) == ("uniform", gamma, None)}
         losses = {
-            one.expansion: self._losses[one, rate] for one in mine if one.expansion and (one, rate) in self._losses
+            one.expansion: loss
+            for (one, lr), loss in self._losses.items()
+            if one.expansion and (one.method, one.gamma, one.depth, lr) == ("uniform", gamma, None, rate)
         }
         untried = beyond(EXPANSIONS, losses)
-        self.tuning += [(Setting("uniform", gamma, value), rate) for value in (*losses, *untried)]
+        self.tuning += [(Setting("uniform", gamma, value), rate) for value in sorted([*losses, *untried])]
         if untried:
             return
         chosen = Setting("uniform", gamma, min(losses, key=losses.__getitem__))

@@ -40,7 +40,7 @@ def rates(rows: Sequence[Row]) -> str:
 
 def results(rows: Sequence[Row]) -> str:
     """Losses and costs at the best rate."""
-    found = {one: [row for row in rows if setting(row) == one and "test_loss" in row] for one in Plan(rows).settled}
+    found = reported(rows)
     columns = {
         "lr": lambda one: f"{found[one][0]['lr']:.3g}",
         "test loss": lambda one: mean_deviation([row["test_loss"] for row in found[one]]),
@@ -51,7 +51,13 @@ def results(rows: Sequence[Row]) -> str:
         "peak RSS, GB": lambda one: median([row["peak_bytes"] for row in found[one]], 2, 1e-9),
         "weights with a gradient, M": lambda one: mean((row["trainable"] / 1e6 for row in found[one]), 1),
     }
-    return table("Loss and cost", [one for one in found if found[one]], NAMES, columns)
+    return table("Loss and cost", found, NAMES, columns)
+
+
+def reported(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+    """The rows of all seeds of each setting that is settled and has some."""
+    measured = [row for row in rows if "test_loss" in row]
+    return {one: mine for one in Plan(rows).settled if (mine := [row for row in measured if setting(row) == one])}
 
 
 def device_bytes(row: Row) -> float:

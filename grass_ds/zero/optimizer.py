@@ -216,12 +216,12 @@ class GrassZeroOptimizer(OptimizerWrapper):
             self.store.plan(self._active)
 
     def activate(self) -> None:
-        """Make exactly the active layers and the always-active modules trainable."""
+        """Make exactly the active and the expanded layers and the always-active modules trainable."""
         layers, training = set(self.controller.backward_layers), self.controller.phase is Phase.TRAIN
-        lowest = self.lowest_layer if self.config.expansion > 0 else len(self.controller.visits)
+        expands, lowest = training and self.config.expansion > 0, self.lowest_layer
         for unit in self.units:
             unit.active = unit.always or unit.layer in layers
-            unit.expanded = training and unit.layer is not None and not unit.active and unit.layer >= lowest
+            unit.expanded = expands and unit.layer is not None and not unit.active and unit.layer >= lowest
         self._set_requires_grad()
         self._active = [unit for unit in self.units if unit.active]
         self._expanded = [unit for unit in self.units if unit.expanded]
@@ -233,8 +233,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def lowest_layer(self) -> int:
         """The lowest layer that has a gradient in the coming step."""
         lowest, depth = min(self.controller.backward_layers), self.config.expansion_depth
-        expands = self.config.expansion > 0 and self.controller.phase is Phase.TRAIN
-        return lowest if depth is None or not expands else min(lowest, depth)
+        return lowest if depth is None else min(lowest, depth)
 
     @property
     def expanded_layers(self) -> tuple[int, ...]:

@@ -155,9 +155,8 @@ def test_steps_cost_what_the_model_says(two_ranks: RankPool, case: str) -> None:
     # On ZeRO-3 this small DeepSpeed's buffers count: what it has gathered is there twice for a moment. In fp32 its buffer
     # of reduced gradients, which the model leaves out, is twice as large, and the optimizer state is not.
     most = 1.3 if row["stage"] == 3 else 1.2 if case == "fp32" else 1.1
-    if (
-        "expansion" in case
-    ):  # which rounds in float32: weights, their change, spacing, floor, random numbers; and signs
+    if "expansion" in case:
+        # A sign step rounds in float32: weights, their change, spacing, floor, random numbers; and signs.
         piece = min(PIECE, row["shape"]["layer_numel"] // row["ranks"])
         most += 22 * piece / cost_model.memory(row, active)["total"]
     assert 1 <= ratio < (math.inf if stock else most)

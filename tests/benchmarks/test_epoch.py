@@ -8,9 +8,11 @@ from unittest import mock
 import pytest
 from helpers.models import tiny_llama
 from helpers.ranks import RankPool
+from transformers import PreTrainedTokenizerBase
 
 from benchmarks.case import Case
 from benchmarks.epoch import training
+from benchmarks.measure.progress import Progress
 from launch.model import load_tokenizer
 
 STEPS, INTERRUPTED = 5, 4
@@ -25,16 +27,16 @@ FROM_GIT = {
 }
 
 
-def train(case: Case, interrupted: bool) -> Any:
-    tokenizer, model, step = load_tokenizer(), tiny_llama(layers=3), training._step
+def train(case: Case, tokenizer: PreTrainedTokenizerBase, interrupted: bool) -> Any:
+    model, step = tiny_llama(layers=3), Progress.step
     model.resize_token_embeddings(len(tokenizer))
 
-    def at_most(engine: Any, batches: Any, progress: training.Progress) -> None:
+    def at_most(progress: Progress, engine: Any, batches: Any) -> None:
         if interrupted and len(progress.losses) == INTERRUPTED - 1:
             raise KeyboardInterrupt
-        step(engine, batches, progress)
+        step(progress, engine, batches)
 
-    with mock.patch.object(training, "SAVE_EVERY", 2), mock.patch.object(training, "_step", at_most):
+    with mock.patch.object(training, "SAVE_EVERY", 2), mock.patch.object(Progress, "step", at_most):
         try:
             return training.epoch(case, model, tokenizer)
         except KeyboardInterrupt:
@@ -49,11 +51,12 @@ def test_an_interrupted_run_ends_as_another(one_rank: RankPool, tmp_path: Path, 
     case = Case(
         **{**vars(case), "grass": GRASS if method == "grass" else {}, "dtype": "fp32", "disk": str(tmp_path / "disk")}
     )
-    (whole,) = one_rank.run(train, case=case, interrupted=False)
-    assert one_rank.run(train, case=case, interrupted=True) == [None]
+    given = {"case": case, "tokenizer": load_tokenizer()}  # here: a rank may not start the process that converts it
+    (whole,) = one_rank.run(train, **given, interrupted=False)
+    assert one_rank.run(train, **given, interrupted=True) == [None]
     (kept,) = tmp_path.iterdir()
     assert [path.name for path in kept.iterdir() if path.is_dir()] == ["step2"]
-    (resumed,) = one_rank.run(train, case=case, interrupted=False)
+    (resumed,) = one_rank.run(train, **given, interrupted=False)
     assert list(tmp_path.iterdir()) == []
     measured = ("losses", "active", "curve", "tokens", "test_loss", "accuracy", "trainable")
     assert [resumed[name] for name in measured] == [whole[name] for name in measured]

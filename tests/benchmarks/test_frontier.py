@@ -60,6 +60,12 @@ def test_one_thing_is_searched_for_after_another(rows: list[dict[str, Any]], exp
     assert new(rows, TWO) == expected
 
 
+def test_lines_have_an_order_whatever_that_of_the_rows() -> None:
+    for rows in (COEFFICIENTS, COEFFICIENTS[::-1]):
+        tuning = Plan(searched(RATES) + rows).tuning
+        assert [one.expansion for one, _ in tuning if one.expansion and one.depth is None] == [*EXPANSIONS]
+
+
 def test_a_settled_setting_runs_with_all_seeds() -> None:
     rows = searched(RATES) + COEFFICIENTS + [row(BEST._replace(depth=0), RATE, 9)]
     rows += searched({RATE / 2: 3.0, RATE * 2: 2.0}, BEST)

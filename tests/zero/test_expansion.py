@@ -47,6 +47,7 @@ def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
     model = tiny_llama()
     depth = config["grass"].get("expansion_depth")
     arguments = {"model_parameters": split_groups(model)} if groups else {}
+    maximized = config["optimizer"]["params"].get("maximize", False)
     with engine_of(config, model, **arguments) as engine:
         gas, world = engine.gradient_accumulation_steps(), engine.dp_world_size
         for step in range(steps):
@@ -60,10 +61,13 @@ def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
             moved = {name for name in before if not torch.equal(before[name], after[name])}
             trained = {n for n in before if layer_of(n) in active} | {"model.norm.weight"}
             assert moved == names | trained, f"step {step}"
+            # Both sides sum float32; one expanded layer more would add percents.
+            norm = sum(float(exact[name].square().sum()) for name in trained) ** 0.5
+            assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-3)
             for name in names:
                 # Where a gradient is so small that the order of a sum decides its sign, either is right.
                 certain = exact[name].abs() > 1e-4 * exact[name].abs().max()
-                expected = before[name] - RATE * exact[name].sign()
+                expected = before[name] + (RATE if maximized else -RATE) * exact[name].sign()
                 assert torch.equal(after[name][certain], expected[certain]), f"{name}, step {step}"
                 assert certain.float().mean() > 0.9
 
@@ -87,6 +91,12 @@ def test_inactive_layers_move_by_the_sign_of_the_gradient(
     """With two param groups a layer is two units."""
     config = ds_config(stage=stage, gas=gas, lr=LR, grass={**BLOCK, **settings})
     two_ranks.run(moves, config=config, steps=2 * LAYERS + 2, groups=groups)
+
+
+def test_an_optimizer_that_maximizes_moves_them_the_other_way(two_ranks: Any) -> None:
+    config = ds_config(lr=LR, grass=BLOCK)
+    config["optimizer"]["params"]["maximize"] = True
+    two_ranks.run(moves, config=config, steps=2, groups=False)
 
 
 def masters(config: dict[str, Any], steps: int) -> list[float]:
@@ -116,6 +126,25 @@ def test_master_weights_follow(two_ranks: Any, stage: int, device: str) -> None:
     block = {**BLOCK, "offload": {"device": device}}
     (shares, _) = two_ranks.run(masters, config=ds_config(stage=stage, dtype="bf16", lr=LR, grass=block), steps=12)
     assert shares[-1] > 1  # what rounding had cut off is still there
+
+
+def without_a_rate(config: dict[str, Any]) -> None:
+    """Steps at a learning rate of 0 change nothing, whichever layers are active: none goes back to old master weights."""
+    model = tiny_llama()
+    with engine_of(config, model) as engine:
+        train(engine, 2 * LAYERS + 1)  # all layers have master weights, and have moved without them since
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 0.0
+        before = snapshot(model)
+        train(engine, 2 * LAYERS, start=2 * LAYERS + 1)
+        after = snapshot(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("stage", "dtype", "device"), [(2, "fp32", "cpu"), (2, "bf16", "none"), (3, "bf16", "cpu")])
+def test_a_layer_steps_from_where_it_has_moved_to(two_ranks: Any, stage: int, dtype: str, device: str) -> None:
+    block = {**BLOCK, "offload": {"device": device}}
+    two_ranks.run(without_a_rate, config=ds_config(stage=stage, dtype=dtype, lr=LR, grass=block))
 
 
 def assigned(config: dict[str, Any]) -> None:
