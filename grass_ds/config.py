@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
+from grass_ds.sampling.controller import Controller
+from grass_ds.sampling.layers import ModelLayers
 from grass_ds.sampling.registry import find_sampler
 from grass_ds.sampling.samplers import SAMPLERS, SamplingSettings
 
@@ -121,12 +123,17 @@ class GrassConfig(_Block):
     """How active layers are drawn. ``grass``: by gradient norm, which is measured again during training. ``static``:
     by gradient norm, measured once (the paper's ablation GRASS*). ``outlier``: by the share of weights that are
     outliers, measured once (OWS, the sampling of OwLore). ``uniform``: at random (LISA). ``cyclic``: in turn
-    (BAdam). ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
+    (BAdam). ``module``: single weight matrices, by gradient norm and within ``module_budget`` (MISA); norms and biases
+    inside the layers do not train then. ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
     point of the group ``grass_ds.samplers``, or the path of a class as in ``my_package.my_module.MySampler``."""
 
     num_active_layers: int = Field(2, ge=1)
     """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
-    is sampled. Parameters outside the layers follow ``always_active`` all the same."""
+    is sampled. Parameters outside the layers follow ``always_active`` all the same. Not read by ``module``."""
+
+    module_budget: float = Field(0.03, gt=0, le=1)
+    """Largest share of the weights inside the layers that trains at a time (paper of MISA: delta; vectors, which never
+    train, not counted). At least that of the largest matrix. Sampler ``module`` only."""
 
     probe_steps: int = Field(20, ge=1)
     """Steps of one probing phase (paper: T_p). Such a step runs forward and backward through all layers, measures
@@ -135,10 +142,12 @@ class GrassConfig(_Block):
     ``outlier`` only. [ours]"""
 
     sample_period: int = Field(25, ge=1)
-    """Optimizer steps between two draws (paper: T_s; 25 to 50 were best there). [ours]"""
+    """Optimizer steps between two draws (paper: T_s; 25 to 50 were best there). With ``module`` the first draws, up to
+    the last matrix's first, are one step apart. [ours]"""
 
     refresh_period: int = Field(50, ge=1)
-    """Optimizer steps between two updates of the scores (paper: T_u). Sampler ``grass`` only. [ours]"""
+    """Optimizer steps between two updates of the scores (paper: T_u). Sampler ``grass`` only; ``module`` updates them
+    before every draw. [ours]"""
 
     reprobe_period: int = Field(0, ge=0)
     """Optimizer steps between two probing phases; 0: one phase, before training (the paper). A new phase replaces the
@@ -148,16 +157,16 @@ class GrassConfig(_Block):
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Temperature of the softmax over the scores (paper: tau). A low value draws the layers with the largest gradients
-    nearly always; a high value draws nearly uniformly. It has no unit if ``score_normalization`` is ``mean``.
-    [ours]"""
+    nearly always; a high value draws nearly uniformly. It has no unit if ``score_normalization`` is ``mean``. With
+    ``module`` it divides squared gradient norms, which are then cut at 5 (its paper: 1 / eta). [ours]"""
 
     ema_alpha: float = Field(0.5, gt=0, le=1)
-    """Weight of the new measurement in an update of the scores (paper: alpha). [ours]"""
+    """Weight of the new measurement in an update of the scores (paper: alpha; of MISA: 1 - beta). [ours]"""
 
     score_normalization: Literal["mean", "none"] = "mean"
     """Scaling of the scores before the softmax. ``mean``: they are divided by their mean, so that ``temperature`` has
     no unit [ours]. ``none``: raw gradient RMS (the paper's formula). Raw values are far below 1, and the temperature
-    must be of their size."""
+    must be of their size. Not read by ``module``."""
 
     outlier_threshold: float = Field(13.0, gt=0, allow_inf_nan=False)
     """A weight is an outlier if its absolute value times the norm of its input feature is above this many times the
@@ -231,8 +240,12 @@ class GrassConfig(_Block):
         return self
 
     def controller_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of :class:`grass_ds.sampling.controller.Controller`."""
+        """The keyword arguments of :class:`Controller` that are keys of the block."""
         return self.model_dump(include={field.name for field in dataclasses.fields(SamplingSettings)})
+
+    def controller(self, layers: ModelLayers) -> Controller:
+        """The controller that draws from these layers. Raises ValueError if the sampler refuses its settings."""
+        return Controller(len(layers.names), sizes=layers.sizes, **self.controller_arguments())
 
 
 def parse_grass_block(ds_config: Mapping[str, Any]) -> GrassConfig | None:

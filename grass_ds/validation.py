@@ -9,9 +9,9 @@ from torch import nn
 from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.core import deepspeed_compat
 from grass_ds.offload.block_io import AioSettings
-from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.importance import Signal
 from grass_ds.sampling.layers import ModelLayers, discover_layers
+from grass_ds.sampling.registry import find_sampler
 from grass_ds.versions import installed
 from grass_ds.zero.outliers import linear_modules
 
@@ -116,7 +116,7 @@ def _optimizer_problems(ds_config: Mapping[str, Any], optimizer: object) -> Iter
 
 
 def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
-    """The layers of a model that can be trained layer by layer in full.
+    """The layers of a model that can be trained layer by layer in full, or its matrices if the sampler draws these.
 
     Raises:
         GrassConfigError: adapters, pipeline parallelism or experts, ``expansion_depth`` beyond the layers, settings
@@ -138,15 +138,17 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
         )
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
+    if find_sampler(config.sampler).draws_weights:
+        layers = layers.by_weight(model)
     try:
-        controller = Controller(len(layers.names), **config.controller_arguments())
+        controller = config.controller(layers)
     except ValueError as error:
         raise GrassConfigError(f"grass.{error}") from error
     if controller.signal is Signal.OUTLIER_RATIO:
         linear_modules(model, layers.names)
-    if config.expansion_depth is not None and config.expansion_depth >= len(layers.names):
+    if config.expansion_depth is not None and config.expansion_depth >= len(layers.blocks):
         raise GrassConfigError(
-            f"grass.expansion_depth = {config.expansion_depth}: the model has layers 0 to {len(layers.names) - 1}; name "
+            f"grass.expansion_depth = {config.expansion_depth}: the model has layers 0 to {len(layers.blocks) - 1}; name "
             "one of them, or null for the lowest active layer"
         )
     return layers

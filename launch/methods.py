@@ -37,6 +37,8 @@ METHODS: dict[str, Method] = {
     "grass": Method("grass.json", sampler="grass"),
     "lisa": Method("lisa.json", sampler="uniform"),
     "badam": Method("badam.json", sampler="cyclic"),
+    "ows": Method("ows.json", sampler="outlier"),
+    "misa": Method("misa.json", sampler="module"),
 }
 WITH_ADAPTERS = tuple(name for name, method in METHODS.items() if method.adapters)
 

@@ -10,7 +10,6 @@ import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grass_ds.config import GrassConfig, parse_grass_block
-from grass_ds.sampling.controller import Controller
 from grass_ds.validation import check_ds_config, check_model
 from launch import adapters, distributed, tracking
 from launch.arguments import Arguments
@@ -83,7 +82,7 @@ def prepare_model(options: Arguments, task: Task) -> tuple[PreTrainedModel, Call
     if task.grass is None:
         return model, lambda steps: 0
     layers = check_model(model, task.grass)
-    probe_steps_within = Controller(len(layers.names), **task.grass.controller_arguments()).probe_steps_within
+    probe_steps_within = task.grass.controller(layers).probe_steps_within
     steps = options.training.max_steps
     if 0 < steps == probe_steps_within(steps):
         raise ValueError(

@@ -9,7 +9,7 @@ from grass_ds.core.units import PartitionedUnit, ReplicatedUnit, Unit, whole_num
 from grass_ds.sampling.layers import ModelLayers
 
 # Gradients are reduced in the order in which backward reaches the modules: the last block first.
-_ORDER = ("head", "norm", "other", "tower", "block", "embed")
+_ORDER = ("head", "norm", "other", "tower", "block", "vector", "embed")
 _Key = tuple[str, int | None, int]  # kind, layer, param group
 
 
@@ -48,7 +48,9 @@ def build_units(
     for kind, layer, group in sorted(members, key=_reduction_order):
         name = f"{kind if layer is None else layers.names[layer]}/{group}"
         names, params = map(list, zip(*members[kind, layer, group], strict=True))
-        units.append(cls(name, kind, layer, group, params, names, world, rank, kind in always_active, len(units)))
+        depth = None if layer is None else layers.depths[layer]
+        always, index = kind in always_active, len(units)
+        units.append(cls(name, kind, layer, group, params, names, world, rank, always, index, depth=depth))
     return units
 
 

@@ -25,7 +25,8 @@ class Unit(ABC):
 
     Attributes:
         name: layer (or ``embed``, ``norm``, ``head``, ``other``) and client param group: ``"model.layers.3/0"``.
-        layer: index of the decoder block, None outside the blocks; ``group``: of the client's param group.
+        layer: index in :attr:`ModelLayers.names`, ``depth``: of its decoder block; None outside the blocks.
+        group: index of the client's param group.
         params: the model's parameters; their names are ``param_names``, their elements ``sizes``.
         world, rank: of the data-parallel group.
         always: always active; ``active``: trains in the coming step; ``expanded``: inactive, but takes a sign step.
@@ -47,6 +48,7 @@ class Unit(ABC):
     index: int = -1
     active: bool = False
     expanded: bool = False
+    depth: int | None = None
     sizes: list[int] = field(init=False)
     numel: int = field(init=False)
     shard_numel: int = field(init=False)

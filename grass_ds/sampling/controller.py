@@ -28,7 +28,7 @@ class Controller:
     """Decides which layers train. Pure bookkeeping: equal inputs on two ranks give equal decisions.
 
     Args:
-        num_layers: L, decoder blocks of the model, at least 1.
+        num_layers: L, decoder blocks of the model (or weight matrices, see ``draws_weights``), at least 1.
         settings: the fields of :class:`SamplingSettings`. gamma >= L acts as the ``full`` sampler: no probing, no
             draws, no scores.
 
@@ -46,11 +46,13 @@ class Controller:
 
     def __init__(self, num_layers: int, **settings: Any) -> None:
         given = SamplingSettings(**settings)
-        self._name = given.sampler if given.num_active_layers < num_layers else "full"
-        self._sampler = find_sampler(self._name)(num_layers, given)
-        reprobe_period = given.reprobe_period if self._sampler.adaptive else 0
+        sampler = find_sampler(given.sampler)
+        samples = sampler.draws_weights or given.num_active_layers < num_layers
+        self._name = given.sampler if samples else "full"
+        self._sampler = (sampler if samples else find_sampler("full"))(num_layers, given)
+        reprobe_period = given.reprobe_period if self._sampler.needs_scores and self._sampler.adaptive else 0
         self._schedule = Schedule(given.probe_steps, given.sample_period, given.refresh_period, reprobe_period)
-        self._num_layers, self._ema_alpha = num_layers, given.ema_alpha
+        self._num_layers = num_layers
         self._importance = Importance(num_layers, self._sampler.signal)
         self.step = self.probe_step = self.draws = 0
         self.visits = (0,) * num_layers
@@ -66,9 +68,14 @@ class Controller:
     def scores(self) -> tuple[float, ...] | None:
         """m_l per layer (gradient RMS, or the outlier ratio in percent; float64).
 
-        None before the first probing ends, and without ``needs_scores``.
+        None before the first measurements are complete, and for samplers that need none.
         """
-        return self._importance.scores if self._sampler.needs_scores else None
+        return self._importance.scores if self._sampler.needs_scores or self._sampler.adaptive else None
+
+    @property
+    def most_active(self) -> int:
+        """The most layers that train at a time, probing aside."""
+        return self._sampler.most_active
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -132,7 +139,9 @@ class Controller:
         self.probe_step += 1
         if not done:
             return None
-        self._importance.update_scores(1.0)  # a probing measures all layers anew: nothing of the old scores remains
+        self._importance.update_scores(
+            lambda updates: 1.0
+        )  # a probing measures all layers anew: nothing of the old scores remains
         return self._draw()
 
     def _end_train_step(self) -> tuple[int, ...] | None:
@@ -141,12 +150,14 @@ class Controller:
         self.visits = tuple(visits + (layer in active) for layer, visits in enumerate(self.visits))
         if self._schedule.reprobes_after(self.step):
             return self._probe()
-        if self._sampler.adaptive and self._schedule.refreshes_after(self.step):
-            self._importance.update_scores(self._ema_alpha)
-        return self._draw() if self._draws_after(self.step) else None
+        draws = self._draws_after(self.step)
+        refreshes = draws if self._sampler.refreshes_at_draws else self._schedule.refreshes_after(self.step)
+        if self._sampler.adaptive and refreshes:
+            self._importance.update_scores(self._sampler.ema_weight)
+        return self._draw() if draws else None
 
     def _draws_after(self, step: int) -> bool:
-        return self._sampler.draws and self._schedule.draws_after(step)
+        return self._sampler.draws and (self._sampler.draws_next or self._schedule.draws_after(step))
 
     def _probe(self) -> tuple[int, ...]:
         self.phase, self.probe_step = Phase.PROBE, 0

@@ -2,7 +2,7 @@
 """Layer importance: the mean gradient norm (MGN) of each layer and the sampling distribution made of it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -49,13 +49,15 @@ def sampling_logits(scores: Sequence[float], temperature: float, normalization: 
 class Importance:
     """The score m_l of every layer, and ``sums`` and ``counts`` of the measurements since the last update.
 
-    A measurement is one step's ``signal``, float64. Scores are None before the first update.
+    A measurement is one step's ``signal``, float64. Scores are None before the first update; ``updates`` counts those
+    of each layer.
     """
 
     def __init__(self, num_layers: int, signal: Signal = Signal.GRADIENT_RMS) -> None:
         self.signal = signal
         self.scores: tuple[float, ...] | None = None
         self.sums, self.counts = [0.0] * num_layers, [0] * num_layers
+        self.updates = [0] * num_layers
 
     def add_measurements(self, rms: Mapping[int, float] | None, expected: Sequence[int]) -> None:
         """Add one step's measurement for each layer of ``expected``.
@@ -78,17 +80,22 @@ class Importance:
             self.sums[layer] += value
             self.counts[layer] += 1
 
-    def update_scores(self, alpha: float) -> None:
+    def update_scores(self, alpha: Callable[[int], float]) -> None:
         """Move the scores towards the mean of the measurements, and drop these: m_l += alpha * (mean - m_l).
 
-        Layers without a measurement keep their score. The first update takes the plain means, as does alpha = 1.
+        Layers without a measurement keep their score, which is 0 before the first. The first update of a layer takes
+        the plain mean, as does alpha = 1.
+
+        Args:
+            alpha: weight in (0, 1] of the measurement of a layer that has had so many updates, at least one.
         """
-        if self.scores is None:
-            self.scores, alpha = (0.0,) * len(self.sums), 1.0
-        self.scores = tuple(
-            alpha * (s / n) + (1.0 - alpha) * m if n else m
-            for m, s, n in zip(self.scores, self.sums, self.counts, strict=True)
-        )
+        scores = list(self.scores or (0.0,) * len(self.sums))
+        for layer, (total, count) in enumerate(zip(self.sums, self.counts, strict=True)):
+            if count:
+                weight = alpha(self.updates[layer]) if self.updates[layer] else 1.0
+                scores[layer] = weight * (total / count) + (1.0 - weight) * scores[layer]
+                self.updates[layer] += 1
+        self.scores = tuple(scores)
         self.drop_measurements()
 
     def drop_measurements(self) -> None:
@@ -97,13 +104,20 @@ class Importance:
     def state_dict(self) -> dict[str, Any]:
         """Plain lists of floats and ints; exact."""
         scores = None if self.scores is None else list(self.scores)
-        return {"scores": scores, "sums": list(self.sums), "counts": list(self.counts), "signal": self.signal.value}
+        return {
+            "scores": scores,
+            "sums": list(self.sums),
+            "counts": list(self.counts),
+            "updates": list(self.updates),
+            "signal": self.signal.value,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; from nothing if it is of another signal."""
         if Signal(state.get("signal", Signal.GRADIENT_RMS)) is not self.signal:
-            self.scores = None
+            self.scores, self.updates = None, [0] * len(self.updates)
             self.drop_measurements()
             return
         self.scores = None if state["scores"] is None else tuple(state["scores"])
+        self.updates = list(state.get("updates", [int(self.scores is not None)] * len(self.updates)))
         self.sums, self.counts = list(state["sums"]), list(state["counts"])

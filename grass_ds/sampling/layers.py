@@ -2,12 +2,13 @@
 """Find the decoder blocks of a model and the kinds of all other parameters, by structure alone."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import nn
 
 OUTSIDE_KINDS = ("embed", "norm", "head", "other", "tower")
+VECTOR = "vector"  # kind of what is left in the blocks when their weights are drawn one by one
 DOMINANCE = 3  # the largest stack is taken if it holds at least this many times the parameters of the second
 
 
@@ -17,26 +18,48 @@ class LayerDiscoveryError(ValueError):
 
 @dataclass(frozen=True)
 class ModelLayers:
-    """The blocks of a model and the kinds of its other parameters, by the names of ``model.named_parameters()``.
+    """What is sampled in a model, and the kinds of its other parameters, by the names of ``model.named_parameters()``.
 
     Attributes:
         path: of the block stack, for example ``model.layers``.
-        names: of the blocks, in module order.
-        block_params: parameter names of each block.
+        blocks: names of the decoder blocks, in module order.
+        names: of what is sampled: the blocks, or after :meth:`by_weight` their weight matrices. A "layer" of the
+            sampler and of a unit is an index of this tuple.
+        depths: index of the block of each; ``sizes``: elements of each; ``block_params``: parameter names of each.
         outside: parameter names by kind, without empty kinds: ``embed``, ``norm``, ``head``, ``other`` as in
-            ``grass.always_active``, and ``tower`` for model parts with blocks of their own (an encoder).
+            ``grass.always_active``, ``tower`` for model parts with blocks of their own (an encoder), and after
+            :meth:`by_weight` ``vector`` for what is no matrix inside the blocks (norms, biases).
         below: kinds of ``outside`` with something below the blocks, whose gradient passes all of them.
         vocabulary_head: ``head`` projects to the vocabulary; if it is tied, too.
         tied: the head shares a parameter with the embeddings; all of both is then listed under ``embed``.
     """
 
     path: str
+    blocks: tuple[str, ...]
     names: tuple[str, ...]
+    depths: tuple[int, ...]
+    sizes: tuple[int, ...]
     block_params: tuple[tuple[str, ...], ...]
     outside: dict[str, tuple[str, ...]]
     below: tuple[str, ...]
     vocabulary_head: bool
     tied: bool
+
+    def by_weight(self, model: nn.Module) -> "ModelLayers":
+        """The same with every parameter of two or more dimensions inside the blocks as a layer of its own."""
+        shapes = {name: _shape(param) for name, param in model.named_parameters()}
+        inside = [(depth, name) for depth, names in enumerate(self.block_params) for name in names]
+        drawn = [(depth, name) for depth, name in inside if len(shapes[name]) > 1]
+        vectors = tuple(name for _, name in inside if len(shapes[name]) < 2)
+        depths, names = zip(*drawn, strict=True)
+        return replace(
+            self,
+            names=names,
+            depths=depths,
+            sizes=tuple(prod(shapes[name]) for name in names),
+            block_params=tuple((name,) for name in names),
+            outside={**self.outside, **({VECTOR: vectors} if vectors else {})},
+        )
 
     def resolve_always_active(self, kinds: Sequence[str] | None) -> tuple[str, ...]:
         """The keys of ``outside`` that ``kinds`` stand for, each once, in order.
@@ -84,7 +107,10 @@ def discover_layers(model: nn.Module, layers_path: str | None = None) -> ModelLa
     block_params = _block_parameters(model, names)
     rest = _Outside(model, path, candidates)
     outside = rest.names_by_kind()
-    return ModelLayers(path, names, block_params, outside, rest.below(outside), bool(rest.vocabulary_heads), rest.tied)
+    sizes = tuple(_numel(model.get_submodule(name)) for name in names)
+    below, heads = rest.below(outside), bool(rest.vocabulary_heads)
+    depths = tuple(range(len(names)))
+    return ModelLayers(path, names, names, depths, sizes, block_params, outside, below, heads, rest.tied)
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -268,7 +268,7 @@ def _grass_config(args: Arguments) -> GrassConfig | None:
 
 def _open_history(grass: Any, config: GrassConfig, folder: Path, step: int) -> History:
     layers, path = grass.layers, folder / HISTORY_FILE
-    gamma = len(layers) if config.sampler == "full" else min(config.num_active_layers, len(layers))
+    gamma = grass.most_active
     run = {"layers": layers, "sampler": config.sampler, "num_active_layers": gamma}
     try:
         return History.start(path, step, **run)

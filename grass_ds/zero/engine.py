@@ -76,7 +76,7 @@ class GrassEngine(CheckpointingEngine):
         stage3 = self.zero_optimization_stage() == 3
         world, rank = dist.get_world_size(group=group), dist.get_rank(group=group)
         units = build_units(layers, always, optimizer.param_groups, self.param_names, world, rank, partitioned=stage3)
-        controller = Controller(len(layers.names), **config.controller_arguments())
+        controller = config.controller(layers)
         measured = layers.names if controller.signal is Signal.OUTLIER_RATIO else ()
         outliers = OutlierMeasurement(
             self.module, measured, config.outlier_threshold, group, self.device, lambda: self.optimizer.in_forward
@@ -84,7 +84,7 @@ class GrassEngine(CheckpointingEngine):
         full_backward = self._fit_backward(layers, units)
         with ExitStack() as undo:
             with raise_on_all_ranks(group, self.device):
-                store = self._open_store(config, optimizer, units)
+                store = self._open_store(config, optimizer, units, controller)
                 undo.callback(store.close)
             zero: GrassZeroOptimizer
             parts = (self, config, optimizer, units, controller, store, outliers)
@@ -99,7 +99,7 @@ class GrassEngine(CheckpointingEngine):
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)
         if self.global_rank == 0:
-            self._announce(config, layers, units, optimizer)
+            self._announce(config, layers, zero)
         return zero
 
     def _fit_backward(self, layers: ModelLayers, units: Sequence[Unit]) -> bool:
@@ -108,21 +108,22 @@ class GrassEngine(CheckpointingEngine):
         below_train = any(unit.always and unit.kind in layers.below for unit in units)
         return fit_input_gradients(self.module, embeddings_train) or below_train
 
-    def _open_store(self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit]) -> StateStore:
+    def _open_store(
+        self, config: GrassConfig, optimizer: torch.optim.Optimizer, units: list[Unit], controller: Controller
+    ) -> StateStore:
         return open_store(
             config.offload,
             units,
             [learn_template(optimizer, group, self.device) for group in optimizer.param_groups],
-            num_active_layers=config.num_active_layers,
+            num_active_layers=controller.most_active,
             device=self.device,
             rank=self.global_rank,
             aio=self.aio_config(),
         )
 
-    def _announce(
-        self, config: GrassConfig, layers: ModelLayers, units: Sequence[Unit], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def _announce(self, config: GrassConfig, layers: ModelLayers, optimizer: GrassZeroOptimizer) -> None:
         """One warning: how much trains at a time and at which rate, what always and what never trains, clipping."""
+        units, param_groups = optimizer.units, optimizer.param_groups
         sizes = {name: whole_numel(param) for name, param in self.module.named_parameters()}
         kinds = {"part of the layers": [name for names in layers.block_params for name in names], **layers.outside}
         owned = {name for unit in units for name in unit.param_names}
@@ -132,11 +133,13 @@ class GrassEngine(CheckpointingEngine):
             whole = sum(sizes.values())
             return [f"{kind} ({count / whole:.2%} of the weights{remark})" for kind, count in counts.items() if count]
 
-        total, clip = len(layers.names), self.gradient_clipping()
-        gamma = total if config.sampler == "full" else min(config.num_active_layers, total)
-        share = gamma / total * sum(unit.numel for unit in units if unit.layer is not None) / sum(sizes.values())
+        total, most, clip = len(layers.names), optimizer.controller.most_active, self.gradient_clipping()
+        by_weight = layers.names != layers.blocks
+        sampled = config.module_budget if by_weight else most / total
+        share = sampled * sum(unit.numel for unit in units if unit.layer is not None) / sum(sizes.values())
+        drawn = f"{total} matrices in {len(layers.blocks)} layers" if by_weight else f"{total} layers"
         # A scheduler may have set the rate of the first step already.
-        rates = sorted({group.get("initial_lr", group["lr"]) for group in optimizer.param_groups})
+        rates = sorted({group.get("initial_lr", group["lr"]) for group in param_groups})
         on = shares({name for unit in units if unit.always for name in unit.param_names})
         off = shares({name for unit in units if not unit.ever_active for name in unit.param_names})
         off += shares(sizes.keys() - owned, ", frozen or not in the optimizer")
@@ -149,7 +152,7 @@ class GrassEngine(CheckpointingEngine):
             f"; inactive layers from the lowest active one{deeper} up take sign steps of {config.expansion:g} x lr"
         )
         logger.warning(
-            f"grass_ds: {config.sampler} over {total} layers at {layers.path}, {gamma} active at a time "
+            f"grass_ds: {config.sampler} over {drawn} at {layers.path}, {'up to ' * by_weight}{most} active at a time "
             f"({share:.2%} of the weights), learning rate {', '.join(f'{float(rate):g}' for rate in rates)}; "
             f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
             f"gradients are {clipped}{expanded if config.expansion else ''}"
@@ -184,8 +187,8 @@ class GrassEngine(CheckpointingEngine):
                 counts towards torch's limit of recompilations otherwise.
 
         Raises:
-            ValueError: ``compiled_autograd_enabled``, which would record the hooks that collect gradients; or outliers
-                are being measured, by hooks that a graph may leave out.
+            ValueError: ``compiled_autograd_enabled``, which would record the hooks that collect gradients; outliers
+                are being measured, by hooks that a graph may leave out; or single weights are sampled.
         """
         backend = get_accelerator().get_compile_backend() if backend is None else backend
         kwargs = dict(compile_kwargs or {})
@@ -199,9 +202,14 @@ class GrassEngine(CheckpointingEngine):
                 "engine.compile() while outliers are measured: hooks count the inputs of linear modules, which a "
                 'compiled graph may leave out. Call it once engine.grass.phase is "train"'
             )
+        if self.grass.layers != self.grass.blocks:
+            raise ValueError(
+                f"engine.compile() with sampler {self.grass.config.sampler!r}: nearly every draw would need other "
+                "graphs, since any weight of a block may train or not. Leave it out, or sample whole layers"
+            )
         if self.is_compiled:
             return
-        for name in self.grass.layers:
+        for name in self.grass.blocks:
             self.module.get_submodule(name).compile(**{**kwargs, "backend": backend})
         deepspeed_compat.mark_compiled(self, kwargs)
 

@@ -17,7 +17,8 @@ class GrassHandle:
 
     Attributes:
         config: the ``"grass"`` block of the run.
-        layers: names of the decoder blocks.
+        blocks: names of the decoder blocks.
+        layers: the same, or the names of their weight matrices if the sampler draws these.
         writer: of the engine's checkpoints; the engine sets it.
     """
 
@@ -25,7 +26,7 @@ class GrassHandle:
 
     def __init__(self, config: GrassConfig, layers: ModelLayers, optimizer: GrassZeroOptimizer, module: nn.Module):
         self.config = config
-        self.layers: tuple[str, ...] = layers.names
+        self.blocks, self.layers = layers.blocks, layers.names
         self._controller, self._optimizer, self._module = optimizer.controller, optimizer, module
 
     @property
@@ -37,6 +38,11 @@ class GrassHandle:
     def active_layers(self) -> tuple[int, ...]:
         """Indices of the layers that the next step measures (probe) or trains (train)."""
         return self._controller.active_layers
+
+    @property
+    def most_active(self) -> int:
+        """The most layers that train at a time, probing aside."""
+        return self._controller.most_active
 
     @property
     def expanded_layers(self) -> tuple[int, ...]:

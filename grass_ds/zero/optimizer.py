@@ -218,22 +218,23 @@ class GrassZeroOptimizer(OptimizerWrapper):
     def activate(self) -> None:
         """Make exactly the active and the expanded layers and the always-active modules trainable."""
         layers, training = set(self.controller.backward_layers), self.controller.phase is Phase.TRAIN
-        expands, lowest = training and self.config.expansion > 0, self.lowest_layer
         for unit in self.units:
             unit.active = unit.always or unit.layer in layers
-            unit.expanded = expands and unit.layer is not None and not unit.active and unit.layer >= lowest
-        self._set_requires_grad()
         self._active = [unit for unit in self.units if unit.active]
+        lowest = self.lowest_block if training and self.config.expansion > 0 else math.inf
+        for unit in self.units:
+            unit.expanded = unit.depth is not None and not unit.active and unit.depth >= lowest
+        self._set_requires_grad()
         self._expanded = [unit for unit in self.units if unit.expanded]
         self.reducer.track(self._tracked, keep=training)
         self.store.plan(self._active if training else [])
         self.outliers.measure(not training)
 
     @property
-    def lowest_layer(self) -> int:
-        """The lowest layer that has a gradient in the coming step."""
-        lowest, depth = min(self.controller.backward_layers), self.config.expansion_depth
-        return lowest if depth is None else min(lowest, depth)
+    def lowest_block(self) -> int:
+        """Index of the lowest decoder block that has a gradient in the coming step."""
+        depths = [self.config.expansion_depth, *(unit.depth for unit in self._active)]
+        return min(depth for depth in depths if depth is not None)
 
     @property
     def expanded_layers(self) -> tuple[int, ...]:

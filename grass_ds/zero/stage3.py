@@ -7,9 +7,9 @@ every rank the gradient of its own weights, and a step needs no gather at its en
 
 [Note: Trace] DeepSpeed records the order in which modules run, and gathers weights by that trace. Where the embeddings
 do not train, backward stops at the lowest active layer. With a trace that is too short DeepSpeed starts over in the
-middle of backward; with one that is too long it gathers weights that nobody uses. So each lowest active layer has its
-own coordinator with its own trace. It is swapped in at the start of the first training forward with that layer: an
-evaluation before has no backward, and would be recorded.
+middle of backward; with one that is too long it gathers weights that nobody uses. So each lowest active layer (or set
+of active weights in the lowest block) has its own coordinator with its own trace. It is swapped in at the start of the
+first training forward with that layer: an evaluation before has no backward, and would be recorded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,9 @@ from grass_ds.core.deepspeed_compat import ZeroParamStatus
 from grass_ds.core.units import Unit, same_memory
 from grass_ds.zero.fragments import PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
+
+EVERYTHING: tuple[int, ...] = (0,)  # key of passes through all blocks
+MOST_TRACES = 256  # one per block of the deepest models; sets of weights in a block are more
 
 
 def _is_gathered(param: Any) -> bool:
@@ -46,10 +49,10 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         self.persistent_parameters: list[nn.Parameter] = parameter_offload.persistent_parameters
         self.module = parameter_offload.module
         self._full_backward = full_backward
-        # lowest layer that backward reaches -> DeepSpeed's coordinator with the trace of such passes
-        self.coordinators = {0: parameter_offload.get_param_coordinator()}
-        self._lowest = 0  # key of the coordinator in use
-        self._recorded: set[int] = set()  # keys of those whose trace DeepSpeed may have used already
+        # lowest layers that backward reaches -> DeepSpeed's coordinator with the trace of such passes
+        self.coordinators = {EVERYTHING: parameter_offload.get_param_coordinator()}
+        self._lowest = EVERYTHING  # key of the coordinator in use
+        self._recorded: set[tuple[int, ...]] = set()  # keys of those whose trace DeepSpeed may have used already
         self._persistent_data: dict[nn.Parameter, torch.Tensor] = {}  # as of the end of the last step
         self._assigned: dict[nn.Parameter, None] = {}
         super().__init__(*args)  # which activates the first layers, and so needs the above
@@ -60,14 +63,19 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """The engine calls it at the start of every forward."""
         super().clear_backward_seen_flag()
         self._find_assigned()
-        self._choose_trace(0 if self._full_backward else self.lowest_layer)
+        layers = {unit.layer for unit in self._tracked if unit.layer is not None and unit.depth == self.lowest_block}
+        self._choose_trace(EVERYTHING if self._full_backward else tuple(sorted(layers)))
 
-    def _choose_trace(self, lowest: int) -> None:
-        """Use the trace of passes down to layer ``lowest``, unless this forward is an evaluation."""
+    def _choose_trace(self, lowest: tuple[int, ...]) -> None:
+        """Use the trace of passes down to the layers ``lowest``, unless this forward is an evaluation."""
         # Not module.training: models come from ``from_pretrained`` in evaluation mode, in which they can train, too.
         if lowest != self._lowest and torch.is_grad_enabled():
             offload = self.parameter_offload
             if lowest not in self.coordinators:
+                if len(self.coordinators) >= MOST_TRACES:  # the oldest, which no pass uses now
+                    oldest = next(key for key in self.coordinators if key not in (EVERYTHING, self._lowest))
+                    self.coordinators.pop(oldest)
+                    self._recorded.discard(oldest)
                 self.coordinators[lowest] = deepspeed_compat.without_trace(offload.param_coordinator)
             offload.param_coordinator = self.coordinators[lowest]
             self._lowest = lowest

@@ -51,6 +51,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "cyclic-bf16-zero2-cpu-expansion": ({"dtype": "bf16", "gas": 2}, {"sampler": "cyclic", "expansion": 0.2}),
     "grass-bf16-zero3-cpu-expansion": ({"dtype": "bf16", "stage": 3}, {"sampler": "grass", "expansion": 0.2}),
+    "module-bf16-zero2-cpu-gas2": (
+        {"dtype": "bf16", "gas": 2},
+        {"sampler": "module", "module_budget": 0.2, "state_on_switch": "reset"},
+    ),
+    "module-fp32-zero3-nvme": ({"stage": 3}, {"sampler": "module", "module_budget": 0.2}),
     "outlier-fp32-zero2-cpu": ({"gas": 2}, {"sampler": "outlier", "outlier_threshold": 3.0}),
     "outlier-bf16-zero3-cpu-async": (
         {"dtype": "bf16", "stage": 3, **BACKGROUND},
@@ -124,6 +129,7 @@ def resumed(engine: Any, folder: Path, tag: str, history: list[dict[str, Any]], 
         "static-fp32-zero3-device-reset",
         "grass-bf16-zero3-cpu-async",
         "cyclic-bf16-zero2-cpu-expansion",
+        "module-bf16-zero2-cpu-gas2",
         "outlier-bf16-zero3-cpu-async",
     ),
 )

@@ -14,7 +14,10 @@ STEP_COUNT = 4  # bytes: torch's AdamW keeps a float32 step count per tensor
 GRAIN = 1024  # elements: device buffers are a multiple of it
 WORLD = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
 # Elements of the parameters of a unit.
-LAYER = [p.numel() for p in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters()]
+_BLOCK = [param.shape for param in tiny_llama(hidden=HIDDEN, layers=1).model.layers.parameters()]
+LAYER = [shape.numel() for shape in _BLOCK]
+MATRICES = [[shape.numel()] for shape in _BLOCK if len(shape) > 1]
+VECTORS = [shape.numel() for shape in _BLOCK if len(shape) == 1]
 NORM, EMBED = [HIDDEN], [VOCAB * HIDDEN]
 
 
@@ -39,18 +42,28 @@ def shard(sizes: list[int], world: int, stage: int) -> int:
     return part(owned, ALIGNMENT) * ALIGNMENT
 
 
+def layers_of(config: dict[str, Any]) -> list[list[int]]:
+    """Elements of the parameters of every layer that the sampler draws from: blocks, or single matrices."""
+    return MATRICES * LAYERS if config["grass"]["sampler"] == "module" else [LAYER] * LAYERS
+
+
 def weight_bytes(config: dict[str, Any], world: int) -> int:
     """The model as it rests on one rank: whole in ZeRO-1 and 2, its partitions in ZeRO-3."""
     stage = config["zero_optimization"]["stage"]
-    shards = LAYERS * shard(LAYER, world, stage) + 2 * shard(EMBED, world, stage) + shard(NORM, world, stage)
+    units = [*layers_of(config), EMBED, EMBED, NORM]
+    if config["grass"]["sampler"] == "module":
+        units.append(VECTORS * LAYERS)  # in a unit that never trains
+    shards = sum(shard(unit, world, stage) for unit in units)
     return width(config) * shards * (world if stage < 3 else 1)
 
 
-def state_bytes(layers: int, world: int, stage: int) -> int:
-    """Optimizer state of ``layers`` layers and of the final norm on one rank, step counts aside."""
-    return STATE * (layers * shard(LAYER, world, stage) + shard(NORM, world, stage))
+def state_bytes(layers: int | list[list[int]], world: int, stage: int) -> int:
+    """Optimizer state of so many blocks, or of these layers, and of the final norm on one rank, step counts aside."""
+    layers = [LAYER] * layers if isinstance(layers, int) else layers
+    return STATE * sum(shard(unit, world, stage) for unit in (*layers, NORM))
 
 
-def buffer_bytes(world: int, stage: int) -> int:
+def buffer_bytes(config: dict[str, Any], world: int) -> int:
     """Two device buffers, each as large as the largest shard that trains: a layer's."""
-    return 2 * STATE * part(shard(LAYER, world, stage), GRAIN) * GRAIN
+    largest = max(shard(layer, world, config["zero_optimization"]["stage"]) for layer in layers_of(config))
+    return 2 * STATE * part(largest, GRAIN) * GRAIN

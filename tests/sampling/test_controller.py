@@ -19,6 +19,7 @@ from grass_ds.sampling.samplers import SAMPLERS
 from grass_ds.sampling.schedule import Phase
 
 NAMES = sorted(SAMPLERS)
+OF_BLOCKS = [name for name in NAMES if not SAMPLERS[name].draws_weights]
 DEFAULTS = {
     "sampler": "grass",
     "num_active_layers": 2,
@@ -31,6 +32,7 @@ DEFAULTS = {
     "score_normalization": "mean",
     "cyclic_order": "random",
     "seed": 7,
+    "module_budget": 0.4,  # two of six layers of one size
 }
 
 
@@ -118,7 +120,8 @@ def test_samplers_without_scores_train_at_once_and_never_measure(name):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"sampler": "full"}, *({"sampler": name, "num_active_layers": g} for name in NAMES for g in (6, 99))]
+    "kwargs",
+    [{"sampler": "full"}, *({"sampler": name, "num_active_layers": g} for name in OF_BLOCKS for g in (6, 99))],
 )
 def test_gamma_of_all_layers_is_full_training(kwargs):
     controller = make(**kwargs)
@@ -129,7 +132,7 @@ def test_gamma_of_all_layers_is_full_training(kwargs):
     assert controller.visits == (13,) * 6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_BLOCKS)
 def test_switches_fall_on_sampling_periods_only_and_say_exactly_what_changed(name):
     controller = make(sampler=name, refresh_period=3)
     while controller.phase is Phase.PROBE:
@@ -229,13 +232,41 @@ def test_a_run_saved_amid_its_second_probing_goes_on_under_other_settings(other,
         assert then.scores is not None and then.scores != run.scores
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "grass"])
+@pytest.mark.parametrize("name", [name for name in OF_BLOCKS if name != "grass"])
 def test_only_grass_refreshes_and_probes_again(name):
     once, again = make(sampler=name), make(sampler=name, reprobe_period=2)
     assert (seen := advance(once, 30)) == advance(again, 30)
     assert len({scores for _, phase, _, scores, _ in seen if phase is Phase.TRAIN}) == 1
     assert again.probe_step == again.probe_steps_within(30) == once.probe_steps_within(30)
     assert again.probe_steps_within(30) == (3 if name in ("static", "outlier") else 0)
+
+
+def test_module_trains_every_matrix_for_one_step_and_then_for_whole_periods():
+    """Its scores are means over active periods, with the weight of a moving average that is corrected for its start."""
+    controller = make(sampler="module", ema_alpha=0.2, reprobe_period=3)
+    assert controller.phase is Phase.TRAIN and controller.scores is None and controller.probe_steps_within(30) == 0
+    sums, counts, updates, expected = [0.0] * 6, [0] * 6, [0] * 6, [0.0] * 6
+    for step in range(1, 41):
+        active = controller.active_layers
+        assert len(active) == 2 and controller.measuring
+        if step <= 3:
+            assert active == (2 * step - 2, 2 * step - 1)
+        measured, before = measurement(controller), saved(controller)
+        assert (controller.upcoming() is not None) == (step < 3 or step % 4 == 0)
+        assert str(saved(controller)) == str(before)  # asking decides nothing
+        switch = controller.end_step(measured)
+        for layer, rms in measured.items():
+            sums[layer] += rms
+            counts[layer] += 1
+        if step < 3 or step % 4 == 0:
+            for layer in active:
+                weight = 0.2 / (1 - 0.8 ** (updates[layer] + 1))
+                expected[layer] = weight * sums[layer] / counts[layer] + (1 - weight) * expected[layer]
+                sums[layer], counts[layer], updates[layer] = 0.0, 0, updates[layer] + 1
+            assert controller.scores == pytest.approx(tuple(expected), rel=1e-12)
+        else:
+            assert switch is None and controller.active_layers == active
+    assert min(controller.visits) > 0
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1.0])
@@ -377,7 +408,7 @@ def test_leaving_a_method_amid_its_probing_starts_training(name):
 
 
 @pytest.mark.parametrize("reprobe", [0, 10])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_BLOCKS)
 def test_what_is_upcoming_comes_unless_scores_are_refreshed_first(name, reprobe):
     """Said one step before each draw of training and at no other time; wrong at most where a refresh shares the step
     with the draw. Asking decides nothing."""

@@ -51,13 +51,13 @@ def test_an_update_takes_means_first_and_weighs_the_new_measurement_by_alpha_lat
     importance.add_measurements({0: 1.0, 1: 2.0, 2: 3.0}, (0, 1, 2))
     importance.add_measurements({0: 3.0, 1: 2.0, 2: 5.0}, (0, 1, 2))
     assert importance.scores is None
-    importance.update_scores(0.25)
+    importance.update_scores(lambda updates: 0.25)
     assert importance.scores == (2.0, 2.0, 4.0)
     importance.add_measurements({2: 8.0}, (2,))
     importance.add_measurements({1: 6.0, 2: 16.0}, (1, 2))
-    importance.update_scores(0.25)
+    importance.update_scores(lambda updates: 0.25)
     assert importance.scores == (2.0, 0.25 * 6 + 0.75 * 2, 0.25 * 12 + 0.75 * 4)
-    importance.update_scores(0.25)
+    importance.update_scores(lambda updates: 0.25)
     assert importance.scores == (2.0, 3.0, 6.0)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws: distinct layers, the right distribution, the same in any process, faithful resume."""
 
+import math
 from collections import Counter
 from itertools import permutations
 
@@ -20,7 +21,8 @@ TIMES = {"probe_steps": 1, "sample_period": 1, "refresh_period": 1, "reprobe_per
 
 
 def make(name, layers, gamma, **kwargs):
-    settings = SamplingSettings(sampler=name, num_active_layers=gamma, **{**TIMES, **SETTINGS, **kwargs})
+    budget = {"module_budget": min((gamma + 0.5) / layers, 1.0)}  # matrices of one size
+    settings = SamplingSettings(sampler=name, num_active_layers=gamma, **{**TIMES, **SETTINGS, **budget, **kwargs})
     return SAMPLERS[name](layers, settings)
 
 
@@ -104,6 +106,67 @@ def test_layers_without_outliers_are_drawn_last_and_alike():
     assert all({1, 3} < set(layers) for layers in drawn)
     counts = Counter(layer for layers in drawn for layer in layers if layer not in (1, 3))
     assert set(counts) == {0, 2, 4} and min(counts.values()) > 70
+
+
+matrices = st.integers(1, 9).flatmap(
+    lambda count: st.tuples(
+        st.lists(st.integers(1, 40), min_size=count, max_size=count),
+        st.lists(st.floats(0.0, 3.0), min_size=count, max_size=count),
+    )
+)
+
+
+@given(
+    matrices=matrices, budget=st.floats(0.0, 1.0), seed=st.integers(0, 2**40), temperature=st.sampled_from([0.1, 1.0])
+)
+def test_module_draws_by_the_papers_rule(matrices, budget, seed, temperature):
+    """Against MISA step by step: p ~ exp(min(5, eta G^2)), the forced ones first, until the budget is used up."""
+    sizes, rms = matrices
+    budget = max(budget, max(sizes) / sum(sizes) + 1e-9)
+    kwargs = {"module_budget": budget, "sizes": sizes, "seed": seed, "temperature": temperature}
+    sampler = make("module", len(sizes), 1, **kwargs)
+    norms = [value * math.sqrt(size) for value, size in zip(rms, sizes, strict=True)]
+    p = np.exp([min(5.0, norm**2 / temperature) for norm in norms])
+    assert sampler.probabilities(rms) == pytest.approx(list(p / p.sum()), rel=1e-9)
+    generator = torch.Generator().manual_seed(seed)
+    last_used = [-1] * len(sizes)
+    for switch in range(12):
+        unused = [b for b in range(len(sizes)) if last_used[b] == -1]
+        oldest = sorted(range(len(sizes)), key=lambda b: (last_used[b], b))[:2]
+        order = [*unused, *(b for b in oldest if b not in unused)]
+        rest = [b for b in range(len(sizes)) if b not in order]
+        while rest:
+            shares = np.cumsum(p[rest] / p[rest].sum())
+            point = torch.rand((), generator=generator, dtype=torch.float64).item()
+            order.append(rest.pop(int(np.searchsorted(shares, point, side="right"))))
+        assert sampler.draws_next == bool(unused)
+        active, parameters = [], 0
+        for b in order:
+            if parameters + sizes[b] <= budget * sum(sizes):
+                active.append(b)
+                parameters += sizes[b]
+        assert sampler.draw(rms) == tuple(sorted(active))
+        assert 1 <= len(active) <= sampler.most_active
+        for b in active:
+            last_used[b] = switch
+    assert len(sizes) > 12 or -1 not in last_used  # each draw has a new matrix until none is left
+
+
+def test_modules_average_is_corrected_for_its_start():
+    """G_n = (1 - beta) sum_k beta^(n - k) x_k / (1 - beta^n), as Adam corrects its moments."""
+    beta, values = 0.8, [1.0, 3.0, 0.5, 2.0]
+    sampler, score = make("module", 1, 1, ema_alpha=1 - beta), 0.0
+    for n, value in enumerate(values, 1):
+        weight = sampler.ema_weight(n - 1)
+        score = weight * value + (1 - weight) * score
+        expected = (1 - beta) * sum(beta ** (n - k) * x for k, x in enumerate(values[:n], 1)) / (1 - beta**n)
+        assert score == pytest.approx(expected, rel=1e-12)
+
+
+def test_module_refuses_a_budget_below_its_largest_matrix():
+    make("module", 3, 1, sizes=[2, 4, 2], module_budget=0.5)
+    with pytest.raises(ValueError, match=r"module_budget = 0.49: the largest matrix has 0.5 of"):
+        make("module", 3, 1, sizes=[2, 4, 2], module_budget=0.49)
 
 
 def test_an_adaptive_sampler_measures_gradients():

@@ -24,6 +24,7 @@ from helpers.small import (
     STEP_COUNT,
     WORLD,
     buffer_bytes,
+    layers_of,
     model_for,
     part,
     shard,
@@ -32,7 +33,7 @@ from helpers.small import (
     width,
 )
 from helpers.traffic import Collectives
-from helpers.zero3 import AHEAD, BARE, DEFAULT, PERSISTENT, layers_in
+from helpers.zero3 import AHEAD, BARE, DEFAULT, NAMES, PERSISTENT, layers_in
 
 pytestmark = pytest.mark.dist
 
@@ -44,9 +45,10 @@ def stage_of(config: dict[str, Any]) -> int:
     return int(config["zero_optimization"]["stage"])
 
 
-def resting_bytes(config: dict[str, Any], world: int, layers: int | None) -> int:
-    """Weights, and the states of so many layers and of the norm; None before the first step."""
-    bytes_of_states = 0 if layers is None else state_bytes(layers, world, stage_of(config)) + STEP_COUNT * (layers + 1)
+def resting_bytes(config: dict[str, Any], world: int, layers: int | list[list[int]] | None) -> int:
+    """Weights, and the states of so many blocks or of these layers, and of the norm; None before the first step."""
+    count = layers if isinstance(layers, int) else len(layers or [])
+    bytes_of_states = 0 if layers is None else state_bytes(layers, world, stage_of(config)) + STEP_COUNT * (count + 1)
     return weight_bytes(config, world) + bytes_of_states + TEMPLATE
 
 
@@ -74,6 +76,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     """
     model, fired, steps, stage = model_for(config), set(), [], stage_of(config)
     model.eval()  # as ``from_pretrained`` leaves it
+    sizes = layers_of(config)
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
         param.register_post_accumulate_grad_hook(lambda _, name=name: fired.add(name))
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
@@ -83,29 +86,33 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             expanded = set(range(min(active), LAYERS)) - set(active) if "expansion" in config["grass"] else set()
             backward = run_backward(engine, step)
             assert all(param.grad is None for param in model.parameters())
-            seen = sum(count > 0 for count in engine.grass.visits)
+            seen = [size for size, count in zip(sizes, engine.grass.visits, strict=True) if count > 0]
             gathered = [n for n, p in model.named_parameters() if stage == 3 and p.ds_status.name != "NOT_AVAILABLE"]
-            shards = [shard(NORM, world, stage)] + [shard(LAYER, world, stage)] * len(active)
-            expected = resting_bytes(config, world, seen if step else None) + buffer_bytes(world, stage)
+            shards = [shard(unit, world, stage) for unit in (NORM, *(sizes[layer] for layer in active))]
+            expected = resting_bytes(config, world, seen if step else None) + buffer_bytes(config, world)
             gradients = width(config) * sum(shards) + len(expanded) * shard(LAYER, world, stage) // 4
             expected += gradients + width(config) * HIDDEN * len(gathered) + 4 * (len(shards) + len(expanded))
             assert wait_for_bytes(live, expected) == expected
             memory = engine.grass.memory()
             assert memory["gradients"]["device"] == gradients
             on_host = state_bytes(seen, world, stage) if step else 0
-            assert memory["optimizer_state"] == {"device": buffer_bytes(world, stage), "host": on_host}
+            assert memory["optimizer_state"] == {"device": buffer_bytes(config, world), "host": on_host}
             with Collectives() as sent:
                 engine.step()
             assert all(param.grad is None for param in model.parameters())
             assert engine.grass.memory()["gradients"]["device"] == 0
-            layers = {"active": active, "with_gradient": {*active, *expanded}}
+            layers = {
+                "active": active,
+                "with_gradient": {*active, *expanded},
+                "switched": active != engine.grass.active_layers,
+            }
             steps.append(
                 {**layers, "backward": backward, "step": sent.calls, "gathered": gathered, "fired": set(fired)}
             )
     return steps
 
 
-# name -> (pool, config, config of ZeRO, active layers, micro-steps that reduce)
+# name -> (pool, config, config of ZeRO, active layers (0: matrices within a budget), micro-steps that reduce)
 TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ...]]] = {
     "zero2-fp32": ("two_ranks", {}, {}, 1, (0,)),
     "zero2-bf16-two-layers-gas3": ("two_ranks", {"dtype": "bf16", "gas": 3}, {}, 2, (0, 1, 2)),
@@ -123,6 +130,9 @@ TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ..
     "zero2-bf16-expansion": ("two_ranks", {"dtype": "bf16"}, {}, 1, (0,)),
     "zero1-fp32-expansion-gas2": ("two_ranks", {"stage": 1, "gas": 2}, {}, 2, (1,)),
     "zero3-expansion": ("two_ranks", {"stage": 3}, DEFAULT, 1, (0,)),
+    "zero2-bf16-module": ("two_ranks", {"dtype": "bf16"}, {}, 0, (0,)),
+    "zero1-module-gas2": ("two_ranks", {"stage": 1, "gas": 2}, {}, 0, (0, 1)),
+    "zero3-module": ("two_ranks", {"stage": 3}, DEFAULT, 0, (0,)),
 }
 
 
@@ -131,13 +141,21 @@ def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.Fixtu
     pool, settings, zero, gamma, reducing = TRAFFIC[case]
     gas, world = settings.get("gas", 1), WORLD[pool]
     more = {"expansion": 0.1} if "expansion" in case else {}
-    config = ds_config(grass=cyclic(PERIOD, num_active_layers=gamma, **more), zero_optimization=zero, **settings)
-    stage = stage_of(config)
+    if gamma:
+        block = cyclic(PERIOD, num_active_layers=gamma, **more)
+    else:
+        block = grass_block(sampler="module", module_budget=0.2, sample_period=PERIOD, state_on_switch="keep")
+    config = ds_config(grass=block, zero_optimization=zero, **settings)
+    stage, sizes = stage_of(config), layers_of(config)
+    matrices = [name for name in NAMES if "layers" in name and "norm" not in name]
     for steps in request.getfixturevalue(pool).run(watch_steps, config=config, world=world):
         for number, step in enumerate(steps):
-            assert len(step["active"]) == gamma
+            if gamma:
+                assert len(step["active"]) == gamma
+            else:
+                assert 0.1 < sum(sizes[layer][0] for layer in step["active"]) / sum(map(sum, sizes)) <= 0.2
             # final norm first: that is how backward meets them
-            units = [NORM] + [LAYER] * len(step["with_gradient"])
+            units = [NORM, *(sizes[layer] for layer in sorted(step["with_gradient"], reverse=True))]
             flats = [width(config) * world * shard(sizes, world, stage) for sizes in units]
             reductions = [("reduce_scatter_base", flat) for flat in flats]
             assert step["backward"] == [reductions if micro in reducing else [] for micro in range(gas)]
@@ -152,9 +170,13 @@ def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.Fixtu
                 ) or ("persistent" in case and not stay)
             # one vector: per unit the squared norm of the sum and that of the parts, and whether there is one; micro-steps, squared, too
             norms = [("allreduce", 4 * (3 * len(units) + 2))]
-            fingerprint = [("allreduce", 2 * 6 * 8)] if gamma < LAYERS and (number + 1) % PERIOD == 0 else []
+            draws = step["switched"] or (gamma < LAYERS and (number + 1) % PERIOD == 0)
+            fingerprint = [("allreduce", 2 * 6 * 8)] if draws else []
             assert step["step"] == norms + gathers + fingerprint
-            assert layers_in(step["fired"]) == step["with_gradient"]
+            if gamma:
+                assert layers_in(step["fired"]) == step["with_gradient"]
+            else:
+                assert {matrices[layer] for layer in step["active"]} == {n for n in step["fired"] if "layers" in n}
             assert {name for name in step["fired"] if "layers" not in name} == {"model.norm.weight"}
 
 
@@ -251,7 +273,7 @@ def watch_state(config: dict[str, Any], world: int, held: list[int]) -> list[dic
             train(engine, 1, start=step)
             visited = sum(count > 0 for count in engine.grass.visits)
             peak = engine.grass.memory(peak=True)["optimizer_state"]["device"]
-            buffers = 0 if on_device else buffer_bytes(world, stage_of(config))
+            buffers = 0 if on_device else buffer_bytes(config, world)
             expected = resting_bytes(config, world, held[step]) + buffers
             assert wait_for_bytes(live, expected) == expected
             between.append({"visited": visited, "peak": peak, **engine.grass.memory()["optimizer_state"]})
@@ -278,7 +300,7 @@ def test_optimizer_state_is_that_of_layers_ever_active(
     held = [int((step + 1) % PERIOD > 0) if on_switch == "reset" else step // PERIOD + 1 for step in steps]
     for between in request.getfixturevalue(pool).run(watch_state, config=config, world=world, held=held):
         for step, now in enumerate(between):
-            state, buffers = state_bytes(held[step], world, stage), buffer_bytes(world, stage)
+            state, buffers = state_bytes(held[step], world, stage), buffer_bytes(config, world)
             assert now["visited"] == step // PERIOD + 1
             assert (now["device"], now["host"]) == ((state, 0) if device == "none" else (buffers, state))
             assert now["peak"] == max(state_bytes(1, world, stage), state) if device == "none" else now["device"]
@@ -290,7 +312,7 @@ def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[s
     with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
         for start, end in zip((0, switches[0]), switches, strict=True):
             train(engine, end - start, start=start)
-            alive = resting_bytes(config, 2, LAYERS) + buffer_bytes(2, stage_of(config))
+            alive = resting_bytes(config, 2, LAYERS) + buffer_bytes(config, 2)
             assert wait_for_bytes(live, alive) == alive
             gc.collect()  # of what earlier tests left in this process, too
             tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())

@@ -358,7 +358,7 @@ def train_around(config: dict[str, Any], steps: int, bad_before: set[int]) -> di
                 held = engine.grass.memory()
                 # Device buffers come with the first backward pass that trains.
                 if held["optimizer_state"]["device"] == buffer_bytes(
-                    torch.distributed.get_world_size(), engine.zero_optimization_stage()
+                    engine.config, torch.distributed.get_world_size()
                 ):
                     held["optimizer_state"]["device"] = memory["optimizer_state"]["device"]
                 assert held == memory

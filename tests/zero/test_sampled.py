@@ -35,10 +35,13 @@ STEPS = PERIOD * (LAYERS + 1)  # through all layers and back to the first, which
 LR = 1e-2  # large enough to move every bf16 weight in one step
 
 
-def trained_names(model: nn.Module, layers: Iterable[int]) -> set[str]:
-    """Parameters of ``layers`` and of the final norm."""
-    active = set(layers)
-    return {name for name, _ in model.named_parameters() if name == "model.norm.weight" or layer_of(name) in active}
+def trained_names(model: nn.Module, layers: Iterable[int], by_weight: bool = False) -> set[str]:
+    """Parameters of ``layers`` and of the final norm; ``by_weight``: the layers are the matrices of the blocks."""
+    active, shapes = set(layers), {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    if by_weight:
+        matrices = [name for name, shape in shapes.items() if layer_of(name) is not None and len(shape) > 1]
+        return {"model.norm.weight", *(matrices[index] for index in active)}
+    return {name for name in shapes if name == "model.norm.weight" or layer_of(name) in active}
 
 
 def fingerprint(weights: dict[str, torch.Tensor]) -> str:
@@ -142,10 +145,12 @@ def follow_with_same_gradients(config: dict[str, Any], split: bool) -> dict[str,
     with engine_of(config, model, **arguments) as engine:
         reference, counts = Reference(model, two_groups if split else one_group), []
         named, keeps = dict(model.named_parameters()), config["grass"]["state_on_switch"] == "keep"
+        sampler = config["grass"]["sampler"]
+        by_weight = sampler == "module"
         weights, here = snapshot(model), kept(model)
         for step in range(STEPS):
             before, before_here, active = weights, here, engine.grass.active_layers
-            names = set() if engine.grass.phase == "probe" else trained_names(model, active)
+            names = set() if engine.grass.phase == "probe" else trained_names(model, active, by_weight)
             backward_all(engine, step)
             gradients = {name: safe_get_full_grad(named[name]).clone() for name in sorted(names)}
             engine.step()
@@ -158,11 +163,11 @@ def follow_with_same_gradients(config: dict[str, Any], split: bool) -> dict[str,
                 assert torch.equal(weights[name], master.to(weights[name].dtype)), f"weights of {name}, step {step}"
                 if keeps or active == engine.grass.active_layers:
                     assert torch.equal(safe_get_full_fp32_param(named[name]), master), f"master of {name}, step {step}"
-            if active == (0,) and names:
+            if active == (0,) and sampler == "cyclic":
                 counts.append(reference.count("model.layers.0.mlp.up_proj.weight"))
             if not keeps:
                 left = set(active) - set(engine.grass.active_layers)
-                reference.forget(trained_names(model, left) - {"model.norm.weight"}, weights)
+                reference.forget(trained_names(model, left, by_weight) - {"model.norm.weight"}, weights)
             seen.append((active, fingerprint(weights)))
     return {"counts": counts, "seen": seen}
 
@@ -171,6 +176,7 @@ GATHERED = {"zero_optimization": RELEASED}
 KEEP, RESET = cyclic(PERIOD, state_on_switch="keep"), cyclic(PERIOD, state_on_switch="reset")
 UNIFORM = grass_block(sampler="uniform", num_active_layers=2, sample_period=1, state_on_switch="keep")
 GRASS = grass_block(sampler="grass", sample_period=2, state_on_switch="keep")
+MODULE = grass_block(sampler="module", module_budget=0.2, sample_period=2, state_on_switch="reset")  # of 28 matrices
 # name -> (pool, settings, sampler's block, whether there are two param groups)
 EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "zero2-keep": ("two_ranks", {}, KEEP, False),
@@ -180,6 +186,15 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "zero2-uniform-on-device": ("two_ranks", {"clip": 0.05}, {**UNIFORM, "offload": {"device": "none"}}, False),
     "zero2-grass-bf16": ("two_ranks", {"dtype": "bf16"}, GRASS, False),
     "zero1-bf16-two-groups-four-ranks": ("four_ranks", {"stage": 1, "dtype": "bf16"}, KEEP, True),
+    "zero2-module-two-groups": ("two_ranks", {"clip": 0.005}, MODULE, True),
+    "zero1-module-bf16-gas3-keep": (
+        "two_ranks",
+        {"stage": 1, "dtype": "bf16", "gas": 3},
+        {**MODULE, "state_on_switch": "keep"},
+        False,
+    ),
+    "zero3-module-bf16": ("two_ranks", {"stage": 3, "dtype": "bf16", **GATHERED}, MODULE, False),
+    "zero3-module-prefetch": ("two_ranks", {"stage": 3}, {**MODULE, "state_on_switch": "keep"}, False),
     "zero2-bf16-one-rank": ("one_rank", {"dtype": "bf16"}, KEEP, False),
     "zero3-two-groups-keep": ("two_ranks", {"stage": 3}, KEEP, True),
     "zero3-bf16-reset-gas3-clip": (
@@ -204,7 +219,9 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
         "zero2-two-groups-reset",
         "zero2-uniform-on-device",
         "zero2-grass-bf16",
+        "zero2-module-two-groups",
         "zero2-bf16-one-rank",
+        "zero3-module-bf16",
         "zero3-two-groups-keep",
         "zero3-bf16-reset-gas3-clip",
         "zero3-bf16-two-groups-four-ranks",
