@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
 from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.layers import ModelLayers
-from grass_ds.sampling.registry import find_sampler
-from grass_ds.sampling.samplers import SAMPLERS, SamplingSettings
+from grass_ds.sampling.registry import SAMPLERS, find_sampler
+from grass_ds.sampling.samplers import SamplingSettings
 
 BLOCK = "grass"
 # Remedies beyond a value in the range.
@@ -124,7 +124,8 @@ class GrassConfig(_Block):
     by gradient norm, measured once (the paper's ablation GRASS*). ``outlier``: by the share of weights that are
     outliers, measured once (OWS, the sampling of OwLore). ``uniform``: at random (LISA). ``cyclic``: in turn
     (BAdam). ``module``: single weight matrices, by gradient norm and within ``module_budget`` (MISA); norms and biases
-    inside the layers do not train then. ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
+    inside the layers do not train then. ``ist``: the LoRA adapters of a PEFT model, by how much the loss depends on
+    them (IST); on ZeRO-1 and 2. ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
     point of the group ``grass_ds.samplers``, or the path of a class as in ``my_package.my_module.MySampler``."""
 
     num_active_layers: int = Field(2, ge=1)
@@ -146,8 +147,8 @@ class GrassConfig(_Block):
     the last matrix's first, are one step apart. [ours]"""
 
     refresh_period: int = Field(50, ge=1)
-    """Optimizer steps between two updates of the scores (paper: T_u). Sampler ``grass`` only; ``module`` updates them
-    before every draw. [ours]"""
+    """Optimizer steps between two updates of the scores (paper: T_u). Samplers ``grass`` and ``ist`` only; ``module``
+    updates them before every draw. [ours]"""
 
     reprobe_period: int = Field(0, ge=0)
     """Optimizer steps between two probing phases; 0: one phase, before training (the paper). A new phase replaces the

@@ -14,6 +14,7 @@ from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.sampling.registry import find_sampler
 from grass_ds.versions import installed
 from grass_ds.zero.outliers import linear_modules
+from grass_ds.zero.response_suppression import adapters_of
 
 # Path in the DeepSpeed config -> reason and remedy, then the values that are allowed beside null (default: false).
 REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -68,7 +69,11 @@ def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig, optimizer
 
     ``optimizer``: the client's, which has to work element by element.
     """
-    problems = [*_stage_problems(ds_config), *_setting_problems(ds_config), *_optimizer_problems(ds_config, optimizer)]
+    problems = [
+        *_stage_problems(ds_config, config),
+        *_setting_problems(ds_config),
+        *_optimizer_problems(ds_config, optimizer),
+    ]
     if config.offload.device == "nvme":
         try:
             AioSettings.parse(_lookup(ds_config, "aio") or {})
@@ -79,8 +84,13 @@ def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig, optimizer
         raise GrassConfigError("\n  - ".join([first, *problems]))
 
 
-def _stage_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
+def _stage_problems(ds_config: Mapping[str, Any], config: GrassConfig) -> Iterator[str]:
     stage = _lookup(ds_config, "zero_optimization.stage")
+    if stage == 3 and find_sampler(config.sampler).adapters:
+        yield (
+            f"zero_optimization.stage = 3: grass.sampler = {config.sampler!r} trains adapters, whose weights are few, on "
+            "stages 1 and 2; set one of them"
+        )
     if stage not in (1, 2, 3):
         yield f"zero_optimization.stage = {stage!r}: layer sampling works on ZeRO stage 1 or 2 or 3; set one of them"
     if stage == 3 and not deepspeed_compat.waits_for_all_gathers():
@@ -123,11 +133,13 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
             that the sampler refuses, or layers whose outliers it cannot measure.
         ValueError: the layers cannot be found, or ``always_active`` names what the model does not have.
     """
+    sampler = find_sampler(config.sampler)
     adapted = any(hasattr(module, "peft_config") for module in model.modules())
-    if adapted or any("lora_" in name for name, _ in model.named_parameters()):
+    if not sampler.adapters and (adapted or any("lora_" in name for name, _ in model.named_parameters())):
         raise GrassConfigError(
-            "the model is wrapped by PEFT: grass trains full weights. Pass the plain model, for example "
-            'peft_model.merge_and_unload(), or remove the block "grass" to train the adapter'
+            f"the model is wrapped by PEFT, and grass.sampler = {config.sampler!r} trains full weights. Pass the plain "
+            "model, for example peft_model.merge_and_unload(); or train the adapters, those of a few layers at a time by "
+            '"sampler": "ist", or all of them without the block "grass"'
         )
     if isinstance(model, deepspeed_compat.PipelineModule):
         raise GrassConfigError("pipeline parallelism has an engine of its own: grass needs the plain model")
@@ -138,7 +150,7 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
         )
     layers = discover_layers(model, config.layers_path)
     layers.resolve_always_active(config.always_active)
-    if find_sampler(config.sampler).draws_weights:
+    if sampler.draws_weights:
         layers = layers.by_weight(model)
     try:
         controller = config.controller(layers)
@@ -146,6 +158,8 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
         raise GrassConfigError(f"grass.{error}") from error
     if controller.signal is Signal.OUTLIER_RATIO:
         linear_modules(model, layers.names)
+    if sampler.adapters:
+        adapters_of(model, layers.names)
     if config.expansion_depth is not None and config.expansion_depth >= len(layers.blocks):
         raise GrassConfigError(
             f"grass.expansion_depth = {config.expansion_depth}: the model has layers 0 to {len(layers.blocks) - 1}; name "

@@ -2,8 +2,9 @@
 """The controller counts steps, keeps the scores and decides which layers are active, equally on all ranks."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grass_ds.sampling.importance import Importance, Signal
@@ -46,10 +47,10 @@ class Controller:
 
     def __init__(self, num_layers: int, **settings: Any) -> None:
         given = SamplingSettings(**settings)
-        sampler = find_sampler(given.sampler)
-        samples = sampler.draws_weights or given.num_active_layers < num_layers
-        self._name = given.sampler if samples else "full"
-        self._sampler = (sampler if samples else find_sampler("full"))(num_layers, given)
+        self._name, self._sampler = given.sampler, find_sampler(given.sampler)(num_layers, given)
+        if given.num_active_layers >= num_layers and not self._sampler.draws_weights:
+            self._name = "full"
+            self._sampler = find_sampler("full")(num_layers, replace(given, sampler_args={}))
         reprobe_period = given.reprobe_period if self._sampler.needs_scores and self._sampler.adaptive else 0
         self._schedule = Schedule(given.probe_steps, given.sample_period, given.refresh_period, reprobe_period)
         self._num_layers = num_layers
@@ -70,7 +71,9 @@ class Controller:
 
         None before the first measurements are complete, and for samplers that need none.
         """
-        return self._importance.scores if self._sampler.needs_scores or self._sampler.adaptive else None
+        if self._sampler.needs_scores or self._sampler.adaptive:
+            return self._importance.scores
+        return self._sampler.learned
 
     @property
     def most_active(self) -> int:
@@ -168,6 +171,27 @@ class Controller:
         self.phase = Phase.TRAIN
         self.draws += 1
         return self._sampler.draw(self.scores)
+
+    def trials(self) -> list[tuple[int, ...]]:
+        """Sets of layers whose response is to be suppressed before the coming step is counted; most often none.
+
+        Ask once per applied step, and give the losses to :meth:`learn`.
+        """
+        due = self.phase is Phase.TRAIN and self._schedule.refreshes_after(self.step + 1)
+        return self._sampler.trials() if due else []
+
+    def learn(self, trials: Sequence[Sequence[int]], losses: Sequence[float]) -> None:
+        """Take the loss of each of the :meth:`trials`, averaged over ranks.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(
+                f"losses {[float(loss) for loss in losses]} with weakened adapters: not all are finite; lower the "
+                "learning rate, or look for broken samples in the data"
+            )
+        self._sampler.learn(trials, losses)
 
     def upcoming(self) -> tuple[int, ...] | None:
         """The set that will be drawn after the coming step, None if none will; the controller does not change.

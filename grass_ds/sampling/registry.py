@@ -6,9 +6,28 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from grass_ds.sampling.samplers import SAMPLERS, Sampler
+from grass_ds.sampling.ist_sampler import IstSampler
+from grass_ds.sampling.module_sampler import ModuleSampler
+from grass_ds.sampling.samplers import (
+    CyclicSampler,
+    FullSampler,
+    GrassSampler,
+    OutlierSampler,
+    Sampler,
+    StaticSampler,
+)
 
 GROUP = "grass_ds.samplers"
+SAMPLERS: dict[str, type[Sampler]] = {
+    "grass": GrassSampler,
+    "static": StaticSampler,
+    "outlier": OutlierSampler,
+    "uniform": Sampler,
+    "cyclic": CyclicSampler,
+    "module": ModuleSampler,
+    "ist": IstSampler,
+    "full": FullSampler,
+}
 
 
 def find_sampler(name: str) -> type[Sampler]:

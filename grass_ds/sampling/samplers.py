@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the active set is drawn: one class per method, and the table that names them.
+"""How the active set is drawn: what samplers have in common, and those that draw whole layers.
 
-A new method is a subclass of :class:`Sampler`, and an entry in :data:`SAMPLERS` unless another package has it: see
-:func:`grass_ds.sampling.registry.find_sampler`.
+A new method is a subclass of :class:`Sampler`, and an entry in :data:`grass_ds.sampling.registry.SAMPLERS` unless
+another package has it.
 """
 
 import math
@@ -76,6 +76,7 @@ class Sampler:
     adaptive: ClassVar[bool] = False  # keep measuring the active layers' gradients and refresh the scores
     draws: ClassVar[bool] = True  # False: the active set never changes
     draws_weights: ClassVar[bool] = False  # its "layers" are the weight matrices inside the blocks
+    adapters: ClassVar[bool] = False  # its layers are those of adapters (PEFT), and it has :meth:`trials`
     refreshes_at_draws: ClassVar[bool] = False  # before every draw, instead of every ``refresh_period``
 
     def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
@@ -120,6 +121,18 @@ class Sampler:
         """The next active set: distinct layer indices, ascending. Advances the sampler's own state."""
         return tuple(sorted(draw_without_replacement(self.logits(scores), self._count, self._generator)))
 
+    @property
+    def learned(self) -> tuple[float, ...] | None:
+        """Scores that the sampler keeps itself, one per layer; None: it is given them."""
+        return None
+
+    def trials(self) -> list[tuple[int, ...]]:
+        """Sets of layers to weaken, one forward pass each, before the scores are refreshed. Advances the state."""
+        return []
+
+    def learn(self, trials: Sequence[Sequence[int]], losses: Sequence[float]) -> None:
+        """Take the losses of the ``trials``."""
+
     def state_dict(self) -> dict[str, Any]:
         """The private generator's state (uint8 tensor): with settings and scores it decides the coming draws."""
         return {"generator": self._generator.get_state()}
@@ -147,7 +160,6 @@ class StaticSampler(GrassSampler):
     adaptive = False
 
 
-LARGEST_LOGIT, OLDEST = 5.0, 2  # MISA's G_clip and sample_last, as released
 LAST = -1e4  # a logit far below log D of every D > 0 (-745): drawn when no other layer is left
 
 
@@ -214,76 +226,6 @@ class CyclicSampler(Sampler):
         self._queue = list(state["queue"])
 
 
-class ModuleSampler(Sampler):
-    """MISA (arXiv 2511.00056): weight matrices by p_b ~ exp(min(5, G_b^2 / tau)), as many as a budget allows.
-
-    G_b is the gradient norm of matrix b, averaged over each of its active periods and then over these: an exponential
-    moving average with weight ``ema_alpha`` (the paper's 1 - beta), corrected for its start; 1 / tau is the paper's
-    eta. A draw first takes all matrices that were never active, or the two whose last draw is longest ago. Others
-    follow by p_b without replacement. A matrix that exceeds what is left of the budget is passed over. As long as any
-    was never active, each set trains for one step.
-
-    Raises:
-        ValueError: the budget is below the largest matrix, which could never train.
-    """
-
-    draws_weights = adaptive = refreshes_at_draws = True
-
-    def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
-        super().__init__(num_layers, settings)
-        self._sizes = settings.sizes or (1,) * num_layers
-        total = sum(self._sizes)
-        self._budget = settings.module_budget * total
-        if max(self._sizes) > self._budget:
-            least = math.ceil(1e4 * max(self._sizes) / total) / 1e4
-            raise ValueError(
-                f"module_budget = {settings.module_budget:g}: the largest matrix has {least:g} of all weights in the "
-                "layers and could never train; set at least that"
-            )
-        self._draws, self._last = 0, [0] * num_layers  # the number of each one's last draw; 0: never
-
-    @property
-    def most_active(self) -> int:
-        return bisect(list(accumulate(sorted(self._sizes))), self._budget)
-
-    @property
-    def draws_next(self) -> bool:
-        return 0 in self._last
-
-    def ema_weight(self, updates: int) -> float:
-        """That of a moving average which starts at 0 and is divided by 1 - beta^n after n updates."""
-        return self.settings.ema_alpha / (1.0 - (1.0 - self.settings.ema_alpha) ** (updates + 1))
-
-    def logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        if scores is None:
-            return super().logits(scores)
-        squares = (rms * rms * size for rms, size in zip(scores, self._sizes, strict=True))
-        return tuple(min(LARGEST_LOGIT, square / self.settings.temperature) for square in squares)
-
-    def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
-        by_age = sorted(range(self.num_layers), key=self._last.__getitem__)
-        first = max(self._last.count(0), OLDEST)
-        forced, rest = by_age[:first], sorted(by_age[first:])
-        logits = self.logits(scores)
-        drawn = draw_without_replacement([logits[index] for index in rest], len(rest), self._generator)
-        active, left = [], self._budget
-        for index in (*forced, *(rest[place] for place in drawn)):
-            if self._sizes[index] <= left:
-                active.append(index)
-                left -= self._sizes[index]
-        self._draws += 1
-        for index in active:
-            self._last[index] = self._draws
-        return tuple(sorted(active))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "draws": self._draws, "last": list(self._last)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._draws, self._last = state["draws"], list(state["last"])
-
-
 class FullSampler(Sampler):
     """Plain training of every layer. ``probabilities`` are 1 / L by convention: nothing is ever drawn."""
 
@@ -291,14 +233,3 @@ class FullSampler(Sampler):
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         return tuple(range(self.num_layers))
-
-
-SAMPLERS: dict[str, type[Sampler]] = {
-    "grass": GrassSampler,
-    "static": StaticSampler,
-    "outlier": OutlierSampler,
-    "uniform": Sampler,
-    "cyclic": CyclicSampler,
-    "module": ModuleSampler,
-    "full": FullSampler,
-}

@@ -21,11 +21,13 @@ from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.importance import Signal
 from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers
+from grass_ds.sampling.registry import find_sampler
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
 from grass_ds.zero.checkpointing import CheckpointingEngine
 from grass_ds.zero.handle import GrassHandle
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 from grass_ds.zero.outliers import OutlierMeasurement
+from grass_ds.zero.response_suppression import ResponseSuppression
 from grass_ds.zero.stage3 import GrassZero3Optimizer
 from grass_ds.zero.stage12 import GrassZero12Optimizer
 
@@ -45,6 +47,7 @@ class GrassEngine(CheckpointingEngine):
         self, *args: Any, grass_config: GrassConfig | None = None, layers: ModelLayers | None = None, **kwargs: Any
     ):
         self._grass_config, self._layers = grass_config, layers
+        self._suppression: ResponseSuppression | None = None
         deepspeed_compat.silence_renamed_collectives()
         try:
             super().__init__(*args, **kwargs)
@@ -96,6 +99,8 @@ class GrassEngine(CheckpointingEngine):
             else:
                 zero = GrassZero12Optimizer(*parts)
             undo.pop_all()
+        if find_sampler(config.sampler).adapters:
+            self._suppression = ResponseSuppression(self.module, layers.blocks, group, self.device)
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)
         if self.global_rank == 0:
@@ -160,8 +165,11 @@ class GrassEngine(CheckpointingEngine):
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         super()._take_model_step(*args, **kwargs)
-        if self.grass is not None:
-            self.optimizer.advance_schedule()
+        if self.grass is None:
+            return
+        if self._suppression is not None and not self.optimizer.overflow:
+            self._suppression.update(self.optimizer.controller)
+        self.optimizer.advance_schedule()
 
     def zero_grad(self) -> None:
         """As DeepSpeed's; also discard the gradients of this accumulation window, which are not on the parameters."""
@@ -225,4 +233,6 @@ class GrassEngine(CheckpointingEngine):
         for name in ("module_forward_pre_hook", "module_forward_post_hook"):
             if name in vars(self):  # construction may have failed before
                 getattr(self, name).remove()
-        self.grass = None
+        if self._suppression is not None:
+            self._suppression.remove()
+        self.grass = self._suppression = None

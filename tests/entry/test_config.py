@@ -22,7 +22,7 @@ MISTAKES = [
     (
         "sampler",
         "gras",
-        'did you mean "grass"? use grass, static, outlier, uniform, cyclic, module, full, or the path of a class',
+        'did you mean "grass"? use grass, static, outlier, uniform, cyclic, module, ist, full, or the path of a class',
     ),
     ("sampler", 3, "string"),
     ("sampler_args", [1], "dictionary"),

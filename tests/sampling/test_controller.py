@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grass_ds.sampling.controller import FINGERPRINT_FIELDS, Controller, Switch
-from grass_ds.sampling.samplers import SAMPLERS
+from grass_ds.sampling.registry import SAMPLERS
 from grass_ds.sampling.schedule import Phase
 
 NAMES = sorted(SAMPLERS)

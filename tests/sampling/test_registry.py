@@ -12,7 +12,8 @@ import pytest
 from grass_ds.config import GrassConfig, GrassConfigError, parse_grass_block
 from grass_ds.sampling import registry
 from grass_ds.sampling.controller import Controller
-from grass_ds.sampling.samplers import SAMPLERS, Sampler
+from grass_ds.sampling.registry import SAMPLERS
+from grass_ds.sampling.samplers import Sampler
 
 
 class TopFirst(Sampler):

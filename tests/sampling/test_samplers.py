@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grass_ds.sampling.importance import softmax
-from grass_ds.sampling.samplers import SAMPLERS, SamplingSettings, draw_without_replacement
+from grass_ds.sampling.registry import SAMPLERS
+from grass_ds.sampling.samplers import SamplingSettings, draw_without_replacement
 
 NAMES = sorted(SAMPLERS)
 CYCLIC_ORDERS = ("random", "ascending", "descending")
