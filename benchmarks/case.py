@@ -86,7 +86,7 @@ class Request:
 
     Attributes:
         rounds: repetitions of the whole suite, each with a seed of its own (not of quality).
-        parts, tasks: of the quality suite.
+        parts, tasks: of the quality suite; tasks also of the suite of samplers.
     """
 
     rounds: int = 3

@@ -65,6 +65,7 @@ METHODS: dict[str, Method] = {
         "grass, 2 layers + final norm + head + embeddings", {"sampler": "grass", "always_active": EVERYTHING}
     ),
     "static": Method("static (first scores kept), 2 layers + final norm", {"sampler": "static"}),
+    "outlier": Method("outlier (OWS's draw), 2 layers + final norm", {"sampler": "outlier"}),
     "uniform": Method("uniform (LISA's draw), 2 layers + final norm", {"sampler": "uniform"}),
     "lisa": Method(
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}

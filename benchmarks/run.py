@@ -5,6 +5,7 @@
     python benchmarks/run.py --suite compute     # the same where arithmetic rules
     python benchmarks/run.py --suite quality     # loss and accuracy per method and seed
     python benchmarks/run.py --suite frontier    # loss over memory and time, each setting at its best learning rate
+    python benchmarks/run.py --suite samplers    # loss and accuracy per sampler, all else equal
     python benchmarks/run.py --suite epoch       # loss and answers after a pass through the rows of a task
     python benchmarks/run.py --suite offload     # time and memory per "offload" block
     python benchmarks/run.py --suite checkpoint  # bytes of a checkpoint, and the time that training stalls
@@ -82,7 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="quality: folder with gsm8k/, arc_easy/, ...: see benchmarks/tasks.py")
     parser.add_argument("--part", choices=PARTS, help="quality: this part alone; it needs the learning rates of tune")
     parser.add_argument(
-        "--task", choices=TASKS, help=f"quality: this task alone; default: {' and '.join(COMPARED_TASKS)}"
+        "--task", choices=TASKS, help=f"quality, samplers: this task alone; default: {' and '.join(COMPARED_TASKS)}"
     )
     parser.add_argument("--model", help="instead of the suite's, for a trial; use --rows with it")
     parser.add_argument("--limit", type=int, default=sys.maxsize, help="cases to run at most")

@@ -21,6 +21,8 @@ from benchmarks.offload import suite as offload
 from benchmarks.offload import tables as offload_tables
 from benchmarks.quality import suite as quality
 from benchmarks.quality import tables as quality_tables
+from benchmarks.samplers import suite as samplers
+from benchmarks.samplers import tables as samplers_tables
 
 
 class Suite(NamedTuple):
@@ -41,6 +43,7 @@ SUITES = {
     "compute": Suite(compute.cases, compute_tables.tables),
     "quality": Suite(quality.cases, quality_tables.tables),
     "frontier": Suite(frontier.cases, frontier_tables.tables),
+    "samplers": Suite(samplers.cases, samplers_tables.tables),
     "epoch": Suite(epoch.cases, epoch_tables.tables),
     "offload": Suite(offload.cases, offload_tables.tables),
     "checkpoint": Suite(checkpoint.cases, checkpoint_tables.tables),

@@ -72,14 +72,14 @@ def check(who: str, lora: Lora, ds_config: Mapping[str, Any]) -> None:
     zero = ds_config.get("zero_optimization", {})
     if zero.get("stage") != 3:
         return
-    key = "stage3_gather_16bit_weights_on_model_save"
-    if not zero.get(key):
-        raise ValueError(f'{who} with ZeRO-3 could not save adapters: set "{key}": true in "zero_optimization"')
     if lora.frozen is not None:
         raise ValueError(
             f"{who} with ZeRO-3: the Trainer would save the adapters without their frozen part; give a --deepspeed "
             "file with ZeRO stage 1 or 2"
         )
+    key = "stage3_gather_16bit_weights_on_model_save"
+    if not zero.get(key):
+        raise ValueError(f'{who} with ZeRO-3 could not save adapters: set "{key}": true in "zero_optimization"')
 
 
 def wrap(model: PreTrainedModel, lora: Lora, checkpointing: bool = False) -> Any:

@@ -1,7 +1,8 @@
 # Sourced by the .sbatch files: the environment of a job, and a start that survives time limits, preemption and lost
 # machines. Settings are environment variables before sbatch:  MODEL=my_model DATA=my.jsonl sbatch slurm/single_node.sbatch
 #
-#   CONFIG   DeepSpeed configuration (ds_configs/grass.json)
+#   METHOD   as --method of launch/train.py: METHOD=lora sbatch slurm/single_node.sbatch
+#   CONFIG   DeepSpeed configuration (that of METHOD, without METHOD ds_configs/grass.json)
 #   MODEL, DATA   as --model and --data of launch/train.py
 #   ARGS     further options of launch/train.py without spaces in their values: ARGS="--max_steps 2000 --seed 3"
 #   OUTPUT   output folder on a file system that all machines share (runs/<job name>-<job id>, the same after a requeue)
@@ -29,8 +30,9 @@ RANKS="${RANKS:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}"
 OUTPUT="${OUTPUT:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}"
 
 # Resume from the newest complete checkpoint in $OUTPUT, or start if there is none.
+[ -n "${METHOD:-}" ] || CONFIG="${CONFIG:-ds_configs/grass.json}"
 read -ra more <<<"${ARGS:-}"
-TRAIN=(launch/train.py --deepspeed "${CONFIG:-ds_configs/grass.json}" --output_dir "$OUTPUT"
+TRAIN=(launch/train.py ${METHOD:+--method "$METHOD"} ${CONFIG:+--deepspeed "$CONFIG"} --output_dir "$OUTPUT"
     --resume_from_checkpoint true --disable_tqdm true ${MODEL:+--model "$MODEL"} ${DATA:+--data "$DATA"} "${more[@]}")
 # One process per GPU, each a task of SLURM. Whichever fails, the others are ended.
 SRUN=(srun --kill-on-bad-exit=1 --ntasks="$((SLURM_NNODES * RANKS))" --ntasks-per-node="$RANKS")

@@ -28,14 +28,15 @@ def tables(rows: list[Row]) -> list[str]:
             compared = [row for row in mine if "test_loss" in row]
             blocks += [
                 f"## Quality: task `{task}`",
-                conditions(mine, *_conditions(task, mine)),
+                conditions(mine, *task_conditions(task, mine)),
                 rate_table(task, mine),
             ]
             blocks += [*result_tables(compared), *pair_tables(compared)]
     return blocks
 
 
-def _conditions(task: str, rows: Sequence[Row]) -> list[str]:
+def task_conditions(task: str, rows: Sequence[Row]) -> list[str]:
+    """What the rows of a task share, for ``report.table.conditions``."""
     one, exam = rows[0], TASKS[task]
     answers = "exact match of generated numbers" if exam.exact else "the most likely option"
     counts = next((row["train_rows"] for row in rows if "train_rows" in row), {})

@@ -73,6 +73,10 @@ class RowGroup(NamedTuple):
         """Over that method's, one per round."""
         return [measure(row) / measure(other) for row, other in self.pairs(method, stage)]
 
+    def differences(self, method: str, stage: int, measure: Measure) -> list[float]:
+        """From that method's, one per round."""
+        return [measure(row) - measure(other) for row, other in self.pairs(method, stage)]
+
 
 def group_rows(rows: Sequence[Row]) -> list[RowGroup]:
     """One group per setting, methods in their defaults first."""

@@ -71,6 +71,8 @@ def median_range(values: Sequence[float], digits: int = 2) -> str:
 
 def mean_deviation(values: Sequence[float], sign: str = "") -> str:
     """Mean, and with several values their standard deviation; ``sign`` "+": of differences."""
+    if not values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.3f}{deviation}"
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables as tests read them."""
+"""Markdown as tests read it: tables, code blocks."""
+
+import re
 
 
 def lines_of(text: str) -> list[dict[str, str]]:
@@ -12,3 +14,7 @@ def lines_under(title: str, blocks: list[str]) -> list[dict[str, str]]:
     """Those of the one block with this title."""
     (found,) = [block for block in blocks if block.startswith(f"### {title}\n")]
     return lines_of(found)
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)

@@ -15,7 +15,7 @@ TOOL = ROOT.parent / "shared" / "tools" / "slurm_cluster.sh"
 # sbatch carries the caller's environment into the job: nothing of pytest's own ranks or of another job may get there.
 _FOREIGN = re.compile(
     r"(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|(CROSS|LOCAL)_SIZE|MASTER_.*|CUDA_VISIBLE_DEVICES|(SLURM|WANDB|OMPI|PMI|PYTEST)_.*"
-    r"|CONFIGS?|MODEL|DATA|ARGS|OUTPUT(_ROOT)?|RANKS|SEEDS|LAUNCHER|MAX_RESTARTS"
+    r"|METHOD|CONFIGS?|MODEL|DATA|ARGS|OUTPUT(_ROOT)?|RANKS|SEEDS|LAUNCHER|MAX_RESTARTS"
 )
 
 _UNDER_WAY = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "NODE_FAIL", "PREEMPTED")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""slurm/job.sh: which ends of a run go back to the queue. With stand-ins for srun and scontrol; test_slurm.py has the real ones."""
+"""slurm/job.sh: what it starts, which ends of a run go back to the queue. With stand-ins for srun and scontrol; test_slurm.py has the real ones."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/bin/bash
 save() { mkdir -p "$OUTPUT/checkpoint-$SAVES"; }
 trap '[ -z "$SAVES" ] || save; exit $CODE' USR1
-touch "$OUTPUT/started"
+echo "$@" > "$OUTPUT/started"
 if [ "$ASKED" = 1 ]; then for _ in {1..200}; do sleep 0.05; done; fi
 exit $CODE
 """
@@ -22,7 +22,7 @@ echo "$@" >> "$OUTPUT/queue"
 """
 JOB = 'source slurm/job.sh; run_and_requeue "${SRUN[@]}" python "${TRAIN[@]}"'
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "grass", "SLURM_NNODES": "1"}
-ENVIRONMENT = {**os.environ, "ASKED": "0", "SAVES": "", "VENV": "none", **SLURM}
+ENVIRONMENT = {**os.environ, "ASKED": "0", "SAVES": "", "VENV": "none", "METHOD": "", "CONFIG": "", **SLURM}
 
 ENDS = {
     "finished": ({"CODE": "0"}, None),
@@ -42,13 +42,34 @@ ENDS = {
 }
 
 
+def stand_ins(folder: Path, settings: dict[str, str]) -> dict[str, str]:
+    """The environment of a job that finds them first."""
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {**ENVIRONMENT, "OUTPUT": str(folder), **settings, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, "--deepspeed ds_configs/grass.json"),
+        ({"CONFIG": "my.json"}, "--deepspeed my.json"),
+        ({"METHOD": "lora"}, "--method lora"),  # which picks its configuration
+        ({"METHOD": "lisa", "CONFIG": "my.json"}, "--method lisa --deepspeed my.json"),
+    ],
+)
+def test_method_and_configuration_are_handed_on(tmp_path: Path, settings: dict[str, str], options: str) -> None:
+    environment = stand_ins(tmp_path, {"CODE": "0", **settings})
+    subprocess.run(["bash", "-c", JOB], cwd=ROOT, env=environment, check=True, timeout=20)
+    command = (tmp_path / "started").read_text()
+    assert f" python launch/train.py {options} --output_dir {tmp_path} --resume_from_checkpoint true" in command
+
+
 @pytest.mark.parametrize("case", ENDS)
 def test_what_goes_back_to_the_queue(tmp_path: Path, case: str) -> None:
     settings, requeued = ENDS[case]
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    environment = {**ENVIRONMENT, "OUTPUT": str(tmp_path), **settings, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = stand_ins(tmp_path, settings)
     job = subprocess.Popen(["bash", "-c", JOB], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:
         if environment["ASKED"] == "1":

@@ -15,7 +15,7 @@ from helpers.programs import ROOT, run_forked
 from transformers import AutoModelForCausalLM
 
 from grass_ds.config import parse_grass_block
-from launch import adapters, arguments, dtype, evaluate, methods
+from launch import adapters, arguments, distributed, dtype, evaluate, methods
 from launch.adapters import Lora
 from launch.arguments import MethodArguments
 from launch.model import load, resolve
@@ -120,13 +120,27 @@ def test_what_adapters_need_is_checked_before_training(monkeypatch: pytest.Monke
         adapters.check("--method x", each, config)
     with pytest.raises(ValueError, match=r"--method lora with ZeRO-3 .*stage3_gather_16bit_weights_on_model_save"):
         adapters.check("--method lora", lora, zero(3))
-    with pytest.raises(ValueError, match=r"--method lora-fa with ZeRO-3: .* stage 1 or 2"):
-        adapters.check("--method lora-fa", fa, gathers)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--method lora needs PEFT, which is not installed: pip install '.\[peft\]'"):
         adapters.check("--method lora", lora, zero(2))
     with pytest.raises(ValueError, match=r"--model out: adapters need PEFT"):
         adapters.load_saved(tiny_llama(), "out")
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_lora_fa_on_zero3_is_refused_at_start(gathers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line, before a model is loaded; with one remedy, as no setting of ZeRO-3 would help."""
+    config = json.loads((CONFIGS / "zero3_full.json").read_text())
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = gathers
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    monkeypatch.setattr(distributed, "start", lambda: None)
+    given = ["--deepspeed", str(tmp_path / "zero3.json"), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
+    with pytest.raises(
+        ValueError, match=r"^--method lora-fa with ZeRO-3: .* give a --deepspeed file with ZeRO stage 1 or 2"
+    ):
+        arguments.parse(["--method", "lora-fa", *given])
+    if gathers:
+        assert arguments.parse(["--method", "lora", *given]).lora() == Lora.choose(None, None, None, None)
 
 
 def test_a_target_that_the_model_lacks_is_named() -> None:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of suite ``samplers``, one per task."""
+
+import statistics
+from collections.abc import Sequence
+
+from benchmarks.case import Row
+from benchmarks.quality.tables import task_conditions
+from benchmarks.report.row_groups import Measure, RowGroup, group_rows
+from benchmarks.report.table import conditions, interval, mean_deviation, table
+from benchmarks.samplers.suite import BASE, GAMMA, RATE
+from benchmarks.tasks import TASKS
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """A section per task with rows."""
+    blocks = []
+    for task in TASKS:
+        if mine := [row for row in rows if row["task"] == task]:
+            text = f"{GAMMA} layers at a time, learning rate {RATE:g}"
+            blocks += [f"## Samplers: task `{task}`", conditions(mine, text, *task_conditions(task, mine))]
+            blocks.append(results(mine))
+    return blocks
+
+
+def results(rows: Sequence[Row]) -> str:
+    """Means over the seeds, and differences from the base at equal seeds."""
+    columns = {
+        "test loss": lambda one: mean_deviation(one.values(_loss)),
+        f"test loss - {BASE}": lambda one: mean_deviation(_differences(one, _loss), "+"),
+        "95 % interval of the mean": lambda one: interval(_differences(one, _loss)),
+        "accuracy": lambda one: mean_deviation(one.values(_accuracy)),
+        f"accuracy - {BASE}": lambda one: mean_deviation(_differences(one, _accuracy), "+"),
+        "seeds": lambda one: str(len(one.rows)),
+    }
+    return table("Test loss and accuracy", group_rows(rows), {"sampler": lambda one: one.setting.method}, columns)
+
+
+def _differences(one: RowGroup, measure: Measure) -> list[float]:
+    return [] if one.setting.method == BASE else one.differences(BASE, one.setting.stage, measure)
+
+
+def _loss(row: Row) -> float:
+    return row["test_loss"]
+
+
+def _accuracy(row: Row) -> float:
+    """Mean over the sources."""
+    return statistics.fmean(row["accuracy"].values())
