@@ -39,6 +39,7 @@ METHODS: dict[str, Method] = {
     "badam": Method("badam.json", sampler="cyclic"),
     "ows": Method("ows.json", sampler="outlier"),
     "misa": Method("misa.json", sampler="module"),
+    "ist": Method("ist.json", sampler="ist", adapters=True),
 }
 WITH_ADAPTERS = tuple(name for name, method in METHODS.items() if method.adapters)
 

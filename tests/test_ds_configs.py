@@ -12,6 +12,8 @@ import pytest
 import torch
 from helpers.models import LAYERS, snapshot, tiny_llama
 
+from launch.adapters import Lora, wrap
+
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 FILES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.json"))
 # file -> (stage, sampler, layers that one update trains, trained outside the blocks)
@@ -19,6 +21,7 @@ EXPECTED: dict[str, tuple[int, str | None, int, frozenset[str]]] = {
     "badam.json": (2, "cyclic", 1, frozenset()),
     "full.json": (2, None, LAYERS, frozenset({"embed", "norm", "head"})),
     "grass.json": (2, "grass", 2, frozenset({"norm"})),
+    "ist.json": (2, "ist", 2, frozenset()),
     "lisa.json": (2, "uniform", 2, frozenset({"embed", "norm", "head"})),
     "ows.json": (2, "outlier", 2, frozenset({"embed", "norm", "head"})),
     "misa.json": (2, "module", 1, frozenset()),
@@ -52,12 +55,19 @@ def two_steps(file: str, folder: Path) -> dict[str, Any]:
             )  # a folder per job, where the cluster makes one
             config["grass"]["offload"]["nvme_path"] = str(folder)
     model = tiny_llama().to(torch.bfloat16)
+    if config.get("grass", {}).get("sampler") == "ist":
+        config["grass"] |= {"num_active_layers": 2, "sample_period": 2}
+        model = wrap(model, Lora.choose(4, None, None, None))
     before = snapshot(model)
     with hf_trainer(config, folder, model, max_steps=2, learning_rate=1e-2, bf16=True) as trainer:
         trainer.train()
         grass = getattr(trainer.deepspeed, "grass", None)  # without a block the engine is the stock one
         return {
-            "moved": {name for name, weight in snapshot(model).items() if not torch.equal(weight, before[name])},
+            "moved": {
+                name.removeprefix("base_model.model.")
+                for name, weight in snapshot(model).items()
+                if not torch.equal(weight, before[name])
+            },
             "visits": None if grass is None else grass.visits,
             "stage": trainer.deepspeed.zero_optimization_stage(),
             "sampler": trainer.deepspeed.config.get("grass", {}).get("sampler"),

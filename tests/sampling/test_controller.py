@@ -269,6 +269,21 @@ def test_module_trains_every_matrix_for_one_step_and_then_for_whole_periods():
     assert min(controller.visits) > 0
 
 
+def test_trials_come_with_the_refresh_and_nothing_else_changes_the_scores():
+    controller = make(sampler="ist", refresh_period=3)
+    for step in range(1, 20):
+        before, trials = controller.scores, controller.trials()
+        assert len(trials) == (3 if step % 3 == 0 else 0)
+        if trials:
+            for broken in (math.nan, math.inf):
+                with pytest.raises(ValueError, match="not all are finite"):
+                    controller.learn(trials, [1.0, broken, 1.0])
+            assert controller.scores == before
+            controller.learn(trials, [0.1, 0.2, 0.3])
+        assert (not controller.measuring and controller.end_step(None) is None) or step % 4 == 0
+        assert (controller.scores != before) == bool(trials)
+
+
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -1.0])
 @pytest.mark.parametrize("done", [1, 5])
 def test_a_broken_measurement_names_the_layer_and_is_not_counted(broken, done):

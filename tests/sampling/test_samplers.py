@@ -170,6 +170,39 @@ def test_module_refuses_a_budget_below_its_largest_matrix():
         make("module", 3, 1, sizes=[2, 4, 2], module_budget=0.49)
 
 
+@given(
+    layers=st.integers(1, 9),
+    losses=st.lists(st.tuples(*[st.floats(0.0, 12.0)] * 3), min_size=1, max_size=4),
+    seed=st.integers(0, 2**40),
+)
+def test_ist_learns_and_draws_by_the_papers_rule(layers, losses, seed):
+    """Against IST step by step: sigmoid(I) for trials, I += lr r s (1 - s) for their layers, sigmoid(-I) for training."""
+    sampler, generator = make("ist", layers, 1, seed=seed), torch.Generator().manual_seed(seed)
+    importance = np.zeros(layers)
+
+    def multinomial(weights, count):
+        left, drawn = list(range(layers)), []
+        for _ in range(count):
+            shares = np.cumsum(weights[left] / weights[left].sum())
+            point = torch.rand((), generator=generator, dtype=torch.float64).item()
+            drawn.append(left.pop(min(int(np.searchsorted(shares, point, side="right")), len(left) - 1)))
+        return tuple(sorted(drawn))
+
+    for measured in losses:
+        s = 1 / (1 + np.exp(-importance))
+        sets = [multinomial(s, max(int(0.5 * layers), 1)) for _ in range(3)]
+        assert sampler.trials() == sets
+        sampler.learn(sets, measured)
+        rewards = np.exp(-np.array(measured)) - np.exp(-np.array(measured)).mean()
+        for chosen, reward in zip(sets, rewards, strict=True):
+            for layer in chosen:
+                importance[layer] += reward * s[layer] * (1 - s[layer]) * 10
+        assert sampler.learned == pytest.approx(tuple(importance), rel=1e-9, abs=1e-12)
+        p = 1 / (1 + np.exp(importance))
+        assert sampler.probabilities(None) == pytest.approx(list(p / p.sum()), rel=1e-9)
+        assert sampler.draw(None) == multinomial(p, 1)
+
+
 def test_an_adaptive_sampler_measures_gradients():
     class Adaptive(SAMPLERS["outlier"]):
         adaptive = True

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampler ``ist``: the adapters of the drawn layers move and nothing else does; importance is learned by the formula."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from torch import nn
+
+from grass_ds.config import GrassConfig, GrassConfigError
+from grass_ds.sampling.ist_sampler import IstSampler
+from grass_ds.validation import check_ds_config, check_model
+
+dist = pytest.mark.dist
+LAYERS, REFRESH, LR = 4, 3, 1e-2
+BLOCK = grass_block(sampler="ist", num_active_layers=2, sample_period=1, refresh_period=REFRESH)
+
+
+def adapted(seed: int = 0, **targets: Any) -> nn.Module:
+    """A small Llama with LoRA adapters, whose B are not zero: suppression would change nothing before."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama(layers=LAYERS, seed=seed)
+    targets = {"target_modules": "all-linear", **targets}
+    config = LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **targets)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, param in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(param, std=0.05)
+    return model
+
+
+def config_of(stage: int = 2, **settings: Any) -> dict[str, Any]:
+    return ds_config(stage=stage, lr=LR, grass=BLOCK, **settings)
+
+
+def engine_for(config: dict[str, Any], model: nn.Module) -> Any:
+    return engine_of(config, model, model_parameters=[param for param in model.parameters() if param.requires_grad])
+
+
+def layer_of(name: str) -> int:
+    return int(name.partition(".layers.")[2].split(".")[0])
+
+
+# ---- who moves ------------------------------------------------------------------------------------------------------
+
+
+def follow(config: dict[str, Any]) -> dict[str, Any]:
+    """Per step: whose parameters moved; adapters of active layers must have the bits of torch's AdamW."""
+    from deepspeed.utils import safe_get_full_grad
+
+    model, moved = adapted(), []
+    with engine_for(config, model) as engine:
+        named = {name: param for name, param in model.named_parameters() if "lora_" in name}
+        masters = {name: nn.Parameter(param.detach().float().clone()) for name, param in named.items()}
+        hyper = {"lr": LR, "weight_decay": 0.1}
+        optimizers = {name: torch.optim.AdamW([master], **hyper) for name, master in masters.items()}
+        for step in range(2 * REFRESH + 2):
+            before, active = snapshot(model), engine.grass.active_layers
+            for micro in range(engine.gradient_accumulation_steps()):
+                if micro:
+                    engine.step()
+                ids = batch(step, micro, engine.global_rank)
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+            names = [name for name in named if layer_of(name) in active]
+            gradients = {name: safe_get_full_grad(named[name]).clone() for name in names}
+            engine.step()
+            after = snapshot(model)
+            assert {name for name in after if not torch.equal(after[name], before[name])} == set(names)
+            for name, gradient in gradients.items():
+                masters[name].grad = gradient.float()
+                optimizers[name].step()
+                assert torch.equal(after[name], masters[name].detach().to(after[name].dtype)), f"{name}, step {step}"
+            assert all(param.grad is None for param in model.parameters())
+            moved.append((active, engine.grass.scores))
+        assert engine.grass.visits == tuple(sum(layer in active for active, _ in moved) for layer in range(LAYERS))
+        assert all(module.training for module in model.modules())
+        assert {m.scaling["default"] for m in model.modules() if hasattr(m, "scale_layer")} == {2.0}
+    return {"moved": moved}
+
+
+@dist
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(2, {"dtype": "bf16"}), (1, {"gas": 2}), pytest.param(2, {"gas": 2}, marks=pytest.mark.all)],
+)
+def test_exactly_the_adapters_of_the_drawn_layers_move(two_ranks: Any, stage: int, settings: dict[str, Any]) -> None:
+    ranks = two_ranks.run(follow, config=config_of(stage, **settings))
+    assert ranks[0] == ranks[1]
+    active = [layers for layers, _ in ranks[0]["moved"]]
+    assert all(len(layers) == 2 for layers in active) and len(set(active)) > 2
+    scores = [scores for _, scores in ranks[0]["moved"]]
+    assert scores[: REFRESH - 1] == [(0.0,) * LAYERS] * (REFRESH - 1)
+    assert scores[REFRESH - 1] != scores[REFRESH - 2] and len(set(scores)) == 3  # two updates
+
+
+# ---- what it learns -------------------------------------------------------------------------------------------------
+
+
+def learn_beside(config: dict[str, Any]) -> list[tuple[list[Any], list[float], list[float]]]:
+    """Per update: the sets, the losses that the engine measured, and those of a plain copy of the model."""
+    model, updates = adapted(), []
+    learn = IstSampler.learn
+
+    def beside(sampler: IstSampler, trials: Any, losses: Any) -> None:
+        plain, expected = adapted(), []
+        plain.load_state_dict(model.state_dict())
+        plain.eval()
+        for layers in trials:
+            for name, module in plain.named_modules():
+                if hasattr(module, "scale_layer"):
+                    module.scaling["default"] = 0.5 if layer_of(name) in layers else 2.0
+            with torch.no_grad():
+                both = [batch(engine.global_steps - 1, 1, rank) for rank in range(2)]
+                expected.append(sum(float(plain(input_ids=ids, labels=ids).loss) for ids in both) / 2)
+        updates.append((trials, list(losses), expected))
+        learn(sampler, trials, losses)
+
+    with engine_for(config, model) as engine, mock.patch.object(IstSampler, "learn", beside):
+        train(engine, 2 * REFRESH)
+    return updates
+
+
+@dist
+def test_a_trial_weakens_the_adapters_of_its_layers_on_the_last_micro_batch_of_every_rank(two_ranks: Any) -> None:
+    """Against a plain model whose scaling is set by hand: a quarter of alpha / r = 2 in the layers of the set."""
+    one, other = two_ranks.run(learn_beside, config=config_of(gas=2))
+    assert one == other and len(one) == 2
+    for trials, losses, expected in one:
+        assert [len(layers) for layers in trials] == [LAYERS // 2] * 3
+        assert losses == pytest.approx(expected, rel=1e-6)  # float32 losses, in another order of additions at most
+        assert len(set(losses)) == len(set(trials))
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+def resume(config: dict[str, Any], folder: Path, saved: int, steps: int) -> Any:
+    model = adapted()
+    with engine_for(config, model) as engine:
+        train(engine, saved)
+        engine.save_checkpoint(str(folder))
+        train(engine, steps, start=saved)
+        whole = snapshot(model), engine.grass.scores, engine.grass.active_layers
+    model = adapted(seed=1)
+    model.load_state_dict(adapted().state_dict())
+    with engine_for({**config, "grass": {**config["grass"], "seed": 8}}, model) as engine:
+        engine.load_checkpoint(str(folder))
+        train(engine, steps, start=saved)
+        assert (engine.grass.scores, engine.grass.active_layers) == whole[1:]
+        after = snapshot(model)
+    return [name for name in after if not torch.equal(after[name], whole[0][name])], engine is not None
+
+
+@dist
+@pytest.mark.parametrize("saved", [REFRESH - 1, REFRESH])
+def test_a_resumed_run_goes_on_by_the_bit(two_ranks: Any, tmp_path: Path, saved: int) -> None:
+    run = partial(two_ranks.run, resume, config=config_of(dtype="bf16"), folder=tmp_path, saved=saved)
+    assert run(steps=REFRESH + 1) == [([], True)] * 2
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "message"),
+    [
+        (
+            tiny_llama,
+            BLOCK,
+            r'grass.sampler = "ist" weakens LoRA adapters, and model.layers.0 has none: wrap the model',
+        ),
+        (
+            partial(adapted, target_modules=["q_proj"], layers_to_transform=[1, 2]),
+            BLOCK,
+            r"and base_model.model.model.layers.0 has none: wrap the model",
+        ),
+        (
+            adapted,
+            grass_block(sampler="uniform"),
+            r'grass.sampler = \'uniform\' trains full weights.*"sampler": "ist"',
+        ),
+    ],
+)
+def test_a_model_that_does_not_go_with_the_sampler_is_refused(model: Any, block: Any, message: str) -> None:
+    with pytest.raises(GrassConfigError, match=message):
+        check_model(model(), GrassConfig(**block))
+
+
+def test_zero3_is_refused() -> None:
+    with pytest.raises(GrassConfigError, match=r"stage = 3: grass.sampler = 'ist' trains adapters.*stages 1 and 2"):
+        check_ds_config(config_of(3), GrassConfig(**BLOCK))
+
+
+def without_labels(config: dict[str, Any]) -> str:
+    model = adapted()
+    with engine_for(config, model) as engine:
+        with pytest.raises(ValueError, match="pass the labels to the model") as raised:
+            engine(input_ids=batch(0, 0, 0))
+        with torch.no_grad():
+            engine(input_ids=batch(0, 0, 0))  # an evaluation may do without
+        return str(raised.value)
+
+
+def broken_loss(config: dict[str, Any]) -> tuple[str, bool]:
+    model = adapted()
+    with engine_for(config, model) as engine:
+        train(engine, REFRESH - 1)
+        before = engine.grass.scores
+        broken = mock.patch.object(type(engine._suppression), "_loss", return_value=math.nan)
+        with broken, pytest.raises(ValueError, match="not all are finite") as raised:
+            train(engine, 1, start=REFRESH)
+        return str(raised.value), engine.grass.scores == before
+
+
+@dist
+def test_a_model_that_computes_no_loss_and_a_broken_loss_are_errors(one_rank: Any) -> None:
+    assert "engine(input_ids=ids, labels=labels)" in one_rank.run(without_labels, config=config_of())[0]
+    message, kept = one_rank.run(broken_loss, config=config_of())[0]
+    assert "losses [nan, nan, nan]" in message and kept
