@@ -71,6 +71,11 @@ METHODS: dict[str, Method] = {
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}
     ),
     "cyclic": Method("cyclic (BAdam's order), 2 layers + final norm", {"sampler": "cyclic"}),
+    "module": Method(
+        "module (MISA's draw), matrices of as many weights as 8 of 30 layers + final norm",
+        {"sampler": "module", "module_budget": 8 / 30},
+    ),
+    "ist": Method("IST on LoRA r=128, adapters of 8 layers (PEFT)", {"sampler": "ist"}, lora_rank=128),
     "sign-sgd": Method("sign-SGD without state on layers + final norm", {"sampler": "uniform"}, sign_sgd=True),
     "full-sampler": Method(
         "our wrapper doing all that stock does (sampler `full`)", {"sampler": "full", "offload": {"device": "none"}}

@@ -18,10 +18,14 @@ SAMPLERS = (
     "static",
     "outlier",
     "cyclic",
+    "module",
+    "ist",
 )
+RATES = {"ist": 4e-4}  # of adapters: the best of LoRA r=128 in suite ``frontier``
 
 
 def cases(request: Request) -> Iterator[Case]:
     """All samplers with one seed after the other, so that a suite that is cut short has whole comparisons."""
     for seed, task, sampler in product(SEEDS, request.tasks, SAMPLERS):
-        yield quality_case(task, sampler, lr=RATE, seed=seed, grass={**SETTINGS, "num_active_layers": GAMMA})
+        rate = RATES.get(sampler, RATE)
+        yield quality_case(task, sampler, lr=rate, seed=seed, grass={**SETTINGS, "num_active_layers": GAMMA})

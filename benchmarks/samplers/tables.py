@@ -8,7 +8,7 @@ from benchmarks.case import Row
 from benchmarks.quality.tables import task_conditions
 from benchmarks.report.row_groups import Measure, RowGroup, group_rows
 from benchmarks.report.table import conditions, interval, mean_deviation, table
-from benchmarks.samplers.suite import BASE, GAMMA, RATE
+from benchmarks.samplers.suite import BASE, GAMMA, RATE, RATES
 from benchmarks.tasks import TASKS
 
 
@@ -17,7 +17,8 @@ def tables(rows: list[Row]) -> list[str]:
     blocks = []
     for task in TASKS:
         if mine := [row for row in rows if row["task"] == task]:
-            text = f"{GAMMA} layers at a time, learning rate {RATE:g}"
+            others = "".join(f", {rate:g} for {sampler}" for sampler, rate in RATES.items())
+            text = f"{GAMMA} layers at a time, learning rate {RATE:g}{others}"
             blocks += [f"## Samplers: task `{task}`", conditions(mine, text, *task_conditions(task, mine))]
             blocks.append(results(mine))
     return blocks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``samplers``: its cases differ in nothing but sampler, seed and task; its tables compare equal seeds."""
+"""Suite ``samplers``: its cases differ in sampler, seed and task, adapters in the rate, too; its tables compare equal seeds."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from benchmarks.case import Case, Request
 from benchmarks.methods import METHODS, grass_config
 from benchmarks.quality.suite import COMPARED_TASKS, SEEDS, SETTINGS, STEPS
 from benchmarks.samplers import suite, tables
-from benchmarks.samplers.suite import BASE, GAMMA, SAMPLERS
+from benchmarks.samplers.suite import BASE, GAMMA, RATE, RATES, SAMPLERS
 from benchmarks.worker import CONDITIONS
 
 
@@ -30,21 +30,22 @@ def row(case: Case, loss: float, accuracy: float) -> dict[str, Any]:
     return {**{name: getattr(case, name) for name in CONDITIONS}, **machine, **data, **measured}
 
 
-def test_cases_differ_in_sampler_seed_and_task_alone() -> None:
+def test_cases_differ_in_sampler_seed_task_and_the_rate_of_adapters() -> None:
     found = cases()
     assert [(case.seed, case.task, case.method) for case in found] == [
         (seed, task, sampler) for seed in SEEDS for task in COMPARED_TASKS for sampler in SAMPLERS
     ]
     first = {case.task: case for case in found if (case.seed, case.method) == (0, BASE)}
     for case in found:
-        assert replace(case, seed=0, method=BASE) == first[case.task]
-        assert (case.steps, case.lr * GAMMA, case.answers) == (STEPS, 1.6e-3, True)
+        assert replace(case, seed=0, method=BASE, lr=RATE) == first[case.task]
+        assert (case.steps, case.answers) == (STEPS, True)
+        assert case.lr == RATES.get(case.method, 1.6e-3 / GAMMA)
 
 
 @pytest.mark.parametrize("case", cases()[: len(SAMPLERS)], ids=lambda case: case.method)
 def test_a_case_has_the_block_of_its_sampler(case: Case) -> None:
     block = grass_config(case)
-    assert block is not None and METHODS[case.method].grass == {"sampler": block.sampler}
+    assert block is not None and (METHODS[case.method].grass or {})["sampler"] == block.sampler
     assert block.sampler == case.method
     assert (block.num_active_layers, block.seed) == (GAMMA, case.seed)
     assert {name: getattr(block, name) for name in SETTINGS} == SETTINGS
@@ -72,7 +73,7 @@ def test_samplers_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     assert lines_under(title, choice) == [
         {"sampler": "outlier", "test loss": "7.000", "accuracy": "1.000", "seeds": "1"}
     ]
-    assert "- 8 layers at a time, learning rate 0.0002\n" in arithmetic[1]
+    assert "- 8 layers at a time, learning rate 0.0002, 0.0004 for ist\n" in arithmetic[1]
     (tmp_path / "samplers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     sections = [line for line in render.results(tmp_path).splitlines() if line.startswith("## Samplers")]
     assert sections == ["## Samplers: task `arithmetic`", "## Samplers: task `choice`"]
