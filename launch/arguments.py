@@ -14,7 +14,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
-from launch import adapters, distributed, dtype, methods
+from launch import adapters, distributed, dtype, learning_rate, methods
 from launch.data.sources import BUILTIN
 from launch.data.text_files import UTF8
 from launch.model import DEFAULT_MODEL
@@ -181,7 +181,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     per_device_train_batch_size: int = option(4, "Rows per step and process.")
     per_device_eval_batch_size: int = option(32, "Rows per evaluation batch and process.")
-    learning_rate: float = option(2e-4, "Peak learning rate.")
+    learning_rate: float = option(
+        1e-4, "Peak learning rate; if left out by the method and the layers at a time, see docs/training.md."
+    )
     lr_scheduler_type: str = option("cosine", "How the learning rate falls.")
     warmup_steps: float = option(5, "Steps until the peak learning rate is reached.")
     logging_steps: float = option(5, "Report the metrics every so many steps.")
@@ -249,13 +251,17 @@ def parse(argv: Sequence[str] | None = None, started: Callable[[float], None] = 
     path, ds_config, name = _configuration(given)
     # The CPU has no bf16 switch of its own in the Trainer: it must be told that the CPU is meant.
     on_cpu = get_accelerator().device_name() == "cpu"
-    parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu, **config_defaults(ds_config))
+    parser.set_defaults(output_dir=str(Path("runs") / name), use_cpu=on_cpu)
+    parser.set_defaults(**{"learning_rate": None, **config_defaults(ds_config)})
     if path is not None:
         parser.set_defaults(deepspeed=str(path))
     parser.set_defaults(**dict.fromkeys(_PRECISIONS))
     said = parser.parse_known_args(given)[0]  # ends here with --help
     if said.rank_timeout < 1:
         raise ValueError(f"--rank_timeout must be at least 1, got {said.rank_timeout}")
+    if said.learning_rate is None:
+        adapted = said.method is not None and methods.find(said.method).adapters
+        parser.set_defaults(learning_rate=learning_rate.default(ds_config, adapted))
     distributed.start()
     started(said.rank_timeout)
     checkpoint = resume_point(said.resume_from_checkpoint, Path(said.output_dir))

@@ -1,0 +1,38 @@
+"""The learning rate of a run that is not given one, from what trains at a time.
+
+The rates are those of SmolLM2-135M in benchmarks/ (suite frontier): the best rate of layer sampling times the layers
+that train at a time was the same from 2 to all 30 layers. Larger models need lower ones; see docs/training.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from grass_ds.config import parse_grass_block
+
+FULL, ADAPTERS = 1e-4, 4e-4
+PER_LAYER, LARGEST = 1.6e-3, 8e-4  # the latter from two layers down
+EVERYWHERE = 2e-4  # embeddings and head train at every step, beside a few layers
+
+
+def default(ds_config: Mapping[str, Any], adapters: bool) -> float:
+    """The peak learning rate.
+
+    Args:
+        ds_config: its "grass" block says how many layers train at a time.
+        adapters: LoRA adapters train.
+
+    Raises:
+        GrassConfigError: a mistake in the block.
+    """
+    block = parse_grass_block(ds_config)
+    if adapters:
+        return ADAPTERS
+    if block is None or block.sampler == "full":
+        return FULL
+    if {"embed", "head"} & set(block.always_active or ()):
+        return EVERYWHERE
+    if block.sampler == "module":
+        return LARGEST
+    return min(PER_LAYER / block.num_active_layers, LARGEST)
