@@ -68,6 +68,25 @@ def under(model, modules):
     return tuple(n for n, _ in model.named_parameters() if any(n.startswith(module + ".") for module in modules))
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_matrices_are_all_of_two_dimensions_inside_the_blocks_and_the_rest_does_not_train(name):
+    model = build(name, tied=False)
+    blocks = discover_layers(model)
+    layers = blocks.by_weight(model)
+    assert layers.blocks == blocks.names == blocks.blocks and blocks.depths == (0, 1, 2)
+    inside = {n: p for n, p in model.named_parameters() if n.startswith(blocks.path + ".")}
+    matrices = [n for n, p in inside.items() if p.dim() > 1]
+    assert list(layers.names) == matrices and layers.block_params == tuple((n,) for n in matrices)
+    assert layers.sizes == tuple(inside[n].numel() for n in matrices)
+    assert [blocks.names[depth] for depth in layers.depths] == [
+        next(block for block in blocks.names if n.startswith(block + ".")) for n in matrices
+    ]
+    assert sum(blocks.sizes) == sum(p.numel() for p in inside.values())
+    assert {*layers.outside.get("vector", ()), *matrices} == set(inside)
+    assert {kind: names for kind, names in layers.outside.items() if kind != "vector"} == blocks.outside
+    assert "vector" not in layers.resolve_always_active(None)
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders(name, tied):

@@ -78,7 +78,9 @@ def test_arguments_reach_the_sampler_and_unknown_ones_are_refused(package: str) 
     low, high = (controller(package, sampler_args={"slope": slope}).probabilities for slope in (0.0, 2.0))
     assert low == (0.25,) * 4
     assert high[3] / high[2] == pytest.approx(2.718281828**2)
-    with pytest.raises(ValueError, match="no argument slop; it has slope"):
-        controller(package, sampler_args={"slop": 1})
+    for layers in (2, 4):  # all of them at four, where nothing is drawn
+        with pytest.raises(ValueError, match="no argument slop; it has slope"):
+            controller(package, sampler_args={"slop": 1}, num_active_layers=layers)
+    assert controller(package, sampler_args={"slope": 2.0}, num_active_layers=4).active_layers == (0, 1, 2, 3)
     with pytest.raises(ValueError, match="uniform has no argument slope; it has none"):
         Controller(4, **GrassConfig(sampler="uniform", sampler_args={"slope": 1}).controller_arguments())
