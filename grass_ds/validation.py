@@ -14,7 +14,7 @@ from grass_ds.sampling.layers import ModelLayers, discover_layers
 from grass_ds.sampling.registry import find_sampler
 from grass_ds.versions import installed
 from grass_ds.zero.outliers import linear_modules
-from grass_ds.zero.response_suppression import adapters_of
+from grass_ds.zero.response_suppression import adapters_of, check_trainable
 
 # Path in the DeepSpeed config -> reason and remedy, then the values that are allowed beside null (default: false).
 REFUSED_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -160,9 +160,23 @@ def check_model(model: nn.Module, config: GrassConfig) -> ModelLayers:
         linear_modules(model, layers.names)
     if sampler.adapters:
         adapters_of(model, layers.names)
+        check_trainable(model, layers.names)
+        _check_outside_adapters(model, layers, config)
     if config.expansion_depth is not None and config.expansion_depth >= len(layers.blocks):
         raise GrassConfigError(
             f"grass.expansion_depth = {config.expansion_depth}: the model has layers 0 to {len(layers.blocks) - 1}; name "
             "one of them, or null for the lowest active layer"
         )
     return layers
+
+
+def _check_outside_adapters(model: nn.Module, layers: ModelLayers, config: GrassConfig) -> None:
+    """Refuse parameters that the user wants trained beside the adapters, and that would not train."""
+    always = layers.resolve_always_active(config.always_active)
+    trained = {name for name, param in model.named_parameters() if param.requires_grad}
+    for kind, names in layers.outside.items():
+        if kind not in always and (lost := sorted(trained & set(names))):
+            raise GrassConfigError(
+                f"{lost[0]} requires a gradient, but grass.sampler = {config.sampler!r} would never train it: add {kind!r} "
+                "to grass.always_active, or freeze it"
+            )

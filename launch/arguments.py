@@ -356,6 +356,11 @@ def _check(arguments: Arguments) -> None:
         )
     if (lora := arguments.lora()) is not None:
         adapters.check(f"--method {arguments.method.method}", lora, arguments.ds_config)
+    if arguments.method.method == "ist" and arguments.training.label_smoothing_factor:
+        raise ValueError(
+            f"--label_smoothing_factor {arguments.training.label_smoothing_factor:g}: the Trainer would take the labels "
+            "from the model, whose loss --method ist learns from; leave it out"
+        )
     for group, names in (
         (arguments.data, ("max_length", "train_samples", "inspect")),
         (arguments.evaluation, ("eval_samples", "max_new_tokens")),

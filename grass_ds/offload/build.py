@@ -36,6 +36,7 @@ def open_store(
     templates: Sequence[StateTemplate],
     *,
     num_active_layers: int,
+    largest_share: float = 1.0,
     device: torch.device,
     rank: int,
     aio: Mapping[str, Any],
@@ -44,6 +45,7 @@ def open_store(
 
     Args:
         templates: what the optimizer keeps, per param group.
+        num_active_layers, largest_share: see :meth:`StateLayout.largest_active_set`.
         rank: of this process in the whole job.
         aio: DeepSpeed's ``"aio"`` block.
 
@@ -56,7 +58,7 @@ def open_store(
     if config.device == "cpu":
         tier = HostTier(copies, config.pin_memory)
     elif config.device == "nvme":
-        count = _host_buffers(config, layout, units, num_active_layers)
+        count = _host_buffers(config, layout, units, num_active_layers, largest_share)
         tier = _open_nvme(config, layout, units, count, copies, rank, aio)
     return StateStore(tier, DeviceBuffers(tier, copies, device, layout, config), templates, layout, copies.trace)
 
@@ -97,13 +99,15 @@ def _chunk_numel(config: OffloadConfig, units: Sequence[Unit]) -> int:
     return round_up(min(config.chunk_numel, largest))
 
 
-def _host_buffers(config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int) -> int:
+def _host_buffers(
+    config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int, share: float
+) -> int:
     if config.host_buffers is not None:
         return config.host_buffers
     least = config.device_buffers + SPARE_BUFFERS
     if config.residency == "period":
         return max(least, 4)
-    wanted = layout.largest_active_set(units, num_active_layers) + SPARE_BUFFERS
+    wanted = layout.largest_active_set(units, num_active_layers, share) + SPARE_BUFFERS
     return max(least, min(wanted, DEFAULT_HOST_BYTES // layout.buffer_bytes))
 
 

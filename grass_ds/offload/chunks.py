@@ -63,10 +63,18 @@ class StateLayout:
         end, step = unit.shard_numel, self.chunk_numel
         return [Chunk(unit, start, min(step, end - start), start + step >= end) for start in range(0, end, step)]
 
-    def largest_active_set(self, units: Iterable[Unit], num_active_layers: int) -> int:
-        """Most chunks that train at a time: always-active units and the ``num_active_layers`` largest layers."""
-        counts = Counter[int | None]()
+    def largest_active_set(self, units: Iterable[Unit], num_active_layers: int, share: float = 1.0) -> int:
+        """Most chunks that train at a time: always-active units and the ``num_active_layers`` largest layers.
+
+        Args:
+            share: the largest of all layers' elements that these have; below 1 where every layer is one unit.
+        """
+        counts, elements = Counter[int | None](), 0
         for unit in units:
             if unit.ever_active:
                 counts[None if unit.always else unit.layer] += len(self.chunks(unit))
-        return counts.pop(None, 0) + sum(count for _, count in counts.most_common(num_active_layers))
+                elements += 0 if unit.always else unit.shard_numel
+        always, largest = counts.pop(None, 0), sum(count for _, count in counts.most_common(num_active_layers))
+        if share < 1.0:  # one incomplete chunk per unit
+            largest = min(largest, int(share * elements / self.chunk_numel) + num_active_layers)
+        return always + largest

@@ -81,6 +81,11 @@ class Controller:
         return self._sampler.most_active
 
     @property
+    def largest_share(self) -> float:
+        """The largest share of the layers' weights that trains at a time; 1 where :attr:`most_active` says it."""
+        return self._sampler.largest_share
+
+    @property
     def probabilities(self) -> tuple[float, ...]:
         """Chance of each layer to be picked first in the next draw; sums to 1. 1 / L before there are scores."""
         return self._sampler.probabilities(self.scores)

@@ -8,13 +8,14 @@ from typing import Any
 from grass_ds.sampling.samplers import Sampler, SamplingSettings, draw_without_replacement
 
 TRIALS, RATE = 3, 10.0  # sets per update and step size, as released
+ATTEMPTS = 20  # at different sets: there may be fewer, or one may be drawn nearly always
 
 
 class IstSampler(Sampler):
     """IST: layers by sigmoid(-I), where a higher I means less important; I begins at 0.
 
-    Every ``refresh_period`` steps, :data:`TRIALS` sets of half of the layers are drawn by sigmoid(I), each without
-    replacement, and the loss is measured with the adapters of each set weakened
+    Every ``refresh_period`` steps, :data:`TRIALS` different sets of half of the layers are drawn by sigmoid(I), each
+    without replacement, and the loss is measured with the adapters of each set weakened
     (:mod:`grass_ds.zero.response_suppression`). With rewards r_k = exp(-loss_k) - mean of exp(-loss), every layer i of
     set k has I_i += RATE * r_k * s_i * (1 - s_i), where s is the sigmoid of I before the update.
     """
@@ -34,8 +35,12 @@ class IstSampler(Sampler):
 
     def trials(self) -> list[tuple[int, ...]]:
         logits, half = [_log_sigmoid(value) for value in self._importance], max(self.num_layers // 2, 1)
-        drawn = (draw_without_replacement(logits, half, self._generator) for _ in range(TRIALS))
-        return [tuple(sorted(layers)) for layers in drawn]
+        sets: dict[tuple[int, ...], None] = {}
+        for _ in range(ATTEMPTS):
+            sets[tuple(sorted(draw_without_replacement(logits, half, self._generator)))] = None
+            if len(sets) == TRIALS:
+                break
+        return list(sets)
 
     def learn(self, trials: Sequence[Sequence[int]], losses: Sequence[float]) -> None:
         gains = [exp(-loss) for loss in losses]

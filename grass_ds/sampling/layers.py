@@ -46,11 +46,19 @@ class ModelLayers:
     tied: bool
 
     def by_weight(self, model: nn.Module) -> "ModelLayers":
-        """The same with every parameter of two or more dimensions inside the blocks as a layer of its own."""
+        """The same with every parameter of two or more dimensions inside the blocks as a layer of its own.
+
+        Raises:
+            LayerDiscoveryError: there is none.
+        """
         shapes = {name: _shape(param) for name, param in model.named_parameters()}
         inside = [(depth, name) for depth, names in enumerate(self.block_params) for name in names]
         drawn = [(depth, name) for depth, name in inside if len(shapes[name]) > 1]
         vectors = tuple(name for _, name in inside if len(shapes[name]) < 2)
+        if not drawn:
+            raise LayerDiscoveryError(
+                f"the blocks at {self.path} have no parameter of two dimensions or more to sample"
+            )
         depths, names = zip(*drawn, strict=True)
         return replace(
             self,

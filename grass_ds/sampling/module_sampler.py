@@ -18,8 +18,8 @@ class ModuleSampler(Sampler):
     G_b is the gradient norm of matrix b, averaged over each of its active periods and then over these: an exponential
     moving average with weight ``ema_alpha`` (the paper's 1 - beta), corrected for its start; 1 / tau is the paper's
     eta. A draw first takes all matrices that were never active, or the two whose last draw is longest ago. Others
-    follow by p_b without replacement. A matrix that exceeds what is left of the budget is passed over. As long as any
-    was never active, each set trains for one step.
+    follow by p_b without replacement. A matrix that exceeds what is left of the budget is out of the draw. As long as
+    any was never active, each set trains for one step.
 
     Raises:
         ValueError: the budget is below the largest matrix, which could never train.
@@ -45,6 +45,10 @@ class ModuleSampler(Sampler):
         return bisect(list(accumulate(sorted(self._sizes))), self._budget)
 
     @property
+    def largest_share(self) -> float:
+        return self.settings.module_budget
+
+    @property
     def draws_next(self) -> bool:
         return 0 in self._last
 
@@ -62,13 +66,15 @@ class ModuleSampler(Sampler):
         by_age = sorted(range(self.num_layers), key=self._last.__getitem__)
         first = max(self._last.count(0), OLDEST)
         forced, rest = by_age[:first], sorted(by_age[first:])
-        logits = self.logits(scores)
-        drawn = draw_without_replacement([logits[index] for index in rest], len(rest), self._generator)
-        active, left = [], self._budget
-        for index in (*forced, *(rest[place] for place in drawn)):
+        active, left, logits = [], self._budget, self.logits(scores)
+        for index in forced:
             if self._sizes[index] <= left:
                 active.append(index)
                 left -= self._sizes[index]
+        while rest := [index for index in rest if self._sizes[index] <= left]:
+            (place,) = draw_without_replacement([logits[index] for index in rest], 1, self._generator)
+            active.append(rest.pop(place))
+            left -= self._sizes[active[-1]]
         self._draws += 1
         for index in active:
             self._last[index] = self._draws

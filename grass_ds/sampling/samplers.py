@@ -97,6 +97,11 @@ class Sampler:
         return self._count
 
     @property
+    def largest_share(self) -> float:
+        """The largest share of the layers' weights that a draw may have; 1 where :attr:`most_active` says it."""
+        return 1.0
+
+    @property
     def draws_next(self) -> bool:
         """Whether the next draw comes after one step, whatever ``sample_period`` says."""
         return False

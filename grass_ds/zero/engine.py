@@ -99,7 +99,7 @@ class GrassEngine(CheckpointingEngine):
             else:
                 zero = GrassZero12Optimizer(*parts)
             undo.pop_all()
-        if find_sampler(config.sampler).adapters:
+        if find_sampler(config.sampler).adapters and controller.most_active < len(layers.names):
             self._suppression = ResponseSuppression(self.module, layers.blocks, group, self.device)
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)
@@ -121,6 +121,7 @@ class GrassEngine(CheckpointingEngine):
             units,
             [learn_template(optimizer, group, self.device) for group in optimizer.param_groups],
             num_active_layers=controller.most_active,
+            largest_share=controller.largest_share,
             device=self.device,
             rank=self.global_rank,
             aio=self.aio_config(),
@@ -140,7 +141,7 @@ class GrassEngine(CheckpointingEngine):
 
         total, most, clip = len(layers.names), optimizer.controller.most_active, self.gradient_clipping()
         by_weight = layers.names != layers.blocks
-        sampled = config.module_budget if by_weight else most / total
+        sampled = optimizer.controller.largest_share if by_weight else most / total
         share = sampled * sum(unit.numel for unit in units if unit.layer is not None) / sum(sizes.values())
         drawn = f"{total} matrices in {len(layers.blocks)} layers" if by_weight else f"{total} layers"
         # A scheduler may have set the rate of the first step already.
@@ -196,7 +197,7 @@ class GrassEngine(CheckpointingEngine):
 
         Raises:
             ValueError: ``compiled_autograd_enabled``, which would record the hooks that collect gradients; outliers
-                are being measured, by hooks that a graph may leave out; or single weights are sampled.
+                are being measured, by hooks that a graph may leave out; or matrices or adapters are sampled.
         """
         backend = get_accelerator().get_compile_backend() if backend is None else backend
         kwargs = dict(compile_kwargs or {})
@@ -210,10 +211,11 @@ class GrassEngine(CheckpointingEngine):
                 "engine.compile() while outliers are measured: hooks count the inputs of linear modules, which a "
                 'compiled graph may leave out. Call it once engine.grass.phase is "train"'
             )
-        if self.grass.layers != self.grass.blocks:
+        if self.grass.layers != self.grass.blocks or self._suppression is not None:
             raise ValueError(
-                f"engine.compile() with sampler {self.grass.config.sampler!r}: nearly every draw would need other "
-                "graphs, since any weight of a block may train or not. Leave it out, or sample whole layers"
+                f"engine.compile() with sampler {self.grass.config.sampler!r} would need new graphs all the time: for "
+                "every set of weights that train in a block, or of adapters that are weakened. Leave it out, or sample "
+                "whole layers"
             )
         if self.is_compiled:
             return

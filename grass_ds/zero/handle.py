@@ -51,9 +51,9 @@ class GrassHandle:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Per layer importance m_l, or outlier ratio D_l in percent (sampler ``outlier``).
+        """Per layer importance m_l, outlier ratio D_l in percent (``outlier``), or I, where more is less (``ist``).
 
-        None before the first probing is over, and for samplers without scores.
+        None before they are measured first, and for samplers without scores.
         """
         return self._controller.scores
 

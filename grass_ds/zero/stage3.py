@@ -27,7 +27,7 @@ from grass_ds.zero.fragments import PartitionedAccess
 from grass_ds.zero.optimizer import GrassZeroOptimizer
 
 EVERYTHING: tuple[int, ...] = (0,)  # key of passes through all blocks
-MOST_TRACES = 256  # one per block of the deepest models; sets of weights in a block are more
+MOST_TRACES = 256  # more than blocks in a model; the sets of weights in them are still more
 
 
 def _is_gathered(param: Any) -> bool:
@@ -76,6 +76,7 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
                     oldest = next(key for key in self.coordinators if key not in (EVERYTHING, self._lowest))
                     self.coordinators.pop(oldest)
                     self._recorded.discard(oldest)
+                    deepspeed_compat.clear_release_cache()  # which would keep it alive
                 self.coordinators[lowest] = deepspeed_compat.without_trace(offload.param_coordinator)
             offload.param_coordinator = self.coordinators[lowest]
             self._lowest = lowest

@@ -30,16 +30,16 @@ adamw: MakeOptimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 
 def make_units(rng: random.Random, largest: int = 6000) -> list[Unit]:
     """A module that always trains, and two units per layer: several grains with an odd end, and a few elements."""
-    always = _unit("norm/0", None, rng.randrange(16, largest), rng)
+    always = make_unit("norm/0", None, rng.randrange(16, largest), rng)
     layers = [
-        _unit(f"layers.{layer}/{group}", layer, numel, rng)
+        make_unit(f"layers.{layer}/{group}", layer, numel, rng)
         for layer in range(LAYERS)
         for group, numel in enumerate((rng.randrange(largest // 2, largest), rng.randrange(8, 64)))
     ]
     return [always, *layers]
 
 
-def _unit(name: str, layer: int | None, numel: int, rng: random.Random) -> Unit:
+def make_unit(name: str, layer: int | None, numel: int, rng: random.Random) -> Unit:
     weights = torch.randn(numel, generator=torch.Generator().manual_seed(rng.randrange(2**31)))
     param = nn.Parameter(weights.to(torch.bfloat16))
     kind = "norm" if layer is None else "block"

@@ -143,6 +143,12 @@ def test_lora_fa_on_zero3_is_refused_at_start(gathers: bool, tmp_path: Path, mon
         assert arguments.parse(["--method", "lora", *given]).lora() == Lora.choose(None, None, None, None)
 
 
+def test_label_smoothing_is_refused_with_ist() -> None:
+    given = ["--method", "ist", "--bf16", "false", "--label_smoothing_factor", "0.1"]
+    with pytest.raises(ValueError, match=r"--label_smoothing_factor 0.1: the Trainer would take the labels"):
+        arguments.parse(given)
+
+
 def test_a_target_that_the_model_lacks_is_named() -> None:
     with pytest.raises(ValueError, match=r"no module 'query'; its linear ones are down_proj, .*q_proj"):
         adapters.wrap(tiny_llama(), Lora(8, 16, ("q_proj", "query"), None))

@@ -52,7 +52,8 @@ def advance(controller, steps):
     for _ in range(steps):
         trials = controller.trials()
         if trials:
-            controller.learn(trials, [0.1 * len(set(trials[0]) & {0, 1}), 0.2, 0.5 + 0.1 * controller.step])
+            losses = [0.1 * len(set(trials[0]) & {0, 1}), 0.2, 0.5 + 0.1 * controller.step]
+            controller.learn(trials, losses[: len(trials)])
         switch = controller.end_step(measurement(controller) if controller.measuring else None)
         seen.append((switch, controller.phase, controller.active_layers, controller.scores, controller.visits))
     return seen

@@ -136,16 +136,17 @@ def test_module_draws_by_the_papers_rule(matrices, budget, seed, temperature):
         oldest = sorted(range(len(sizes)), key=lambda b: (last_used[b], b))[:2]
         order = [*unused, *(b for b in oldest if b not in unused)]
         rest = [b for b in range(len(sizes)) if b not in order]
-        while rest:
+        active, left = [], budget * sum(sizes)
+        for b in order:
+            if sizes[b] <= left:
+                active.append(b)
+                left -= sizes[b]
+        while rest := [b for b in rest if sizes[b] <= left]:
             shares = np.cumsum(p[rest] / p[rest].sum())
             point = torch.rand((), generator=generator, dtype=torch.float64).item()
-            order.append(rest.pop(int(np.searchsorted(shares, point, side="right"))))
+            active.append(rest.pop(min(int(np.searchsorted(shares, point, side="right")), len(rest) - 1)))
+            left -= sizes[active[-1]]
         assert sampler.draws_next == bool(unused)
-        active, parameters = [], 0
-        for b in order:
-            if parameters + sizes[b] <= budget * sum(sizes):
-                active.append(b)
-                parameters += sizes[b]
         assert sampler.draw(rms) == tuple(sorted(active))
         assert 1 <= len(active) <= sampler.most_active
         for b in active:
@@ -190,7 +191,13 @@ def test_ist_learns_and_draws_by_the_papers_rule(layers, losses, seed):
 
     for measured in losses:
         s = 1 / (1 + np.exp(-importance))
-        sets = [multinomial(s, max(int(0.5 * layers), 1)) for _ in range(3)]
+        sets = []
+        for _ in range(20):
+            drawn = multinomial(s, max(int(0.5 * layers), 1))
+            sets += [drawn] if drawn not in sets else []
+            if len(sets) == 3:
+                break
+        measured = measured[: len(sets)]
         assert sampler.trials() == sets
         sampler.learn(sets, measured)
         rewards = np.exp(-np.array(measured)) - np.exp(-np.array(measured)).mean()

@@ -37,9 +37,9 @@ def gradients(weights: dict[str, torch.Tensor], gas: int, step: int, world: int)
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def expanded_names(model: nn.Module, active: tuple[int, ...], lowest: int) -> set[str]:
-    layers = {layer for layer in range(lowest, LAYERS) if layer not in active}
-    return {name for name, _ in model.named_parameters() if layer_of(name) in layers}
+def within(name: str, layer: str) -> bool:
+    """Whether a parameter is in a layer of the sampler: a block, or a single matrix."""
+    return name == layer or name.startswith(layer + ".")
 
 
 def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
@@ -52,14 +52,16 @@ def moves(config: dict[str, Any], steps: int, groups: bool) -> None:
         gas, world = engine.gradient_accumulation_steps(), engine.dp_world_size
         for step in range(steps):
             before, active = snapshot(model), engine.grass.active_layers
-            lowest = min(active) if depth is None else min(*active, depth)
-            names = expanded_names(model, active, lowest)
-            assert engine.grass.expanded_layers == tuple(sorted({layer_of(name) for name in names}))
+            drawn = {n: index for index, layer in enumerate(engine.grass.layers) for n in before if within(n, layer)}
+            trained = {name for name, index in drawn.items() if index in active} | {"model.norm.weight"}
+            lowest = min(layer_of(name) for name in trained & drawn.keys())
+            lowest = lowest if depth is None else min(lowest, depth)
+            names = {name for name in drawn.keys() - trained if layer_of(name) >= lowest}
+            assert engine.grass.expanded_layers == tuple(sorted({drawn[name] for name in names}))
             exact = gradients(before, gas, step, world)
             train(engine, 1, start=step)
             after = snapshot(model)
             moved = {name for name in before if not torch.equal(before[name], after[name])}
-            trained = {n for n in before if layer_of(n) in active} | {"model.norm.weight"}
             assert moved == names | trained, f"step {step}"
             # Both sides sum float32; one expanded layer more would add percents.
             norm = sum(float(exact[name].square().sum()) for name in trained) ** 0.5
@@ -83,6 +85,8 @@ BLOCK = cyclic(2, expansion=EXPANSION)
         (2, 2, {"expansion_depth": 0}, False),
         (3, 1, {}, True),
         (3, 2, {}, False),
+        (2, 1, {"sampler": "module", "module_budget": 0.15}, False),
+        (3, 1, {"sampler": "module", "module_budget": 0.15}, False),
     ],
 )
 def test_inactive_layers_move_by_the_sign_of_the_gradient(

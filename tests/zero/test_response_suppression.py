@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.observed import logged
 from torch import nn
 
 from grass_ds.config import GrassConfig, GrassConfigError
@@ -154,14 +155,26 @@ def resume(config: dict[str, Any], folder: Path, saved: int, steps: int) -> Any:
         train(engine, steps, start=saved)
         assert (engine.grass.scores, engine.grass.active_layers) == whole[1:]
         after = snapshot(model)
-    return [name for name in after if not torch.equal(after[name], whole[0][name])], engine is not None
+    return [name for name in after if not torch.equal(after[name], whole[0][name])], whole[1]
 
 
 @dist
 @pytest.mark.parametrize("saved", [REFRESH - 1, REFRESH])
 def test_a_resumed_run_goes_on_by_the_bit(two_ranks: Any, tmp_path: Path, saved: int) -> None:
     run = partial(two_ranks.run, resume, config=config_of(dtype="bf16"), folder=tmp_path, saved=saved)
-    assert run(steps=REFRESH + 1) == [([], True)] * 2
+    for differing, scores in run(steps=REFRESH + 1):
+        assert differing == [] and any(scores)
+
+
+def frozen_adapters() -> nn.Module:
+    return adapted().requires_grad_(False)
+
+
+def thawed() -> nn.Module:
+    """A weight of the model trains beside the adapters."""
+    model = adapted()
+    model.get_submodule("base_model.model.model.layers.2.mlp.up_proj.base_layer").requires_grad_(True)
+    return model
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
@@ -179,6 +192,17 @@ def test_a_resumed_run_goes_on_by_the_bit(two_ranks: Any, tmp_path: Path, saved:
             partial(adapted, target_modules=["q_proj"], layers_to_transform=[1, 2]),
             BLOCK,
             r"and base_model.model.model.layers.0 has none: wrap the model",
+        ),
+        (frozen_adapters, BLOCK, r"the adapters of base_model.model.model.layers.0 are frozen; load them by"),
+        (
+            thawed,
+            BLOCK,
+            r"trains adapters alone, but base_model.model.model.layers.2.*base_layer.weight requires a gradient",
+        ),
+        (
+            partial(adapted, modules_to_save=["lm_head"]),
+            BLOCK,
+            r"lm_head.modules_to_save.default.weight requires a gradient, but .* add 'head' to grass.always_active",
         ),
         (
             adapted,
@@ -212,14 +236,42 @@ def broken_loss(config: dict[str, Any]) -> tuple[str, bool]:
     with engine_for(config, model) as engine:
         train(engine, REFRESH - 1)
         before = engine.grass.scores
-        broken = mock.patch.object(type(engine._suppression), "_loss", return_value=math.nan)
+        broken = mock.patch.object(type(engine._suppression), "_loss", return_value=math.inf)
         with broken, pytest.raises(ValueError, match="not all are finite") as raised:
             train(engine, 1, start=REFRESH)
         return str(raised.value), engine.grass.scores == before
+
+
+def without_tokens(config: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """The scores if the last micro-batch has no token to learn on rank 0, and if on no rank; and what is logged."""
+    seen = []
+    for alone in (True, False):
+        model = adapted()
+        with engine_for(config, model) as engine, logged("no rank's last micro-batch") as messages:
+            train(engine, REFRESH - 1)
+            for micro in range(2):
+                ids = batch(REFRESH, micro, engine.global_rank)
+                empty = micro == 1 and (engine.global_rank == 0 or not alone)
+                labels = torch.full_like(ids, -100) if empty else ids
+                # A mean over no token is not a number, and its gradient neither: a Trainer divides a sum instead.
+                loss = engine(input_ids=ids, labels=labels, num_items_in_batch=ids.numel()).loss
+                engine.backward(loss)
+                engine.step()
+            seen.append((engine.grass.scores, len(messages)))
+    return seen
 
 
 @dist
 def test_a_model_that_computes_no_loss_and_a_broken_loss_are_errors(one_rank: Any) -> None:
     assert "engine(input_ids=ids, labels=labels)" in one_rank.run(without_labels, config=config_of())[0]
     message, kept = one_rank.run(broken_loss, config=config_of())[0]
-    assert "losses [nan, nan, nan]" in message and kept
+    assert "losses [inf, inf, inf]" in message and kept
+
+
+@dist
+def test_a_micro_batch_without_a_token_to_learn_does_not_count(two_ranks: Any) -> None:
+    ranks = two_ranks.run(without_tokens, config=config_of(gas=2))
+    for (one, quiet), (none, _) in ranks:
+        assert one == ranks[0][0][0] and any(one) and all(map(math.isfinite, one))
+        assert quiet == 0 and none == (0.0,) * LAYERS
+    assert [warned for _, (_, warned) in ranks] == [1, 0]

@@ -2,11 +2,12 @@
 """Which weights ZeRO-3 gathers and when, and how its trace of modules changes."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from helpers.models import batch, engine_of, loss_of, snapshot
-from helpers.small import PERIOD, WORLD, model_for, part
+from helpers.models import batch, engine_of, loss_of, snapshot, tiny_llama, train
+from helpers.small import HIDDEN, PERIOD, WORLD, model_for, part
 from helpers.tiered import tiered
 from helpers.traffic import Collectives, Gathers
 from helpers.zero3 import (
@@ -21,6 +22,8 @@ from helpers.zero3 import (
     layers_in,
     status,
 )
+
+from grass_ds.zero import stage3
 
 pytestmark = pytest.mark.dist
 
@@ -95,6 +98,23 @@ def test_backward_gathers_nothing_below_the_lowest_active_layer(
             elif number % PERIOD:  # by a trace: all of a forward pass is under way before it is needed
                 assert step["complete"] and set(step["ahead"]) == NAMES.keys()
             assert step["step"] == [] and step["before"] == step["after"] == {"NOT_AVAILABLE"}
+
+
+def train_by_matrices(config: dict[str, Any], most: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The weights after a run with at most so many traces, and how many there were after each step."""
+    counts = []
+    with mock.patch.object(stage3, "MOST_TRACES", most), engine_of(config, tiny_llama(hidden=HIDDEN)) as engine:
+        train(engine, 14, after_step=lambda step: counts.append(len(engine.optimizer.coordinators)))
+        return snapshot(engine.module), counts
+
+
+def test_traces_of_sets_of_matrices_are_bounded(two_ranks: Any) -> None:
+    grass = {"sampler": "module", "module_budget": 0.1, "sample_period": 1}
+    config = config_of(DEFAULT, grass)
+    few, many = (two_ranks.run(train_by_matrices, config=config, most=most) for most in (3, 256))
+    for (weights, counts), (expected, unbounded) in zip(few, many, strict=True):
+        assert max(counts) == 3 and max(unbounded) > 6
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # name -> (sampler's block, use_reentrant, micro-steps, whether the end of backward moves with the layers)
