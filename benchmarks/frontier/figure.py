@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe-Ito colours.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 AXES: dict[str, Callable[[Row], float]] = {
     "device memory in bf16, GB (cost model)": lambda row: device_bytes(row) / 1e9,
     "CPU seconds per step": lambda row: row["cpu_seconds"] / row["steps"],

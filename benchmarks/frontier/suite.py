@@ -49,6 +49,7 @@ PLAIN = (
     *(Setting(method) for method in BASELINES),
     *(Setting("uniform", gamma) for gamma in GAMMAS),
     *(Setting("grass", gamma) for gamma in (2, 8)),
+    Setting("lisa", 2),
     Setting("sign-sgd", GAMMAS[-1]),
 )
 

@@ -18,7 +18,6 @@ from helpers.models import (
     tiny_llama,
     train,
 )
-from torch import nn
 
 pytestmark = pytest.mark.dist
 
