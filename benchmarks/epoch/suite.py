@@ -18,12 +18,13 @@ SEEDS = (0, 1, 2)
 SETTINGS = {"probe_steps": 4, "sample_period": 5, "refresh_period": 10}
 # Method, keys of its "grass" block, learning rate: that of suite ``frontier``.
 RUNS: tuple[tuple[str, dict[str, float], float], ...] = (
-    ("full", {}, 5e-5),
-    ("lora", {}, 2e-4),
+    ("full", {}, 1e-4),
+    ("lora", {}, 4e-4),
     ("uniform", {"num_active_layers": 8}, 2e-4),
     ("grass", {"num_active_layers": 8}, 2e-4),
     ("cyclic", {"num_active_layers": 8}, 2e-4),
     ("uniform", {"num_active_layers": 2, "expansion": 0.2}, 8e-4),
+    ("sign-sgd", {"num_active_layers": 30}, 1e-4),
     ("uniform", {"num_active_layers": 15}, 1e-4),
     ("grass", {"num_active_layers": 15}, 1e-4),
 )

@@ -232,7 +232,7 @@ def lora_unwrapped(model: nn.Module) -> Any:
 @pytest.mark.parametrize("wrap", [lora, added_adapter, without_lora, wrapped_lora, lora_unwrapped])
 def test_peft_models(wrap: Any) -> None:
     message = refusal(ds_config(grass=grass_block()), wrap(tiny_llama()))
-    assert all(words in message for words in ("PEFT", "merge_and_unload()", "remove the block"))
+    assert all(words in message for words in ("PEFT", "merge_and_unload()", 'sampler": "ist', "without the block"))
 
 
 def test_moe_experts() -> None:
