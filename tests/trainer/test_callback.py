@@ -32,6 +32,7 @@ class FakeHandle:
 
     layers = tuple(f"model.layers.{i}" for i in range(NUM_LAYERS))
     probabilities = (0.25, 0.25, 0.5)
+    most_active = 1
     checkpoint = None
 
     def __init__(self, step: int = 0) -> None:
