@@ -44,14 +44,14 @@ def shard(sizes: list[int], world: int, stage: int) -> int:
 
 def layers_of(config: dict[str, Any]) -> list[list[int]]:
     """Elements of the parameters of every layer that the sampler draws from: blocks, or single matrices."""
-    return MATRICES * LAYERS if config["grass"]["sampler"] == "module" else [LAYER] * LAYERS
+    return MATRICES * LAYERS if config["grass"].get("sampler") == "module" else [LAYER] * LAYERS
 
 
 def weight_bytes(config: dict[str, Any], world: int) -> int:
     """The model as it rests on one rank: whole in ZeRO-1 and 2, its partitions in ZeRO-3."""
     stage = config["zero_optimization"]["stage"]
     units = [*layers_of(config), EMBED, EMBED, NORM]
-    if config["grass"]["sampler"] == "module":
+    if config["grass"].get("sampler") == "module":
         units.append(VECTORS * LAYERS)  # in a unit that never trains
     shards = sum(shard(unit, world, stage) for unit in units)
     return width(config) * shards * (world if stage < 3 else 1)
