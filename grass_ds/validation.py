@@ -8,6 +8,7 @@ from torch import nn
 
 from grass_ds.config import GrassConfig, GrassConfigError
 from grass_ds.core import deepspeed_compat
+from grass_ds.core.dotted_paths import value_at
 from grass_ds.offload.block_io import AioSettings
 from grass_ds.sampling.importance import Signal
 from grass_ds.sampling.layers import ModelLayers, discover_layers
@@ -57,13 +58,6 @@ _NEED_WHOLE_TENSORS = {"muon", "muonwithauxadam", "adafactor", "lamb", "fusedlam
 _NEED_WHOLE_TENSORS |= {"onebitadam", "onebitlamb", "zerooneadam"}
 
 
-def _lookup(config: Any, path: str) -> Any:
-    """The value at a dotted path; None if there is none."""
-    for key in path.split("."):
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
-
-
 def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig, optimizer: object = None) -> None:
     """Raise :class:`GrassConfigError` with every setting of ``ds_config`` that does not work with its block.
 
@@ -76,7 +70,7 @@ def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig, optimizer
     ]
     if config.offload.device == "nvme":
         try:
-            AioSettings.parse(_lookup(ds_config, "aio") or {})
+            AioSettings.parse(value_at(ds_config, "aio") or {})
         except GrassConfigError as error:
             problems.append(str(error))
     if problems:
@@ -85,7 +79,7 @@ def check_ds_config(ds_config: Mapping[str, Any], config: GrassConfig, optimizer
 
 
 def _stage_problems(ds_config: Mapping[str, Any], config: GrassConfig) -> Iterator[str]:
-    stage = _lookup(ds_config, "zero_optimization.stage")
+    stage = value_at(ds_config, "zero_optimization.stage")
     if stage == 3 and find_sampler(config.sampler).adapters:
         yield (
             f"zero_optimization.stage = 3: grass.sampler = {config.sampler!r} trains adapters, whose weights are few, on "
@@ -99,7 +93,7 @@ def _stage_problems(ds_config: Mapping[str, Any], config: GrassConfig) -> Iterat
             "weights before they have arrived, in save_16bit_model() among others; "
             "pip install 'deepspeed>=0.19.8,<0.20', or set stage 1 or 2"
         )
-    where = _lookup(ds_config, "zero_optimization.offload_param.device") or "none"
+    where = value_at(ds_config, "zero_optimization.offload_param.device") or "none"
     if where not in (("none", "cpu") if stage == 3 else ("none",)):
         yield (
             f"zero_optimization.offload_param.device = {where!r}: weights stay on the device on ZeRO-1/2, and on "
@@ -109,7 +103,7 @@ def _stage_problems(ds_config: Mapping[str, Any], config: GrassConfig) -> Iterat
 
 def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
     for path, (why, *allowed) in REFUSED_SETTINGS.items():
-        value = _lookup(ds_config, path)
+        value = value_at(ds_config, path)
         if value is not None and value not in (allowed or [False]):
             yield f"{path} = {value!r}: {why}"
     section = ds_config.get("checkpoint", {})
@@ -118,7 +112,7 @@ def _setting_problems(ds_config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _optimizer_problems(ds_config: Mapping[str, Any], optimizer: object) -> Iterator[str]:
-    kind, client = str(_lookup(ds_config, "optimizer.type") or "").lower(), type(optimizer).__name__
+    kind, client = str(value_at(ds_config, "optimizer.type") or "").lower(), type(optimizer).__name__
     if kind in _NEED_WHOLE_TENSORS:
         yield f"optimizer.type = {kind!r}: needs whole matrices, and ranks hold flat shards; use AdamW"
     if client.lower() in _NEED_WHOLE_TENSORS:

@@ -14,6 +14,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import HfArgumentParser
 
+from grass_ds.core.dotted_paths import value_at
 from launch import adapters, distributed, dtype, learning_rate, methods
 from launch.data.sources import BUILTIN
 from launch.data.text_files import UTF8
@@ -286,9 +287,7 @@ def config_defaults(ds_config: Mapping[str, Any]) -> dict[str, Any]:
     """Trainer options that the DeepSpeed configuration fixes: said once, the two cannot differ."""
     defaults = {}
     for key, option in _SHARED_WITH_CONFIG.items():
-        value: Any = ds_config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+        value = value_at(ds_config, key)
         if value is not None and value != "auto":
             defaults[option] = value
     return defaults

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grass_ds.core.dotted_paths import value_at
 from grass_ds.trainer.history import History
 
 REPORT = "report.json"  # of launch/train.py
@@ -139,7 +140,7 @@ def _add_report(run: SavedRun, report: Mapping[str, Any]) -> None:
     if isinstance(memory, Mapping):
         sizes = [_number(memory, f"{category}.device") for category in memory]
         run.device_bytes = sum(size for size in sizes if size is not None)
-    facts = {key: report.get(key) for key in _FACTS} | {"precision": _lookup(report, "precision.name")}
+    facts = {key: report.get(key) for key in _FACTS} | {"precision": value_at(report, "precision.name")}
     run.settings = {"run": facts}
     for source, key in (("option", "settings"), ("config", "ds_config")):
         if isinstance(report.get(key), Mapping):
@@ -182,20 +183,14 @@ def _read_history(file: Path) -> History | None:
     return history
 
 
-def _lookup(source: Any, path: str) -> Any:
-    for key in path.split("."):
-        source = source.get(key) if isinstance(source, Mapping) else None
-    return source
-
-
 def _number(source: Any, path: str) -> float | None:
     """The number at a dotted path; None: there is none."""
-    value = _lookup(source, path)
+    value = value_at(source, path)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _integer(source: Any, path: str) -> int | None:
-    value = _lookup(source, path)
+    value = value_at(source, path)
     return value if type(value) is int else None
 
 
