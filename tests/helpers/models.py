@@ -77,7 +77,7 @@ def cyclic(period: int = 1, **settings: Any) -> dict[str, Any]:
 def layer_of(name: str) -> int | None:
     """Index of the decoder block that a parameter is in."""
     parts = name.split(".")
-    return int(parts[2]) if "layers" in parts else None
+    return int(parts[parts.index("layers") + 1]) if "layers" in parts else None
 
 
 def batch(step: int, micro: int, rank: int, size: int = 2) -> torch.Tensor:

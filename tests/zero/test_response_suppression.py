@@ -9,8 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.models import batch, ds_config, engine_of, grass_block, snapshot, tiny_llama, train
+from helpers.models import batch, ds_config, engine_of, grass_block, layer_of, snapshot, tiny_llama, train
 from helpers.observed import logged
+from helpers.reference import Reference
 from torch import nn
 
 from grass_ds.config import GrassConfig, GrassConfigError
@@ -44,10 +45,6 @@ def engine_for(config: dict[str, Any], model: nn.Module) -> Any:
     return engine_of(config, model, model_parameters=[param for param in model.parameters() if param.requires_grad])
 
 
-def layer_of(name: str) -> int:
-    return int(name.partition(".layers.")[2].split(".")[0])
-
-
 # ---- who moves ------------------------------------------------------------------------------------------------------
 
 
@@ -58,9 +55,7 @@ def follow(config: dict[str, Any]) -> dict[str, Any]:
     model, moved = adapted(), []
     with engine_for(config, model) as engine:
         named = {name: param for name, param in model.named_parameters() if "lora_" in name}
-        masters = {name: nn.Parameter(param.detach().float().clone()) for name, param in named.items()}
-        hyper = {"lr": LR, "weight_decay": 0.1}
-        optimizers = {name: torch.optim.AdamW([master], **hyper) for name, master in masters.items()}
+        reference = Reference(model, lambda name: {"lr": LR, "weight_decay": 0.1})
         for step in range(2 * REFRESH + 2):
             before, active = snapshot(model), engine.grass.active_layers
             for micro in range(engine.gradient_accumulation_steps()):
@@ -73,10 +68,10 @@ def follow(config: dict[str, Any]) -> dict[str, Any]:
             engine.step()
             after = snapshot(model)
             assert {name for name in after if not torch.equal(after[name], before[name])} == set(names)
-            for name, gradient in gradients.items():
-                masters[name].grad = gradient.float()
-                optimizers[name].step()
-                assert torch.equal(after[name], masters[name].detach().to(after[name].dtype)), f"{name}, step {step}"
+            reference.step(gradients)
+            for name in names:
+                master = reference.masters[name].detach()
+                assert torch.equal(after[name], master.to(after[name].dtype)), f"{name}, step {step}"
             assert all(param.grad is None for param in model.parameters())
             moved.append((active, engine.grass.scores))
         assert engine.grass.visits == tuple(sum(layer in active for active, _ in moved) for layer in range(LAYERS))
