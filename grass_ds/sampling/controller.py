@@ -81,6 +81,11 @@ class Controller:
         return self._sampler.most_active
 
     @property
+    def trains_adapters(self) -> bool:
+        """Whether the sampler draws adapters and has :meth:`trials`. False where nothing is drawn."""
+        return self._sampler.adapters
+
+    @property
     def largest_share(self) -> float:
         """The largest share of the layers' weights that trains at a time; 1 where :attr:`most_active` says it."""
         return self._sampler.largest_share

@@ -21,7 +21,6 @@ from grass_ds.offload.store import StateStore
 from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.importance import Signal
 from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers
-from grass_ds.sampling.registry import find_sampler
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
 from grass_ds.zero.checkpointing import CheckpointingEngine
 from grass_ds.zero.handle import GrassHandle
@@ -99,7 +98,7 @@ class GrassEngine(CheckpointingEngine):
             else:
                 zero = GrassZero12Optimizer(*parts)
             undo.pop_all()
-        if find_sampler(config.sampler).adapters and controller.most_active < len(layers.names):
+        if controller.trains_adapters:
             self._suppression = ResponseSuppression(self.module, layers.blocks, group, self.device)
         # accelerate and HF callbacks have the optimizer rather than the engine
         self.grass = zero.grass = GrassHandle(config, layers, zero, self.module)

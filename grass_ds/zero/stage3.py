@@ -63,7 +63,8 @@ class GrassZero3Optimizer(GrassZeroOptimizer):
         """The engine calls it at the start of every forward."""
         super().clear_backward_seen_flag()
         self._find_assigned()
-        layers = {unit.layer for unit in self._tracked if unit.layer is not None and unit.depth == self.lowest_block}
+        lowest = self.lowest_block
+        layers = {unit.layer for unit in self._tracked if unit.layer is not None and unit.depth == lowest}
         self._choose_trace(EVERYTHING if self._full_backward else tuple(sorted(layers)))
 
     def _choose_trace(self, lowest: tuple[int, ...]) -> None:
