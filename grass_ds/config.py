@@ -125,8 +125,9 @@ class GrassConfig(_Block):
     outliers, measured once (OWS, the sampling of OwLore). ``uniform``: at random (LISA). ``cyclic``: in turn
     (BAdam). ``module``: single weight matrices, by gradient norm and within ``module_budget`` (MISA); norms and biases
     inside the layers do not train then. ``ist``: the LoRA adapters of a PEFT model, by how much the loss depends on
-    them (IST); on ZeRO-1 and 2. ``full``: all parameters always train, embeddings and head included (plain fine-tuning). Others: an entry
-    point of the group ``grass_ds.samplers``, or the path of a class as in ``my_package.my_module.MySampler``."""
+    them (IST); on ZeRO-1 and 2. ``full``: all parameters always train, embeddings and head included (plain
+    fine-tuning). Others: an entry point of the group ``grass_ds.samplers``, or the path of a class as in
+    ``my_package.my_module.MySampler``."""
 
     num_active_layers: int = Field(2, ge=1)
     """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
