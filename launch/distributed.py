@@ -20,6 +20,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from grass_ds.cluster import placement
+from grass_ds.cluster.environment import PlacementError
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import RankFailedError, gather_from_ranks
 from grass_ds.doctor.extensions import communication_ready
@@ -176,7 +177,12 @@ def own_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def report_error(error: Exception) -> None:
-    """Say what ended the run, on one rank: the first that fails, before there is a process group rank 0."""
-    if first_to_fail() if dist.is_initialized() else rank() == 0:
+    """Say what ended the run, on one rank: the first that fails.
+
+    Before there is a process group: on one rank of each machine, whose files may differ, and on each rank whose launcher
+    has set it wrongly.
+    """
+    own = isinstance(error, PlacementError) or local_rank() == 0
+    if first_to_fail() if dist.is_initialized() else own:
         where = "" if isinstance(error, AgreedError) or world_size() == 1 else f" [rank {rank()}]"
         print(f"\nerror{where}: {error}", file=sys.stderr, flush=True)

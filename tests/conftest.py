@@ -26,6 +26,16 @@ from helpers.ranks import RankPool  # noqa: E402
 LEFT = pytest.StashKey[int]()
 
 
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """No test changes a variable of this process, which every later test's programs and ranks would inherit."""
+    before = dict(os.environ)
+    yield
+    # pytest says there which test runs; wandb where its service is.
+    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
+    assert changed <= {"PYTEST_CURRENT_TEST", "WANDB_SERVICE"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run also what is marked `all` or `slurm`")
 

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from launch import distributed
 from launch.data.arithmetic import generate
 
 CHATML = (
@@ -64,6 +65,12 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
     tiny_llama(tokenizer, layers=4).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line joins no process group: this process, its variables and its children stay as they are."""
+    monkeypatch.setattr(distributed, "start", lambda: None)
 
 
 @pytest.fixture(autouse=True)

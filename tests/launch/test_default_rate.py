@@ -52,7 +52,9 @@ def test_every_method_has_one(method: str) -> None:
 @pytest.mark.parametrize(
     ("more", "in_file", "rate"), [([], "auto", 8e-4), (["--learning_rate", "0.5"], "auto", 0.5), ([], 0.25, 0.25)]
 )
-def test_a_rate_that_is_given_is_taken(tmp_path: Path, more: list[str], in_file: Any, rate: float) -> None:
+def test_a_rate_that_is_given_is_taken(
+    tmp_path: Path, more: list[str], in_file: Any, rate: float, without_ranks: None
+) -> None:
     ds_config = json.loads((methods.CONFIGS / "grass.json").read_text())
     ds_config["optimizer"]["params"]["lr"] = in_file
     file = tmp_path / "own.json"

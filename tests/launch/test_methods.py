@@ -15,7 +15,7 @@ from helpers.programs import ROOT, run_forked
 from transformers import AutoModelForCausalLM
 
 from grass_ds.config import parse_grass_block
-from launch import adapters, arguments, distributed, dtype, evaluate, methods
+from launch import adapters, arguments, dtype, evaluate, methods
 from launch.adapters import Lora
 from launch.arguments import MethodArguments
 from launch.model import load, resolve
@@ -128,12 +128,11 @@ def test_what_adapters_need_is_checked_before_training(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("gathers", [True, False])
-def test_lora_fa_on_zero3_is_refused_at_start(gathers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_fa_on_zero3_is_refused_at_start(gathers: bool, tmp_path: Path, without_ranks: None) -> None:
     """By the command line, before a model is loaded; with one remedy, as no setting of ZeRO-3 would help."""
     config = json.loads((CONFIGS / "zero3_full.json").read_text())
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = gathers
     (tmp_path / "zero3.json").write_text(json.dumps(config))
-    monkeypatch.setattr(distributed, "start", lambda: None)
     given = ["--deepspeed", str(tmp_path / "zero3.json"), "--output_dir", str(tmp_path / "out"), "--bf16", "false"]
     with pytest.raises(
         ValueError, match=r"^--method lora-fa with ZeRO-3: .* give a --deepspeed file with ZeRO stage 1 or 2"
@@ -143,7 +142,7 @@ def test_lora_fa_on_zero3_is_refused_at_start(gathers: bool, tmp_path: Path, mon
         assert arguments.parse(["--method", "lora", *given]).lora() == Lora.choose(None, None, None, None)
 
 
-def test_label_smoothing_is_refused_with_ist() -> None:
+def test_label_smoothing_is_refused_with_ist(without_ranks: None) -> None:
     given = ["--method", "ist", "--bf16", "false", "--label_smoothing_factor", "0.1"]
     with pytest.raises(ValueError, match=r"--label_smoothing_factor 0.1: the Trainer would take the labels"):
         arguments.parse(given)
