@@ -26,14 +26,15 @@ from helpers.ranks import RankPool  # noqa: E402
 LEFT = pytest.StashKey[int]()
 
 
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 @pytest.fixture(autouse=True)
-def _same_environment() -> Iterator[None]:
-    """No test changes a variable of this process, which every later test's programs and ranks would inherit."""
-    before = dict(os.environ)
+def _no_ranks_here() -> Iterator[None]:
+    """No test becomes a rank in this process: the programs that later tests start would inherit the variables."""
+    before = [os.environ.get(name) for name in LAUNCHER]
     yield
-    # pytest says there which test runs; wandb where its service is.
-    changed = {name for name in before.keys() | os.environ.keys() if before.get(name) != os.environ.get(name)}
-    assert changed <= {"PYTEST_CURRENT_TEST", "WANDB_SERVICE"}
+    assert before == [os.environ.get(name) for name in LAUNCHER], "launch.distributed.start() without a process for it"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
