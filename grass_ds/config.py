@@ -64,6 +64,13 @@ class OffloadConfig(_Block):
     paper's way). ``period``: the whole state of the active layers from one draw to the next, so that transfers happen
     at draws only. No effect with ``none``."""
 
+    state_format: Literal["fp32", "exact", "bf16", "8bit"] = "fp32"
+    """In which form the state is kept, moved and saved; a step computes in fp32 all the same. ``fp32``: 12 bytes per
+    weight with AdamW. ``exact``: of the master weights only what the bf16 weights do not say, so that nothing is lost:
+    10.1 bytes. ``bf16``: also the moments in bf16, rounded stochastically: 6.1 bytes. ``8bit``: the moments in 8 bits
+    per element and a scale per 256 elements: 4.2 bytes. fp32 weights are their own master weights in all but ``fp32``;
+    with fp16 weights ``exact`` is refused, and the others keep fp32 master weights."""
+
     nvme_path: str | None = None
     """Folder on a local disk for the state files; ``nvme`` needs it. One job may use it at a time. It must exist, so
     that a disk that is not mounted is an error. ``$VARIABLES`` are expanded. The files are removed at the end of the

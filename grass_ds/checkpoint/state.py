@@ -4,6 +4,9 @@
 DeepSpeed's tools (``zero_to_fp32.py``, ``ds_to_universal.py``) read the stock keys. ``"grass"`` holds what they do not
 know: which units have state, and the sampler. The tools expect state of every unit. A unit that was never stepped gets
 zero moments, each stored as one number with a stride of 0, and its low-precision weights as fp32.
+
+[Note: Compact states] With another ``offload.state_format`` than fp32 the stock keys hold the low-precision weights and
+no moments, and ``"grass"`` holds what the format keeps. :func:`expand` turns such a state dict into one of fp32 states.
 """
 
 import copy
@@ -24,10 +27,11 @@ from grass_ds.core.agreement import raise_on_all_ranks
 from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
 from grass_ds.core.deepspeed_compat import fragment_address
 from grass_ds.core.units import Unit
-from grass_ds.offload.store import StateStore, UnitState
+from grass_ds.offload.store import StateStore, UnitState, unpack
 from grass_ds.sampling.controller import Controller
 
 GRASS = "grass"
+STORED = "stored"  # compact states by the name of the unit
 INPUT_SQUARES = "input_squares"  # of a probing that measures outliers
 
 
@@ -57,7 +61,8 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
     get_accelerator().synchronize()
     optimizer.store.flush()
     units, store = optimizer.units, optimizer.store
-    states = {unit: _saved_state(unit, store) for unit in units}
+    stored = {unit.name: kept for unit in units if unit in store and (kept := store.stored(unit)) is not None}
+    states = {unit: _saved_state(unit, store, unit.name in stored) for unit in units}
     hyper = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     base = {
         "state": {unit.index: {**state.scalars, **state.moments} for unit, state in states.items()},
@@ -69,7 +74,7 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
         keys.LOSS_SCALER: optimizer.loss_scaler,
         "dynamic_loss_scale": optimizer.dynamic_loss_scale,
         "overflow": optimizer.overflow,
-        **dict(zip(_state_keys(optimizer), (base, masters), strict=True)),
+        **dict(zip(_state_keys(optimizer.stage), (base, masters), strict=True)),
         **(_slices(units) if optimizer.stage < 3 else {keys.PARTITION_COUNT: units[0].world}),
         keys.CLIP_GRAD: optimizer.clip_grad,
         keys.DS_VERSION: deepspeed.__version__,
@@ -79,14 +84,15 @@ def save(optimizer: ShardedOptimizer) -> dict[str, Any]:
             "layout": layout(units),
             "param_groups": hyper,
             "skips": optimizer.skips,
+            STORED: stored,
             "stepped": {unit.name: state.scalars for unit, state in states.items() if unit in store},
         },
     }
 
 
-def _state_keys(optimizer: ShardedOptimizer) -> tuple[str, str]:
+def _state_keys(stage: int) -> tuple[str, str]:
     """DeepSpeed's keys of the states and of the master weights."""
-    if optimizer.stage == 3:
+    if stage == 3:
         return keys.OPTIMIZER_STATE_DICT, keys.FP32_FLAT_GROUPS
     return keys.BASE_OPTIMIZER_STATE, keys.SINGLE_PARTITION_OF_FP32_GROUPS
 
@@ -104,8 +110,10 @@ def _slices(units: list[Unit]) -> dict[str, Any]:
     }
 
 
-def _saved_state(unit: Unit, store: StateStore) -> UnitState:
-    """The unit's state without padding; that of its first step if it was never stepped."""
+def _saved_state(unit: Unit, store: StateStore, compact: bool) -> UnitState:
+    """What the stock keys say of the unit, without padding; the state of its first step if it was never stepped."""
+    if compact:
+        return UnitState(_unpadded(unit, unit.shard).clone(), {}, store.scalars(unit))
     if unit in store:
         return store[unit].map(partial(_unpadded, unit))
     template = store.template(unit)
@@ -149,7 +157,7 @@ def load(
     assert state_dict_list is not None
     saved = state_dict_list[dist.get_rank(group=optimizer.dp_process_group)]
     stepped = _check(optimizer, saved, "the checkpoint")
-    states, masters = (saved[key] for key in _state_keys(optimizer))
+    states, masters = (saved[key] for key in _state_keys(optimizer.stage))
     if optimizer.stage == 3:  # its checkpoints hold no other weights
         for unit, master in zip(optimizer.units, masters, strict=True):
             _unpadded(unit, unit.shard).copy_(master)
@@ -161,11 +169,26 @@ def load(
         if unit.name in stepped:
             scalars = stepped[unit.name]
             moments = {k: v for k, v in states["state"][unit.index].items() if k not in scalars}
-            optimizer.store.put(unit, UnitState(master, moments, scalars).map(partial(_padded, unit)))
+            state = UnitState(master, moments, scalars)
+            if unit.name in saved[GRASS].get(STORED, ()):
+                state = unpack(saved[GRASS][STORED][unit.name], master, scalars)
+            optimizer.store.put(unit, state.map(partial(_padded, unit)))
         else:
             optimizer.store.drop(unit)
     if not load_from_fp32_weights:
         optimizer.refresh_fp32_params()
+
+
+def expand(saved: dict[str, Any]) -> None:
+    """Make of a state dict with compact states one with fp32 states, in place: as :func:`save` gives it with fp32."""
+    base, masters = (saved[key] for key in _state_keys(saved[keys.ZERO_STAGE]))
+    stored = saved[GRASS].pop(STORED, {})
+    for index, (name, _) in enumerate(saved[GRASS]["layout"]):
+        if name in stored:
+            state = unpack(stored[name], masters[index], saved[GRASS]["stepped"][name])
+            masters[index] = state.master.clone()  # without the padding behind it
+            base["state"][index] |= {key: moment.clone() for key, moment in state.moments.items()}
+    saved[GRASS][STORED] = {}
 
 
 def _load_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint, with_states: bool) -> None:

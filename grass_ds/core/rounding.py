@@ -46,8 +46,20 @@ def follow(master: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         float32, new memory.
     """
     most = 2 ** (DROPPED.get(weights.dtype, 1) - 1) - 1  # half a step of the dtype would be a tie
-    cut_off = _ordinals(master).sub_(_ordinals(master.to(weights.dtype))).clamp_(-most, most)
-    return _from_ordinals(_ordinals(weights).add_(cut_off))
+    return restored(weights, cut_off(master, master.to(weights.dtype)).clamp_(-most, most))
+
+
+def cut_off(master: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """What rounding has cut off ``master`` (float32), in steps of float32: int32, new memory."""
+    return _ordinals(master).sub_(_ordinals(rounded))
+
+
+def restored(rounded: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers ``cut`` (int32) steps above ``rounded``, new memory: the inverse of :func:`cut_off`.
+
+    Where nothing was cut off it is ``rounded``, also a zero with its sign.
+    """
+    return torch.where(cut == 0, rounded.to(torch.float32), _from_ordinals(_ordinals(rounded).add_(cut)))
 
 
 def _ordinals(values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from grass_ds.offload.host import HostTier
 from grass_ds.offload.nvme import SPARE_BUFFERS, NvmeTier
 from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.state_files import StateFiles, resolve_path
+from grass_ds.offload.state_format import choose_format
 from grass_ds.offload.state_template import StateTemplate
 from grass_ds.offload.store import StateStore
 from grass_ds.offload.tier import Tier
@@ -50,17 +51,20 @@ def open_store(
         aio: DeepSpeed's ``"aio"`` block.
 
     Raises:
-        GrassConfigError: the disk cannot be used.
+        GrassConfigError: the disk cannot be used, or the state format does not fit the weights.
     """
     copies = copies_for(device, Trace(config.trace, rank))
-    layout = StateLayout(tuple(template.planes for template in templates), _chunk_numel(config, units))
+    keys = {(unit.group, unit.dtype) for unit in units}
+    formats = {(g, dtype): choose_format(config.state_format, templates[g].moments, dtype) for g, dtype in keys}
+    layout = StateLayout({key: format.planes for key, format in formats.items()}, _chunk_numel(config, units))
     tier = Tier()
     if config.device == "cpu":
-        tier = HostTier(copies, config.pin_memory)
+        tier = HostTier(copies, layout, config.pin_memory)
     elif config.device == "nvme":
         count = _host_buffers(config, layout, units, num_active_layers, largest_share)
         tier = _open_nvme(config, layout, units, count, copies, rank, aio)
-    return StateStore(tier, DeviceBuffers(tier, copies, device, layout, config), templates, layout, copies.trace)
+    buffers = DeviceBuffers(tier, copies, device, layout, config)
+    return StateStore(tier, buffers, templates, formats, layout, device, copies.trace)
 
 
 def _open_nvme(
@@ -73,7 +77,7 @@ def _open_nvme(
     aio: Mapping[str, Any],
 ) -> NvmeTier:
     """The NVMe tier with ``count`` host buffers. If a part cannot be made, the others are closed."""
-    sizes = {unit.name: file_bytes(unit, layout.planes_of(unit)) for unit in units if unit.ever_active}
+    sizes = {unit.name: file_bytes(unit, layout) for unit in units if unit.ever_active}
     with ExitStack() as resources:
         path = resolve_path(str(config.nvme_path))
         files = resources.enter_context(closing(StateFiles(path, rank, _job(), sizes)))
@@ -81,7 +85,7 @@ def _open_nvme(
         resources.enter_context(closing(memory))
         open_direction = open_io(config.io, aio, files.direct, memory.locked)
         reader, writer = (resources.enter_context(closing(open_direction())) for _ in ("read", "write"))
-        chunk_files = ChunkFiles(files, reader, writer, config.checksum, copies.trace)
+        chunk_files = ChunkFiles(files, layout, reader, writer, config.checksum, copies.trace)
         tier = NvmeTier(chunk_files, memory.data, count, copies, layout, resources)
     if rank == 0:
         logger.info(

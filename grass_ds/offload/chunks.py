@@ -2,22 +2,29 @@
 """Chunks: the pieces in which optimizer state moves between device, host and disk, and in which it is stepped."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
 from grass_ds.core.units import Unit
+from grass_ds.offload.codecs import Plane
+from grass_ds.offload.state_files import ALIGNMENT
 
-ELEMENT = 4  # bytes: all state is fp32
-# Chunks start at multiples of this many elements: 4 KiB of fp32, which direct I/O needs. It is a multiple of every
-# vector width, so vectorised optimizers treat an element alike in every chunk.
+# Chunks start at multiples of this many elements. It is a multiple of every vector width and of the blocks of codecs, so
+# an element is treated alike in every chunk.
 GRAIN = 1024
 
 
 def round_up(numel: int) -> int:
     """The smallest multiple of :data:`GRAIN` that is at least ``numel``."""
     return -(-numel // GRAIN) * GRAIN
+
+
+def page_bytes(plane: Plane, elements: int) -> int:
+    """Bytes of a stored plane, rounded up to whole pages."""
+    return -(-plane.nbytes(elements) // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -39,24 +46,38 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StateLayout:
-    """How the state of units is divided: into planes (fp32 master weights, moments), and these into chunks."""
+    """How the stored state of units is divided: into planes, see :class:`StateFormat`, and these into chunks."""
 
-    planes: tuple[int, ...]
-    """Number of planes, per param group."""
+    planes: Mapping[tuple[int, torch.dtype], tuple[Plane, ...]]
+    """Of the units of a param group and a dtype."""
     chunk_numel: int
     """Most elements of a chunk, a multiple of :data:`GRAIN`."""
 
+    def planes_of(self, unit: Unit) -> tuple[Plane, ...]:
+        return self.planes[unit.group, unit.dtype]
+
     @property
-    def max_planes(self) -> int:
-        return max(self.planes)
+    def capacities(self) -> list[int]:
+        """Bytes of the memory, one piece per plane, that any chunk fits into: whole pages."""
+        sizes = [[page_bytes(plane, self.chunk_numel) for plane in planes] for planes in self.planes.values()]
+        return [max(each) for each in zip_longest(*sizes, fillvalue=0)]
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of a buffer that any chunk fits into."""
-        return self.max_planes * self.chunk_numel * ELEMENT
+        return sum(self.capacities)
 
-    def planes_of(self, unit: Unit) -> int:
-        return self.planes[unit.group]
+    def views(self, chunk: Chunk, memory: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The chunk's planes at the beginnings of pieces of memory, each uint8."""
+        planes = self.planes_of(chunk.unit)
+        return [
+            piece[: plane.nbytes(chunk.numel)].view(plane.dtype) for plane, piece in zip(planes, memory, strict=False)
+        ]
+
+    def parts(self, chunk: Chunk, stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The chunk's part of the planes of its whole unit, as views."""
+        planes = self.planes_of(chunk.unit)
+        return [plane.of(tensor, chunk.start, chunk.numel) for plane, tensor in zip(planes, stored, strict=True)]
 
     def chunks(self, unit: Unit) -> list[Chunk]:
         """The unit's shard in order."""

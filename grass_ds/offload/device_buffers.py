@@ -30,15 +30,15 @@ from grass_ds.offload.tier import Planes, Tier, Transfer
 
 @dataclass(eq=False)
 class DeviceBuffer:
-    """Device memory for one chunk: planes of equal capacity; ``dirty``: newer than the tier."""
+    """Device memory for one chunk: uint8, one piece per plane; ``dirty``: newer than the tier."""
 
-    planes: Planes
+    memory: Planes
     pending: Transfer | None = None
     dirty: bool = False
 
     @property
     def nbytes(self) -> int:
-        return sum(plane.nbytes for plane in self.planes)
+        return sum(piece.nbytes for piece in self.memory)
 
     @property
     def is_issued(self) -> bool:
@@ -108,7 +108,7 @@ class DeviceBuffers:
     # ---- in a step --------------------------------------------------------------------------------------------------
 
     def acquire(self, chunk: Chunk) -> Planes:
-        """The chunk's planes on the device, each [chunk.numel], loaded, or uninitialised if it was never stored."""
+        """The chunk's planes on the device, loaded, or uninitialised if it was never stored."""
         if chunk not in self._held:
             buffer = self._unused_buffer(chunk)
             if buffer is None:  # all are filled ahead, with what turned out not to come next
@@ -158,7 +158,7 @@ class DeviceBuffers:
                 self._store(chunk, buffer)
 
     def read(self, unit: Unit) -> Planes:
-        """The unit's planes, each [shard_numel], read-only: on the host, or on the device without a tier."""
+        """The unit's planes, read-only: on the host, or on the device without a tier."""
         if self.keeps_all:
             [chunk] = self._layout.chunks(unit)
             return self._views(self._held[chunk], chunk)
@@ -235,11 +235,11 @@ class DeviceBuffers:
 
     def _allocate(self, chunk: Chunk) -> DeviceBuffer:
         """A new buffer for the chunk, and for any other one with ``stream``."""
-        numel, planes = chunk.numel, self._layout.planes_of(chunk.unit)
+        sizes = [plane.nbytes(chunk.numel) for plane in self._layout.planes_of(chunk.unit)]
         if self._streams:
-            numel, planes = self._layout.chunk_numel, self._layout.max_planes
+            sizes = self._layout.capacities
         self._free_evicted()
-        buffer = DeviceBuffer([torch.empty(numel, dtype=torch.float32, device=self._device) for _ in range(planes)])
+        buffer = DeviceBuffer([torch.empty(size, dtype=torch.uint8, device=self._device) for size in sizes])
         self.peak_bytes = max(self.peak_bytes, self.nbytes + buffer.nbytes)
         return buffer
 
@@ -251,4 +251,4 @@ class DeviceBuffers:
         return [*self._held.values(), *self._free, *self._evicted]
 
     def _views(self, buffer: DeviceBuffer, chunk: Chunk) -> Planes:
-        return [plane.narrow(0, 0, chunk.numel) for plane in buffer.planes[: self._layout.planes_of(chunk.unit)]]
+        return self._layout.views(chunk, buffer.memory)

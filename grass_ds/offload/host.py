@@ -5,10 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from grass_ds.core.units import Unit
-from grass_ds.offload.chunks import ELEMENT, Chunk
+from grass_ds.offload.chunks import Chunk, StateLayout
 from grass_ds.offload.copies import Copies, synchronize
 from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.tier import Planes, Tier, Transfer, issued
@@ -20,20 +18,20 @@ class HostTier(Tier):
     A plane has memory of its own, from which a checkpoint is written without a copy. ``pin``: page-lock the planes.
     """
 
-    def __init__(self, copies: Copies, pin: bool):
-        self._copies, self._pin = copies, pin
+    def __init__(self, copies: Copies, layout: StateLayout, pin: bool):
+        self._copies, self._layout, self._pin = copies, layout, pin
         self._memory: dict[Unit, list[HostMemory]] = {}
         self._states: dict[Unit, Planes] = {}
         self._events: defaultdict[Unit, dict[Chunk, Any]] = defaultdict(dict)  # of the last copy of each chunk
 
     def load(self, chunk: Chunk, target: Planes, after: Sequence[Any]) -> Transfer:
         events = self._events[chunk.unit]
-        sources = map(chunk.of, self._states[chunk.unit])
+        sources = self._layout.parts(chunk, self._states[chunk.unit])
         events[chunk] = self._copies.load(zip(target, sources, strict=True), [*after, events.get(chunk)], str(chunk))
         return issued(events[chunk])
 
     def store(self, chunk: Chunk, source: Planes, after: Sequence[Any]) -> Transfer:
-        targets = map(chunk.of, self._state(chunk.unit, len(source)))
+        targets = self._layout.parts(chunk, self._state(chunk.unit))
         event = self._copies.store(zip(targets, source, strict=True), after, str(chunk))
         self._events[chunk.unit][chunk] = event
         return issued(event)
@@ -44,7 +42,7 @@ class HostTier(Tier):
 
     def write(self, unit: Unit, planes: Planes) -> None:
         self._synchronize(unit)
-        for here, there in zip(self._state(unit, len(planes)), planes, strict=True):
+        for here, there in zip(self._state(unit), planes, strict=True):
             here.copy_(there)
 
     def drop(self, unit: Unit) -> None:
@@ -62,11 +60,13 @@ class HostTier(Tier):
         for unit in list(self._states):
             self.drop(unit)
 
-    def _state(self, unit: Unit, planes: int) -> Planes:
+    def _state(self, unit: Unit) -> Planes:
         if unit not in self._states:
-            self._memory[unit] = [HostMemory(unit.shard_numel * ELEMENT, self._pin) for _ in range(planes)]
-            self.host_bytes += planes * unit.shard_numel * ELEMENT
-            self._states[unit] = [memory.data.view(torch.float32) for memory in self._memory[unit]]
+            planes = self._layout.planes_of(unit)
+            memory = [HostMemory(plane.nbytes(unit.shard_numel), self._pin) for plane in planes]
+            self._memory[unit] = memory
+            self.host_bytes += sum(piece.data.nbytes for piece in memory)
+            self._states[unit] = [piece.data.view(plane.dtype) for plane, piece in zip(planes, memory, strict=True)]
         return self._states[unit]
 
     def _synchronize(self, unit: Unit) -> None:

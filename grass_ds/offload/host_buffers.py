@@ -13,9 +13,9 @@ from grass_ds.offload.tier import Planes
 
 @dataclass(eq=False)
 class HostBuffer:
-    """Host memory for one chunk: planes [chunk_numel], float32."""
+    """Host memory for one chunk: whole pages, uint8, one piece per plane."""
 
-    planes: Planes
+    memory: Planes
     chunk: Chunk | None = None  # kept after its use: a chunk that comes back soon is served from here
     users: int = 0  # copies and transfers under way; the buffer keeps its chunk meanwhile
     filled: bool = False  # it holds the chunk's state rather than waiting for it

@@ -57,8 +57,8 @@ class NvmeTier(Tier):
         self._files, self._copies, self._layout = files, copies, layout
         self.host_bytes, self.nvme_bytes = memory.nbytes, files.nbytes
         self._host_copies = Copies(copies.trace)
-        planes = (part.chunk(layout.max_planes) for part in memory.view(torch.float32).chunk(count))
-        self._buffers = HostBuffers(HostBuffer(list(each)) for each in planes)
+        pieces = (part.split(layout.capacities) for part in memory.chunk(count))
+        self._buffers = HostBuffers(HostBuffer(list(each)) for each in pieces)
         self._lock = threading.Condition()
         self._queued: Counter[Chunk] = Counter()  # stores that the writer has not begun or not finished
         self._ahead: set[Chunk] = set()  # read-aheads that the reader has not finished
@@ -103,7 +103,7 @@ class NvmeTier(Tier):
         copy = (copies or self._copies).load
 
         def issue(buffer: HostBuffer) -> Any:
-            pairs = [(there, here[: chunk.numel]) for there, here in zip(target, buffer.planes, strict=False)]
+            pairs = zip(target, self._layout.views(chunk, buffer.memory), strict=True)
             return copy(pairs, [*after, buffer.event], str(chunk))
 
         with self._lock:
@@ -118,7 +118,7 @@ class NvmeTier(Tier):
         copy = (copies or self._copies).store
 
         def issue(buffer: HostBuffer) -> Any:
-            pairs = [(here[: chunk.numel], there) for here, there in zip(buffer.planes, source, strict=False)]
+            pairs = zip(self._layout.views(chunk, buffer.memory), source, strict=True)
             return copy(pairs, [*after, buffer.event], str(chunk))
 
         with self._lock:
@@ -179,7 +179,7 @@ class NvmeTier(Tier):
                     return self._buffers.acquire(buffer)
                 buffer = self._try_assign(chunk)
         buffer.synchronize()
-        self._files.read(chunk, self._planes(buffer, chunk))
+        self._files.read(chunk, buffer.memory)
         buffer.filled = True
         return buffer
 
@@ -213,7 +213,7 @@ class NvmeTier(Tier):
             buffer.dirty, buffer.writing = False, True
         try:
             synchronize([buffer.event])
-            self._files.write(chunk, self._planes(buffer, chunk))
+            self._files.write(chunk, buffer.memory)
         finally:
             with self._lock:
                 buffer.writing = False
@@ -222,16 +222,17 @@ class NvmeTier(Tier):
     # ---- between steps ----------------------------------------------------------------------------------------------
 
     def read(self, unit: Unit) -> Planes:
-        planes = [torch.empty(unit.shard_numel, dtype=torch.float32) for _ in range(self._layout.planes_of(unit))]
+        planes = self._layout.planes_of(unit)
+        stored = [torch.empty(plane.numel(unit.shard_numel), dtype=plane.dtype) for plane in planes]
         for chunk in self._layout.chunks(unit):
-            self.load(chunk, [chunk.of(plane) for plane in planes], (), self._host_copies).result()
-        return planes
+            self.load(chunk, self._layout.parts(chunk, stored), (), self._host_copies).result()
+        return stored
 
     def write(self, unit: Unit, planes: Planes) -> None:
-        self._files.add(unit, len(planes))  # of a unit that never trains, whose state was set by hand
+        self._files.add(unit)  # of a unit that never trains, whose state was set by hand
         self.nvme_bytes = self._files.nbytes
         for chunk in self._layout.chunks(unit):
-            source = [chunk.of(plane).to("cpu") for plane in planes]  # here, on the caller's stream
+            source = [part.to("cpu") for part in self._layout.parts(chunk, planes)]  # here, on the caller's stream
             self.store(chunk, source, (), self._host_copies).result()
 
     def drop(self, unit: Unit) -> None:
@@ -278,9 +279,6 @@ class NvmeTier(Tier):
         with self._lock:
             buffer.users -= 1
             self._lock.notify_all()
-
-    def _planes(self, buffer: HostBuffer, chunk: Chunk) -> Planes:
-        return buffer.planes[: self._layout.planes_of(chunk.unit)]
 
     def _wait_for_threads(self) -> None:
         for thread in (self._reader, self._writer):

@@ -26,11 +26,6 @@ class StateTemplate:
     """What is kept per tensor before the first step (``step``: 0), if this and moments of zeros are a fresh state; None
     if only the optimizer itself can make one."""
 
-    @property
-    def planes(self) -> int:
-        """Tensors of a unit's length: master weights and moments."""
-        return 1 + len(self.moments)
-
 
 def learn_template(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], device: torch.device) -> StateTemplate:
     """Step a parameter of 8 elements with the group's hyper-parameters; the optimizer is left as it was.

@@ -4,13 +4,18 @@
 State is made when a unit is stepped for the first time: its fp32 master weights are copied from the low-precision
 ones, which have not changed until then. So a layer that was never drawn costs nothing.
 
+[Note: Formats] Device buffers, tiers and checkpoints hold states as :class:`StateFormat` encodes them. A step decodes a
+chunk into memory of the store, and encodes it again. Where a format keeps of the master weights only what the weights
+do not say, those that were set without the weights (``safe_set_full_fp32_param``) are kept apart until they are the
+weights, too.
+
 [Note: Errors] A transfer can fail on one rank alone. Its peers can only hear of it in calls that every rank makes:
 ``step`` and some others (``agreement.raise_on_all_ranks``). All other calls raise no ``OffloadError``: the tier keeps
 its ``error``, and the next step raises it on every rank.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,11 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from grass_ds.core.rounding import follow
+from grass_ds.core.agreement import digest
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import Chunk, StateLayout
+from grass_ds.offload.codecs import WholeMaster
 from grass_ds.offload.device_buffers import DeviceBuffers
 from grass_ds.offload.state_files import OffloadError
+from grass_ds.offload.state_format import StateFormat, choose_format
 from grass_ds.offload.state_template import StateTemplate
 from grass_ds.offload.tier import Tier
 from grass_ds.offload.trace import Trace
@@ -47,11 +54,21 @@ class StateStore:
     """Optimizer states of all units that were ever stepped: device buffers over a tier on the host or on disk."""
 
     def __init__(
-        self, tier: Tier, buffers: DeviceBuffers, templates: Sequence[StateTemplate], layout: StateLayout, trace: Trace
+        self,
+        tier: Tier,
+        buffers: DeviceBuffers,
+        templates: Sequence[StateTemplate],
+        formats: Mapping[tuple[int, torch.dtype], StateFormat],
+        layout: StateLayout,
+        device: torch.device,
+        trace: Trace,
     ):
         self.trace = trace
         self.chunk_numel = layout.chunk_numel
-        self._tier, self._buffers, self._templates, self._layout = tier, buffers, templates, layout
+        self._tier, self._buffers, self._layout, self._device = tier, buffers, layout, device
+        self._templates, self._formats = templates, formats  # of a param group; of a param group and a dtype
+        self._decoded: list[torch.Tensor] = []  # a chunk's state in fp32 during its step
+        self._masters: dict[Unit, torch.Tensor] = {}  # fp32 master weights that were set without the weights
         self._scalars: dict[Unit, dict[str, Any]] = {}
         self._moved: set[Unit] = set()  # their weights have moved without the master weights
         self._assigned: set[Unit] = set()  # their master weights may have been set without the weights
@@ -62,28 +79,42 @@ class StateStore:
 
     def __getitem__(self, unit: Unit) -> UnitState:
         """The unit's state, read-only: :meth:`put` changes it. On the host, or on the device with ``device: none``."""
-        planes = self._buffers.read(unit)
-        moments = dict(zip(self.template(unit).moments, planes[1:], strict=True))
-        master = follow(planes[0], unit.shard.to(planes[0].device)) if unit in self._moved else planes[0]
-        return UnitState(master, moments, self._scalars[unit])
+        planes = stored = self._buffers.read(unit)
+        form, device, moved = self.format(unit), stored[0].device, unit in self._moved
+        if moved or not form.plain:
+            planes = [torch.empty(unit.shard_numel, device=device) for _ in range(1 + len(form.moments))]
+            form.decode(stored, unit.shard.to(device), moved, planes)
+        master = self._masters.get(unit, planes[0])
+        return UnitState(master, dict(zip(self.template(unit).moments, planes[1:], strict=True)), self._scalars[unit])
 
     def template(self, unit: Unit) -> StateTemplate:
         return self._templates[unit.group]
+
+    def scalars(self, unit: Unit) -> dict[str, Any]:
+        """What the optimizer keeps per tensor of a unit that has state."""
+        return self._scalars[unit]
+
+    def format(self, unit: Unit) -> StateFormat:
+        return self._formats[unit.group, unit.dtype]
 
     def chunks(self, unit: Unit) -> list[Chunk]:
         return self._layout.chunks(unit)
 
     @property
     def device_bytes(self) -> int:
-        return self._buffers.nbytes
+        return self._buffers.nbytes + self._decoded_bytes
 
     @property
     def peak_device_bytes(self) -> int:
-        return self._buffers.peak_bytes
+        return self._buffers.peak_bytes + self._decoded_bytes
+
+    @property
+    def _decoded_bytes(self) -> int:
+        return sum(plane.nbytes for plane in self._decoded)
 
     @property
     def host_bytes(self) -> int:
-        return self._tier.host_bytes
+        return self._tier.host_bytes + sum(master.nbytes for master in self._masters.values())
 
     @property
     def nvme_bytes(self) -> int:
@@ -129,13 +160,17 @@ class StateStore:
         if self.error is not None:
             raise self.error
         unit, template = chunk.unit, self.template(chunk.unit)
-        planes = self._buffers.acquire(chunk)
+        stored, form = self._buffers.acquire(chunk), self.format(chunk.unit)
+        planes = stored if form.plain else self._decoded_planes(chunk)
+        weights = chunk.of(unit.shard)
         if unit not in self:
-            planes[0].copy_(chunk.of(unit.shard))
+            planes[0].copy_(weights)
             for plane in planes[1:]:
                 plane.zero_()
-        elif unit in self._moved:
-            planes[0].copy_(follow(planes[0], chunk.of(unit.shard).to(planes[0].device)))
+        elif unit in self._moved or not form.plain:
+            form.decode(stored, weights.to(self._device), unit in self._moved, planes)
+            if unit in self._masters:
+                planes[0].copy_(chunk.of(self._masters[unit]))
         master, moments = nn.Parameter(planes[0]), dict(zip(template.moments, planes[1:], strict=True))
         scalars: Any = self._scalars.get(unit, template.start)
         if scalars is not None and (scalars or moments):
@@ -143,17 +178,24 @@ class StateStore:
         try:
             yield master
             scalars = _take_state(unit, optimizer.state.get(master, {}), moments)
+            form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank, _steps(scalars)), chunk.start)
             self._buffers.release(chunk)
             if chunk.last:
                 self._scalars[unit] = scalars
-                self._moved.discard(unit)
-                self._assigned.discard(unit)
+                self._forget(unit)
         except BaseException:
             if not self._buffers.keeps_all:  # half stepped, but the tier has the state before
                 self._buffers.discard(unit)
             raise
         finally:
             optimizer.state.pop(master, None)
+
+    def _decoded_planes(self, chunk: Chunk) -> list[torch.Tensor]:
+        """Memory for the chunk's state in fp32, one chunk after the other."""
+        if not self._decoded:
+            count = max(1 + len(template.moments) for template in self._templates)
+            self._decoded = [torch.empty(self.chunk_numel, device=self._device) for _ in range(count)]
+        return [plane[: chunk.numel] for plane in self._decoded[: 1 + len(self.template(chunk.unit).moments)]]
 
     def end_step(self) -> None:
         with suppress(OffloadError):
@@ -177,10 +219,28 @@ class StateStore:
             raise ValueError(f"{unit.name}: state of this optimizer cannot be set before the first step of the layer")
         zeros = torch.zeros((), device=state.master.device).expand(unit.shard_numel)
         planes = [state.master, *(state.moments.get(name, zeros) for name in template.moments)]
-        self._buffers.write(unit, planes)
+        self._forget(unit)
+        self._write(unit, planes)
         self._scalars[unit] = copy.deepcopy(dict(scalars))
-        self._moved.discard(unit)
         self._assigned.add(unit)
+
+    def _write(self, unit: Unit, planes: list[torch.Tensor]) -> None:
+        form, device = self.format(unit), planes[0].device
+        if form.plain:
+            self._buffers.write(unit, planes)
+            return
+        stored = [torch.empty(p.numel(unit.shard_numel), dtype=p.dtype, device=device) for p in form.planes]
+        form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank))
+        self._buffers.write(unit, stored)
+        weights = unit.shard.to(device)
+        if not isinstance(form.master, WholeMaster) and not _same_bits(planes[0].to(unit.dtype), weights):
+            self._masters[unit] = planes[0].clone()
+
+    def _forget(self, unit: Unit) -> None:
+        """Weights and master weights of the unit are in step again."""
+        self._moved.discard(unit)
+        self._assigned.discard(unit)
+        self._masters.pop(unit, None)
 
     @contextmanager
     def moving(self, unit: Unit) -> Iterator[None]:
@@ -190,6 +250,7 @@ class StateStore:
         """
         if unit in self._assigned:
             unit.shard.copy_(self[unit].master)
+        self._masters.pop(unit, None)
         yield
         self._assigned.discard(unit)
         if unit in self:
@@ -201,12 +262,23 @@ class StateStore:
             self.put(unit, UnitState(unit.shard.detach().to(torch.float32)))
         return self[unit]
 
+    def stored(self, unit: Unit) -> dict[str, Any] | None:
+        """The unit's state as it is kept, for a checkpoint: see :func:`unpack`. None if it is kept as it is."""
+        form = self.format(unit)
+        if form.plain:
+            return None
+        if unit in self._moved:  # what was encoded is of other weights
+            state = self[unit]
+            self._write(unit, [state.master, *state.moments.values()])
+            self._moved.discard(unit)
+        moments, planes = self.template(unit).moments, self._buffers.read(unit)
+        return {"format": form.name, "moments": moments, "planes": planes, "master": self._masters.get(unit)}
+
     def drop(self, unit: Unit) -> None:
         """Delete the unit's state, if any; the next step makes it from the weights again."""
         if self._scalars.pop(unit, None) is None:
             return
-        self._moved.discard(unit)
-        self._assigned.discard(unit)
+        self._forget(unit)
         with suppress(OffloadError):
             self._buffers.discard(unit)
         self._tier.drop(unit)
@@ -222,13 +294,42 @@ class StateStore:
 
     def close(self) -> None:
         """Release device memory, host memory, threads and files; write the trace. Idempotent."""
-        for units in (self._scalars, self._moved, self._assigned):
-            units.clear()
+        for held in (self._scalars, self._moved, self._assigned, self._masters, self._decoded):
+            held.clear()
         try:
             self._buffers.close()
         finally:
             self._tier.close()
             self.trace.write()
+
+
+def unpack(stored: Mapping[str, Any], weights: torch.Tensor, scalars: Mapping[str, Any]) -> UnitState:
+    """The state of which :meth:`StateStore.stored` is the stored form.
+
+    Args:
+        weights: the low-precision weights [n] that belong to it, without padding.
+
+    Returns:
+        a state [n], without padding, in new host memory.
+    """
+    planes, moments = [plane.cpu() for plane in stored["planes"]], stored["moments"]
+    numel = max(map(len, planes))
+    padded = torch.nn.functional.pad(weights.cpu(), (0, numel - len(weights)))
+    state = [torch.empty(numel) for _ in range(1 + len(moments))]
+    choose_format(stored["format"], moments, weights.dtype).decode(planes, padded, False, state)
+    master, *rest = (tensor[: len(weights)] for tensor in state)
+    if stored["master"] is not None:
+        master = stored["master"][: len(weights)]
+    return UnitState(master, dict(zip(moments, rest, strict=True)), dict(scalars))
+
+
+def _steps(scalars: Mapping[str, Any]) -> float:
+    """The step count, or 0 for an optimizer that has none."""
+    return float(scalars.get("step", 0))
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def _take_state(unit: Unit, state: dict[str, Any], moments: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import Chunk
 
 Planes = list[torch.Tensor]
-"""A chunk's or a unit's state: fp32 master weights, then the moments in the optimizer's order; all of one length."""
+"""The stored state of a chunk or a unit, see :class:`StateFormat`."""
 
 Transfer = Future[Any]
 """A copy between a tier and the device; its result is the event that it ends with, None for a synchronous copy."""
@@ -57,11 +57,11 @@ class Tier:
         """These chunks will be loaded next, in this order: read as many into host memory as there is room for."""
 
     def read(self, unit: Unit) -> Planes:
-        """The unit's state in host memory, each plane [shard_numel], read-only; blocks until it is there."""
+        """The unit's state in host memory, read-only; blocks until it is there."""
         raise NotImplementedError
 
     def write(self, unit: Unit, planes: Planes) -> None:
-        """Set the unit's state from tensors on any device, each [shard_numel]; blocks until it can be read."""
+        """Set the unit's state from tensors on any device; blocks until it can be read."""
         raise NotImplementedError
 
     def drop(self, unit: Unit) -> None:

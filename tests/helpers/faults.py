@@ -16,7 +16,7 @@ from urllib.parse import quote
 from grass_ds.core.units import Unit
 from grass_ds.offload import build
 from grass_ds.offload.block_io import BlockIO, Piece
-from grass_ds.offload.chunks import ELEMENT, round_up
+from grass_ds.offload.chunks import round_up
 from grass_ds.offload.state_files import OffloadError, StateFile
 
 ERRORS = {"disk": OffloadError, "thread": RuntimeError, "memory": MemoryError}
@@ -160,7 +160,7 @@ def flip(engine: Any) -> None:
     """One bit of the second moments, in a chunk that only the disk holds: the third of the first layer's five."""
     wait_for_transfers(engine)
     unit = next(unit for unit in engine.optimizer.units if unit.active and not unit.always)
-    offset = 2 * round_up(unit.shard_numel) * ELEMENT + 2 * 1024 * ELEMENT + 1234
+    offset = 2 * round_up(unit.shard_numel) * 4 + 2 * 1024 * 4 + 1234  # of fp32
     with open(state_path(engine, unit), "r+b") as file:
         file.seek(offset)
         [byte] = file.read(1)

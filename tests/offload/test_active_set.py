@@ -10,7 +10,7 @@ from helpers.state_rig import make_unit
 from grass_ds.offload.chunks import StateLayout
 
 SIZES = [300, 64, 64, 300, 700, 700, 128]
-LAYOUT = StateLayout(planes=(3,), chunk_numel=128)
+LAYOUT = StateLayout(planes={}, chunk_numel=128)
 
 
 @pytest.mark.parametrize("budget", [0.32, 0.5, 0.9])

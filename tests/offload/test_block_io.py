@@ -19,9 +19,10 @@ from helpers.state_rig import make_units
 from grass_ds.config import GrassConfigError
 from grass_ds.offload.block_io import AioIO, AioSettings, BlockIO, Piece, PosixIO, open_io
 from grass_ds.offload.chunk_files import file_bytes, pieces_of
-from grass_ds.offload.chunks import GRAIN, StateLayout, round_up
+from grass_ds.offload.chunks import GRAIN, StateLayout
 from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.state_files import ALIGNMENT, OffloadError, StateFile, StateFiles
+from grass_ds.offload.state_format import choose_format
 
 PAGES = 64
 BLOCK = 4 * ALIGNMENT
@@ -156,20 +157,21 @@ def test_a_deleted_file_is_still_there(
     assert not file.path.exists()
 
 
-def test_pieces_of_chunks_are_whole_pages_inside_the_file() -> None:
+@pytest.mark.parametrize("name", ["fp32", "exact", "bf16", "8bit"])
+def test_pieces_of_chunks_are_whole_pages_inside_the_file(name: str) -> None:
     """Nothing checks them later: AIO aborts the process when it reads beyond the end of a file."""
-    layout = StateLayout(planes=(3,), chunk_numel=2 * GRAIN)
+    planes = choose_format(name, ("exp_avg", "exp_avg_sq"), torch.bfloat16).planes
+    layout = StateLayout({(0, torch.bfloat16): planes}, chunk_numel=2 * GRAIN)
     for unit in make_units(random.Random(0)):
-        memory, numels = HostMemory(layout.buffer_bytes, pin=False), []
-        planes = list(memory.data.view(torch.float32).chunk(3))
-        offsets = set()
+        memory = HostMemory(layout.buffer_bytes, pin=False).data.split(layout.capacities)
+        pages: list[int] = []
         for chunk in layout.chunks(unit):
-            for piece in pieces_of(chunk, planes):
+            pieces = pieces_of(chunk, layout, memory)
+            for piece, view in zip(pieces, layout.views(chunk, memory), strict=True):
                 assert piece.tensor.data_ptr() % ALIGNMENT == piece.tensor.nbytes % ALIGNMENT == 0
-                offsets |= set(range(piece.offset, piece.offset + piece.tensor.nbytes, ALIGNMENT))
-                numels.append(piece.tensor.numel())
-        assert offsets == set(range(0, file_bytes(unit, 3), ALIGNMENT))
-        assert sum(numels) == 3 * round_up(unit.shard_numel)  # no page belongs to two of them
+                assert view.data_ptr() == piece.tensor.data_ptr() and view.nbytes <= piece.tensor.nbytes
+                pages += range(piece.offset, piece.offset + piece.tensor.nbytes, ALIGNMENT)
+        assert sorted(pages) == list(range(0, file_bytes(unit, layout), ALIGNMENT))  # no page belongs to two of them
 
 
 @pytest.fixture(params=["posix", "aio"])

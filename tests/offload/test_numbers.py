@@ -67,9 +67,11 @@ def run(config: Mapping[str, Any], offload: Offload, folder: Path) -> dict[str, 
 
 
 def compare(config: dict[str, Any], offloads: dict[str, Offload], folder: Path) -> dict[str, Any]:
-    """Where each of ``offloads`` differs from no offload."""
+    """Where each of ``offloads`` differs from no offload, in a format that loses nothing or else in theirs."""
+    formats = {offload.get("state_format", "fp32") for offload in offloads.values()}
+    kept = {} if formats & {"fp32", "exact"} else {"state_format": formats.pop()}
     with fp16_allowed():
-        reference = run(config, {"device": "none"}, folder)
+        reference = run(config, {"device": "none", **kept}, folder)
         report: dict[str, Any] = {
             "sets": reference["sets"],
             "skipped": reference["observed"]["steps"][1],
@@ -87,6 +89,7 @@ CPU, POSIX, AIO = {"device": "cpu"}, {"device": "nvme", "io": "posix"}, {"device
 STREAM, PERIODIC = {"residency": "stream"}, {"residency": "period"}
 GRAIN, ODD, UNIT = {"chunk_numel": 1}, {"chunk_numel": 1500}, {"chunk_numel": WHOLE}
 LATE = {"prefetch": "step"}
+EXACT, BF16, BITS8 = ({"state_format": name} for name in ("exact", "bf16", "8bit"))
 
 
 def buffers(device: int, host: int | None = None) -> Offload:
@@ -120,6 +123,69 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
             "cpu stream odd late": {**CPU, **STREAM, **ODD, **buffers(1), **LATE},
             "aio stream odd through files late": {**AIO, **STREAM, **ODD, **buffers(3, 5), **LATE, "checksum": True},
             "posix period odd late": {**POSIX, **PERIODIC, **ODD, **LATE},
+            "exact cpu stream odd": {**CPU, **STREAM, **ODD, **EXACT},
+            "exact posix period grain": {**POSIX, **PERIODIC, **GRAIN, **EXACT, "checksum": True},
+        },
+    ),
+    "bf16, exact": (
+        "two_ranks",
+        ds_config(stage=1, dtype="bf16", grass=sampled(sampler="uniform", expansion=0.5, always_active=["embed"])),
+        {
+            "none whole": {"device": "none", **EXACT},
+            "cpu stream odd": {**CPU, **STREAM, **ODD, **EXACT},
+            "aio stream grain through files": {**AIO, **STREAM, **GRAIN, **buffers(2, 4), "checksum": True, **EXACT},
+        },
+    ),
+    "fp32, exact": (
+        "two_ranks",
+        ds_config(grass=sampled(sampler="uniform", expansion=0.5)),
+        {
+            "none whole": {"device": "none", **EXACT},
+            "cpu period odd lazy": {**CPU, **PERIODIC, **ODD, **EXACT, "lazy": True},
+        },
+    ),
+    "bf16, moments in bf16": (
+        "two_ranks",
+        ds_config(dtype="bf16", grass=sampled(sampler="uniform", expansion=0.5)),
+        {
+            "cpu stream odd lazy": {**CPU, **STREAM, **ODD, **BF16, "lazy": True},
+            "cpu period grain": {**CPU, **PERIODIC, **GRAIN, **BF16},
+            "posix stream grain through files": {
+                **POSIX,
+                **STREAM,
+                **GRAIN,
+                **buffers(2, 4),
+                "checksum": True,
+                **BF16,
+            },
+        },
+    ),
+    "bf16, moments in 8 bits": (
+        "two_ranks",
+        ds_config(dtype="bf16", grass=sampled(sampler="uniform", expansion=0.5)),
+        {
+            "cpu stream odd lazy": {**CPU, **STREAM, **ODD, **BITS8, "lazy": True},
+            "cpu period grain": {**CPU, **PERIODIC, **GRAIN, **BITS8},
+            "posix stream grain through files": {
+                **POSIX,
+                **STREAM,
+                **GRAIN,
+                **buffers(2, 4),
+                "checksum": True,
+                **BITS8,
+            },
+        },
+    ),
+    "fp16, moments in 8 bits, skipped steps": (
+        "two_ranks",
+        ds_config(
+            dtype="fp16",
+            fp16={"initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 3},
+            grass=sampled(sampler="cyclic"),
+        ),
+        {
+            "cpu stream odd": {**CPU, **STREAM, **ODD, **BITS8},
+            "posix period grain": {**POSIX, **PERIODIC, **GRAIN, **BITS8},
         },
     ),
     "fp16, skipped steps": (
@@ -163,6 +229,8 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
         RUNS,
         "fp32, two of five layers",
         "bf16, probing again and refreshing, accumulation, clipping",
+        "bf16, exact",
+        "bf16, moments in 8 bits",
         "fp16, skipped steps",
     ),
 )
@@ -219,9 +287,10 @@ def test_other_optimizers(two_ranks: Any, tmp_path: Path) -> None:
 
 
 def move_between_tiers(config: dict[str, Any], offloads: list[Offload], folder: Path) -> str | None:
-    """A straight run without offload, and one that is saved and loaded into another kind of offload in mid-period."""
+    """A straight run, and one that is saved and loaded into another kind of offload in mid-period."""
     legs = 7  # steps: not a multiple of the period
-    with offloaded(config, {"device": "none"}, folder) as engine:
+    straightly = {"device": "none", "state_format": offloads[0].get("state_format", "fp32")}
+    with offloaded(config, straightly, folder) as engine:
         losses = train(engine, legs * len(offloads))
         straight = {**observe(engine), "losses": losses}
     losses, seen = [], {}
@@ -235,13 +304,27 @@ def move_between_tiers(config: dict[str, Any], offloads: list[Offload], folder: 
     return difference(straight, {**seen, "losses": losses})
 
 
+@pytest.mark.parametrize("name", ["bf16", "8bit"])
+def test_a_checkpoint_continues_in_its_format(two_ranks: Any, name: str, tmp_path: Path) -> None:
+    """Which loses something in every step, but nothing more by a checkpoint."""
+    offloads = [{**CPU, **GRAIN}, {"device": "none"}, {**POSIX, **PERIODIC, **ODD}]
+    config = ds_config(dtype="bf16", grass=sampled(sampler="uniform", expansion=0.5))
+    arguments = {
+        "config": config,
+        "folder": tmp_path,
+        "offloads": [{**each, "state_format": name} for each in offloads],
+    }
+    assert two_ranks.run(move_between_tiers, timeout=400.0, **arguments) == [None, None]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_checkpoint_continues_under_any_offload(two_ranks: Any, dtype: str, tmp_path: Path) -> None:
+    """And in either format that loses nothing."""
     offloads = [
         {**CPU, **GRAIN},
         {**POSIX, **ODD, **buffers(2, 4)},
-        {"device": "none"},
-        {**POSIX, **PERIODIC, **GRAIN},
+        {"device": "none", **EXACT},
+        {**POSIX, **PERIODIC, **GRAIN, **EXACT},
         {**CPU, **PERIODIC, **UNIT},
     ]
     config = ds_config(dtype=dtype, grass=sampled(sampler="grass"))
@@ -297,6 +380,8 @@ def test_values_set_in_mid_period_are_kept_and_used(two_ranks: Any, tmp_path: Pa
         {**CPU, **PERIODIC, **ODD},
         {**CPU, **GRAIN},
         {**POSIX, **PERIODIC, **UNIT},
+        {**CPU, **ODD, **EXACT},
+        {"device": "none", **EXACT},
     ]
     config = ds_config(dtype="bf16", lr=1e-2, grass=sampled(sampler="uniform"))
     found = two_ranks.run(compare_rewritten, config=config, offloads=offloads, folder=tmp_path, timeout=400.0)
