@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m grass_ds doctor`` and ``compare``."""
+"""The command line: ``python -m grass_ds doctor``, ``compare`` and ``expand``."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from grass_ds.doctor.run import run
 
@@ -35,9 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparison.add_argument("runs", metavar="RUN", nargs="+", help="the --output_dir of a run")
     comparison.add_argument("--plot", metavar="FILE.png", help="draw the loss curves")
     comparison.add_argument("--html", metavar="FILE", help="write one page with everything, which needs no network")
+    expansion = commands.add_parser(
+        "expand",
+        help="copy a checkpoint, with its optimizer states in fp32, for zero_to_fp32.py and ds_to_universal.py",
+        description='Only checkpoints of another "grass.offload.state_format" than fp32 need it.',
+    )
+    expansion.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder <save_dir>/<tag>")
+    expansion.add_argument("output", metavar="OUTPUT", type=Path, help="a folder to make")
     options = parser.parse_args(arguments)
     if options.command == "compare":
         return _compare(options)
+    if options.command == "expand":
+        return _expand(options)
     if options.command == "doctor":
         return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
     parser.print_help()
@@ -52,6 +62,18 @@ def _compare(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _expand(options: argparse.Namespace) -> int:
+    from grass_ds.checkpoint.expand import expand
+
+    try:
+        count = expand(options.checkpoint, options.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}: optimizer states of {count} ranks are fp32 now" if count else "nothing was compact")
     return 0
 
 

@@ -5,8 +5,8 @@ DeepSpeed's tools (``zero_to_fp32.py``, ``ds_to_universal.py``) read the stock k
 know: which units have state, and the sampler. The tools expect state of every unit. A unit that was never stepped gets
 zero moments, each stored as one number with a stride of 0, and its low-precision weights as fp32.
 
-[Note: Compact states] With another ``offload.state_format`` than fp32 the stock keys hold the low-precision weights and
-no moments, and ``"grass"`` holds what the format keeps. :func:`expand` turns such a state dict into one of fp32 states.
+[Note: Compact states] With another ``offload.state_format`` than fp32 the stock keys hold the low-precision weights
+and no moments, and ``"grass"`` holds what the format keeps. :func:`expand` makes of it a state dict of fp32 states.
 """
 
 import copy
@@ -170,13 +170,17 @@ def load(
             scalars = stepped[unit.name]
             moments = {k: v for k, v in states["state"][unit.index].items() if k not in scalars}
             state = UnitState(master, moments, scalars)
-            if unit.name in saved[GRASS].get(STORED, ()):
-                state = unpack(saved[GRASS][STORED][unit.name], master, scalars)
+            if stored := saved[GRASS].get(STORED, {}).get(unit.name):
+                state = unpack(stored, master, scalars)
             optimizer.store.put(unit, state.map(partial(_padded, unit)))
         else:
             optimizer.store.drop(unit)
     if not load_from_fp32_weights:
         optimizer.refresh_fp32_params()
+
+
+def is_compact(saved: dict[str, Any]) -> bool:
+    return bool(saved[GRASS].get(STORED))
 
 
 def expand(saved: dict[str, Any]) -> None:

@@ -96,8 +96,11 @@ def _open_nvme(
 
 
 def _chunk_numel(config: OffloadConfig, units: Sequence[Unit]) -> int:
-    """A multiple of :data:`GRAIN`, at most the largest shard that can ever train. ``none``: one chunk per unit."""
-    if config.device == "none":
+    """A multiple of :data:`GRAIN`, at most the largest shard that can ever train.
+
+    ``none``: one chunk per unit, unless a chunk is decoded to be stepped, which takes memory of its own.
+    """
+    if config.device == "none" and config.state_format == "fp32":
         return round_up(max(unit.shard_numel for unit in units))
     largest = max((unit.shard_numel for unit in units if unit.ever_active), default=GRAIN)
     return round_up(min(config.chunk_numel, largest))

@@ -160,8 +160,8 @@ class DeviceBuffers:
     def read(self, unit: Unit) -> Planes:
         """The unit's planes, read-only: on the host, or on the device without a tier."""
         if self.keeps_all:
-            [chunk] = self._layout.chunks(unit)
-            return self._views(self._held[chunk], chunk)
+            views = [self._views(self._held[chunk], chunk) for chunk in self._layout.chunks(unit)]
+            return views[0] if len(views) == 1 else [torch.cat(parts) for parts in zip(*views, strict=True)]
         self.flush()
         return self._tier.read(unit)
 
@@ -170,10 +170,11 @@ class DeviceBuffers:
         if not self.keeps_all:
             self._tier.write(unit, planes)
             return
-        [chunk] = self._layout.chunks(unit)
-        self._held[chunk] = self._allocate(chunk)
-        for target, source in zip(self._views(self._held[chunk], chunk), planes, strict=True):
-            target.copy_(source)
+        for chunk in self._layout.chunks(unit):
+            self._held[chunk] = self._allocate(chunk)
+            parts = self._layout.parts(chunk, planes)
+            for target, source in zip(self._views(self._held[chunk], chunk), parts, strict=True):
+                target.copy_(source)
 
     def close(self) -> None:
         """Wait for copies under way and free the memory."""

@@ -38,10 +38,16 @@ class StateFormat:
         return (*self.master.planes, *(plane for codec in self.moments for plane in codec.planes))
 
     @property
+    def needs_weights(self) -> bool:
+        """Whether the low-precision weights are part of the stored master weights."""
+        return not isinstance(self.master, WholeMaster)
+
+    @property
     def plain(self) -> bool:
         """Whether what is stored is the state itself."""
-        return isinstance(self.master, WholeMaster) and all(isinstance(codec, Float32) for codec in self.moments)
+        return not self.needs_weights and all(isinstance(codec, Float32) for codec in self.moments)
 
+    @torch.no_grad()
     def encode(
         self,
         state: Sequence[torch.Tensor],
@@ -50,12 +56,13 @@ class StateFormat:
         seed: int,
         start: int = 0,
     ) -> None:
-        """Write a state into the ``stored`` planes, see :meth:`Codec.encode`. ``dtype``: of the low-precision weights."""
+        """Write a state into the ``stored`` planes, see :meth:`Codec.encode`; ``dtype``: of the weights."""
         parts = self._of_codecs(stored)
         self.master.encode(state[0], next(parts), dtype)
         for index, (codec, values, part) in enumerate(zip(self.moments, state[1:], parts, strict=True)):
             codec.encode(values, part, seed + index, start)
 
+    @torch.no_grad()
     def decode(
         self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, state: Sequence[torch.Tensor]
     ) -> None:

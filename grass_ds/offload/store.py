@@ -4,9 +4,9 @@
 State is made when a unit is stepped for the first time: its fp32 master weights are copied from the low-precision
 ones, which have not changed until then. So a layer that was never drawn costs nothing.
 
-[Note: Formats] Device buffers, tiers and checkpoints hold states as :class:`StateFormat` encodes them. A step decodes a
-chunk into memory of the store, and encodes it again. Where a format keeps of the master weights only what the weights
-do not say, those that were set without the weights (``safe_set_full_fp32_param``) are kept apart until they are the
+[Note: Formats] Device buffers, tiers and checkpoints hold states as :class:`StateFormat` encodes them. A step decodes
+a chunk into memory of the store, and encodes it again. A format that needs the low-precision weights cannot hold
+master weights that were set without them (``safe_set_full_fp32_param``). Those are kept apart until they are the
 weights, too.
 
 [Note: Errors] A transfer can fail on one rank alone. Its peers can only hear of it in calls that every rank makes:
@@ -26,7 +26,6 @@ from torch import nn
 from grass_ds.core.agreement import digest
 from grass_ds.core.units import Unit
 from grass_ds.offload.chunks import Chunk, StateLayout
-from grass_ds.offload.codecs import WholeMaster
 from grass_ds.offload.device_buffers import DeviceBuffers
 from grass_ds.offload.state_files import OffloadError
 from grass_ds.offload.state_format import StateFormat, choose_format
@@ -133,6 +132,9 @@ class StateStore:
 
     def plan(self, units: Sequence[Unit]) -> None:
         """The coming steps step ``units``, in this order."""
+        if not self._decoded and not all(self.format(unit).plain for unit in units):
+            count = max(1 + len(template.moments) for template in self._templates)
+            self._decoded = [torch.empty(self.chunk_numel, device=self._device) for _ in range(count)]
         with suppress(OffloadError):
             self._buffers.plan([chunk for unit in units for chunk in self.chunks(unit)])
 
@@ -161,7 +163,8 @@ class StateStore:
             raise self.error
         unit, template = chunk.unit, self.template(chunk.unit)
         stored, form = self._buffers.acquire(chunk), self.format(chunk.unit)
-        planes = stored if form.plain else self._decoded_planes(chunk)
+        kept = [plane[: chunk.numel] for plane in self._decoded[: 1 + len(template.moments)]]
+        planes = stored if form.plain else kept
         weights = chunk.of(unit.shard)
         if unit not in self:
             planes[0].copy_(weights)
@@ -178,7 +181,8 @@ class StateStore:
         try:
             yield master
             scalars = _take_state(unit, optimizer.state.get(master, {}), moments)
-            form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank, _steps(scalars)), chunk.start)
+            if not form.plain:
+                form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank, _steps(scalars)), chunk.start)
             self._buffers.release(chunk)
             if chunk.last:
                 self._scalars[unit] = scalars
@@ -189,13 +193,6 @@ class StateStore:
             raise
         finally:
             optimizer.state.pop(master, None)
-
-    def _decoded_planes(self, chunk: Chunk) -> list[torch.Tensor]:
-        """Memory for the chunk's state in fp32, one chunk after the other."""
-        if not self._decoded:
-            count = max(1 + len(template.moments) for template in self._templates)
-            self._decoded = [torch.empty(self.chunk_numel, device=self._device) for _ in range(count)]
-        return [plane[: chunk.numel] for plane in self._decoded[: 1 + len(self.template(chunk.unit).moments)]]
 
     def end_step(self) -> None:
         with suppress(OffloadError):
@@ -233,7 +230,7 @@ class StateStore:
         form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank))
         self._buffers.write(unit, stored)
         weights = unit.shard.to(device)
-        if not isinstance(form.master, WholeMaster) and not _same_bits(planes[0].to(unit.dtype), weights):
+        if form.needs_weights and not _same_bits(planes[0].to(unit.dtype), weights):
             self._masters[unit] = planes[0].clone()
 
     def _forget(self, unit: Unit) -> None:

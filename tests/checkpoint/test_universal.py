@@ -12,6 +12,9 @@ from helpers.models import LAYERS, ds_config, engine_of, grass_block, snapshot, 
 from helpers.observed import difference, optimizer_state
 from helpers.tiered import tiered
 
+from grass_ds.checkpoint.expand import expand
+from grass_ds.checkpoint.folder import corrupt, problems
+
 pytestmark = pytest.mark.dist
 
 STEPS, SAVED_AFTER, ON_ONE = 12, 7, 2  # probed twice, drawn every third step: saved within the second period
@@ -33,6 +36,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "cyclic-bf16-zero3-nvme": (
         {"dtype": "bf16", "stage": 3},
         {"sampler": "cyclic", "offload": {"device": "nvme", "io": "posix"}},
+    ),
+    "uniform-bf16-zero2-moments-in-bf16": (
+        {"dtype": "bf16", "stage": 2},
+        {"sampler": "uniform", "offload": {"state_format": "bf16"}},
+    ),
+    "cyclic-bf16-zero3-exact": (
+        {"dtype": "bf16", "stage": 3},
+        {"sampler": "cyclic", "offload": {"state_format": "exact"}},
     ),
 }
 
@@ -101,13 +112,18 @@ def go_on(config: dict[str, Any], folder: Path, tag: str, steps: int, save_as: s
     return report
 
 
-def convert(folder: Path, tag: str, inject: bool = False) -> Path:
+def convert(folder: Path, tag: str, inject: bool = False, compact: bool = False) -> Path:
     from deepspeed.checkpoint import ds_to_universal
 
+    source = folder / tag
+    if compact:
+        source = folder / f"{tag}_in_fp32"
+        assert expand(folder / tag, source) == len(list(source.glob("*optim_states.pt")))
+        assert not problems(source) and not corrupt(source)
     workers = {"num_extract_workers": 1, "num_merge_workers": 1}
     options = {"keep_temp_folder": False, "strict": True, "inject_missing_state": inject}
     target = folder / f"{tag}_universal"
-    ds_to_universal.main(argparse.Namespace(input_folder=folder / tag, output_folder=target, **workers, **options))
+    ds_to_universal.main(argparse.Namespace(input_folder=source, output_folder=target, **workers, **options))
     return target
 
 
@@ -116,7 +132,9 @@ def tensor_in(path: Path) -> torch.Tensor:
     return (content["param"] if isinstance(content, dict) else content).reshape(-1)
 
 
-@pytest.mark.parametrize("case", tiered(CASES, "grass-bf16-zero1-host", "cyclic-bf16-zero3-nvme"))
+@pytest.mark.parametrize(
+    "case", tiered(CASES, "grass-bf16-zero1-host", "cyclic-bf16-zero3-nvme", "uniform-bf16-zero2-moments-in-bf16")
+)
 def test_two_ranks_then_one_then_four(
     two_ranks: Any, one_rank: Any, four_ranks: Any, case: str, tmp_path: Path
 ) -> None:
@@ -131,7 +149,8 @@ def test_two_ranks_then_one_then_four(
     assert len({run["units"][name][0] for name in stepped} - {None}) > 1  # states of layers that are not active
     assert sum(name.startswith("model.layers.") for name in idle) >= 1
 
-    files = convert(tmp_path, "two") / "zero"
+    compact = "state_format" in config["grass"].get("offload", {})
+    files = convert(tmp_path, "two", compact=compact) / "zero"
     for name, param in run["saved"]["masters"].items():
         assert torch.equal(tensor_in(files / name / "fp32.pt"), param.reshape(-1)), name
     for (name, key), moment in run["saved"]["moments"].items():
@@ -145,7 +164,7 @@ def test_two_ranks_then_one_then_four(
     assert alone["active"] == run["active"][SAVED_AFTER:][:ON_ONE]
     assert alone["trained"]
 
-    convert(tmp_path, "one")
+    convert(tmp_path, "one", compact=compact)
     for report in four_ranks.run(go_on, config=config, folder=tmp_path, tag="one_universal", steps=3):
         assert difference(alone["saved"], report["loaded"]) is None
         assert report["active"] == run["active"][SAVED_AFTER + ON_ONE :]

@@ -136,7 +136,7 @@ def test_all_mistakes_are_listed_at_once() -> None:
         ({"sample_perid": 5}, "grass.sample_perid", "Did you mean 'sample_period'?"),
         ({"xyz": 5}, "grass.xyz", "Known keys: enabled, sampler, num_active_layers"),
         ({"offload": {"pin_memry": True}}, "grass.offload.pin_memry", "Did you mean 'pin_memory'?"),
-        ({"offload": {"xyz": 1}}, "grass.offload.xyz", "Known keys: device, residency, nvme_path, pin_memory"),
+        ({"offload": {"xyz": 1}}, "grass.offload.xyz", "Known keys: device, residency, state_format, nvme_path"),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_known_one(block: dict[str, Any], path: str, hint: str) -> None:

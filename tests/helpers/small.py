@@ -9,7 +9,7 @@ from helpers.models import VOCAB, tiny_llama
 
 HIDDEN, LAYERS, PERIOD = 24, 4, 2
 ALIGNMENT = 8  # shards are multiples of this many elements
-STATE = 12  # bytes per element: fp32 weights and two moments
+PAGE = 4096  # bytes: tensors in a buffer are a multiple of it
 STEP_COUNT = 4  # bytes: torch's AdamW keeps a float32 step count per tensor
 GRAIN = 1024  # elements: device buffers are a multiple of it
 WORLD = {"one_rank": 1, "two_ranks": 2, "four_ranks": 4}
@@ -57,13 +57,30 @@ def weight_bytes(config: dict[str, Any], world: int) -> int:
     return width(config) * shards * (world if stage < 3 else 1)
 
 
-def state_bytes(layers: int | list[list[int]], world: int, stage: int) -> int:
+def state_format(config: dict[str, Any]) -> str:
+    return str(config["grass"].get("offload", {}).get("state_format", "fp32"))
+
+
+def planes(numel: int, name: str) -> list[int]:
+    """Bytes of each tensor that the format keeps of so many elements of AdamW's state, with bf16 weights."""
+    remainder, scales = [2 * numel, part(numel, 8)], 4 * part(numel, 256)
+    return {
+        "fp32": [4 * numel] * 3,
+        "exact": [*remainder, 4 * numel, 4 * numel],
+        "bf16": [*remainder, 2 * numel, 2 * numel],
+        "8bit": [*remainder, numel, scales, numel, scales],
+    }[name]
+
+
+def state_bytes(config: dict[str, Any], layers: int | list[list[int]], world: int) -> int:
     """Optimizer state of so many blocks, or of these layers, and of the final norm on one rank, step counts aside."""
-    layers = [LAYER] * layers if isinstance(layers, int) else layers
-    return STATE * sum(shard(unit, world, stage) for unit in (*layers, NORM))
+    layers, stage = [LAYER] * layers if isinstance(layers, int) else layers, config["zero_optimization"]["stage"]
+    return sum(sum(planes(shard(unit, world, stage), state_format(config))) for unit in (*layers, NORM))
 
 
 def buffer_bytes(config: dict[str, Any], world: int) -> int:
-    """Two device buffers, each as large as the largest shard that trains: a layer's."""
+    """Two device buffers, each as large as the largest shard that trains: a layer's; and one that is decoded into."""
     largest = max(shard(layer, world, config["zero_optimization"]["stage"]) for layer in layers_of(config))
-    return 2 * STATE * part(largest, GRAIN) * GRAIN
+    numel, name = part(largest, GRAIN) * GRAIN, state_format(config)
+    in_pages = sum(part(nbytes, PAGE) * PAGE for nbytes in planes(numel, name))
+    return 2 * in_pages + (0 if name == "fp32" else sum(planes(numel, "fp32")))

@@ -131,7 +131,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Offload]]] = {
         "two_ranks",
         ds_config(stage=1, dtype="bf16", grass=sampled(sampler="uniform", expansion=0.5, always_active=["embed"])),
         {
-            "none whole": {"device": "none", **EXACT},
+            "none odd": {"device": "none", **ODD, **EXACT},
             "cpu stream odd": {**CPU, **STREAM, **ODD, **EXACT},
             "aio stream grain through files": {**AIO, **STREAM, **GRAIN, **buffers(2, 4), "checksum": True, **EXACT},
         },

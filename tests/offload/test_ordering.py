@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "nvme-period": {**NVME, "residency": "period", "host_buffers": 4, "checksum": True},
     "nvme-stream-aio": {**NVME, "io": "aio", "host_buffers": 5, "chunk_numel": 1500, "checksum": True},
     "nvme-period-aio": {**NVME, "io": "aio", "residency": "period", "chunk_numel": 10**6},
-    "none-exact": {"device": "none", "state_format": "exact"},
+    "none-exact": {"device": "none", "state_format": "exact", "chunk_numel": GRAIN},
     "cpu-stream-exact": {"device": "cpu", "chunk_numel": 1500, "state_format": "exact"},
     "cpu-period-exact": {"device": "cpu", "residency": "period", "chunk_numel": GRAIN, "state_format": "exact"},
     "nvme-stream-exact": {**NVME, "host_buffers": 4, "checksum": True, "state_format": "exact"},

@@ -35,6 +35,8 @@ from helpers.small import (
 from helpers.traffic import Collectives
 from helpers.zero3 import AHEAD, BARE, DEFAULT, NAMES, PERSISTENT, layers_in
 
+from grass_ds.offload.codecs import dynamic_map
+
 pytestmark = pytest.mark.dist
 
 TEMPLATE = STEP_COUNT  # a fresh step count, kept to begin with
@@ -48,7 +50,7 @@ def stage_of(config: dict[str, Any]) -> int:
 def resting_bytes(config: dict[str, Any], world: int, layers: int | list[list[int]] | None) -> int:
     """Weights, and the states of so many blocks or of these layers, and of the norm; None before the first step."""
     count = layers if isinstance(layers, int) else len(layers or [])
-    bytes_of_states = 0 if layers is None else state_bytes(layers, world, stage_of(config)) + STEP_COUNT * (count + 1)
+    bytes_of_states = 0 if layers is None else state_bytes(config, layers, world) + STEP_COUNT * (count + 1)
     return weight_bytes(config, world) + bytes_of_states + TEMPLATE
 
 
@@ -79,7 +81,8 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
     sizes = layers_of(config)
     for name, param in model.named_parameters():  # before the library's own hooks, which take the gradients away
         param.register_post_accumulate_grad_hook(lambda _, name=name: fired.add(name))
-    with LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
+    maps = [dynamic_map(signed, torch.device("cpu")) for signed in (True, False)]  # of 8bit: two of 1 KB for ever
+    with LiveBytes(model.parameters(), ignore=maps) as live, engine_of(config, model) as engine:
         for step in range(3 * PERIOD):
             fired.clear()
             active = engine.grass.active_layers
@@ -95,7 +98,7 @@ def watch_steps(config: dict[str, Any], world: int) -> list[dict[str, Any]]:
             assert wait_for_bytes(live, expected) == expected
             memory = engine.grass.memory()
             assert memory["gradients"]["device"] == gradients
-            on_host = state_bytes(seen, world, stage) if step else 0
+            on_host = state_bytes(config, seen, world) if step else 0
             assert memory["optimizer_state"] == {"device": buffer_bytes(config, world), "host": on_host}
             with Collectives() as sent:
                 engine.step()
@@ -127,6 +130,8 @@ TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ..
     "zero3-persistent-norms": ("two_ranks", {"stage": 3}, PERSISTENT, 2, (0,)),
     "zero3-one-rank": ("one_rank", {"stage": 3}, AHEAD, 1, (0,)),
     "zero3-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16"}, AHEAD, 1, (0,)),
+    "zero1-bf16-exact": ("two_ranks", {"stage": 1, "dtype": "bf16"}, {}, 1, (0,)),
+    "zero3-bf16-8bit": ("two_ranks", {"stage": 3, "dtype": "bf16"}, AHEAD, 2, (0,)),
     "zero2-bf16-expansion": ("two_ranks", {"dtype": "bf16"}, {}, 1, (0,)),
     "zero1-fp32-expansion-gas2": ("two_ranks", {"stage": 1, "gas": 2}, {}, 2, (1,)),
     "zero3-expansion": ("two_ranks", {"stage": 3}, DEFAULT, 1, (0,)),
@@ -140,7 +145,10 @@ TRAFFIC: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, tuple[int, ..
 def test_traffic_and_memory_are_those_of_the_active_layers(request: pytest.FixtureRequest, case: str) -> None:
     pool, settings, zero, gamma, reducing = TRAFFIC[case]
     gas, world = settings.get("gas", 1), WORLD[pool]
-    more = {"expansion": 0.1} if "expansion" in case else {}
+    more: dict[str, Any] = {"expansion": 0.1} if "expansion" in case else {}
+    name = case.rpartition("-")[2]
+    if name in ("exact", "8bit"):
+        more["offload"] = {"state_format": name}
     if gamma:
         block = cyclic(PERIOD, num_active_layers=gamma, **more)
     else:
@@ -300,10 +308,10 @@ def test_optimizer_state_is_that_of_layers_ever_active(
     held = [int((step + 1) % PERIOD > 0) if on_switch == "reset" else step // PERIOD + 1 for step in steps]
     for between in request.getfixturevalue(pool).run(watch_state, config=config, world=world, held=held):
         for step, now in enumerate(between):
-            state, buffers = state_bytes(held[step], world, stage), buffer_bytes(config, world)
+            state, buffers = state_bytes(config, held[step], world), buffer_bytes(config, world)
             assert now["visited"] == step // PERIOD + 1
             assert (now["device"], now["host"]) == ((state, 0) if device == "none" else (buffers, state))
-            assert now["peak"] == max(state_bytes(1, world, stage), state) if device == "none" else now["device"]
+            assert now["peak"] == max(state_bytes(config, 1, world), state) if device == "none" else now["device"]
 
 
 def train_long(config: dict[str, Any], switches: tuple[int, int]) -> list[dict[str, Any]]:
