@@ -3,7 +3,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grass_ds.doctor.run import run
@@ -45,35 +45,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expansion.add_argument("output", metavar="OUTPUT", type=Path, help="a folder to make")
     options = parser.parse_args(arguments)
     if options.command == "compare":
-        return _compare(options)
+        return _print(_compare, options)
     if options.command == "expand":
-        return _expand(options)
+        return _print(_expand, options)
     if options.command == "doctor":
         return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
     parser.print_help()
     return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> str:
     from grass_ds.compare.command import compare  # it needs numpy, and the doctor must start without
 
-    try:
-        print(compare(options.runs, options.plot, options.html))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return compare(options.runs, options.plot, options.html)
 
 
-def _expand(options: argparse.Namespace) -> int:
+def _expand(options: argparse.Namespace) -> str:
     from grass_ds.checkpoint.expand import expand
 
+    count = expand(options.checkpoint, options.output)
+    return f"{options.output}: optimizer states of {count} ranks are fp32 now" if count else "nothing was compact"
+
+
+def _print(command: Callable[[argparse.Namespace], str], options: argparse.Namespace) -> int:
     try:
-        count = expand(options.checkpoint, options.output)
+        print(command(options))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.output}: optimizer states of {count} ranks are fp32 now" if count else "nothing was compact")
     return 0
 
 

@@ -18,6 +18,7 @@ from functools import cache
 
 import torch
 
+from grass_ds.core.bits import pack_bits, unpack_bits
 from grass_ds.core.rounding import cut_off, follow, restored
 
 BLOCK = 256  # elements that share a scale
@@ -68,16 +69,15 @@ class Codec(ABC):
 
 
 class Float32(Codec):
-    """As it is. What is stored may be the values themselves."""
+    """As it is."""
 
     planes = (Plane(torch.float32),)
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], seed: int, start: int = 0) -> None:
-        if stored[0] is not values:
-            stored[0].copy_(values)
+        stored[0].copy_(values)
 
     def decode(self, stored: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        if stored[0] is not values:
+        if stored[0] is not values:  # in the plain format what is stored is the state itself
             values.copy_(stored[0])
 
 
@@ -188,14 +188,10 @@ class WholeMaster(Master):
     planes = (Plane(torch.float32),)
 
     def encode(self, master: torch.Tensor, stored: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-        if stored[0] is not master:
-            stored[0].copy_(master)
+        stored[0].copy_(master)
 
     def decode(self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, master: torch.Tensor) -> None:
-        if moved:
-            master.copy_(follow(stored[0], weights))
-        elif stored[0] is not master:
-            master.copy_(stored[0])
+        master.copy_(follow(stored[0], weights) if moved else stored[0])
 
 
 class CutOff(Master):
@@ -210,12 +206,12 @@ class CutOff(Master):
             cut = cut_off(part, part.to(dtype)).clamp_(-_TIE, _TIE)  # NaN may exceed it
             tie = cut == _TIE
             low.copy_(cut.masked_fill_(tie, -_TIE))
-            above.copy_(_pack(tie))
+            above.copy_(pack_bits(tie.to(torch.uint8), 1))
 
     def decode(self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, master: torch.Tensor) -> None:
         parts = (master.split(PIECE), weights.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // 8))
         for part, rounded, low, above in zip(*parts, strict=True):
-            cut = low.to(torch.int32).add_(_unpack(above, len(part)).mul_(2 * _TIE))
+            cut = low.to(torch.int32).add_(unpack_bits(above, len(part), 1).to(torch.int32).mul_(2 * _TIE))
             if moved:
                 cut.clamp_(1 - _TIE, _TIE - 1)
             part.copy_(torch.where(rounded.isnan(), torch.nan, restored(rounded, cut)))
@@ -231,19 +227,3 @@ class NoMaster(Master):
 
     def decode(self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, master: torch.Tensor) -> None:
         master.copy_(weights)
-
-
-def _pack(flags: torch.Tensor) -> torch.Tensor:
-    """Booleans [n] as uint8 [ceil(n / 8)], the first in the lowest bit."""
-    bits = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8)).view(-1, 8)
-    return bits.bitwise_left_shift_(_bits(flags.device)).sum(1, dtype=torch.uint8)
-
-
-def _unpack(packed: torch.Tensor, numel: int) -> torch.Tensor:
-    """The ``numel`` booleans of :func:`_pack` as int32, 0 or 1."""
-    bits = packed.unsqueeze(1).bitwise_right_shift(_bits(packed.device)).bitwise_and_(1)
-    return bits.view(-1)[:numel].to(torch.int32)
-
-
-def _bits(device: torch.device) -> torch.Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
