@@ -30,6 +30,7 @@ class Case:
         answers: have the test answers graded, too (quality).
         curve: measure that loss every so many steps (quality); 0: never.
         schedule: of the learning rate after its warm-up, to zero: "linear" or "cosine".
+        ramp: after every draw the rate rises linearly again over so many steps (quality); 0: it does not.
         dtype, disk, data: precision, folder on a local disk, folder of data sets; not part of the key.
     """
 
@@ -57,6 +58,7 @@ class Case:
     answers: bool = True
     curve: int = 0
     schedule: str = "linear"
+    ramp: int = 0
     dtype: str = "bf16"
     disk: str | None = None
     data: str | None = None

@@ -70,6 +70,13 @@ METHODS: dict[str, Method] = {
     "lisa": Method(
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}
     ),
+    "stratified": Method(
+        "one layer of each of 2 parts of the depth + final norm", {"sampler": "benchmarks.levers.draws.StratifiedSampler"}
+    ),
+    "window": Method("2 neighbours + final norm", {"sampler": "benchmarks.levers.draws.WindowSampler"}),
+    "weighted": Method(
+        "2 layers with given chances + final norm", {"sampler": "benchmarks.levers.draws.WeightedSampler"}
+    ),
     "cyclic": Method("cyclic (BAdam's order), 2 layers + final norm", {"sampler": "cyclic"}),
     "module": Method(
         "module (MISA's draw), matrices of as many weights as 8 of 30 layers + final norm",

@@ -6,6 +6,7 @@
     python benchmarks/run.py --suite quality     # loss and accuracy per method and seed
     python benchmarks/run.py --suite frontier    # loss over memory and time, each setting at its best learning rate
     python benchmarks/run.py --suite samplers    # loss and accuracy per sampler, all else equal
+    python benchmarks/run.py --suite levers      # loss with other draws, and other periods
     python benchmarks/run.py --suite epoch       # loss and answers after a pass through the rows of a task
     python benchmarks/run.py --suite offload     # time and memory per "offload" block
     python benchmarks/run.py --suite checkpoint  # bytes of a checkpoint, and the time that training stalls

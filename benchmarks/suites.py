@@ -17,6 +17,8 @@ from benchmarks.frontier import suite as frontier
 from benchmarks.frontier import tables as frontier_tables
 from benchmarks.gpu import suite as gpu
 from benchmarks.gpu import tables as gpu_tables
+from benchmarks.levers import suite as levers
+from benchmarks.levers import tables as levers_tables
 from benchmarks.offload import suite as offload
 from benchmarks.offload import tables as offload_tables
 from benchmarks.quality import suite as quality
@@ -44,6 +46,7 @@ SUITES = {
     "quality": Suite(quality.cases, quality_tables.tables),
     "frontier": Suite(frontier.cases, frontier_tables.tables),
     "samplers": Suite(samplers.cases, samplers_tables.tables),
+    "levers": Suite(levers.cases, levers_tables.tables),
     "epoch": Suite(epoch.cases, epoch_tables.tables),
     "offload": Suite(offload.cases, offload_tables.tables),
     "checkpoint": Suite(checkpoint.cases, checkpoint_tables.tables),

@@ -24,6 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from benchmarks.case import Case, Row
 from benchmarks.checkpoint.saving import checkpoint
 from benchmarks.epoch.training import epoch
+from benchmarks.levers.scores import scores
 from benchmarks.measure.cost import cost
 from benchmarks.measure.observer import resident_bytes
 from benchmarks.measure.plain import plain
@@ -39,6 +40,7 @@ MEASUREMENTS: dict[str, Callable[[Case, Any, Any], Row]] = {
     "quality": quality,
     "epoch": epoch,
     "checkpoint": checkpoint,
+    "scores": scores,
 }
 # Fields of the case that its row repeats under the same names.
 CONDITIONS = (

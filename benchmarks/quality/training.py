@@ -41,6 +41,8 @@ def _train(case: Case, model: Any, exam: Exam, collate: Collator) -> Row:
     for number in range(1, case.steps + 1):
         batch = collate(next(batches))
         batch_shapes.append(list(batch["input_ids"].shape))
+        if case.ramp:
+            _ramp(engine, case.ramp, case.grass["sample_period"])
         run.step(engine, [batch])
         scores = list(grass.scores) if grass is not None and grass.scores else None
         if scores is not None and (not drawn or drawn[-1]["scores"] != scores):
@@ -62,3 +64,9 @@ def _train(case: Case, model: Any, exam: Exam, collate: Collator) -> Row:
         "trainable": run.trainable,
         "skipped_steps": engine.skipped_steps,
     }
+
+
+def _ramp(engine: Any, steps: int, period: int) -> None:
+    """Lower the rate of the coming step, the less the longer ago the draw was; the scheduler sets it anew each time."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] *= min(1.0, (engine.grass.step % period + 1) / steps)
