@@ -17,7 +17,8 @@ def scores(case: Case, model: Any, tokenizer: Any) -> Row:
 
     An Adam step moves every weight by about lr, so that lr times the L1 norm is the fall of the loss to first order.
     """
-    exam = Exam(TASKS[str(case.task)], Template.choose(tokenizer), Path(case.data) if case.data else None, 0)
+    data = Path(case.data) if case.data else None
+    exam = Exam(TASKS[str(case.task)], Template.choose(tokenizer), data, case.test_rows)
     batches, collate = exam.batches(case.seed), Collator(tokenizer.pad_token_id)
     layers = model.get_decoder().layers
     rms, l1 = torch.zeros(len(layers), dtype=torch.float64), torch.zeros(len(layers), dtype=torch.float64)

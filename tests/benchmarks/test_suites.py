@@ -141,7 +141,7 @@ def test_every_case_can_be_run_and_is_the_key_of_its_row(suite: str) -> None:
         methods.grass_config(local)  # refuses what is no setting, in the "offload" block too
 
 
-@pytest.mark.parametrize("suite", ["cpu", "quality", "frontier", "samplers", "offload", "checkpoint"])
+@pytest.mark.parametrize("suite", ["cpu", "quality", "frontier", "samplers", "levers", "offload", "checkpoint"])
 def test_rows_that_are_there_are_cases_of_their_suite(suite: str) -> None:
     rows = read_rows(ROWS / f"{suite}.jsonl")
     assert {Case.parse(row["cell"]).text() for row in rows} <= {case.text() for case in cases(suite, rounds=3)}
