@@ -71,7 +71,8 @@ METHODS: dict[str, Method] = {
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}
     ),
     "stratified": Method(
-        "one layer of each of 2 parts of the depth + final norm", {"sampler": "benchmarks.levers.draws.StratifiedSampler"}
+        "one layer of each of 2 parts of the depth + final norm",
+        {"sampler": "benchmarks.levers.draws.StratifiedSampler"},
     ),
     "window": Method("2 neighbours + final norm", {"sampler": "benchmarks.levers.draws.WindowSampler"}),
     "weighted": Method(
