@@ -10,19 +10,21 @@ which are denser near zero: the dynamic map of 8-bit optimizers (arXiv 2110.0286
 are the scale itself here. So every element lies between two levels. torchao has the map in pure torch, too, but in a
 private module, and rounds to the nearest.
 
-[Note: Rounding of moments] A moment changes by less per step than its stored form resolves. Rounded to the nearest it
-would stand still. So it becomes one of its two neighbours a <= x <= b, at random: b with probability (x - a) / (b - a),
-so that the mean of what is decoded is x. The random numbers are a hash of seed and position, the same on every device.
+[Note: Rounding of moments] A moment changes by less per step than its stored form resolves. Rounded to the nearest
+it would stand still. So x becomes one of its two neighbours a <= x <= b at random: b with probability
+(x - a) / (b - a), so that the mean of what is decoded is x. The random numbers are a hash of seed and position, the
+same on every device.
 
 [Note: Encoding again] What was decoded returns unchanged with any seed, as a checkpoint in fp32 requires. Let s be the
-scale, L[j] level j, x = fl(L[j] s) what was decoded, r = fl(x / s), and i the last index with L[i] <= r. The neighbours
-of x are a = fl(L[i] s) and b = fl(L[i + 1] s), computed as decoding does. Rounding keeps the order of numbers.
+scale, L[j] level j, x = fl(L[j] s) what was decoded, r = fl(x / s), and i the last index with L[i] <= r. The
+neighbours of x are a = fl(L[i] s) and b = fl(L[i + 1] s), computed as decoding does. Rounding keeps the order of
+numbers.
 
 - The scale returns: the element of magnitude s gives r = 1 or -1 exactly, which are levels, and fl(1 s) = s.
 - If j > i, then b <= x. Since r < L[i + 1], x / s < L[i + 1], so x <= b. So x = b.
-- If j <= i, then x <= a. If x is at least the smallest normal number, r differs from L[j] by less than one part in 2^22,
-  and levels by more; so j = i. Otherwise x is less than 2^23 units of the last place. Then r s, which differs from x by
-  at most one part in 2^24, rounds to x; so a <= fl(r s) = x. In both cases x = a.
+- If j <= i, then x <= a. If |x| is at least the smallest normal number, r differs from L[j] by less than one part in
+  2^22, and levels by more; so j = i. Otherwise |x| is less than 2^23 units of the last place. Then r s, which differs
+  from x by at most one part in 2^24, rounds to x; so a <= fl(r s) = x. In both cases x = a.
 
 The probability of b is fl((x - a) / (b - a)), which is 1 if x = b and 0 if x = a; random numbers are in [0, 1).
 """
