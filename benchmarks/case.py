@@ -21,7 +21,7 @@ class Case:
         micro_batch, accumulation, sequence: rows, micro-batches, tokens per row of one optimizer step on one rank.
         warmup, steps: steps before the measured ones (cost), and the measured ones (quality: all steps).
         grass: merged into the method's "grass" block.
-        offload: a name of ``offload.suite.OFFLOADS``; None: the method's own.
+        offload: a name of ``offload.suite.OFFLOADS``; None: the method's own. Keys of ``grass["offload"]`` are added.
         prepare_state: allocate the optimizer state of all layers before the first step.
         plain: time the same passes in plain PyTorch afterwards (cost).
         async_save: write the checkpoint in the background (checkpoint).

@@ -99,7 +99,7 @@ def grass_block(case: Case) -> dict[str, Any] | None:
     block = {**block, "seed": case.seed, **case.grass}
     if case.offload is not None:
         path = {"nvme_path": case.disk} if OFFLOADS[case.offload]["device"] == "nvme" else {}
-        block["offload"] = {**OFFLOADS[case.offload], **path}
+        block["offload"] = {**OFFLOADS[case.offload], **path, **block.get("offload", {})}
     return block
 
 

@@ -9,6 +9,7 @@
     python benchmarks/run.py --suite levers      # loss with other draws, and other periods
     python benchmarks/run.py --suite epoch       # loss and answers after a pass through the rows of a task
     python benchmarks/run.py --suite offload     # time and memory per "offload" block
+    python benchmarks/run.py --suite formats     # loss, time and memory per "state_format"
     python benchmarks/run.py --suite checkpoint  # bytes of a checkpoint, and the time that training stalls
     python benchmarks/run.py --suite gpu         # shapes of TinyLlama, Gemma-2B and LLaMA-2-7B with random weights
 
@@ -108,7 +109,7 @@ def main() -> None:
     file = args.rows / f"{args.suite}.jsonl"
     for folder in (args.rows, args.nvme_path):
         folder.mkdir(exist_ok=True)
-    dtype, commit = choose_precision(args.dtype, file), args.commit or current_commit()
+    dtype, commit = choose_precision(args.dtype, file, SUITES[args.suite].dtype), args.commit or current_commit()
     begin, lock, left = time.monotonic(), Lock(), args.limit
     end = begin + 60 * args.minutes
 
@@ -155,8 +156,15 @@ def installed(cases: list[Case]) -> list[Case]:
     return [case for case in cases if case.method not in missing]
 
 
-def choose_precision(asked: str, file: Path) -> str:
-    """The precision of the cases to run, printed with the reason; ends the program if the user has to decide."""
+def choose_precision(asked: str, file: Path, only: str | None = None) -> str:
+    """The precision of the cases to run, printed with the reason; ends the program if the user has to decide.
+
+    Args:
+        only: the suite says nothing in others; None: it does.
+    """
+    if only is not None and asked not in (precision.AUTO, only):
+        sys.exit(f"error: --dtype {asked}: this suite is about {only}; leave --dtype out")
+    asked = only or asked
     try:
         rows = read_rows(file)
         rates = precision.measured({asked, *(row["dtype"] for row in rows)} - {precision.AUTO})

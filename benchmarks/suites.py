@@ -13,6 +13,8 @@ from benchmarks.cpu import suite as cpu
 from benchmarks.cpu import tables as cpu_tables
 from benchmarks.epoch import suite as epoch
 from benchmarks.epoch import tables as epoch_tables
+from benchmarks.formats import suite as formats
+from benchmarks.formats import tables as formats_tables
 from benchmarks.frontier import suite as frontier
 from benchmarks.frontier import tables as frontier_tables
 from benchmarks.gpu import suite as gpu
@@ -34,10 +36,12 @@ class Suite(NamedTuple):
         cases: the cases that can run given the rows that are there, in order; ``run.py`` skips those that have a row,
             and asks again until none is left.
         tables: rows -> blocks of Markdown: headings, conditions, tables of ``report.table``.
+        dtype: the only precision in which it says something; None: any.
     """
 
     cases: Callable[[Request], Iterable[Case]]
     tables: Callable[[list[Row]], list[str]]
+    dtype: str | None = None
 
 
 SUITES = {
@@ -49,6 +53,7 @@ SUITES = {
     "levers": Suite(levers.cases, levers_tables.tables),
     "epoch": Suite(epoch.cases, epoch_tables.tables),
     "offload": Suite(offload.cases, offload_tables.tables),
+    "formats": Suite(formats.cases, formats_tables.tables, formats.DTYPE),
     "checkpoint": Suite(checkpoint.cases, checkpoint_tables.tables),
     "gpu": Suite(gpu.cases, gpu_tables.tables),
 }

@@ -3,13 +3,12 @@
 
 import shutil
 from pathlib import Path
-from typing import IO, cast
 
 import torch
 
 from grass_ds.checkpoint import folder as folders
 from grass_ds.checkpoint import state
-from grass_ds.checkpoint.part import Part, SummedFile
+from grass_ds.checkpoint.part import Part, write_summed
 from grass_ds.core.deepspeed_compat import checkpoint_keys as keys
 
 _STATES = "optim_states.pt"
@@ -25,29 +24,36 @@ def expand(checkpoint: Path, output: Path) -> int:
         the number of ranks whose states were compact.
 
     Raises:
-        ValueError: the checkpoint is incomplete or not of grass_ds, or ``output`` exists.
+        ValueError: the checkpoint is incomplete, damaged or not of grass_ds, or ``output`` exists.
+        OSError: ``output`` cannot be written, as on a full disk; nothing of it is left.
     """
     if not folders.has_parts(checkpoint):
         raise ValueError(f"{checkpoint}: no checkpoint of grass_ds; name a folder <save_dir>/<tag>")
-    if found := folders.problems(checkpoint):
+    if found := folders.problems(checkpoint) or folders.corrupt(checkpoint):
         raise ValueError(f"{checkpoint}: {found[0]}; choose a checkpoint that is complete")
     if output.exists():
         raise ValueError(f"{output}: exists; name a folder that does not")
     parts = [Part.read(checkpoint, rank) for rank in folders.ranks_of(checkpoint)]
-    written = {Part.name(part.rank) for part in parts} | {n for p in parts for n in p.files if n.endswith(_STATES)}
-    shutil.copytree(checkpoint, output, ignore=lambda _, names: written & set(names))
-    return sum([_expand_part(part, checkpoint, output) for part in parts])
+    compact = [part for part in parts if part.state_format != "fp32"]
+    written = {Part.name(part.rank) for part in compact} | {n for part in compact for n in _states(part)}
+    try:
+        shutil.copytree(checkpoint, output, ignore=lambda _, names: written & set(names))
+        for part in compact:
+            _expand_part(part, checkpoint, output)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    return len(compact)
 
 
-def _expand_part(part: Part, checkpoint: Path, output: Path) -> bool:
-    compact = False
-    for name in [name for name in part.files if name.endswith(_STATES)]:
+def _states(part: Part) -> list[str]:
+    return [name for name in part.files if name.endswith(_STATES)]
+
+
+def _expand_part(part: Part, checkpoint: Path, output: Path) -> None:
+    for name in _states(part):
         content = torch.load(checkpoint / name, map_location="cpu", weights_only=False)  # it holds a loss scaler
-        saved = content[keys.OPTIMIZER_STATE_DICT]
-        compact = compact or state.is_compact(saved)
-        state.expand(saved)
-        with SummedFile(output / name) as file:
-            torch.save(content, cast(IO[bytes], file))
-        part.files[name] = file.sums
+        state.expand(content[keys.OPTIMIZER_STATE_DICT])
+        part.files[name] = write_summed(content, output / name)
+    part.state_format = "fp32"
     part.write(output)
-    return compact

@@ -10,7 +10,9 @@ import os
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
+
+import torch
 
 from grass_ds.core.durable_files import replace_file
 
@@ -83,6 +85,23 @@ class SummedFile:
         return FileSum(self.bytes, self.crc32)
 
 
+def write_summed(content: Any, path: Path, zipped: bool = True) -> FileSum:
+    """``torch.save`` to a new file, on disk when this returns.
+
+    Args:
+        zipped: in torch's present format, see ``torch.save``.
+
+    Raises:
+        OSError: of the file, as on a full disk: torch would raise a RuntimeError without the reason.
+    """
+    with SummedFile(path) as file:
+        try:
+            torch.save(content, cast(IO[bytes], file), _use_new_zipfile_serialization=zipped)
+        except RuntimeError as error:
+            raise file.error or error from None
+    return file.sums
+
+
 @dataclass
 class Part:
     """Content of ``grass_rank_<rank>.json``.
@@ -90,6 +109,7 @@ class Part:
     Attributes:
         step: optimizer steps of the engine (``global_steps``).
         files: file name within the checkpoint's folder -> length and checksum.
+        state_format: ``offload.state_format``, in which the optimizer states are saved.
         layout: on rank 0, [name, [[parameter, shape], ...]] of each unit; a run that resumes must have the same.
     """
 
@@ -99,6 +119,7 @@ class Part:
     step: int
     files: dict[str, FileSum] = field(default_factory=dict)
     layout: list[Any] = field(default_factory=list)
+    state_format: str = "fp32"
 
     @staticmethod
     def name(rank: int) -> str:

@@ -92,10 +92,16 @@ def check_fit(checkpoint: Path, units: Sequence[Unit], world: int, weights_alone
         )
     part = Part.read(checkpoint, 0)
     if part.world_size != world and not (weights_alone and part.zero_stage < 3):
+        source, expand = checkpoint, ""
+        if part.state_format != "fp32":
+            source = checkpoint.with_name(f"{checkpoint.name}_fp32")
+            expand = (
+                f'by `python -m grass_ds expand {checkpoint} {source}`, as its states are "{part.state_format}", and '
+            )
         raise ValueError(
             f"the checkpoint {checkpoint.name} was saved by {part.world_size} ranks and this run has {world}, whose shards "
-            "are cut elsewhere; convert it once with `python -m deepspeed.checkpoint.ds_to_universal --input_folder "
-            f"{checkpoint} --output_folder {checkpoint}_universal`, then load it with "
+            f"are cut elsewhere; convert it once {expand}with `python -m deepspeed.checkpoint.ds_to_universal "
+            f"--input_folder {source} --output_folder {checkpoint}_universal`, then load it with "
             '"checkpoint": {"load_universal": true} in the DeepSpeed config'
         )
     check_layout(f"the checkpoint {checkpoint.name}", units, part.layout, weights_alone)

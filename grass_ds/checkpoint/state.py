@@ -179,10 +179,6 @@ def load(
         optimizer.refresh_fp32_params()
 
 
-def is_compact(saved: dict[str, Any]) -> bool:
-    return bool(saved[GRASS].get(STORED))
-
-
 def expand(saved: dict[str, Any]) -> None:
     """Make of a state dict with compact states one with fp32 states, in place: as :func:`save` gives it with fp32."""
     base, masters = (saved[key] for key in _state_keys(saved[keys.ZERO_STAGE]))
@@ -200,6 +196,11 @@ def _load_universal(optimizer: ShardedOptimizer, checkpoint: UniversalCheckpoint
     units, store = optimizer.units, optimizer.store
     saved = checkpoint.common() if with_states else {}
     stepped = _check(optimizer, saved, f"the checkpoint {checkpoint.folder.name}") if with_states else {}
+    if with_states and saved[GRASS].get(STORED):
+        raise ValueError(
+            f"the universal checkpoint {checkpoint.folder.name} was made from one with a compact offload.state_format, whose "
+            "moments the converter drops; run `python -m grass_ds expand CHECKPOINT OUTPUT` first, and convert OUTPUT"
+        )
     moments = {unit: store.template(unit).moments if unit.name in stepped else () for unit in units}
     checkpoint.check(moments)
     if with_states:

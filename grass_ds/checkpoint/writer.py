@@ -8,13 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 from deepspeed.utils import logger
 
 from grass_ds.checkpoint import folder as folders
-from grass_ds.checkpoint.part import Part, SummedFile
+from grass_ds.checkpoint.part import Part, write_summed
 from grass_ds.checkpoint.snapshot import snapshot
 from grass_ds.core import deepspeed_compat
 from grass_ds.core.agreement import gather_from_ranks, raise_on_all_ranks
@@ -58,13 +58,9 @@ class _Save:
     published: Future[None] | None = None  # of publish()
 
     def write(self, content: Any, path: Path) -> None:
-        with SummedFile(path) as file:
-            try:
-                torch.save(content, cast(IO[bytes], file), _use_new_zipfile_serialization=self.zipped)
-            except RuntimeError as error:  # torch hides the OSError of the file
-                raise file.error or error from None
-        self.part.files[path.relative_to(folders.saving_path(self.folder, self.tag)).as_posix()] = file.sums
-        self.report.bytes += file.bytes
+        sums = write_summed(content, path, self.zipped)
+        self.part.files[path.relative_to(folders.saving_path(self.folder, self.tag)).as_posix()] = sums
+        self.report.bytes += sums.bytes
 
     def write_queue(self) -> None:
         """Write all queued files, then this rank's part, which makes them count."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The form in which the optimizer state of a unit is kept between its steps: ``offload.state_format``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,8 +20,11 @@ from grass_ds.offload.codecs import (
     WholeMaster,
 )
 
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta")
-"""Moments of torch's optimizers that are never negative, and whose root a step divides by."""
+COMPRESSED: Mapping[str, bool] = {"exp_avg": False, "exp_avg_sq": True, "momentum_buffer": False}
+"""Moments that lossy formats compress: averages that a step uses on their own. The value says whether a step divides by
+the root. Other state stays fp32: centred RMSprop takes the root of ``square_avg`` - ``grad_avg`` ** 2, which is below
+zero if the two are rounded apart."""
+_LOSSY: Mapping[str, Callable[[bool], Codec]] = {"bf16": lambda root: Bfloat16(), "8bit": Blocks}
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,11 @@ class StateFormat:
         start: int = 0,
     ) -> None:
         """Write a state into the ``stored`` planes, see :meth:`Codec.encode`; ``dtype``: of the weights."""
-        parts = self._of_codecs(stored)
-        self.master.encode(state[0], next(parts), dtype)
+        master, *parts = self._of_codecs(stored)
         for index, (codec, values, part) in enumerate(zip(self.moments, state[1:], parts, strict=True)):
             codec.encode(values, part, seed + index, start)
+        # Last: what is stored of the master weights belongs to the weights, which are written after it.
+        self.master.encode(state[0], master, dtype)
 
     @torch.no_grad()
     def decode(
@@ -98,8 +102,9 @@ def choose_format(name: str, moments: Sequence[str], dtype: torch.dtype) -> Stat
         master = CutOff()
     elif dtype == torch.float32 and moments:  # something must be stored
         master = NoMaster()
-    if name == "exact":
-        return StateFormat(name, master, (Float32(),) * len(moments))
-    if name == "bf16":
-        return StateFormat(name, master, (Bfloat16(),) * len(moments))
-    return StateFormat(name, master, tuple(Blocks(root=moment in SQUARES) for moment in moments))
+    compress = _LOSSY.get(name)
+    return StateFormat(
+        name,
+        master,
+        tuple(compress(COMPRESSED[key]) if compress and key in COMPRESSED else Float32() for key in moments),
+    )

@@ -154,7 +154,8 @@ class StateStore:
     def on_device(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
         """Hold the chunk's state on the device, as ``optimizer``'s state of the yielded master [chunk.numel].
 
-        All chunks of a unit must be stepped in order: the scalars they share (the step count) advance with the last.
+        The caller steps it; then the state is encoded, and the master weights, rounded, become the weights. All chunks
+        of a unit must be stepped in order: the scalars they share (the step count) advance with the last.
 
         Raises:
             OffloadError: a transfer failed, now or since the last step.
@@ -183,6 +184,7 @@ class StateStore:
             scalars = _take_state(unit, optimizer.state.get(master, {}), moments)
             if not form.plain:
                 form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank, _steps(scalars)), chunk.start)
+            weights.copy_(planes[0])  # not before: weights and what is stored of their master weights belong together
             self._buffers.release(chunk)
             if chunk.last:
                 self._scalars[unit] = scalars
@@ -269,7 +271,8 @@ class StateStore:
             self._write(unit, [state.master, *state.moments.values()])
             self._moved.discard(unit)
         moments, planes = self.template(unit).moments, self._buffers.read(unit)
-        return {"format": form.name, "moments": moments, "planes": planes, "master": self._masters.get(unit)}
+        kept = {"format": form.name, "dtype": unit.dtype, "moments": moments, "planes": planes}
+        return {**kept, "master": self._masters.get(unit)}
 
     def drop(self, unit: Unit) -> None:
         """Delete the unit's state, if any; the next step makes it from the weights again."""
@@ -309,11 +312,11 @@ def unpack(stored: Mapping[str, Any], weights: torch.Tensor, scalars: Mapping[st
     Returns:
         a state [n], without padding, in new host memory.
     """
-    planes, moments = [plane.cpu() for plane in stored["planes"]], stored["moments"]
+    planes, moments, dtype = [plane.cpu() for plane in stored["planes"]], stored["moments"], stored["dtype"]
     numel = max(map(len, planes))
-    padded = torch.nn.functional.pad(weights.cpu(), (0, numel - len(weights)))
+    padded = torch.nn.functional.pad(weights.to("cpu", dtype), (0, numel - len(weights)))
     state = [torch.empty(numel) for _ in range(1 + len(moments))]
-    choose_format(stored["format"], moments, weights.dtype).decode(planes, padded, False, state)
+    choose_format(stored["format"], moments, dtype).decode(planes, padded, False, state)
     master, *rest = (tensor[: len(weights)] for tensor in state)
     if stored["master"] is not None:
         master = stored["master"][: len(weights)]

@@ -116,7 +116,8 @@ class CheckpointingEngine(deepspeed_compat.DeepSpeedEngine):
         group = self.seq_data_parallel_group
         rank, world = dist.get_rank(group=group), dist.get_world_size(group=group)
         layout = selection.layout(self.optimizer.units) if rank == 0 else []
-        return Part(rank, world, self.zero_optimization_stage(), self.global_steps, layout=layout)
+        form = self.optimizer.config.offload.state_format
+        return Part(rank, world, self.zero_optimization_stage(), self.global_steps, layout=layout, state_format=form)
 
     def load_checkpoint(
         self,

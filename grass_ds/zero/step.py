@@ -29,7 +29,7 @@ class MissingGradientError(ValueError):
 def step_unit(
     unit: Unit, gradient: torch.Tensor, factor: float, optimizer: torch.optim.Optimizer, store: StateStore
 ) -> None:
-    """Step the unit's fp32 master weights chunk by chunk, and write them into its low-precision shard.
+    """Step the unit's fp32 master weights chunk by chunk; its low-precision shard follows.
 
     The unit's param group holds one chunk during its step, and is otherwise empty. ``factor`` multiplies the averaged
     ``gradient`` [shard_numel] in fp32: it undoes the loss scale and clips.
@@ -46,7 +46,6 @@ def step_unit(
             finally:
                 group["params"], optimizer.param_groups = [], groups
                 master.grad = None
-            chunk.of(unit.shard).copy_(master)
 
 
 def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:

@@ -10,6 +10,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from helpers.models import ds_config, engine_of, grass_block, snapshot, tiny_llama, train
 
+from grass_ds.offload.state_format import choose_format
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.dist,
@@ -149,3 +151,23 @@ def test_loads_begin_before_the_step(one_gpu: Any, tmp_path: Path) -> None:
     for step in (start for start in times["step"] if start > first):
         before = [start for start in times["step"] if start < step]
         assert any(load < step and load > max(before, default=0.0) for load in times["load"])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("exact", torch.bfloat16), ("bf16", torch.float16), ("8bit", torch.bfloat16)]
+)
+def test_state_formats_give_the_bits_of_the_cpu(name: str, dtype: torch.dtype) -> None:
+    """A state of many magnitudes down to below the smallest normal number, in a chunk behind 2^31 elements."""
+    numel, generator = 2**20 + 1000, torch.Generator().manual_seed(0)
+    noise = torch.randn(3, numel, generator=generator) * torch.exp(15 * torch.randn(3, numel, generator=generator))
+    state = [noise[0].clamp(-6e4, 6e4), noise[1], noise[2].square()]
+    form, stored, decoded = choose_format(name, ("exp_avg", "exp_avg_sq"), dtype), {}, {}
+    for device in ("cpu", get_accelerator().current_device_name()):
+        there = [tensor.to(device) for tensor in state]
+        stored[device] = [torch.zeros(p.numel(numel), dtype=p.dtype, device=device) for p in form.planes]
+        form.encode(there, stored[device], dtype, seed=0xFEDCBA9876543210, start=2**31 - 2**19)
+        decoded[device] = [torch.empty_like(tensor) for tensor in there]
+        form.decode(stored[device], there[0].to(dtype), False, decoded[device])
+    for results in (stored, decoded):
+        for here, there in zip(*results.values(), strict=True):
+            assert torch.equal(here.view(torch.uint8), there.cpu().view(torch.uint8))

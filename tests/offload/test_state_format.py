@@ -2,8 +2,10 @@
 """State formats in the store: what they take, what moves, and master weights that are set without the weights."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from helpers.small import planes
 from helpers.state_rig import rig_of
 
 from grass_ds.config import GrassConfigError, OffloadConfig
-from grass_ds.offload.codecs import NoMaster, WholeMaster
+from grass_ds.offload.codecs import Bfloat16, Blocks, CutOff, Float32, NoMaster, WholeMaster
 from grass_ds.offload.copies import Copies
 from grass_ds.offload.state_format import choose_format
 from grass_ds.offload.store import UnitState
@@ -60,6 +62,23 @@ def test_an_optimizer_without_moments_keeps_its_master_weights() -> None:
     """Something must be stored, also where fp32 weights say it all."""
     assert isinstance(choose_format("exact", (), torch.float32).master, WholeMaster)
     assert isinstance(choose_format("exact", ("exp_avg",), torch.float32).master, NoMaster)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("bf16", Bfloat16), ("8bit", Blocks)])
+def test_averages_are_compressed_and_nothing_else(name: str, codec: type) -> None:
+    kept = choose_format(name, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"), torch.bfloat16)
+    assert [type(one) for one in kept.moments] == [codec, codec, Float32, codec, Float32]
+    if name == "8bit":  # their roots span half the magnitudes
+        assert [one._root for one in kept.moments if isinstance(one, Blocks)] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["bf16", "8bit"])
+def test_centred_rmsprop_is_that_of_fp32(name: str, tmp_path: Path) -> None:
+    """It takes the root of the difference of two moments, which is below zero if they are rounded apart."""
+    make = partial(torch.optim.RMSprop, lr=1e-3, centered=True)
+    with rig_of({**CPU, "state_format": name}, tmp_path, seed=5, make=make) as rig:
+        rig.play(periods=8)
+        assert all(state.moments["grad_avg"].isfinite().all() for state in map(rig.store.ensure, rig.units))
 
 
 def test_unknown_formats_are_refused() -> None:
@@ -111,6 +130,25 @@ def test_master_weights_that_were_set_alone_are_used_and_kept_until_then(offload
         step_unit(unit, torch.zeros(unit.shard_numel), 1.0, rig._optimizer, rig.store)
         assert torch.allclose(rig.store[unit].master, master, rtol=2e-3)  # decayed by lr x weight decay = 1e-3
         assert rig.store.host_bytes == at_rest
+
+
+@pytest.mark.parametrize("offload", [CPU, {"device": "none"}], ids=["cpu", "none"])
+@pytest.mark.parametrize("name", ["exact", "8bit"])
+@torch.no_grad()
+def test_an_error_while_state_is_encoded_loses_no_bit_of_the_master_weights(
+    offload: Any, name: str, tmp_path: Path
+) -> None:
+    """Neither weights nor what is stored beside them may be those of the failed step alone."""
+    with rig_of({**offload, "state_format": name}, tmp_path, seed=0) as rig:
+        rig.switch()
+        unit = rig.active[0]
+        step_unit(unit, torch.randn(unit.shard_numel), 1.0, rig._optimizer, rig.store)
+        weights, master = unit.shard.clone(), rig.store[unit].master.clone()
+        failing = mock.patch.object(CutOff, "encode", side_effect=MemoryError)
+        with failing, pytest.raises(MemoryError):
+            step_unit(unit, torch.randn(unit.shard_numel), 1.0, rig._optimizer, rig.store)
+        assert torch.equal(unit.shard, weights)
+        assert torch.equal(rig.store[unit].master, master)
 
 
 @torch.no_grad()

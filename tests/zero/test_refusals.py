@@ -48,12 +48,18 @@ def refusals(
     return said
 
 
-def test_another_number_of_ranks_is_refused(two_ranks: Any, one_rank: Any, tmp_path: Path) -> None:
-    config = ds_config(grass=grass_block())
+@pytest.mark.parametrize("state_format", ["fp32", "8bit"])
+def test_another_number_of_ranks_is_refused(two_ranks: Any, one_rank: Any, state_format: str, tmp_path: Path) -> None:
+    """With the commands that convert the checkpoint; compact states have to become fp32 first."""
+    config = ds_config(dtype="bf16", grass=grass_block(offload={"state_format": state_format}))
     two_ranks.run(save, config=config, folder=tmp_path)
     [[message]] = one_rank.run(refusals, config=config, folder=tmp_path, asked=[{}])
     assert message.startswith("ValueError: the checkpoint here was saved by 2 ranks and this run has 1")
-    assert f"deepspeed.checkpoint.ds_to_universal --input_folder {tmp_path / 'here'}" in message
+    source = tmp_path / "here"
+    if state_format != "fp32":
+        assert f"python -m grass_ds expand {source} {source}_fp32" in message
+        source = tmp_path / "here_fp32"
+    assert f"deepspeed.checkpoint.ds_to_universal --input_folder {source} " in message
 
 
 @pytest.mark.parametrize("stage", [2, 3])
