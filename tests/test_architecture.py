@@ -59,6 +59,7 @@ ROOMS = (
     "zero",
     "validation",
     "entry",
+    "program",
     "trainer",
     "compare",
     "doctor",
@@ -77,6 +78,7 @@ PACKAGES = {
     "doctor": {"torch", "deepspeed", "packaging", "psutil"},
     "versions": {"packaging"},
     "precision": {"torch", "deepspeed"},
+    "program": set(),
     "__init__": set(),
     "__main__": {"torch"},
 }
