@@ -72,7 +72,8 @@ ROOM = {name: name.split("/")[0].removesuffix(".py") for name in MODULES}
 PACKAGES = {
     "sampling": {"torch"},
     "config": {"pydantic"},
-    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "safetensors", "wandb"},
+    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "safetensors", "wandb"}
+    | {"huggingface_hub"},
     "integrations": {"axolotl", "swift", "llamafactory"},
     "compare": {"matplotlib"},
     "core": {"torch", "deepspeed", "packaging"},
