@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make an environment of its own for each front-end, for the tests marked `front_ends`.
 #
-#   bash tests/front_ends/setup.sh                 all of them, 2 GB and some minutes
+#   bash tests/front_ends/setup.sh                 all of them, 4 GB and some minutes
 #   bash tests/front_ends/setup.sh trl ms_swift    these
 #   GRASS_FRONT_ENDS=FOLDER                        where they are kept (.cache/front_ends in the project if left out)
 #
@@ -18,7 +18,7 @@ install() { # install NAME FRONT_END==VERSION DEPENDENCY...
     local python="$FOLDER/$1/bin/python" name="$1" front_end="$2"
     shift 2
     if [ -e "$FOLDER/$name/$front_end" ]; then
-        return
+        return 0
     fi
     rm -rf "${FOLDER:?}/$name"
     python -m venv "$FOLDER/$name"
@@ -43,6 +43,10 @@ for name in "$@"; do
             install llama_factory llamafactory==0.9.5 transformers==5.6.0 accelerate==1.11.0 trl==0.24.0 \
                 datasets==4.0.0 peft==0.18.1 "av<=16" einops fastapi fire hf-transfer matplotlib modelscope omegaconf \
                 pandas scipy sentencepiece sse-starlette tiktoken torchdata==0.11.0 "tyro<0.9" uvicorn
+            # It imports torchaudio at the start, whose compiled part would need the CUDA libraries. Without that part it
+            # imports.
+            "$FOLDER/llama_factory/bin/python" -m pip install --quiet --no-deps torchaudio
+            rm -f "$FOLDER"/llama_factory/lib/python*/site-packages/torchaudio/lib/_torchaudio*.so
             ;;
         ms_swift)
             install ms_swift ms_swift==4.6.0 "transformers<5.20" "trl<1.0" "datasets<4.8.5" "peft<0.21" accelerate addict \
@@ -56,6 +60,8 @@ for name in "$@"; do
                 optimum==1.16.2 evaluate==0.4.1 posthog==6.7.11 mistral-common==1.11.5 axolotl-contribs-lgpl==0.0.7 \
                 axolotl-contribs-mit==0.0.6 addict art colorama einops fastcore fire immutabledict kernels langdetect \
                 numba python-dotenv schedulefree scipy tensorboard typer wandb zstandard
+            # It imports both, which needs no GPU.
+            "$FOLDER/axolotl/bin/python" -m pip install --quiet --no-deps bitsandbytes==0.50.2 triton
             ;;
         *)
             echo "no front-end $name: there are trl, llama_factory, ms_swift and axolotl" >&2
