@@ -11,4 +11,6 @@ from grass_ds.trainer.callback import GrassCallback
 
 if __name__ == "__main__":
     enable()
-    run_exp(callbacks=[GrassCallback()])
+    callback = GrassCallback()
+    run_exp(callbacks=[callback])
+    callback.add_to_model_card()  # again: run_exp ends with a card of its own

@@ -200,21 +200,22 @@ class GrassCallback(TrainerCallback):
                 # The trained weights are not saved yet and the other ranks wait for this one to save them.
                 logger.warning(f"could not draw or upload the plots ({error!r}); training itself is complete")
             try:
-                self.add_to_model_card(args.output_dir)
+                self.add_to_model_card()
             except Exception as error:
                 logger.warning(f"could not write the model card ({error!r}); training itself is complete")
 
-    def add_to_model_card(self, folder: str | os.PathLike[str] | None) -> None:
-        """Add a section about the run to the model card in `folder`. Called for `output_dir` at the end of training.
+    def add_to_model_card(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Add a section about the run to the model card in `folder`; None: in `output_dir`.
 
-        Call it for another folder, or after `trainer.create_model_card()`, which writes `README.md` anew. Does nothing
-        on ranks other than 0 and before the first step.
+        It is called at the end of training. Call it for another folder, or after `trainer.create_model_card()`, which
+        writes `README.md` anew. Does nothing on ranks other than 0 and before the first step.
 
         Raises:
             ValueError, OSError: `README.md` there is no model card, or cannot be written.
         """
         if self.history is not None and self.history.rows and self._config is not None:
-            add_to_model_card(Path(str(folder)), describe_run(self.history, self._config))
+            to = self.history.path.parent if folder is None else Path(folder)
+            add_to_model_card(to, describe_run(self.history, self._config))
 
     def _release(self) -> None:
         """Drop the engine: a second `train()` builds another, and both would not fit."""

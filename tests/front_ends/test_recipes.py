@@ -111,6 +111,7 @@ def ms_swift(place: Place) -> list[str]:
     for option, value in changed.items():
         words[words.index(option) + 1] = value
     words += ["--model_type", "llama", "--template", "chatml", "--use_cpu", "true", "--max_steps", str(STEPS)]
+    words += ["--fp16", "false", "--bf16", "false"]  # it takes float32 for mixed precision
     words += ["--report_to", "none", "--gradient_accumulation_steps", "1", "--max_length", "64"]
     if place.reentrant:  # its default
         at = words.index("--gradient_checkpointing_kwargs")
