@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m grass_ds doctor``, ``compare`` and ``expand``."""
+"""The command line: ``python -m grass_ds``, or ``grass-ds``, with ``run``, ``doctor``, ``compare`` and ``expand``."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # DeepSpeed's launcher puts it before all other arguments; LOCAL_RANK says the same.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command")
+    program = commands.add_parser(
+        "run",
+        help='a training program, unchanged: the "grass" block of its DeepSpeed config takes effect',
+        description="Runs SCRIPT, or with -m a module, as Python would, with grass_ds.enable() called first. It works "
+        "under every launcher: deepspeed --module grass_ds run SCRIPT ..., torchrun -m grass_ds run SCRIPT ...",
+        usage="python -m grass_ds run (SCRIPT | -m MODULE) [ARGS ...]",
+    )
+    program.add_argument("-m", dest="module", action="store_true", help=argparse.SUPPRESS)
+    program.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     doctor = commands.add_parser(
         "doctor",
         help="would training start on this machine, or under this launcher, and if not, why",
@@ -44,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expansion.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a folder <save_dir>/<tag>")
     expansion.add_argument("output", metavar="OUTPUT", type=Path, help="a folder to make")
     options = parser.parse_args(arguments)
+    if options.command == "run":
+        if not options.program:
+            program.error("name a script, or a module behind -m")
+        return _run(options)
     if options.command == "compare":
         return _print(_compare, options)
     if options.command == "expand":
@@ -51,6 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "doctor":
         return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
     parser.print_help()
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from grass_ds.program import run_program  # it needs DeepSpeed, and the doctor must start without
+
+    name, *rest = options.program
+    if not options.module and not os.path.isfile(name):
+        print(f"error: there is no file {name!r} to run", file=sys.stderr)
+        return 2  # as Python
+    # What DeepSpeed's launcher adds is meant for the program.
+    added = [] if options.local_rank is None else [f"--local_rank={options.local_rank}"]
+    run_program([name, *added, *rest], options.module)
     return 0
 
 

@@ -38,18 +38,30 @@ def _no_ranks_here() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run also what is marked `all` or `slurm`")
+    parser.addoption("--all", action="store_true", help="run also what is marked `all`, `slurm` or `front_ends`")
 
 
 @pytest.hookimpl(trylast=True)  # what -m and -k take out is not counted
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _leave_out(
+        config, items, [item for item in items if item.get_closest_marker("front_ends") and not _has_front_ends()]
+    )
     if config.getoption("all"):
         return
-    left = [item for item in items if item.get_closest_marker("all") or item.get_closest_marker("slurm")]
+    left = [item for item in items if any(map(item.get_closest_marker, ("all", "slurm", "front_ends")))]
+    _leave_out(config, items, left)
+    config.stash[LEFT] = len(left)
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], left: list[pytest.Item]) -> None:
     if left:
         items[:] = [item for item in items if item not in set(left)]
         config.hook.pytest_deselected(items=left)
-    config.stash[LEFT] = len(left)
+
+
+def _has_front_ends() -> bool:
+    """Whether tests/front_ends/setup.sh has been run."""
+    return Path(os.environ.get("GRASS_FRONT_ENDS") or ROOT / ".cache" / "front_ends").is_dir()
 
 
 @pytest.hookimpl(trylast=True)  # after the lines of the plugin `tiers`

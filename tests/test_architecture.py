@@ -59,7 +59,9 @@ ROOMS = (
     "zero",
     "validation",
     "entry",
+    "program",
     "trainer",
+    "integrations",
     "compare",
     "doctor",
     "__main__",
@@ -70,13 +72,16 @@ ROOM = {name: name.split("/")[0].removesuffix(".py") for name in MODULES}
 PACKAGES = {
     "sampling": {"torch"},
     "config": {"pydantic"},
-    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "safetensors", "wandb"},
+    "trainer": {"torch", "deepspeed", "accelerate", "transformers", "matplotlib", "numpy", "safetensors", "wandb"}
+    | {"huggingface_hub"},
+    "integrations": {"axolotl", "swift", "llamafactory"},
     "compare": {"matplotlib"},
     "core": {"torch", "deepspeed", "packaging"},
     "cluster": {"torch", "deepspeed", "mpi4py"},
     "doctor": {"torch", "deepspeed", "packaging", "psutil"},
     "versions": {"packaging"},
     "precision": {"torch", "deepspeed"},
+    "program": set(),
     "__init__": set(),
     "__main__": {"torch"},
 }

@@ -25,6 +25,7 @@ EXPECTED: dict[str, tuple[int, str | None, int, frozenset[str]]] = {
     "lisa.json": (2, "uniform", 2, frozenset({"embed", "norm", "head"})),
     "ows.json": (2, "outlier", 2, frozenset({"embed", "norm", "head"})),
     "misa.json": (2, "module", 1, frozenset()),
+    "ms_swift.json": (2, "grass", 2, frozenset({"norm"})),
     "quickstart.json": (2, "grass", 2, frozenset({"norm"})),
     "zero1_grass.json": (1, "grass", 2, frozenset({"norm"})),
     "zero3_full.json": (3, None, LAYERS, frozenset({"embed", "norm", "head"})),

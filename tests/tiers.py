@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-TIERS = ("slurm", "gpu", "dist", "slow")
+TIERS = ("front_ends", "slurm", "gpu", "dist", "slow")
 _seconds: dict[str, float] = defaultdict(float)
 _outcomes: dict[str, Counter[str]] = defaultdict(Counter)
 
@@ -33,4 +33,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for tier in ("unit", *reversed(TIERS)):
         if tier in _outcomes:
             counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(_outcomes[tier].items()))
-            terminalreporter.write_line(f"{tier:<6} {_seconds[tier]:7.1f} s  {counts}")
+            terminalreporter.write_line(f"{tier:<10} {_seconds[tier]:7.1f} s  {counts}")

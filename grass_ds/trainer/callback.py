@@ -25,6 +25,7 @@ from grass_ds.trainer import retention
 from grass_ds.trainer.checkpoints import seal_checkpoint
 from grass_ds.trainer.history import History, HistoryRow
 from grass_ds.trainer.metrics import grass_metrics, grass_summary
+from grass_ds.trainer.model_card import TAG, add_to_model_card, describe_run
 from grass_ds.trainer.plots import save_plots
 from grass_ds.trainer.throughput import Throughput
 
@@ -71,7 +72,8 @@ class GrassCallback(TrainerCallback):
       file that cannot be continued is renamed to `grass_history.jsonl.old`.
     - Every checkpoint is sealed with `grass_trainer.json`, by which `grass_ds.last_checkpoint` tells a complete one
       from what a killed job left. Not so with `save_only_model` and in a hyperparameter search.
-    - Training ends when the last checkpoint is published. Then `<output_dir>/plots/*.png` are drawn.
+    - Training ends when the last checkpoint is published. Then `<output_dir>/plots/*.png` are drawn, and
+      `<output_dir>/README.md`, the model card, gets a section about the run.
 
     Files are written on global rank 0. Without DeepSpeed or without a `"grass"` block only `tokens_per_second` is
     reported, so one script serves every method that is to be compared. A pickled or copied callback is as good as new,
@@ -88,6 +90,7 @@ class GrassCallback(TrainerCallback):
         self._callbacks: list[TrainerCallback] = []  # of the Trainer, once attached
         self._limit: int | None = None  # complete checkpoints to keep, once attached
         self._grass: Any = None  # engine.grass
+        self._config: GrassConfig | None = None  # where there is a history
         self._seals = False
         self._dashboards_failed = False
         self._row: HistoryRow | None = None
@@ -122,8 +125,11 @@ class GrassCallback(TrainerCallback):
         if self._seals and args.save_total_limit:
             retention.prepare_for_trainer(args, state.global_step)
         self._throughput = Throughput(kwargs["model"], state, args)
-        self.history, self.plot_paths = None, []
+        self.history, self.plot_paths, self._config = None, [], None
+        if config is not None and hasattr(model := kwargs["model"], "add_model_tags"):
+            model.add_model_tags([TAG])  # for the cards that the Trainer writes
         if config is not None and state.is_world_process_zero:
+            self._config = config
             self.history = _open_history(self._grass, config, Path(str(args.output_dir)), state.global_step)
             if not self._callbacks and (others := set(args.report_to or ()) - {"wandb"}):
                 logger.warning(
@@ -193,6 +199,23 @@ class GrassCallback(TrainerCallback):
             except Exception as error:
                 # The trained weights are not saved yet and the other ranks wait for this one to save them.
                 logger.warning(f"could not draw or upload the plots ({error!r}); training itself is complete")
+            try:
+                self.add_to_model_card()
+            except Exception as error:
+                logger.warning(f"could not write the model card ({error!r}); training itself is complete")
+
+    def add_to_model_card(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Add a section about the run to the model card in `folder`; None: in `output_dir`.
+
+        It is called at the end of training. Call it for another folder, or after `trainer.create_model_card()`, which
+        writes `README.md` anew. Does nothing on ranks other than 0 and before the first step.
+
+        Raises:
+            ValueError, OSError: `README.md` there is no model card, or cannot be written.
+        """
+        if self.history is not None and self.history.rows and self._config is not None:
+            to = self.history.path.parent if folder is None else Path(folder)
+            add_to_model_card(to, describe_run(self.history, self._config))
 
     def _release(self) -> None:
         """Drop the engine: a second `train()` builds another, and both would not fit."""

@@ -7,17 +7,50 @@ With non-reentrant checkpointing the hook is not needed, and backward would run 
 embeddings do not train, the hook is set for reentrant checkpointing and removed for non-reentrant.
 """
 
+import logging
+import warnings
 from typing import Any
 
-from deepspeed.utils import logger
+import torch
+from deepspeed.utils import log_dist, logger
 from torch import nn
+
+_REENTRANT = (
+    "grass_ds: activation checkpointing is reentrant. Every backward then recomputes all layers and runs down to the "
+    "embeddings, whichever layers are active. Non-reentrant checkpointing ends at the lowest active layer: set "
+    "gradient_checkpointing_kwargs={'use_reentrant': False} (LLaMA-Factory: use_reentrant_gc: false)"
+)
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.weight
+
+
+def is_reentrant(checkpoint: Any) -> bool:
+    """Whether a layer that is called through ``checkpoint(layer.forward, hidden)`` trains only if ``hidden`` requires
+    a gradient.
+
+    It is tried on a layer of one weight. Arguments of the function do not tell: front-ends wrap it, replace it, and
+    override its ``use_reentrant``. A function that cannot be tried counts as reentrant.
+    """
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # torch warns of exactly this
+        try:
+            return not checkpoint(_Layer().forward, torch.zeros(1)).requires_grad
+        except Exception:  # whatever a stranger's function needs and does not find here
+            return True
 
 
 def _checkpointing_modes(model: nn.Module) -> set[bool]:
-    """``use_reentrant`` of every module that checkpoints (Hugging Face's convention)."""
+    """Whether they are reentrant, of all functions by which modules checkpoint (Hugging Face's convention)."""
     modules = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in modules]
-    return {bool(getattr(function, "keywords", {}).get("use_reentrant", True)) for function in functions}
+    functions = {id(f): f for f in (getattr(module, "_gradient_checkpointing_func", None) for module in modules)}
+    return {is_reentrant(function) for function in functions.values()}
 
 
 def inputs_require_gradients(model: Any) -> bool:
@@ -31,8 +64,9 @@ def inputs_require_gradients(model: Any) -> bool:
 def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     """Make the embeddings' output require a gradient exactly when activation checkpointing needs it.
 
-    Does nothing without checkpointing, if the embeddings train, or outside Hugging Face's convention. Returns whether
-    backward runs down to the embeddings rather than to the lowest active layer.
+    Does nothing without checkpointing, if the embeddings train, or outside Hugging Face's convention. Warns on rank 0
+    of reentrant checkpointing. Returns whether backward runs down to the embeddings rather than to the lowest active
+    layer.
     """
     modes = _checkpointing_modes(model)
     if embeddings_train or not modes or not hasattr(model, "enable_input_require_grads"):
@@ -40,7 +74,9 @@ def fit_input_gradients(model: Any, embeddings_train: bool) -> bool:
     hooked = inputs_require_gradients(model)
     if True in modes and not hooked:
         model.enable_input_require_grads()
-    elif True not in modes and hooked:
+    if True in modes:
+        log_dist(_REENTRANT, ranks=[0], level=logging.WARNING)
+    elif hooked:
         model.disable_input_require_grads()
         logger.info("non-reentrant activation checkpointing: backward stops at the lowest active layer")
     return True in modes

@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import json
 import pickle
 import shutil
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from helpers.markdown import code_blocks, lines_of
+from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
@@ -183,6 +186,39 @@ def test_plots_are_drawn_at_the_end(run: SimpleNamespace) -> None:
     plots = run.folder / "plots"
     assert run.callback.plot_paths == [plots / "layers.png", plots / "probabilities.png"]
     assert all(path.is_file() for path in run.callback.plot_paths)
+
+
+def test_the_model_card_tells_of_the_run(run: SimpleNamespace, tmp_path: Path) -> None:
+    card = ModelCard.load(run.folder / "README.md")
+    assert card.data.tags == ["grass"] and card.data.library_name == "transformers"
+    assert "sampler `cyclic`: at most 1 of 3 layers" in card.text
+    assert "for 4 optimizer steps after 2 that only measured gradients" in card.text
+    assert [line["steps"] for line in lines_of(card.text)] == ["1", "1", "2"]
+    [block] = code_blocks(card.text, "json")
+    assert json.loads(block) == {"always_active": None, "sampler": "cyclic", "num_active_layers": 1}
+    assert f"torch {torch.__version__}" in card.text
+    # Of another folder's card everything else stays, and a second section replaces the first.
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- trl\n---\n# Mine\n\nBy \\1 me.\n")
+    for _ in range(2):
+        run.callback.add_to_model_card(tmp_path)
+    other = ModelCard.load(tmp_path / "README.md")
+    assert (other.data.license, other.data.tags) == ("mit", ["trl", "grass"])
+    assert other.text.strip().startswith("# Mine\n\nBy \\1 me.\n\n<!-- grass_ds -->")
+    assert other.text.count("## Layer-sampled fine-tuning") == 1
+
+
+def test_a_bad_model_card_ends_nothing_and_tags_are_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(callback_module.logger, "warning", warnings.append)
+    (tmp_path / "README.md").write_text("---\n- no mapping\n---\n")
+    trainer = make_trainer(tmp_path, [], FakeHandle(), max_steps=3)
+    grass_ds.attach(trainer)
+    assert trainer.train().global_step == 3
+    [said] = warnings
+    assert said.startswith("could not write the model card") and "should be a dict" in said
+    assert trainer.model.model_tags == ["grass"]  # which push_to_hub adds to the card
 
 
 def test_tensorboard_gets_the_values_of_each_layer(run: SimpleNamespace) -> None:

@@ -5,17 +5,19 @@ Matrix products are counted where torch dispatches them. A Llama block has seven
 ``mm``.
 """
 
+from functools import partial, wraps
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import LAYERS, backward, cyclic, ds_config, engine_of, loss_of, snapshot, tiny_llama, train
-from helpers.observed import difference
+from helpers.observed import difference, logged
 from helpers.tiered import tiered
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from grass_ds.zero.activation_checkpointing import fit_input_gradients, inputs_require_gradients
+from grass_ds.zero.activation_checkpointing import fit_input_gradients, inputs_require_gradients, is_reentrant
 
 dist = pytest.mark.dist
 
@@ -145,6 +147,63 @@ def test_active_embeddings_make_backward_go_all_the_way(two_ranks: Any) -> None:
     assert products(two_ranks, "none", ["norm", "embed"]) == [full] * LAYERS
 
 
+# ---- reentrant or not ------------------------------------------------------------------------------------------------
+
+
+def wrapped(function: Any) -> Any:
+    """As LLaMA-Factory 0.9.5 does it: the input of a layer that trains requires a gradient, others are called plainly."""
+
+    @wraps(function, assigned=("__doc__",))
+    def custom(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        module = layer.func.__self__ if isinstance(layer, partial) else layer.__self__
+        if not any(param.requires_grad for param in module.parameters()):
+            return layer(*args, **kwargs)
+        args[0].requires_grad_(True)
+        return function(layer, *args, **kwargs)
+
+    return custom
+
+
+def overridden(function: Any, use_reentrant: bool) -> Any:
+    """As ms-swift 4.6 replaces torch's function."""
+
+    @wraps(function)
+    def replaced(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{**kwargs, "use_reentrant": use_reentrant})
+
+    return replaced
+
+
+def test_reentrant_is_what_gives_a_layer_no_gradient() -> None:
+    reentrant, other = (partial(checkpoint, use_reentrant=mode) for mode in (True, False))
+    state = torch.get_rng_state()
+    assert is_reentrant(reentrant) and not is_reentrant(other)
+    assert not is_reentrant(wrapped(reentrant)) and not is_reentrant(wrapped(other))
+    assert is_reentrant(partial(overridden(checkpoint, True), use_reentrant=False))
+    assert not is_reentrant(partial(overridden(checkpoint, False), use_reentrant=True))
+    assert is_reentrant(None)
+    with torch.no_grad():
+        assert is_reentrant(reentrant) and not is_reentrant(other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def said(mode: str, always: list[str]) -> list[str]:
+    with logged("activation checkpointing is reentrant") as messages:
+        with engine_of(ds_config(grass=cyclic(always_active=always)), checkpointed(mode)) as engine:
+            train(engine, 2)
+        return messages
+
+
+@dist
+def test_reentrant_checkpointing_is_said_once_with_its_remedy(two_ranks: Any) -> None:
+    """Unless the embeddings train, below which nothing can be saved. What it says is measured above."""
+    first, second = two_ranks.run(said, mode="reentrant", always=["norm"])
+    assert second == [] and len(first) == 1
+    assert "gradient_checkpointing_kwargs={'use_reentrant': False}" in first[0]
+    for mode, always in (("non-reentrant", ["norm"]), ("none", ["norm"]), ("reentrant", ["norm", "embed"])):
+        assert two_ranks.run(said, mode=mode, always=always) == [[], []]
+
+
 # ---- the hook on the embeddings -------------------------------------------------------------------------------------
 
 
@@ -188,3 +247,13 @@ def test_a_hook_without_checkpointing_is_the_users_own() -> None:
 
 def test_models_without_the_convention_are_left_alone() -> None:
     fit_input_gradients(nn.Sequential(nn.Linear(2, 2)), embeddings_train=False)
+
+
+def test_a_wrapper_that_needs_no_hook_gets_none() -> None:
+    model = tiny_llama()
+    model.train()
+    model._set_gradient_checkpointing(True, wrapped(partial(checkpoint, use_reentrant=True)))
+    model.enable_input_require_grads()
+    model.requires_grad_(False)
+    fit_input_gradients(model, embeddings_train=False)
+    assert not is_hooked(model)
