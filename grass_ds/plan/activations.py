@@ -158,6 +158,18 @@ class _Linear(torch.autograd.Function):
         )[: len(ctx.needs_input_grad)]
 
 
+class _Anchored(torch.autograd.Function):
+    """The same numbers, which require a gradient because of the second tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[None, None]:
+        return None, None
+
+
 class _Pass:
     """Forward and backward of one micro-batch, watched at the inputs of the blocks and of what is above them.
 
@@ -284,4 +296,4 @@ def measure(
 
 
 def _require_gradient(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
-    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+    return _Anchored.apply(output, torch.zeros((), device=output.device, requires_grad=True))

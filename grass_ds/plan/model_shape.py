@@ -66,6 +66,8 @@ class ModelShape:
         self.config, self.dtype = config, dtype
         self.model = self._build()
         self.layers = discover_layers(self.model)
+        self._layers: dict[str, ModelLayers] = {}
+        self._units: dict[Any, list[Unit]] = {}
         self._activations: dict[Any, Activations] = {}
 
     def _build(self) -> Any:
@@ -83,14 +85,17 @@ class ModelShape:
             param.data = param.data.to(self.dtype)
         return model.train()
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of all parameters."""
         return sum(param.numel() for param in self.model.parameters())
 
     def layers_of(self, config: GrassConfig) -> ModelLayers:
         """What the sampler draws from. Raises ValueError if it cannot be used with this model."""
-        return check_model(self.model, config)
+        key = config.model_dump_json(exclude={"num_active_layers", "offload"})
+        if key not in self._layers:
+            self._layers[key] = check_model(self.model, config)
+        return self._layers[key]
 
     def always_active(self, config: GrassConfig, layers: ModelLayers) -> tuple[str, ...]:
         """Kinds of parameters outside the layers that always train."""
@@ -98,9 +103,11 @@ class ModelShape:
 
     def units(self, layers: ModelLayers, always: Collection[str], world: int, partitioned: bool) -> list[Unit]:
         """The units of rank 0, which has the largest shards, with all parameters in one param group."""
-        names = {param: name for name, param in self.model.named_parameters()}
-        self.model.requires_grad_(True)
-        return build_units(layers, always, [{"params": list(names)}], names, world, 0, partitioned)
+        key = (layers.names, tuple(always), world, partitioned)
+        if key not in self._units:
+            names = {param: name for name, param in self.model.named_parameters()}
+            self._units[key] = build_units(layers, always, [{"params": list(names)}], names, world, 0, partitioned)
+        return self._units[key]
 
     def activations(
         self, always: Collection[str], micro_batch: int, sequence: int, checkpointing: bool, keeps_inputs: bool
