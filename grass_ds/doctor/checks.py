@@ -20,8 +20,8 @@ from grass_ds.cluster.heartbeat import Heartbeat
 from grass_ds.cluster.placement import Placement, find, leave_process_group
 from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.doctor import disks, extensions, machine
-from grass_ds.doctor.fitting import check_plan
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
+from grass_ds.doctor.fitting import check_plan
 from grass_ds.versions import RANGES
 
 JOIN_SECONDS, LIMIT_SECONDS = 60.0, 150.0

@@ -13,7 +13,9 @@ from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 from grass_ds.doctor.machine import cgroup_limit
 from grass_ds.offload.state_files import resolve_path
 
-_DEVICE = "plan for less: --checkpointing, a smaller --micro_batch, --gamma or --sequence, --stage 3 on several devices"
+_DEVICE = (
+    "plan for less: --checkpointing, a smaller --micro_batch, --gamma or --sequence, --stage 3 on several devices"
+)
 _HOST = "plan for less: --state_format 8bit takes a third; --nvme moves the state to a local disk"
 _DISK = "name another folder by --nvme_path, or plan for less: --state_format 8bit takes a third"
 

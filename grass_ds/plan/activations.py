@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from grass_ds.zero.activation_checkpointing import fit_input_gradients
+
 
 @dataclass(frozen=True)
 class BlockBytes:
@@ -132,7 +134,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any) -> torch.Tensor:
         rows, heads, tokens, _ = query.shape
         output = query.new_empty(rows, tokens, heads, value.shape[-1]).transpose(1, 2)
-        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(rows, heads, tokens, dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, mask, output, query.new_empty(rows, heads, tokens, dtype=torch.float32)
+        )
         return output
 
     @staticmethod
@@ -237,6 +241,13 @@ def _drop(param: torch.Tensor) -> None:
     param.grad = None
 
 
+def recompute_blocks(model: Any, keeps_inputs: bool) -> None:
+    """Turn activation checkpointing on, as the engine has it: without reentrant autograd, backward stops early."""
+    recomputing = lambda: (nullcontext(), _Kernels(keeps_inputs))  # noqa: E731
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})
+    fit_input_gradients(model, embeddings_train=False)
+
+
 def measure(
     model: nn.Module,
     blocks: Sequence[nn.Module],
@@ -244,7 +255,6 @@ def measure(
     outside: set[str],
     micro_batch: int,
     sequence: int,
-    checkpointing: bool,
     keeps_inputs: bool,
     whole: bool,
 ) -> Activations:
@@ -254,17 +264,11 @@ def measure(
         model: with the ``blocks`` alone.
         count: blocks that the planned model has; those beyond ``blocks`` are like the last.
         outside: names of the parameters outside the blocks that train.
-        checkpointing: blocks are recomputed, without reentrant autograd.
         keeps_inputs: linear layers keep their input whether or not they train (ZeRO-3).
         whole: backward runs through all blocks anyway.
     """
     ids = torch.zeros(micro_batch, sequence, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-    if checkpointing:
-        recomputing = lambda: (nullcontext(), _Kernels(keeps_inputs))  # noqa: E731
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})  # type: ignore[operator]
-    else:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
     inside = {param for block in blocks for param in block.parameters()}
 
     def run(blocks_train: bool, gradient: bool) -> _Pass:

@@ -7,6 +7,7 @@ ahead. Weights below ``stage3_param_persistence_threshold`` stay gathered betwee
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from grass_ds.core.units import Unit
 from grass_ds.plan.run_shape import GatherSettings, RunShape
@@ -17,50 +18,67 @@ def persistent_numel(units: Iterable[Unit], settings: GatherSettings) -> int:
     return sum(size for unit in units for size in unit.sizes if size < settings.persistence)
 
 
-def _numels(units: Sequence[Unit], blocks: int, settings: GatherSettings) -> tuple[list[int], int, int]:
-    """Elements that come and go: of each block, of what is above the blocks, and of the largest weight of a block."""
-    numels, outside, largest = [0] * blocks, 0, 0
+@dataclass(frozen=True)
+class _Numels:
+    """Elements of weights that come and go.
+
+    Attributes:
+        blocks: of each block; ``largest``, ``last``: of a block's largest and last weight.
+        above, below: of what is above the blocks and of the embeddings, if these are not the same.
+    """
+
+    blocks: list[int]
+    largest: int
+    last: int
+    above: int
+    below: int
+
+    def stay(self, distance: int, lowest: int) -> list[bool]:
+        """Per block, whether its weights stay gathered from forward to backward."""
+        above, found = self.above, []
+        for block in range(len(self.blocks) - 1, -1, -1):
+            found.append(distance > 0 and 2 * above <= distance and block >= lowest)
+            above += self.blocks[block]
+        return found[::-1]
+
+
+def _numels(units: Sequence[Unit], blocks: int, settings: GatherSettings) -> _Numels:
+    numels, above, below, largest, last = [0] * blocks, 0, 0, 0, 0
     for unit in units:
         sizes = [size for size in unit.sizes if size >= settings.persistence]
         if unit.depth is not None:
             numels[unit.depth] += sum(sizes)
-            largest = max([largest, *sizes])
-        elif unit.kind != "embed":
-            outside += sum(sizes)
-    if not outside:  # the head is the embeddings
-        outside = sum(unit.numel for unit in units if unit.kind == "embed")
-    return numels, outside, largest
+            largest, last = max([largest, *sizes]), sizes[-1] if sizes else last
+        elif unit.kind == "embed":
+            below += sum(sizes)
+        else:
+            above += sum(sizes)
+    return _Numels(numels, largest, last, above or below, below if above else 0)
 
 
 def gathered_numel(units: Sequence[Unit], run: RunShape, blocks: int, index: int, lowest: int) -> int:
     """In backward of block ``index``, or at the loss if that is the number of blocks; ``lowest``: backward ends there."""
-    numels, outside, largest = _numels(units, blocks, run.gather)
-    above, kept = outside, 0
-    stays = []
-    for block in range(blocks - 1, -1, -1):
-        stays.append(2 * above <= run.gather.reuse_distance and block >= lowest)
-        above += numels[block]
-    stays.reverse()
-    kept = sum(numel for block, numel in enumerate(numels[: index + 1]) if stays[block])
+    numels, distance = _numels(units, blocks, run.gather), run.gather.reuse_distance
+    stays = numels.stay(distance, lowest)
+    kept = sum(numel for numel, stay in zip(numels.blocks[: index + 1], stays, strict=False) if stay)
     if index == blocks:
-        return kept + outside
-    ahead = min(run.gather.prefetch, 0 if stays[max(index - 1, 0)] else numels[max(index - 1, 0)])
+        return kept + (numels.above if distance else 0)
+    below = max(index - 1, 0)
+    ahead = 0 if stays[below] else min(run.gather.prefetch, numels.blocks[below])
     if stays[index]:
         return kept + ahead
-    together = 2 * numels[index] <= run.gather.reuse_distance and run.checkpointing
-    return kept + (numels[index] if together else largest) + ahead
+    together = run.checkpointing and 2 * numels.blocks[index] <= distance
+    return kept + (numels.blocks[index] if together else numels.largest) + ahead
 
 
 def gathers_per_step(units: Sequence[Unit], run: RunShape, blocks: int, lowest: int) -> int:
-    """Elements gathered in one micro-batch: all in forward, and again in backward what was not kept."""
-    numels, outside, _ = _numels(units, blocks, run.gather)
-    embed = sum(unit.numel for unit in units if unit.kind == "embed" and unit.numel >= run.gather.persistence)
-    total = sum(numels) + outside + (0 if outside == embed else embed)
-    above = outside
-    for block in range(blocks - 1, lowest - 1, -1):
-        again = 2 * above > run.gather.reuse_distance
-        # Recomputing takes the block's weights a second time if they do not even stay for its own backward.
-        twice = run.checkpointing and 2 * numels[block] > run.gather.reuse_distance
-        total += numels[block] * (again + twice)
-        above += numels[block]
-    return total + (outside if run.gather.reuse_distance == 0 else 0)
+    """Elements gathered in one micro-batch: all in forward, and again in backward what has not stayed."""
+    numels, distance = _numels(units, blocks, run.gather), run.gather.reuse_distance
+    stays = numels.stay(distance, lowest)
+    total = sum(numels.blocks) + numels.above * (2 if distance == 0 else 1) + numels.below
+    for block in range(lowest, blocks):
+        total += 0 if stays[block] else numels.blocks[block]
+        # Recomputed weights may not even stay for the block's own backward, which begins with the last of them.
+        again = run.checkpointing and 2 * numels.blocks[block] > distance
+        total += numels.blocks[block] - numels.last if again else 0
+    return total

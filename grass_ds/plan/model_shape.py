@@ -13,7 +13,7 @@ from torch import nn
 from grass_ds.config import GrassConfig
 from grass_ds.core.unit_plan import build_units
 from grass_ds.core.units import Unit
-from grass_ds.plan.activations import Activations, measure
+from grass_ds.plan.activations import Activations, measure, recompute_blocks
 from grass_ds.sampling.layers import OUTSIDE_KINDS, ModelLayers, discover_layers
 from grass_ds.validation import check_model
 
@@ -66,6 +66,7 @@ class ModelShape:
         self.config, self.dtype = config, dtype
         self.model = self._build()
         self.layers = discover_layers(self.model)
+        self._samples: dict[tuple[bool, bool], Any] = {}
         self._layers: dict[str, ModelLayers] = {}
         self._units: dict[Any, list[Unit]] = {}
         self._activations: dict[Any, Activations] = {}
@@ -122,12 +123,11 @@ class ModelShape:
         self, always: Collection[str], micro_batch: int, sequence: int, checkpointing: bool, keeps_inputs: bool
     ) -> Activations:
         outside = {name for kind in always for name in self.layers.outside.get(kind, ())}
-        blocks, whole = list(self._sample.get_submodule(self.layers.path)), self.backward_is_whole(always)
+        model = self._sample(checkpointing, keeps_inputs)
+        blocks, whole = list(model.get_submodule(self.layers.path)), self.backward_is_whole(always)
         count = len(self.layers.blocks)
         try:
-            return measure(
-                self._sample, blocks, count, outside, micro_batch, sequence, checkpointing, keeps_inputs, whole
-            )
+            return measure(model, blocks, count, outside, micro_batch, sequence, keeps_inputs, whole)
         except (RuntimeError, NotImplementedError) as error:
             reason = " ".join(f"{error}".split())[:200]
             raise ValueError(
@@ -139,13 +139,16 @@ class ModelShape:
         """Whether backward runs through all blocks, whichever train."""
         return any(kind in self.layers.below for kind in always)
 
-    @cached_property
-    def _sample(self) -> Any:
-        """The model with two blocks, if all are alike."""
-        model = self._build()
-        blocks = list(model.get_submodule(self.layers.path))
-        shapes = [[(name, param.shape) for name, param in block.named_parameters()] for block in blocks]
-        if len(blocks) > 2 and all(shape == shapes[0] for shape in shapes):
-            parent, _, name = self.layers.path.rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[:2]))
-        return model
+    def _sample(self, checkpointing: bool, keeps_inputs: bool) -> Any:
+        """The model to measure, with two blocks if all are alike."""
+        key = (checkpointing, keeps_inputs)
+        if key not in self._samples:
+            model = self._samples[key] = self._build()
+            blocks = list(model.get_submodule(self.layers.path))
+            shapes = [[(name, param.shape) for name, param in block.named_parameters()] for block in blocks]
+            if len(blocks) > 2 and all(shape == shapes[0] for shape in shapes):
+                parent, _, name = self.layers.path.rpartition(".")
+                setattr(model.get_submodule(parent), name, nn.ModuleList(blocks[:2]))
+            if checkpointing:
+                recompute_blocks(model, keeps_inputs)
+        return self._samples[key]

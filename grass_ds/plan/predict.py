@@ -78,7 +78,7 @@ def _traffic(parts: SampledRun, units: Sequence[Unit], lowest: int) -> dict[str,
     return {
         "reduce_scatter": trained * (run.accumulation if always else 1),
         "all_gather": gathered,
-        "all_reduce": FP32 * (3 * len(units) + 2),
+        "all_reduce": FP32 * (3 * len(units) + 2) + (8 if parts.grass.offload.device == "nvme" else 0),
     }
 
 
@@ -102,7 +102,9 @@ def _flops(model: ModelShape, run: RunShape, active: Collection[int], lowest: in
 def _with_adapters(model: ModelShape, run: RunShape) -> Prediction:
     """Adapters of all matrices in the blocks, trained by stock DeepSpeed with its state on the device."""
     blocks, width, ranks = len(model.layers.blocks), run.width, run.ranks
-    shapes = [p.shape for name in model.layers.blocks for p in model.model.get_submodule(name).parameters() if p.dim() > 1]
+    shapes = [
+        p.shape for name in model.layers.blocks for p in model.model.get_submodule(name).parameters() if p.dim() > 1
+    ]
     numel = run.lora_rank * sum(sum(shape) for shape in shapes)
     # An adapter saves its input, as a matrix that trains, and what is between its two factors.
     between = width * run.tokens * run.lora_rank * len(shapes)

@@ -172,10 +172,8 @@ class SampledRun:
     def moments(self) -> Iterator[Moment]:
         """Of a step that trains, and of one that probes if the sampler does."""
         yield from self._of_step(self.active, keeps=True)
-        if self.controller.signal is Signal.OUTLIER_RATIO:
-            yield from self._of_step({self.blocks - 1}, keeps=False)
-        elif self.controller.signal is not None:
-            yield from self._of_step(set(range(self.blocks)), keeps=False)
+        if self._probed:
+            yield from self._of_step(self._probed, keeps=False)
 
     def _of_step(self, active: set[int], keeps: bool) -> Iterator[Moment]:
         what = "" if keeps else "probing: "
@@ -219,7 +217,16 @@ class SampledRun:
         return self.activations.outside + self.run.width * (self.run.tokens * vocabulary + largest)
 
     def saved(self) -> int:
-        return sum(cost.saved for cost in self._costs(self.active)) + self.activations.outside
+        """Activations that wait at the loss, while training or probing."""
+        sets = [self.active, *([probed] if (probed := self._probed) else [])]
+        return max(sum(cost.saved for cost in self._costs(active)) for active in sets) + self.activations.outside
+
+    @property
+    def _probed(self) -> set[int]:
+        """Layers with a gradient while probing; none for samplers that do not."""
+        if self.controller.signal is None:
+            return set()
+        return {self.blocks - 1} if self.controller.signal is Signal.OUTLIER_RATIO else set(range(self.blocks))
 
     def _gathered(self, index: int, lowest: int) -> int:
         """Weights that ZeRO-3 has gathered, beside those that stay so, in backward of a block (or at the loss)."""
@@ -261,10 +268,9 @@ class SampledRun:
     def gradients(self) -> int:
         """The most that is held, while training or probing."""
         held = []
-        for active, keeps in ((self.active, True), (set(range(self.blocks)), False)):
-            if keeps or self.controller.signal is Signal.GRADIENT_RMS:
-                units = self._stepped_units(active)
-                held += [self.gradients_at(units, units[: n + 1], keeps) for n in range(len(units))]
+        for active, keeps in ((self.active, True), (self._probed, False)):
+            units = self._stepped_units(active) if active else []
+            held += [self.gradients_at(units, units[: n + 1], keeps) for n in range(len(units))]
         return max(held)
 
 

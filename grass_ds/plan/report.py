@@ -74,11 +74,14 @@ def _lines(made: Plan, gamma: int, rows: int) -> list[str]:
     asked, found, seconds = made.request, made.prediction, made.seconds
     where = {"none": "on the device", "cpu": "in host memory", "nvme": "on disk"}[made.device]
     active = f", {asked.gamma} of {len(made.model.layers.blocks)} layers at a time"
-    lines = [
+    title = (
         f"{asked.model}: {made.model.numel / 1e9:.2f} B weights, {asked.method}"
         f"{active if asked.method in ('grass', 'lisa') else ''}, ZeRO-{made.stage} on {asked.ranks} x "
         f"{asked.device_bytes / 1e9:.0f} GB, optimizer state {where} ({asked.state_format}); {asked.micro_batch} x "
-        f"{asked.sequence} tokens per device{', checkpointing' * asked.checkpointing}",
+        f"{asked.sequence} tokens per device{', checkpointing' * asked.checkpointing}"
+    )
+    lines = [
+        title,
         "",
         f"per rank, at the peak ({found.peak.name}):",
         *(f"  {name:<18}{_gb(nbytes)}  {NOTES[name]}" for name, nbytes in found.device.items()),

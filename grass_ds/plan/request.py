@@ -112,7 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     add("--reserve", metavar="1GB", default="1GB", help="device memory that is left free (default 1GB)")
     add("--link", type=float, default=default["link"], metavar="GB/s", help="between host and device (default 25)")
     add("--interconnect", type=float, default=25.0, metavar="GB/s", help="between devices (default 25)")
-    add("--device_tflops", type=float, default=100.0, metavar="X", help="arithmetic that a device reaches (default 100)")
+    add(
+        "--device_tflops",
+        type=float,
+        default=100.0,
+        metavar="X",
+        help="arithmetic that a device reaches (default 100)",
+    )
 
 
 def request_of(options: argparse.Namespace, nvme_path: str | None = None) -> Request:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs whose memory and traffic are planned, and measured on two ranks: one cell per combination of settings."""
 
+import copy
 import itertools
+from functools import cache
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
     "wide": {
         **{"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8},
-        **{"num_key_value_heads": 8, "vocab_size": 2048},
+        **{"num_key_value_heads": 8, "vocab_size": 256},
     },
     "deep": {
         **{"hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 8, "num_attention_heads": 6},
@@ -35,10 +37,17 @@ def cell(
     accumulation: int = 1,
     sampler: str = "uniform",
     zero: dict[str, Any] | None = None,
+    tokens: int = TOKENS,
     **grass: Any,
 ) -> dict[str, Any]:
     """A DeepSpeed config without the path of state files, and the rest of a run."""
-    offload = {"device": device, "state_format": state_format, "chunk_numel": 200_000, "io": "posix", **grass.pop("offload", {})}
+    offload = {
+        "device": device,
+        "state_format": state_format,
+        "chunk_numel": 200_000,
+        "io": "posix",
+        **grass.pop("offload", {}),
+    }
     block = {"sampler": sampler, "num_active_layers": gamma, "sample_period": 100, "probe_steps": 100, "seed": 5}
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
@@ -50,7 +59,7 @@ def cell(
         "steps_per_print": 10**9,
         "grass": {**block, **grass, "offload": offload},
     }
-    return {"config": config, "shape": shape, "checkpointing": checkpointing}
+    return {"config": config, "shape": shape, "checkpointing": checkpointing, "tokens": tokens}
 
 
 def cells() -> dict[str, dict[str, Any]]:
@@ -71,6 +80,7 @@ def cells() -> dict[str, dict[str, Any]]:
         found[f"wide, ZeRO-{stage}, full"] = cell(stage, "exact", "cpu", 4, stage == 3, "wide", sampler="full")
         period = {"offload": {"residency": "period"}}
         found[f"deep, ZeRO-{stage}, period"] = cell(stage, "bf16", "cpu", 2, False, "deep", **period)
+        found[f"wide, ZeRO-{stage}, 2 tokens"] = cell(stage, "bf16", "cpu", 3, False, "wide", tokens=2)
     for stage in (1, 2):
         name = f"wide, ZeRO-{stage}, 2 micro-batches"
         found[name] = cell(stage, "fp32", "cpu", 2, True, "wide", accumulation=2)
@@ -87,21 +97,62 @@ def llama_config(shape: str) -> Any:
     return LlamaConfig(**SHAPES[shape], use_cache=False, tie_word_embeddings=False, max_position_embeddings=TOKENS)
 
 
+@cache
+def model_of(shape: str) -> Any:
+    import torch
+
+    from grass_ds.plan.model_shape import ModelShape
+
+    return ModelShape(llama_config(shape), torch.bfloat16)
+
+
+def predicted(name: str, active: list[int]) -> dict[str, int]:
+    """The same categories as :func:`measure_cells`, planned; ``active``: the layers that trained there."""
+    from grass_ds.plan.predict import predict
+    from grass_ds.plan.run_shape import run_shape
+
+    planned = CELLS[name]
+    config = copy.deepcopy(planned["config"])
+    if config["grass"]["offload"]["device"] == "nvme":
+        config["grass"]["offload"]["nvme_path"] = "/"
+    run = run_shape(config, RANKS, planned["tokens"], planned["checkpointing"])
+    # While probing all layers are active, and none trains: more than a plan's step moves.
+    found = predict(model_of(planned["shape"]), run, None if run.grass.sampler == "grass" else active)
+    return {
+        "weights": found.weights,
+        "gradients": found.gradients,
+        "state": found.state + found.window,
+        "host": found.host,
+        "disk": found.disk,
+        "activations": found.saved,
+        "peak": found.total,
+        "traffic": sum(found.traffic.values()),
+    }
+
+
+PROBING = [name for name in CELLS if "probing" in name]
+
+
+def deviation(expected: int, measured: int) -> float:
+    """Of the prediction, relative; 0 if both are 0."""
+    return (expected - measured) / max(measured, 1)
+
+
 def measure_cells(names: list[str], folder: str) -> list[dict[str, Any]]:
     """Run inside a rank: bytes of each cell, by category."""
     return [_measure(CELLS[name], folder) for name in names]
 
 
 def _measure(planned: dict[str, Any], folder: str) -> dict[str, Any]:
-    import copy
     import gc
     from unittest import mock
 
     import torch
+    from transformers import LlamaForCausalLM
+
     from helpers.live import LiveBytes
     from helpers.models import engine_of
     from helpers.traffic import Collectives
-    from transformers import LlamaForCausalLM
 
     config = copy.deepcopy(planned["config"])
     if config["grass"]["offload"]["device"] == "nvme":
@@ -110,7 +161,7 @@ def _measure(planned: dict[str, Any], folder: str) -> dict[str, Any]:
     model = LlamaForCausalLM(llama_config(planned["shape"])).bfloat16().train()
     if planned["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(0, 1000, (ROWS, TOKENS))
+    ids = torch.randint(0, 256, (ROWS, planned["tokens"]))
     # ZeRO-3 replaces it for the rest of the process.
     plain_linear = mock.patch.object(torch.nn.functional, "linear", torch._C._nn.linear)
     with plain_linear, LiveBytes(model.parameters()) as live, engine_of(config, model) as engine:
@@ -118,7 +169,7 @@ def _measure(planned: dict[str, Any], folder: str) -> dict[str, Any]:
             if unit.ever_active:
                 engine.optimizer.store.ensure(unit)
 
-        def step() -> dict[str, int]:
+        def step() -> int:
             saved = 0
             for _ in range(config["gradient_accumulation_steps"]):
                 before, gathered = live.now, engine.grass.memory()["weights"]["device"]
@@ -127,11 +178,10 @@ def _measure(planned: dict[str, Any], folder: str) -> dict[str, Any]:
                 saved = live.now - before - gathered
                 engine.backward(loss)
                 engine.step()
-            return {"saved": saved}
+            return saved
 
-        for _ in range(4):  # ZeRO-3 records a trace, and then uses it
+        for _ in range(3):  # ZeRO-3 records a trace, and then uses it
             step()
-            del _
         gc.collect()
         rest = live.peak = live.now
         resting = engine.grass.memory()
@@ -143,12 +193,10 @@ def _measure(planned: dict[str, Any], folder: str) -> dict[str, Any]:
             "active": list(engine.grass.active_layers),
             "weights": resting["weights"]["device"],
             "gradients": memory["gradients"]["device"],
-            "state on the device": state["device"],
+            "state": state["device"],
             "host": state["host"],
             "disk": state.get("nvme", 0),
-            "saved": found["saved"],
+            "activations": found,
             "peak": live.peak - rest + resting["weights"]["device"] + resting["optimizer_state"]["device"],
-            "reduce_scatter": sent.bytes_of("reduce_scatter_base"),
-            "all_gather": sent.bytes_of("allgather_base"),
-            "all_reduce": sent.bytes_of("allreduce"),
+            "traffic": sum(nbytes for _, nbytes in sent.calls),
         }
