@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model keeps for backward, measured on the meta device: its graph is real, its tensors have no memory.
 
-[Note: Three passes] What a block keeps depends on whether it trains and whether its input has a gradient. One pass with
-all blocks trained, one with none and one without a gradient of the first block's input tell all cases. Blocks that
-are alike cost alike, so of those two are measured.
+[Note: Three passes] What a block keeps depends on whether it trains and whether its input has a gradient. One pass
+with all blocks trained, one with none and one without a gradient of the first block's input tell all cases. Blocks
+that are alike cost alike, so of those two are measured.
 
 [Note: Kernels] Meta tensors would take the attention of plain formulas, which keeps tokens x tokens numbers. Here
 attention keeps what fused kernels keep: its three inputs, its output and a number per row. ZeRO-3 replaces linear

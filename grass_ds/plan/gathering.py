@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that ZeRO-3 has gathered, in elements.
 
-DeepSpeed keeps a gathered weight that is used again within ``stage3_max_reuse_distance`` elements of the pass: on the way
-up, those of the blocks from which there and back is not farther. It gathers ``stage3_prefetch_bucket_size`` elements
+DeepSpeed keeps a gathered weight that is used again within ``stage3_max_reuse_distance`` elements of the pass: those of
+the blocks from which the way to the loss and back is not longer. It gathers ``stage3_prefetch_bucket_size`` elements
 ahead. Weights below ``stage3_param_persistence_threshold`` stay gathered between steps.
 """
 
@@ -57,7 +57,7 @@ def _numels(units: Sequence[Unit], blocks: int, settings: GatherSettings) -> _Nu
 
 
 def gathered_numel(units: Sequence[Unit], run: RunShape, blocks: int, index: int, lowest: int) -> int:
-    """In backward of block ``index``, or at the loss if that is the number of blocks; ``lowest``: backward ends there."""
+    """In backward of block ``index``, or at the loss if that is the number of blocks, down to ``lowest``."""
     numels, distance = _numels(units, blocks, run.gather), run.gather.reuse_distance
     stays = numels.stay(distance, lowest)
     kept = sum(numel for numel, stay in zip(numels.blocks[: index + 1], stays, strict=False) if stay)

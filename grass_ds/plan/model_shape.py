@@ -22,7 +22,7 @@ _LOCAL = "name a folder with a config.json, the file itself"
 
 
 def read_config(model: str) -> Any:
-    """The Hugging Face config that ``--model`` names: a folder, a config.json, a shape that ships, or a name of the hub.
+    """The Hugging Face config that ``--model`` names: a folder, a config.json, a shape that ships, a name of the hub.
 
     Raises:
         ValueError: there is none, or it is not of a causal language model that transformers knows.
