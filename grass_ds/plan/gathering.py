@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that ZeRO-3 has gathered, in elements.
 
-DeepSpeed keeps a gathered weight that is used again within ``stage3_max_reuse_distance`` elements of the pass: those of
-the blocks from which the way to the loss and back is not longer. It gathers ``stage3_prefetch_bucket_size`` elements
-ahead. Weights below ``stage3_param_persistence_threshold`` stay gathered between steps.
+DeepSpeed keeps a gathered weight that is used again within ``stage3_max_reuse_distance`` elements of the pass: those
+of the blocks from which the way to the loss and back is not longer. It gathers ``stage3_prefetch_bucket_size``
+elements ahead. Weights below ``stage3_param_persistence_threshold`` stay gathered between steps.
 """
 
 from collections.abc import Iterable, Sequence
@@ -71,8 +71,11 @@ def gathered_numel(units: Sequence[Unit], run: RunShape, blocks: int, index: int
     return kept + (numels.blocks[index] if together else numels.largest) + ahead
 
 
-def gathers_per_step(units: Sequence[Unit], run: RunShape, blocks: int, lowest: int) -> int:
-    """Elements gathered in one micro-batch: all in forward, and again in backward what has not stayed."""
+def gathers_per_step(units: Sequence[Unit], run: RunShape, blocks: int, lowest: int, whole: bool) -> int:
+    """Elements gathered in one micro-batch: all in forward, and again in backward what has not stayed.
+
+    ``whole``: backward runs down to the embeddings.
+    """
     numels, distance = _numels(units, blocks, run.gather), run.gather.reuse_distance
     stays = numels.stay(distance, lowest)
     total = sum(numels.blocks) + numels.above * (2 if distance == 0 else 1) + numels.below
@@ -81,4 +84,5 @@ def gathers_per_step(units: Sequence[Unit], run: RunShape, blocks: int, lowest: 
         # Recomputed weights may not even stay for the block's own backward, which begins with the last of them.
         again = run.checkpointing and 2 * numels.blocks[block] > distance
         total += numels.blocks[block] - numels.last if again else 0
-    return total
+    passed = 2 * (numels.above + sum(numels.blocks))
+    return total + (numels.below if whole and passed > distance else 0)

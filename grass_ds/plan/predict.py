@@ -73,7 +73,7 @@ def _traffic(parts: SampledRun, units: Sequence[Unit], lowest: int) -> dict[str,
     trained = run.width * sum(unit.padded_numel for unit in units)
     gathered = trained
     if run.stage == 3:
-        gathered = run.width * run.accumulation * gathers_per_step(parts.units, run, parts.blocks, lowest)
+        gathered = run.width * run.accumulation * gathers_per_step(parts.units, run, parts.blocks, lowest, parts.whole)
         gathered += run.width * persistent_numel(units, run.gather)  # again after the step
     return {
         "reduce_scatter": trained * (run.accumulation if always else 1),

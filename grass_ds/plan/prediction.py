@@ -8,7 +8,7 @@ needs most: every block keeps something for backward, and the gradients of the h
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grass_ds.core.units import Unit
@@ -27,22 +27,22 @@ from grass_ds.sampling.importance import Signal
 FP32 = 4
 STEP_BYTES = 12
 """Per element of a chunk in its step: its gradient in fp32 and two temporaries of AdamW."""
-CODEC_BYTES = 32
-"""Per element of a piece that is encoded or decoded: indices in int64, their shifted copy, ratios and masks."""
+CODEC_BYTES = 24
+"""Per element of a piece that is encoded or decoded: two copies in int64, or ratios, indices and masks; and some room."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes on the device of a rank at one moment of a step, beside what is always there."""
+    """Bytes on the device of a rank at one moment of a step, beside what is always there.
+
+    ``has_state``: optimizer state, or its window, is there; it is not during a probing that precedes all training.
+    """
 
     name: str
     activations: int
     gradients: int
     gathered: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.activations + self.gradients + self.gathered
+    has_state: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,21 @@ class Prediction:
 
     @property
     def peak(self) -> Moment:
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.moments, key=lambda moment: sum(self._at(moment).values()))
 
     @property
     def device(self) -> dict[str, int]:
         """Category -> bytes at the peak."""
-        peak = self.peak
+        return self._at(self.peak)
+
+    def _at(self, moment: Moment) -> dict[str, int]:
         return {
             "weights": self.weights,
-            "gradients": peak.gradients,
-            "optimizer state": self.state,
-            "activations": peak.activations,
-            "window": self.window,
-            "gathered weights": peak.gathered,
+            "gradients": moment.gradients,
+            "optimizer state": moment.has_state * self.state,
+            "activations": moment.activations,
+            "window": moment.has_state * self.window,
+            "gathered weights": moment.gathered,
         }
 
     @property
@@ -173,7 +175,8 @@ class SampledRun:
         """Of a step that trains, and of one that probes if the sampler does."""
         yield from self._of_step(self.active, keeps=True)
         if self._probed:
-            yield from self._of_step(self._probed, keeps=False)
+            again = self.grass.reprobe_period > 0
+            yield from (replace(moment, has_state=again) for moment in self._of_step(self._probed, keeps=False))
 
     def _of_step(self, active: set[int], keeps: bool) -> Iterator[Moment]:
         what = "" if keeps else "probing: "

@@ -30,7 +30,7 @@ def report(request: Request, write: Path | None = None, as_json: bool = False) -
     gamma = largest_gamma(made.model, request) if sampled else 0
     rows = largest_micro_batch(made.model, request)
     if write is not None:
-        write.write_text(json.dumps(made.ds_config, indent=2) + "\n")
+        write.write_text(json.dumps(made.config, indent=2) + "\n")
     if as_json:
         return json.dumps(summary(made, gamma, rows), indent=2), made.fits
     return "\n".join([*_lines(made, gamma, rows), *([f"DeepSpeed config: {write}"] if write else [])]), made.fits
@@ -54,7 +54,7 @@ def summary(made: Plan, gamma: int, rows: int) -> dict[str, Any]:
         "seconds": made.seconds,
         "largest_gamma": gamma,
         "largest_micro_batch": rows,
-        "ds_config": made.ds_config,
+        "ds_config": made.config,
     }
 
 

@@ -104,7 +104,7 @@ class Plan:
         return speeds.seconds(self.prediction, offloaded=self.device != "none")
 
     @property
-    def ds_config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """A DeepSpeed config that trains as planned."""
         return ds_settings(self.request, self.stage, self.device)
 
