@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m grass_ds``, or ``grass-ds``, with ``run``, ``doctor``, ``compare`` and ``expand``."""
+"""The command line: ``python -m grass_ds``, or ``grass-ds``: ``run``, ``doctor``, ``plan``, ``compare``, ``expand``."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from grass_ds.doctor.run import run
+from grass_ds.plan.request import add_arguments, request_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--nvme_path", metavar="FOLDER", help='measure the folder meant for "grass.offload.nvme_path"')
     doctor.add_argument("--shared_path", metavar="FOLDER", help="check that all ranks see what rank 0 writes there")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    doctor.add_argument(
+        "--plan",
+        metavar="FILE",
+        nargs="?",
+        const="",
+        help="does this machine have what a plan needs: the output of `plan --json`, or without FILE of these arguments:",
+    )
+    add_arguments(doctor, required=False)
+    planning = commands.add_parser(
+        "plan",
+        help="what a run needs on device, host and disk, and what fits",
+        description="Needs no weights, no GPU and, for a local config, no network. Exit code 1: it does not fit.",
+    )
+    add_arguments(planning)
+    planning.add_argument("--nvme_path", metavar="FOLDER", help='for the config: "grass.offload.nvme_path"')
+    planning.add_argument("--write", metavar="FILE", type=Path, help="write a DeepSpeed config that trains as planned")
+    planning.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     comparison = commands.add_parser(
         "compare",
         help="finished runs side by side: results, loss curves, who trained when, settings that differ",
@@ -62,8 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _print(_compare, options)
     if options.command == "expand":
         return _print(_expand, options)
+    if options.command == "plan":
+        return _plan(options)
     if options.command == "doctor":
-        return run(options.deepspeed, options.nvme_path, options.shared_path, options.json)
+        needs = None
+        if options.plan is not None:
+            try:
+                needs = _needs(options)
+            except (ValueError, OSError) as error:
+                return _failed(error)
+        return run(options.deepspeed, options.nvme_path, options.shared_path, options.json, needs)
     parser.print_help()
     return 0
 
@@ -94,12 +121,37 @@ def _expand(options: argparse.Namespace) -> str:
     return f"{options.output}: optimizer states of {count} ranks are fp32 now" if count else "nothing was compact"
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from grass_ds.plan.report import report  # it loads torch and transformers
+
+    try:
+        text, fits = report(request_of(options, options.nvme_path), options.write, options.json)
+    except (ValueError, OSError) as error:
+        return _failed(error)
+    print(text)
+    return int(not fits)
+
+
+def _needs(options: argparse.Namespace) -> dict[str, Any]:
+    """What the plan of ``doctor --plan`` needs."""
+    from grass_ds.plan.report import read_needs
+    from grass_ds.plan.search import plan
+
+    if options.plan:
+        return read_needs(Path(options.plan))
+    return plan(request_of(options, options.nvme_path)).needs
+
+
+def _failed(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
 def _print(command: Callable[[argparse.Namespace], str], options: argparse.Namespace) -> int:
     try:
         print(command(options))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error)
     return 0
 
 

@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ from grass_ds.cluster.placement import Placement, find, leave_process_group
 from grass_ds.core.agreement import gather_from_ranks
 from grass_ds.doctor import disks, extensions, machine
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
+from grass_ds.doctor.fitting import check_plan
 from grass_ds.versions import RANGES
 
 JOIN_SECONDS, LIMIT_SECONDS = 60.0, 150.0
@@ -30,8 +31,17 @@ SIZES = (8, 2**20, 2**24)
 ROUNDS = 10
 
 
-def check_all(report: Report, config: str | None, nvme_path: str | None, shared_path: str | None) -> None:
-    """Add all findings to ``report``; the other arguments are those of the command line, or None."""
+def check_all(
+    report: Report,
+    config: str | None,
+    nvme_path: str | None,
+    shared_path: str | None,
+    needs: Mapping[str, Any] | None = None,
+) -> None:
+    """Add all findings to ``report``; the other arguments are those of the command line, or None.
+
+    ``needs``: what a plan needs of the machine.
+    """
     report.findings += examine("accelerator", machine.check_accelerator)
     report.findings += examine("memory", machine.check_memory)
     report.findings += examine("extensions", extensions.check_extensions)
@@ -41,6 +51,7 @@ def check_all(report: Report, config: str | None, nvme_path: str | None, shared_
     if placement is None or placement.local_rank == 0:  # the ranks of a machine would slow each other down
         report.findings += examine("precision", machine.check_precision, config)
         report.findings += [] if nvme_path is None else examine("nvme_path", disks.check_nvme, nvme_path)
+        report.findings += [] if needs is None else examine("plan", check_plan, needs)
     if placement is not None and extensions.communication_ready():
         _check_together(report, placement, shared_path)
     elif placement is not None:

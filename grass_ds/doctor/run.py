@@ -4,16 +4,25 @@
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
 from grass_ds.versions import RANGES, installed, is_tested, remedy
 
 
-def run(config: str | None, nvme_path: str | None, shared_path: str | None, as_json: bool) -> int:
+def run(
+    config: str | None,
+    nvme_path: str | None,
+    shared_path: str | None,
+    as_json: bool,
+    needs: Mapping[str, Any] | None = None,
+) -> int:
     """Check everything and report on stdout; the arguments are those of the command line.
+
+    Args:
+        needs: what a plan needs of the machine.
 
     Returns:
         The exit code: 1 if training would fail or compute in an emulated precision, else 0.
@@ -24,7 +33,7 @@ def run(config: str | None, nvme_path: str | None, shared_path: str | None, as_j
         if report.findings[-1].status != FAIL:
             from grass_ds.doctor.checks import check_all
 
-            check_all(report, config, nvme_path, shared_path)
+            check_all(report, config, nvme_path, shared_path, needs)
         return report.write()
 
 

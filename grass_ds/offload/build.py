@@ -21,7 +21,7 @@ from grass_ds.offload.host import HostTier
 from grass_ds.offload.nvme import SPARE_BUFFERS, NvmeTier
 from grass_ds.offload.pinned_memory import HostMemory
 from grass_ds.offload.state_files import StateFiles, resolve_path
-from grass_ds.offload.state_format import choose_format
+from grass_ds.offload.state_format import StateFormat, choose_format
 from grass_ds.offload.state_template import StateTemplate
 from grass_ds.offload.store import StateStore
 from grass_ds.offload.tier import Tier
@@ -56,12 +56,12 @@ def open_store(
     copies = copies_for(device, Trace(config.trace, rank))
     keys = {(unit.group, unit.dtype) for unit in units}
     formats = {(g, dtype): choose_format(config.state_format, templates[g].moments, dtype) for g, dtype in keys}
-    layout = StateLayout({key: format.planes for key, format in formats.items()}, _chunk_numel(config, units))
+    layout = state_layout(config, units, formats)
     tier = Tier()
     if config.device == "cpu":
         tier = HostTier(copies, layout, config.pin_memory)
     elif config.device == "nvme":
-        count = _host_buffers(config, layout, units, num_active_layers, largest_share)
+        count = count_host_buffers(config, layout, units, num_active_layers, largest_share)
         tier = _open_nvme(config, layout, units, count, copies, rank, aio)
     buffers = DeviceBuffers(tier, copies, device, layout, config)
     return StateStore(tier, buffers, templates, formats, layout, device, copies.trace)
@@ -95,6 +95,13 @@ def _open_nvme(
     return tier
 
 
+def state_layout(
+    config: OffloadConfig, units: Sequence[Unit], formats: Mapping[tuple[int, torch.dtype], StateFormat]
+) -> StateLayout:
+    """How the states of the units, in the formats of their param group and dtype, are divided."""
+    return StateLayout({key: format.planes for key, format in formats.items()}, _chunk_numel(config, units))
+
+
 def _chunk_numel(config: OffloadConfig, units: Sequence[Unit]) -> int:
     """A multiple of :data:`GRAIN`, at most the largest shard that can ever train.
 
@@ -106,9 +113,10 @@ def _chunk_numel(config: OffloadConfig, units: Sequence[Unit]) -> int:
     return round_up(min(config.chunk_numel, largest))
 
 
-def _host_buffers(
-    config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int, share: float
+def count_host_buffers(
+    config: OffloadConfig, layout: StateLayout, units: Sequence[Unit], num_active_layers: int, share: float = 1.0
 ) -> int:
+    """Host buffers of ``nvme``, each of :attr:`StateLayout.buffer_bytes`; see :func:`open_store`."""
     if config.host_buffers is not None:
         return config.host_buffers
     least = config.device_buffers + SPARE_BUFFERS

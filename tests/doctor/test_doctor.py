@@ -20,7 +20,7 @@ from torch.utils import cpp_extension
 
 from grass_ds.__main__ import main
 from grass_ds.cluster.placement import Placement
-from grass_ds.doctor import checks, disks, extensions, machine, run
+from grass_ds.doctor import checks, disks, extensions, fitting, machine, run
 from grass_ds.doctor.finding import FAIL, OK, WARN, Finding, Report, examine
 from grass_ds.versions import RANGES
 
@@ -276,3 +276,83 @@ def test_two_ranks_on_one_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     (found,) = report.findings
     assert found.status == FAIL
     assert found.finding.endswith("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000")
+
+
+# ---- plans ------------------------------------------------------------------------------------------------------------
+
+GB = 10**9
+NEEDS = {"ranks": 2, "device_bytes": 10 * GB, "host_bytes": 30 * GB, "disk_bytes": 0, "nvme_path": "/"}
+
+
+class Devices:
+    """An accelerator with memory of its own."""
+
+    def __init__(self, count: int, memory: int) -> None:
+        self.device_count, self.total_memory, self.device_name = lambda: count, lambda: memory, lambda: "cuda"
+
+
+@pytest.mark.parametrize(
+    ("needs", "count", "memory", "host", "expected"),
+    [
+        ({}, 2, 24 * GB, 64 * GB, [OK, OK]),
+        ({}, 2, 10 * GB - 1, 64 * GB, [FAIL, OK]),
+        ({}, 2, 24 * GB, 30 * GB - 1, [OK, FAIL]),
+        ({}, 1, 24 * GB, 64 * GB, [OK, WARN, OK]),
+        ({"disk_bytes": 10**6}, 2, 24 * GB, 64 * GB, [OK, OK, OK]),
+        ({"disk_bytes": 10**18}, 2, 24 * GB, 64 * GB, [OK, OK, FAIL]),
+    ],
+)
+def test_a_plan_is_compared_with_the_machine(
+    needs: dict[str, Any], count: int, memory: int, host: int, expected: list[str]
+) -> None:
+    with (
+        mock.patch.object(fitting, "get_accelerator", return_value=Devices(count, memory)),
+        mock.patch.object(fitting, "available_memory", return_value=host),
+    ):
+        found = list(fitting.check_plan({**NEEDS, **needs}))
+    assert [finding.status for finding in found] == expected
+    assert all(bool(finding.remedy) == (finding.status != OK) for finding in found)
+
+
+def test_on_the_cpu_devices_and_host_are_one_memory() -> None:
+    for memory, status in ((50 * GB, OK), (50 * GB - 1, FAIL)):
+        with mock.patch.object(fitting, "available_memory", return_value=memory):
+            (found,) = fitting.check_plan(NEEDS)
+        assert found.status == status
+
+
+def test_the_limit_of_the_job_counts() -> None:
+    for limit, most in ((None, 2**60), (5 * GB, 5 * GB)):
+        with mock.patch.object(fitting, "cgroup_limit", return_value=limit):
+            assert 0 < fitting.available_memory() <= most
+
+
+@pytest.mark.parametrize(("size", "code"), [(16, 0), (10**9, 1)])
+def test_doctor_plans_or_reads_a_plan(tmp_path: Path, size: int, code: int) -> None:
+    """In a process of its own: the exit code is the answer. One that needs more than any machine has does not fit."""
+    file, needs = (
+        tmp_path / "plan.json",
+        {**NEEDS, "ranks": 1, "device_bytes": size * 10**6, "host_bytes": size * 10**6},
+    )
+    file.write_text(json.dumps({"needs": needs}))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "grass_ds", "doctor", "--json", "--plan", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
+    statuses_of_plan = {f["status"] for f in json.loads(done.stdout)["findings"] if f["check"] == "plan"}
+    assert statuses_of_plan == {OK if code == 0 else FAIL}
+    assert done.returncode >= code
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("{", "not a plan"), ("{}", "not a plan (KeyError"), (None, "No such file")]
+)
+def test_a_plan_that_is_none_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, said: str
+) -> None:
+    file = tmp_path / "plan.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["doctor", "--plan", str(file)]) == 1
+    assert said in capsys.readouterr().err
+    assert main(["doctor", "--plan"]) == 1
+    assert "a plan needs --model and --gpus" in capsys.readouterr().err

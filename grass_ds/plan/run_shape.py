@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a run decides its cost: the DeepSpeed config, the number of ranks and the rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grass_ds import precision
+from grass_ds.config import GrassConfig, parse_grass_block
+from grass_ds.core.dotted_paths import value_at
+
+WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of a weight."""
+
+
+@dataclass(frozen=True)
+class GatherSettings:
+    """DeepSpeed's settings of ZeRO-3, in elements: how long gathered weights stay, and what is gathered ahead."""
+
+    reuse_distance: int = 1_000_000_000
+    prefetch: int = 50_000_000
+    persistence: int = 100_000
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What of a run decides its cost.
+
+    Attributes:
+        ranks: all on one machine.
+        dtype: a name of :data:`WIDTHS`.
+        micro_batch, sequence: rows and tokens per row; ``accumulation``: micro-batches of a step.
+        grass: the block; None: adapters of ``lora_rank`` train in the stock engine.
+    """
+
+    stage: int
+    ranks: int
+    dtype: str
+    micro_batch: int
+    sequence: int
+    checkpointing: bool
+    accumulation: int = 1
+    grass: GrassConfig | None = None
+    lora_rank: int = 0
+    gather: GatherSettings = GatherSettings()
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight, and of its gradient."""
+        return WIDTHS[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        return self.micro_batch * self.sequence
+
+
+def run_shape(
+    ds_config: Mapping[str, Any], ranks: int, sequence: int, checkpointing: bool, lora_rank: int = 0
+) -> RunShape:
+    """Of a DeepSpeed config without "auto"."""
+    zero = ds_config.get("zero_optimization", {})
+    default = GatherSettings()
+    return RunShape(
+        stage=int(value_at(ds_config, "zero_optimization.stage") or 0),
+        ranks=ranks,
+        dtype=next((name for name in ("bf16", "fp16") if precision.enabled(ds_config, name) is True), "fp32"),
+        micro_batch=int(ds_config.get("train_micro_batch_size_per_gpu", 1)),
+        sequence=sequence,
+        checkpointing=checkpointing,
+        accumulation=int(ds_config.get("gradient_accumulation_steps", 1)),
+        grass=parse_grass_block(ds_config),
+        lora_rank=lora_rank,
+        gather=GatherSettings(
+            int(zero.get("stage3_max_reuse_distance", default.reuse_distance)),
+            int(zero.get("stage3_prefetch_bucket_size", default.prefetch)),
+            int(zero.get("stage3_param_persistence_threshold", default.persistence)),
+        ),
+    )
