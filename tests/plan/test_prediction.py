@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,19 @@ def test_the_allocator_of_a_gpu_counts_what_is_planned(one_gpu: Any, name: str) 
 # ---- worked examples ------------------------------------------------------------------------------------------------
 
 
+@cache
+def shape(name: str) -> ModelShape:
+    return ModelShape(read_config(name), DTYPES["bf16"])
+
+
 def llama2(**settings: Any) -> Plan:
-    model = ModelShape(read_config("llama-2-7b"), DTYPES["bf16"])
-    return Plan(model, Request("llama-2-7b", 1, 24 * 10**9, **{"checkpointing": True, **settings}))
+    return Plan(shape("llama-2-7b"), Request("llama-2-7b", 1, 24 * 10**9, **{"checkpointing": True, **settings}))
 
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-2-7b", 6.738), ("llama-3-8b", 8.030), ("llama-3-70b", 70.554)])
 def test_the_shapes_that_ship_have_their_published_sizes(name: str, billions: float) -> None:
     assert {path.stem for path in SHIPPED.glob("*.json")} == {"llama-2-7b", "llama-3-8b", "llama-3-70b"}
-    assert ModelShape(read_config(name), DTYPES["bf16"]).numel == pytest.approx(billions * 1e9, rel=1e-4)
+    assert shape(name).numel == pytest.approx(billions * 1e9, rel=1e-4)
 
 
 def test_llama2_takes_what_the_formats_take() -> None:
@@ -182,8 +187,10 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_several_devices_take_zero3_only_where_they_must() -> None:
-    model = ModelShape(read_config("llama-2-7b"), DTYPES["bf16"])
-    stages = [Plan(model, Request("llama-2-7b", 2, size * 10**9, checkpointing=True)).stage for size in (24, 16)]
+    stages = [
+        Plan(shape("llama-2-7b"), Request("llama-2-7b", 2, size * 10**9, checkpointing=True)).stage
+        for size in (24, 16)
+    ]
     assert stages == [2, 3]
 
 
