@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plan is not None:
             try:
                 needs = _needs(options)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, ImportError) as error:
                 return _failed(error)
         return run(options.deepspeed, options.nvme_path, options.shared_path, options.json, needs)
     parser.print_help()

@@ -63,7 +63,7 @@ class Plan:
                 found.append((stage, device, predict(self.model, run)))
                 if not shortfalls(asked, found[-1][2]):
                     return found[-1]
-        return min(found, key=lambda choice: len(shortfalls(asked, choice[2])))
+        return min(found, key=lambda choice: (len(shortfalls(asked, choice[2])), choice[2].total))
 
     @property
     def stage(self) -> int:
