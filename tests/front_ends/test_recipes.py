@@ -120,7 +120,7 @@ def ms_swift(place: Place) -> list[str]:
         words += ["--resume_from_checkpoint", "out/checkpoint-3"]
     # Its own AdamW: an optimizer in the config is what the page warns of.
     config = json.loads((place.folder / "ds.json").read_text())
-    del config["optimizer"]
+    config.pop("optimizer", None)
     place.write("ds.json", json.dumps(config))
     assert "optimizer" not in json.loads((ROOT / "ds_configs" / "ms_swift.json").read_text())
     return words
@@ -129,19 +129,23 @@ def ms_swift(place: Place) -> list[str]:
 def axolotl(place: Place) -> list[str]:
     config = yaml.safe_load(block("yaml", "axolotl.GrassPlugin"))
     changed = {"base_model": "model", "deepspeed": "ds.json", "bf16": False, "micro_batch_size": 2, "sequence_len": 64}
-    changed |= {
-        "learning_rate": 1e-3,
-        "max_steps": STEPS,
-        "save_steps": STEPS // 2,
-        "use_cpu": True,
-        "device_map": "cpu",
-    }
+    changed |= {"learning_rate": 1e-3, "max_steps": STEPS, "save_steps": STEPS // 2, "use_cpu": True}
+    # Or it places the model on a GPU for each of several ranks.
+    changed["max_memory"] = {"cpu": "8GiB"}
     if place.reentrant:
         changed["gradient_checkpointing_kwargs"] = {"use_reentrant": True}
     if place.resumed:
         changed["resume_from_checkpoint"] = "out/checkpoint-3"
-    *_, flag, module, _ = shlex.split(block("bash", "axolotl.cli.train"))
-    return [flag, module, place.write("train.yaml", yaml.safe_dump({**config, **changed}))]
+    *_, module, _ = shlex.split(block("bash", "axolotl.cli.train"))
+    # axolotl asks accelerate for GPUs, and without any every rank would take itself for rank 0.
+    start = f"""
+import runpy
+from accelerate import PartialState
+
+PartialState(cpu=True)
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+    return [place.write("start.py", start), place.write("train.yaml", yaml.safe_dump({**config, **changed}))]
 
 
 # Environment, what makes the command, whether the engine is to warn in the second run.
