@@ -48,17 +48,20 @@ def validation() -> str:
     for name, measured in json.loads(RESULTS.read_text()).items():
         expected = predicted(name, measured["active"])
         closed = [
-            "-"
-            if name in PROBING and key in ("state", "traffic")
-            else f"{deviation(expected[key], measured[key]):+.1%}"
+            "-" if name in PROBING and key in ("state", "traffic") else percent(expected[key], measured[key])
             for key in ("weights", "gradients", "state", "host", "disk", "traffic")
         ]
         sizes = [
-            f"{expected[key] / 1e6:.2f} / {measured[key] / 1e6:.2f} ({deviation(expected[key], measured[key]):+.1%})"
+            f"{expected[key] / 1e6:.2f} / {measured[key] / 1e6:.2f} ({percent(expected[key], measured[key])})"
             for key in ("activations", "peak")
         ]
         rows.append(f"| {name} | {' | '.join(closed)} | {' | '.join(sizes)} |")
     return "\n".join(rows)
+
+
+def percent(expected: float, measured: float) -> str:
+    """The deviation, and no minus sign before a zero."""
+    return f"{round(deviation(expected, measured), 3) + 0.0:+.1%}"
 
 
 def examples() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``python -m grass_ds``, or ``grass-ds``: ``run``, ``doctor``, ``plan``, ``compare``, ``expand``."""
+"""The command line ``python -m grass_ds``, or ``grass-ds``: ``run``, ``doctor``, ``plan``, ``compare``, ``expand``."""
 
 import argparse
 import os

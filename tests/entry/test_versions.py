@@ -52,7 +52,7 @@ def test_every_optional_package_is_in_its_extra() -> None:
     assert {name: name in EXTRAS[extra] for name, extra in versions.EXTRAS.items()} == dict.fromkeys(
         versions.EXTRAS, True
     )
-    assert EXTRAS.keys() == {*versions.EXTRAS.values(), "demo", "dev"}
+    assert EXTRAS.keys() == {*versions.EXTRAS.values(), "demo", "dev", "release"}
 
 
 def test_the_programs_have_an_extra_of_their_own() -> None:
