@@ -39,7 +39,7 @@ def measure() -> None:
 
 def validation() -> str:
     """Predicted and measured bytes of every cell."""
-    from helpers.planned import PROBING, deviation, predicted
+    from helpers.planned import PROBING, predicted
 
     rows = [
         "| cell | weights | gradients | state on device | host | disk | traffic | activations (MB) | peak (MB) |",
@@ -61,6 +61,8 @@ def validation() -> str:
 
 def percent(expected: float, measured: float) -> str:
     """The deviation, and no minus sign before a zero."""
+    from helpers.planned import deviation
+
     return f"{round(deviation(expected, measured), 3) + 0.0:+.1%}"
 
 
