@@ -32,7 +32,7 @@ GROUPS = {
     "ZeRO-3": [name for name in CELLS if "ZeRO-3" in name],
 }
 BY_DEFAULT = [
-    *("wide, ZeRO-2, exact, nvme, gamma 2, checkpointing", "deep, ZeRO-3, 8bit, cpu, gamma 3"),
+    *("deep, ZeRO-2, exact, nvme, gamma 3, checkpointing", "deep, ZeRO-3, 8bit, cpu, gamma 3, checkpointing"),
     *("wide, ZeRO-3, probing", "deep, ZeRO-2, embeddings and head"),
 ]
 
