@@ -16,5 +16,8 @@ class GrassPlugin(BasePlugin):
         enable()
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        attach(trainer)  # which adds the callback itself, at the right place
+        self._callback = attach(trainer)  # which adds it itself, at the right place
         return []
+
+    def post_train_unload(self, cfg: Any) -> None:
+        self._callback.add_to_model_card()  # again: axolotl writes a card of its own after training

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make an environment of its own for each front-end, for the tests marked `front_ends`.
 #
-#   bash tests/front_ends/setup.sh                 all of them, 4 GB and some minutes
+#   bash tests/front_ends/setup.sh                 all of them, 3 GB and some minutes
 #   bash tests/front_ends/setup.sh trl ms_swift    these
 #   GRASS_FRONT_ENDS=FOLDER                        where they are kept (.cache/front_ends in the project if left out)
 #

@@ -126,10 +126,26 @@ def ms_swift(place: Place) -> list[str]:
     return words
 
 
+CPU_PLUGIN = """
+from axolotl.integrations.base import BasePlugin
+
+class Cpu(BasePlugin):
+    def get_training_args(self, cfg):
+        return {"use_cpu": True}
+"""
+CPU_START = """
+import runpy
+from accelerate import PartialState
+
+initialize = PartialState.__init__
+PartialState.__init__ = lambda self, cpu=False, **kwargs: initialize(self, cpu=True, **kwargs)
+"""
+
+
 def axolotl(place: Place) -> list[str]:
     config = yaml.safe_load(block("yaml", "axolotl.GrassPlugin"))
     changed = {"base_model": "model", "deepspeed": "ds.json", "bf16": False, "micro_batch_size": 2, "sequence_len": 64}
-    changed |= {"learning_rate": 1e-3, "max_steps": STEPS, "save_steps": STEPS // 2, "use_cpu": True}
+    changed |= {"learning_rate": 1e-3, "max_steps": STEPS, "save_steps": STEPS // 2}
     # Or it places the model on a GPU for each of several ranks.
     changed["max_memory"] = {"cpu": "8GiB"}
     if place.reentrant:
@@ -137,14 +153,10 @@ def axolotl(place: Place) -> list[str]:
     if place.resumed:
         changed["resume_from_checkpoint"] = "out/checkpoint-3"
     *_, module, _ = shlex.split(block("bash", "axolotl.cli.train"))
-    # axolotl asks accelerate for GPUs, and without any every rank would take itself for rank 0.
-    start = f"""
-import runpy
-from accelerate import PartialState
-
-PartialState(cpu=True)
-runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
-"""
+    # axolotl has no option for the CPU. Without one accelerate takes every rank for rank 0.
+    config["plugins"] = [*config["plugins"], "cpu.Cpu"]
+    place.write("cpu.py", CPU_PLUGIN)
+    start = CPU_START + f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     return [place.write("start.py", start), place.write("train.yaml", yaml.safe_dump({**config, **changed}))]
 
 
