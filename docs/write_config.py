@@ -20,7 +20,8 @@ HEAD = """\
 Generated from `grass_ds/config.py` by `python docs/write_config.py`; do not edit.
 
 The block stands at the top level of the DeepSpeed config. Every key may be left out or `null`: its default then
-applies. `"auto"` is possible for `offload.io` only. An unknown key or a value out of range is an error at start.
+applies. `"auto"` is possible for `offload.io`, and for `num_active_layers` beside `memory_budget`. An unknown key or a
+value out of range is an error at start.
 
 Defaults marked [ours] are this project's choice, because the values of the paper could not be read.
 [Short runs of a small model](../benchmarks/STUDIES.md) show what other values change: little.

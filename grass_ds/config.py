@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from grass_ds.core.deepspeed_compat import DeepSpeedConfigModel
+from grass_ds.core.sizes import parse_bytes
 from grass_ds.sampling.controller import Controller
 from grass_ds.sampling.layers import ModelLayers
 from grass_ds.sampling.registry import SAMPLERS, find_sampler
@@ -140,6 +141,15 @@ class GrassConfig(_Block):
     """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
     is sampled. Parameters outside the layers follow ``always_active`` all the same. Not read by ``module``."""
 
+    memory_budget: str | None = None
+    """Device memory that the tensors of a rank may take, as in ``22GB``; leave about 1 GB of the device to its driver
+    and to fragmentation. ``num_active_layers`` is then the largest number that fits by the plan
+    (``docs/planning.md``); leave it out, or write "auto", which accelerate does not let through. It needs
+    ``row_length`` and a Hugging Face model. Samplers of whole layers only."""
+
+    row_length: int | None = Field(None, ge=1)
+    """Tokens of the longest row, for ``memory_budget``."""
+
     module_budget: float = Field(0.03, gt=0, le=1)
     """Largest share of the weights inside the layers that trains at a time (paper of MISA: delta; vectors, which never
     train, not counted). At least that of the largest matrix. Sampler ``module`` only."""
@@ -228,6 +238,42 @@ class GrassConfig(_Block):
 
     offload: OffloadConfig = Field(default_factory=OffloadConfig)
     """Where optimizer state is kept while its layer does not step: the keys below."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _budget_chooses(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("num_active_layers") == "auto":
+            if data.get("memory_budget") is None:
+                raise ValueError('num_active_layers = "auto" needs memory_budget and row_length')
+            return {key: value for key, value in data.items() if key != "num_active_layers"}
+        return data
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+    @model_validator(mode="after")
+    def _budgeted(self) -> "GrassConfig":
+        if self.memory_budget is None:
+            if self.row_length is not None:
+                raise ValueError(f"row_length = {self.row_length} has no effect without memory_budget: leave it out")
+            return self
+        if self.row_length is None:
+            raise ValueError(
+                f'memory_budget = "{self.memory_budget}" needs row_length: set it to the longest row in tokens'
+            )
+        if "num_active_layers" in self.model_fields_set:
+            raise ValueError(
+                f"num_active_layers = {self.num_active_layers}, but memory_budget chooses it: leave one of them out"
+            )
+        if self.sampler in ("full", "module", "ist"):
+            raise ValueError(f'memory_budget has no effect with sampler "{self.sampler}": leave it out')
+        if self.expansion > 0:
+            raise ValueError("memory_budget with expansion is not planned yet: set num_active_layers instead")
+        return self
 
     @field_validator("sampler")
     @classmethod

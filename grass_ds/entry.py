@@ -18,6 +18,7 @@ from grass_ds import precision
 from grass_ds.cluster import placement
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.core import deepspeed_compat
+from grass_ds.plan.budget import fit_active_layers
 from grass_ds.validation import check_ds_config, check_model
 from grass_ds.versions import RANGES, untested
 from grass_ds.zero.engine import GrassEngine
@@ -72,12 +73,19 @@ def _initialize(args: tuple[Any, ...], kwargs: dict[str, Any], always: bool) -> 
     if config is not None:
         check_ds_config(ds_config, config, arguments.get("optimizer"))
         layers = None if model is None else check_model(model, config)
-    if not dist.is_initialized():
-        placement.find().export()
+    place, planned = None if dist.is_initialized() else placement.find(), ""
+    if config is not None and config.memory_budget is not None and model is not None:
+        ranks = dist.get_world_size() if place is None else place.world_size
+        config, found = fit_active_layers(model, config, ds_config, ranks)
+        planned = f"{config.num_active_layers} layers at a time, {found.total / 1e9:.2f} GB of {config.memory_budget}"
+    if place is not None:
+        place.export()
     _warn_of_untested_versions()
     # deepspeed.initialize looks up the engine class in its module.
     with _replaced("DeepSpeedEngine", partial(GrassEngine, grass_config=config, layers=layers)):
         made = _STOCK_INITIALIZE(*args, **kwargs)
+    if planned and made[0].global_rank == 0:
+        logger.info(f"grass_ds: memory_budget: {planned} planned")
     _warn_of_emulation(made[0])
     return made
 

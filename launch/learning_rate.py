@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grass_ds.config import parse_grass_block
+from grass_ds.config import GrassConfigError, parse_grass_block
 
 FULL, ADAPTERS = 1e-4, 4e-4
 PER_LAYER, LARGEST = 1.6e-3, 8e-4  # the latter from two layers down
@@ -24,7 +24,7 @@ def default(ds_config: Mapping[str, Any], adapters: bool) -> float:
         adapters: LoRA adapters train.
 
     Raises:
-        GrassConfigError: a mistake in the block.
+        GrassConfigError: a mistake in the block, or it leaves the number of layers to ``memory_budget``.
     """
     block = parse_grass_block(ds_config)
     if adapters:
@@ -35,4 +35,9 @@ def default(ds_config: Mapping[str, Any], adapters: bool) -> float:
         return EVERYWHERE
     if block.sampler == "module":
         return LARGEST
+    if block.memory_budget is not None:
+        raise GrassConfigError(
+            f"grass.memory_budget: the default learning rate needs the number of layers; set --learning_rate to "
+            f"{PER_LAYER:g} / layers, and at most {LARGEST:g} ({LARGEST / 4:g} for 8 layers)"
+        )
     return min(PER_LAYER / block.num_active_layers, LARGEST)

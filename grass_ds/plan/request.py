@@ -2,23 +2,23 @@
 """What the user asks to plan: the arguments of ``python -m grass_ds plan``. It imports nothing heavy."""
 
 import argparse
-import re
 from dataclasses import dataclass, fields
 from typing import Any
+
+from grass_ds.core.sizes import parse_bytes
 
 METHODS = ("grass", "lisa", "full", "lora")
 FORMATS = ("fp32", "exact", "bf16", "8bit")
 DEVICES = ("auto", "none", "cpu", "nvme")
 DTYPES = ("bf16", "fp16", "fp32")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-def parse_bytes(argument: str, text: str) -> int:
-    """Bytes of ``24GB``, ``1.5TB`` or ``80GiB``. Raises ValueError that names the argument."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) <= 0:
-        raise ValueError(f"{argument} {text}: expected a size above 0 with its unit, as in 24GB, 1.5TB or 80GiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+def parse_size(argument: str, text: str) -> int:
+    """Bytes of ``24GB``. Raises ValueError that names the argument."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"{argument} {text}: {error}") from None
 
 
 def parse_gpus(text: str) -> tuple[int, int]:
@@ -26,7 +26,7 @@ def parse_gpus(text: str) -> tuple[int, int]:
     count, _, size = text.rpartition("x")
     if count and not (count.isdecimal() and int(count) > 0):
         raise ValueError(f"--gpus {text}: expected a number above 0 and a size, as in 2x24GB")
-    return int(count or 1), parse_bytes("--gpus", size)
+    return int(count or 1), parse_size("--gpus", size)
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ def request_of(options: argparse.Namespace, nvme_path: str | None = None) -> Req
     own: dict[str, Any] = {
         "ranks": ranks,
         "device_bytes": device_bytes,
-        "host_bytes": None if options.host is None else parse_bytes("--host", options.host),
-        "nvme_bytes": None if options.nvme is None else parse_bytes("--nvme", options.nvme),
+        "host_bytes": None if options.host is None else parse_size("--host", options.host),
+        "nvme_bytes": None if options.nvme is None else parse_size("--nvme", options.nvme),
         "stage": None if options.stage == "auto" else int(options.stage),
-        "reserve": parse_bytes("--reserve", options.reserve),
+        "reserve": parse_size("--reserve", options.reserve),
     }
     if nvme_path is not None:
         own["nvme_path"] = nvme_path

@@ -60,14 +60,15 @@ def run_shape(
     """Of a DeepSpeed config without "auto"."""
     zero = ds_config.get("zero_optimization", {})
     default = GatherSettings()
+    micro_batch, accumulation = _batch(ds_config, ranks)
     return RunShape(
         stage=int(value_at(ds_config, "zero_optimization.stage") or 0),
         ranks=ranks,
         dtype=next((name for name in ("bf16", "fp16") if precision.enabled(ds_config, name) is True), "fp32"),
-        micro_batch=int(ds_config.get("train_micro_batch_size_per_gpu", 1)),
+        micro_batch=micro_batch,
         sequence=sequence,
         checkpointing=checkpointing,
-        accumulation=int(ds_config.get("gradient_accumulation_steps", 1)),
+        accumulation=accumulation,
         grass=parse_grass_block(ds_config),
         lora_rank=lora_rank,
         gather=GatherSettings(
@@ -76,3 +77,14 @@ def run_shape(
             int(zero.get("stage3_param_persistence_threshold", default.persistence)),
         ),
     )
+
+
+def _batch(ds_config: Mapping[str, Any], ranks: int) -> tuple[int, int]:
+    """Micro-batch and accumulation; what the config leaves out follows from the rest, as in DeepSpeed."""
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    total, micro, steps = (ds_config.get(name) for name in names)
+    if total and not steps:
+        steps = int(total) // (int(micro) * ranks) if micro else 1
+    if total and not micro:
+        micro = int(total) // (ranks * int(steps))
+    return max(1, int(micro or 1)), max(1, int(steps or 1))

@@ -63,3 +63,8 @@ def test_a_rate_that_is_given_is_taken(
     parsed = arguments.parse(options)
     assert parsed.training.learning_rate == rate
     assert parsed.ds_config["optimizer"]["params"]["lr"] == rate
+
+
+def test_a_number_of_layers_that_is_planned_later_needs_a_rate() -> None:
+    with pytest.raises(ValueError, match=r"set --learning_rate to 0\.0016 / layers, and at most 0\.0008"):
+        learning_rate.default(config(memory_budget="22GB", row_length=512), False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grass_ds.plan.request import Request, add_arguments, parse_bytes, parse_gpus, request_of
+from grass_ds.plan.request import Request, add_arguments, parse_gpus, parse_size, request_of
 from grass_ds.plan.search import largest
 
 GB = 10**9
@@ -19,8 +19,8 @@ def parsed(*words: str) -> Request:
 
 
 def test_sizes() -> None:
-    assert parse_bytes("--host", "1.5TB") == 1500 * GB
-    assert parse_bytes("--host", "80 GiB") == 80 * 2**30
+    assert parse_size("--host", "1.5TB") == 1500 * GB
+    assert parse_size("--host", "80 GiB") == 80 * 2**30
     assert parse_gpus("2x24GB") == (2, 24 * GB)
     assert parse_gpus("80gib") == (1, 80 * 2**30)
 
