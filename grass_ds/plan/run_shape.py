@@ -82,9 +82,9 @@ def run_shape(
 def _batch(ds_config: Mapping[str, Any], ranks: int) -> tuple[int, int]:
     """Micro-batch and accumulation; what the config leaves out follows from the rest, as in DeepSpeed."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    total, micro, steps = (ds_config.get(name) for name in names)
+    total, micro, steps = (int(ds_config.get(name) or 0) for name in names)
     if total and not steps:
-        steps = int(total) // (int(micro) * ranks) if micro else 1
+        steps = total // (micro * ranks) if micro else 1
     if total and not micro:
-        micro = int(total) // (ranks * int(steps))
-    return max(1, int(micro or 1)), max(1, int(steps or 1))
+        micro = total // (ranks * steps)
+    return max(1, micro), max(1, steps)
