@@ -20,6 +20,8 @@ from grass_ds.doctor.finding import FAIL, OK, WARN, Finding
 
 SHARED_MEMORY = "deepspeed_shm_comm"
 """The extension through which ranks on the CPU communicate; every start loads it."""
+LOADING_SECONDS = 20
+"""A rank also holds the lock while it loads what is compiled, for less than this."""
 STALE_SECONDS = 60
 """A lock that no process holds, in a folder in which nothing has changed for so long, belongs to no build."""
 
@@ -40,8 +42,12 @@ def _is_built(name: str) -> bool:
 
 def communication_ready() -> bool:
     """Whether this rank can join a process group without compiling, or waiting for another process that compiles."""
-    locked = (extensions_root() / SHARED_MEMORY / "lock").exists()
-    return get_accelerator().device_name() != "cpu" or (_is_built(SHARED_MEMORY) and not locked)
+    if get_accelerator().device_name() != "cpu":
+        return True
+    lock, end = extensions_root() / SHARED_MEMORY / "lock", time.monotonic() + LOADING_SECONDS
+    while lock.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    return _is_built(SHARED_MEMORY) and not lock.exists()
 
 
 def check_extensions() -> Iterator[Finding]:

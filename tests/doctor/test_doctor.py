@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import threading
 import subprocess
 import sys
 import time
@@ -85,7 +86,12 @@ def test_ranks_join_only_where_nothing_is_left_to_compile(tmp_path: Path, monkey
     (tmp_path / name / f"{name}.so").touch()
     assert next(extensions.check_extensions()) == Finding(name, OK, f"compiled in {tmp_path / name}")
     assert extensions.communication_ready()
-    (tmp_path / name / "lock").touch()
+    lock = tmp_path / name / "lock"
+    lock.touch()
+    threading.Timer(0.2, lock.unlink).start()  # another rank loads it
+    assert extensions.communication_ready()
+    lock.touch()
+    monkeypatch.setattr(extensions, "LOADING_SECONDS", 0.1)
     assert not extensions.communication_ready()
 
 
