@@ -4,9 +4,9 @@
 import io
 import json
 import os
-import threading
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
