@@ -269,7 +269,8 @@ class GrassConfig(_Block):
             raise ValueError(
                 f"num_active_layers = {self.num_active_layers}, but memory_budget chooses it: leave one of them out"
             )
-        if self.sampler in ("full", "module", "ist"):
+        drawn = find_sampler(self.sampler)
+        if drawn.draws_weights or drawn.adapters or not drawn.draws:
             raise ValueError(f'memory_budget has no effect with sampler "{self.sampler}": leave it out')
         if self.expansion > 0:
             raise ValueError("memory_budget with expansion is not planned yet: set num_active_layers instead")

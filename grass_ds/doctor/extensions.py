@@ -45,7 +45,7 @@ def communication_ready() -> bool:
     if get_accelerator().device_name() != "cpu":
         return True
     lock, end = extensions_root() / SHARED_MEMORY / "lock", time.monotonic() + LOADING_SECONDS
-    while lock.exists() and time.monotonic() < end:
+    while _is_built(SHARED_MEMORY) and lock.exists() and time.monotonic() < end:
         time.sleep(0.05)
     return _is_built(SHARED_MEMORY) and not lock.exists()
 

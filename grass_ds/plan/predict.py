@@ -48,8 +48,7 @@ def predict(model: ModelShape, run: RunShape, active: Collection[int] | None = N
     parts = SampledRun(model, run, active)
     state, window = parts.state_and_window()
     host, disk = parts.host_and_disk()
-    units = [unit for unit in parts.units if unit.always or unit.layer in parts.active]
-    lowest = 0 if parts.whole else min(parts.active)
+    units, lowest = parts.stepped_units(parts.active), parts.lowest(parts.active)
     return Prediction(
         parts.weights(),
         state,
@@ -59,7 +58,7 @@ def predict(model: ModelShape, run: RunShape, active: Collection[int] | None = N
         parts.gradients(),
         host,
         disk,
-        sum(plane.nbytes(unit.shard_numel) for unit in units for plane in parts.layout.planes_of(unit)),
+        parts.state_bytes(units),
         _traffic(parts, units, lowest),
         _flops(model, run, parts.active, lowest, [unit for unit in units if unit.layer is None]),
     )
@@ -69,14 +68,13 @@ def _traffic(parts: SampledRun, units: Sequence[Unit], lowest: int) -> dict[str,
     run = parts.run
     if run.ranks == 1:
         return {}
-    always = run.stage > 1 or parts.grass.sampler == "grass"
     trained = run.width * sum(unit.padded_numel for unit in units)
     gathered = trained
     if run.stage == 3:
         gathered = run.width * run.accumulation * gathers_per_step(parts.units, run, parts.blocks, lowest, parts.whole)
         gathered += run.width * persistent_numel(units, run.gather)  # again after the step
     return {
-        "reduce_scatter": trained * (run.accumulation if always else 1),
+        "reduce_scatter": trained * (run.accumulation if parts.reduces_always else 1),
         "all_gather": gathered,
         "all_reduce": FP32 * (3 * len(units) + 2) + (8 if parts.grass.offload.device == "nvme" else 0),
     }

@@ -132,7 +132,7 @@ class SampledRun:
         kept = persistent_numel(self.units, self.run.gather)
         return self.run.width * (sum(unit.shard_numel for unit in self.units) + kept)
 
-    def _state_bytes(self, units: Collection[Unit]) -> int:
+    def state_bytes(self, units: Collection[Unit]) -> int:
         """Stored state of this rank's shards."""
         return sum(plane.nbytes(unit.shard_numel) for unit in units for plane in self.layout.planes_of(unit))
 
@@ -140,7 +140,8 @@ class SampledRun:
     def _trainable(self) -> list[Unit]:
         return [unit for unit in self.units if unit.ever_active]
 
-    def _stepped_units(self, active: Collection[int]) -> list[Unit]:
+    def stepped_units(self, active: Collection[int]) -> list[Unit]:
+        """Those that train with these layers."""
         return [unit for unit in self.units if unit.always or unit.layer in active]
 
     def decoded(self) -> int:
@@ -151,23 +152,27 @@ class SampledRun:
         """On the device."""
         offload = self.grass.offload
         if offload.device == "none":
-            return self._state_bytes(self._trainable), self.decoded()
-        stepped = self._stepped_units(self.active)
+            return self.state_bytes(self._trainable), self.decoded()
+        stepped = self.stepped_units(self.active)
         if offload.residency == "period":
             switching = [unit for unit in self._trainable if not unit.always and unit.layer not in self.active]
             coming = sorted(switching, key=lambda unit: -unit.shard_numel)[: self.gamma]
-            return self._state_bytes([*stepped, *coming]), self.decoded()
+            return self.state_bytes([*stepped, *coming]), self.decoded()
         chunks = sum(len(self.layout.chunks(unit)) for unit in stepped)
         return 0, min(offload.device_buffers, chunks) * self.layout.buffer_bytes + self.decoded()
 
     def host_and_disk(self) -> tuple[int, int]:
         offload = self.grass.offload
         if offload.device == "cpu":
-            return self._state_bytes(self._trainable), 0
+            return self.state_bytes(self._trainable), 0
         if offload.device == "none":
             return 0, 0
         count = count_host_buffers(offload, self.layout, self.units, self.gamma)
         return count * self.layout.buffer_bytes, sum(file_bytes(unit, self.layout) for unit in self._trainable)
+
+    def lowest(self, active: Collection[int]) -> int:
+        """The block at which backward ends."""
+        return 0 if self.whole else min(active)
 
     # ---- moments ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +185,7 @@ class SampledRun:
 
     def _of_step(self, active: set[int], keeps: bool) -> Iterator[Moment]:
         what = "" if keeps else "probing: "
-        units, lowest = self._stepped_units(active), 0 if self.whole else min(active)
+        units, lowest = self.stepped_units(active), self.lowest(active)
         costs, head = self._costs(active), self._head_backward(units)
         below = [sum(cost.saved for cost in costs[:index]) for index in range(self.blocks + 1)]
         above = [unit for unit in units if unit.layer is None and unit.kind not in self.layers.below]
@@ -202,7 +207,7 @@ class SampledRun:
 
     def _costs(self, active: set[int]) -> list[BlockBytes]:
         """Per block, as the active set has it."""
-        lowest, costs = 0 if self.whole else min(active), []
+        lowest, costs = self.lowest(active), []
         for index in range(self.blocks):
             form = self.activations.trained if index in active else self.activations.frozen
             if index == lowest and not self.whole:
@@ -246,7 +251,7 @@ class SampledRun:
     # ---- gradients ----------------------------------------------------------------------------------------------------
 
     @property
-    def _reduces_always(self) -> bool:
+    def reduces_always(self) -> bool:
         """Whether every micro-batch crosses ranks, rather than the last of a step (ZeRO-1)."""
         return self.run.stage > 1 or self.run.accumulation == 1 or self.grass.sampler == "grass"
 
@@ -254,7 +259,7 @@ class SampledRun:
         """Of earlier micro-batches: shards, or in ZeRO-1 whole gradients."""
         if not keeps or self.run.accumulation == 1:
             return 0
-        return self.run.width * (_shards(units) if self._reduces_always else sum(u.padded_numel for u in units))
+        return self.run.width * (_shards(units) if self.reduces_always else sum(u.padded_numel for u in units))
 
     def gradients_at(self, units: Sequence[Unit], done: Sequence[Unit], keeps: bool, current: bool = True) -> int:
         """While the last unit of ``done`` is reduced (or, if it is not ``current``, after it)."""
@@ -264,7 +269,7 @@ class SampledRun:
         if not done or not current:
             return held
         last = done[-1]
-        if keeps and not self._reduces_always:
+        if keeps and not self.reduces_always:
             return held + self.run.width * last.shard_numel
         return held + self.run.width * (last.shard_numel + last.padded_numel)
 
@@ -272,7 +277,7 @@ class SampledRun:
         """The most that is held, while training or probing."""
         held = []
         for active, keeps in ((self.active, True), (self._probed, False)):
-            units = self._stepped_units(active) if active else []
+            units = self.stepped_units(active) if active else []
             held += [self.gradients_at(units, units[: n + 1], keeps) for n in range(len(units))]
         return max(held)
 

@@ -9,9 +9,6 @@ from grass_ds import precision
 from grass_ds.config import GrassConfig, parse_grass_block
 from grass_ds.core.dotted_paths import value_at
 
-WIDTHS = {"bf16": 2, "fp16": 2, "fp32": 4}
-"""Bytes of a weight."""
-
 
 @dataclass(frozen=True)
 class GatherSettings:
@@ -28,7 +25,7 @@ class RunShape:
 
     Attributes:
         ranks: all on one machine.
-        dtype: a name of :data:`WIDTHS`.
+        dtype: a name of :data:`grass_ds.precision.DTYPES`.
         micro_batch, sequence: rows and tokens per row; ``accumulation``: micro-batches of a step.
         grass: the block; None: adapters of ``lora_rank`` train in the stock engine.
     """
@@ -47,7 +44,7 @@ class RunShape:
     @property
     def width(self) -> int:
         """Bytes of a weight, and of its gradient."""
-        return WIDTHS[self.dtype]
+        return precision.DTYPES[self.dtype].itemsize
 
     @property
     def tokens(self) -> int:
