@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks.case import Row
 from benchmarks.formats.suite import BASE, FORMATS, GAMMAS, STEPS, TIERS
 from benchmarks.frontier.suite import RULE, TASK
-from benchmarks.report.row_groups import Measure, step_seconds
+from benchmarks.report.row_groups import Measure, pairs_by_seed, step_seconds
 from benchmarks.report.table import conditions, interval, mean, mean_deviation, median, table
 
 
@@ -22,8 +22,7 @@ class Line(NamedTuple):
 
     def pairs(self) -> list[tuple[Row, Row]]:
         """At equal seeds; none of fp32 itself."""
-        others = {row["seed"]: row for row in self.base}
-        return [(row, others[row["seed"]]) for row in self.rows if row["seed"] in others and self.name != BASE]
+        return [] if self.name == BASE else pairs_by_seed(self.rows, self.base)
 
     def differences(self, measure: Measure) -> list[float]:
         return [measure(row) - measure(other) for row, other in self.pairs()]

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from benchmarks.case import Case, Request, Row
-from benchmarks.quality.suite import SEEDS, SETTINGS, TUNING_SEED, quality_case
+from benchmarks.quality.suite import SEEDS, SETTINGS, STEPS, TUNING_SEED, quality_case
 from benchmarks.samplers.suite import GAMMA, RATE
 from grass_ds.sampling.importance import sampling_logits, softmax
 
@@ -26,7 +26,7 @@ class Lever(NamedTuple):
     method: str = "uniform"
     keys: Mapping[str, Any] = MappingProxyType({})
     ramp: int = 0
-    steps: int = 50
+    steps: int = STEPS
 
     def case(self, seed: int) -> Case:
         grass = {**SETTINGS, "num_active_layers": GAMMA, **self.keys}
@@ -35,7 +35,7 @@ class Lever(NamedTuple):
         )
 
 
-MEASURED = Case(kind="scores", method="full", task=TASK, steps=BATCHES, seed=TUNING_SEED, micro_batch=2, sequence=256)
+MEASURED = quality_case(TASK, "full", kind="scores", steps=BATCHES, seed=TUNING_SEED, grass={})
 BASE, LONG_BASE = Lever("uniform"), Lever("period 5, keep", steps=LONG)
 
 

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of suite ``levers``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from benchmarks.case import Row
 from benchmarks.levers.suite import BASE, GAMMA, LONG, RATE, TASK, Lever, draws, periods
+from benchmarks.report.row_groups import pairs_by_seed
 from benchmarks.report.table import conditions, interval, mean, mean_deviation, table
-
-BySeed = Mapping[int, Row]
 
 
 def tables(rows: list[Row]) -> list[str]:
@@ -25,22 +24,18 @@ def tables(rows: list[Row]) -> list[str]:
 
 def compare(title: str, levers: Sequence[Lever], rows: Sequence[Row]) -> str:
     """Losses of each, and differences from the first one at equal seeds."""
-    found = {
-        lever.name: {row["seed"]: row for row in rows if row["cell"] == lever.case(row["seed"]).text()}
-        for lever in levers
-    }
-    base = found[levers[0].name]
+    found = {lever.name: [row for row in rows if row["cell"] == lever.case(row["seed"]).text()] for lever in levers}
+    base = levers[0].name
 
-    def differences(mine: BySeed) -> list[float]:
-        if mine is base:
-            return []
-        return [row["test_loss"] - base[seed]["test_loss"] for seed, row in mine.items() if seed in base]
+    def differences(name: str) -> list[float]:
+        pairs = [] if name == base else pairs_by_seed(found[name], found[base])
+        return [row["test_loss"] - other["test_loss"] for row, other in pairs]
 
     columns = {
-        "test loss": lambda name: mean_deviation([row["test_loss"] for row in found[name].values()]),
-        "- the first": lambda name: mean_deviation(differences(found[name]), "+"),
-        "95 % interval of the mean": lambda name: interval(differences(found[name])),
-        "CPU s / step": lambda name: mean(row["cpu_seconds"] / row["steps"] for row in found[name].values()),
+        "test loss": lambda name: mean_deviation([row["test_loss"] for row in found[name]]),
+        "- the first": lambda name: mean_deviation(differences(name), "+"),
+        "95 % interval of the mean": lambda name: interval(differences(name)),
+        "CPU s / step": lambda name: mean(row["cpu_seconds"] / row["steps"] for row in found[name]),
         "seeds": lambda name: str(len(found[name])) if found[name] else "",
     }
     return table(title, found, {"changed": str}, columns)

@@ -50,6 +50,12 @@ def setting(row: Row) -> Setting:
     return Setting(**{name: row[name] for name in Setting._fields if name in row})
 
 
+def pairs_by_seed(rows: Sequence[Row], base: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Each row with that of the base with the same seed, where there is one."""
+    others = {row["seed"]: row for row in base}
+    return [(row, others[row["seed"]]) for row in rows if row["seed"] in others]
+
+
 class RowGroup(NamedTuple):
     """Rows of one setting, beside all rows that they are compared with."""
 
