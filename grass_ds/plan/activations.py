@@ -7,7 +7,8 @@ that are alike cost alike, so of those two are measured.
 
 [Note: Kernels] Meta tensors would take the attention of plain formulas, which keeps tokens x tokens numbers. Here
 attention keeps what fused kernels keep: its three inputs, its output and a number per row. ZeRO-3 replaces linear
-layers by a function that always keeps its input, and so does this.
+layers by a function that always keeps its input, and so does this. DeepSpeed leaves that function in the process,
+so a ZeRO-2 model that is made there later keeps those inputs too, and is measured with them.
 """
 
 import weakref

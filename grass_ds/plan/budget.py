@@ -22,7 +22,8 @@ def fit_active_layers(
 ) -> tuple[GrassConfig, Prediction]:
     """The config with the most active layers whose planned device memory is within ``config.memory_budget``.
 
-    A pure function of its arguments, so that all ranks get the same.
+    A function of its arguments, and of the linear layers of the process ([Note: Kernels] in plan/activations.py), so
+    that all ranks get the same.
 
     Args:
         model: of Hugging Face; its config is read, not its weights.

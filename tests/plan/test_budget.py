@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from helpers.models import tiny_llama
 from helpers.ranks import RankPool
 from torch import nn
@@ -113,10 +114,22 @@ def test_a_model_without_a_config_is_refused() -> None:
         fit_active_layers(nn.Linear(2, 2), block_of(config), config, 2)
 
 
-def engine_layers(config: dict[str, Any]) -> tuple[int, int]:
+def test_zero_3_earlier_in_the_process_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves its linear layers in the process: those of frozen layers then keep their input at any stage."""
+    inputs_kept = ModelShape(tiny_llama(layers=LAYERS).config, torch.bfloat16).activations((), 2, ROW, False, True)
+    before = planned(1)
+    monkeypatch.setattr(nn.functional, "linear", zero3_linear_wrap)
+    shape = ModelShape(tiny_llama(layers=LAYERS).config, torch.bfloat16)
+    assert shape.activations((), 2, ROW, False, False) == inputs_kept
+    assert planned(1) > before
+
+
+def engine_layers() -> tuple[int, int]:
     """Run inside a rank: layers at a time, and those that the third step trained."""
     from helpers.models import engine_of, train
 
+    # In the rank, where an earlier test may have run ZeRO-3.
+    config = budgeted(f"{planned(3) / 1000:.3f}KB", num_active_layers="auto")
     with engine_of(config, tiny_llama(layers=LAYERS).bfloat16()) as engine:
         train(engine, 3)
         return engine.grass.most_active, len(engine.grass.active_layers)
@@ -124,5 +137,4 @@ def engine_layers(config: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.dist
 def test_an_engine_trains_as_many_on_every_rank(two_ranks: RankPool) -> None:
-    config = budgeted(f"{planned(3) / 1000:.3f}KB", num_active_layers="auto")
-    assert two_ranks.run(engine_layers, config=config) == [(3, 3)] * 2
+    assert two_ranks.run(engine_layers) == [(3, 3)] * 2
