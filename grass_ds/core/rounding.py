@@ -62,11 +62,17 @@ def restored(rounded: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
     return torch.where(cut == 0, rounded.to(torch.float32), _from_ordinals(_ordinals(rounded).add_(cut)))
 
 
+# Random signs make a choice between two tensors take ten times as long on a CPU as this arithmetic. ``sign`` is 0 or -1.
+
+
 def _ordinals(values: torch.Tensor) -> torch.Tensor:
     """Position of the values among all float32 numbers, as int32, new memory: 0 is 0, neighbours differ by 1."""
     bits = values.to(torch.float32, copy=True).view(torch.int32)
-    return torch.where(bits < 0, -(bits & MAGNITUDE), bits)
+    sign = bits >> 31
+    return bits.bitwise_and_(MAGNITUDE).bitwise_xor_(sign).sub_(sign)
 
 
 def _from_ordinals(ordinals: torch.Tensor) -> torch.Tensor:
-    return torch.where(ordinals < 0, ordinals.neg().bitwise_or_(~MAGNITUDE), ordinals).view(torch.float32)
+    """The inverse, in place."""
+    sign = ordinals >> 31
+    return ordinals.bitwise_xor_(sign).sub_(sign).bitwise_or_(sign << 31).view(torch.float32)

@@ -261,9 +261,8 @@ class CutOff(Master):
             master.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // 8), strict=True
         ):
             cut = cut_off(part, part.to(dtype)).clamp_(-_TIE, _TIE)  # NaN may exceed it
-            tie = cut == _TIE
-            low.copy_(cut.masked_fill_(tie, -_TIE))
-            above.copy_(pack_bits(tie.to(torch.uint8), 1))
+            low.copy_(cut)  # 2^15 becomes -2^15
+            above.copy_(pack_bits((cut == _TIE).to(torch.uint8), 1))
 
     def decode(self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, master: torch.Tensor) -> None:
         parts = (master.split(PIECE), weights.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // 8))
