@@ -40,7 +40,9 @@ from grass_ds.core.bits import pack_bits, unpack_bits
 from grass_ds.core.rounding import cut_off, follow, restored
 
 BLOCK = 256  # elements that share a scale
-PIECE = 2**20  # elements that are converted at a time, a multiple of BLOCK: bounds the memory that it takes
+PIECE = 2**21  # elements that are converted at a time, a multiple of BLOCK: bounds the memory that it takes
+CPU_PIECE = 2**18  # there an operation costs next to nothing to start, and a piece fits the cache
+PIECE_BYTES = 24  # of temporary memory per element of a piece, at most, beside the scales of blocks
 _TIE = 2**15  # of the steps of fp32 between two bf16 numbers
 
 
@@ -60,6 +62,11 @@ class Plane:
     def of(self, stored: torch.Tensor, start: int, elements: int) -> torch.Tensor:
         """The part for these elements of the shard, a view; ``start`` is a multiple of ``per``."""
         return stored.narrow(0, start // self.per, self.numel(elements))
+
+
+def piece_numel(device: torch.device) -> int:
+    """Elements that are converted at a time."""
+    return CPU_PIECE if device.type == "cpu" else PIECE
 
 
 class Codec(ABC):
@@ -105,7 +112,8 @@ class Bfloat16(Codec):
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], seed: int, start: int = 0) -> None:
         """Infinite values and NaN stay."""
-        for part, target in zip(values.split(PIECE), stored[0].split(PIECE), strict=True):
+        piece = piece_numel(values.device)
+        for part, target in zip(values.split(piece), stored[0].split(piece), strict=True):
             noise = random_bits(seed, start, len(part), 16, values.device)
             start += len(part)
             high = noise.add_(part.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16)
@@ -156,30 +164,36 @@ class Blocks(Codec):
         self._root = root
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], seed: int, start: int = 0) -> None:
-        levels = dynamic_map(self._root, values.device)
+        piece = piece_numel(values.device)
         for part, codes, scales in zip(
-            values.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // BLOCK), strict=True
+            values.split(piece), stored[0].split(piece), stored[1].split(piece // BLOCK), strict=True
         ):
-            blocks = torch.nn.functional.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
-            least, most = blocks.aminmax(dim=1)
-            scale = torch.where(least < 0, torch.nan, most) if self._root else torch.maximum(most, -least)
-            scales.copy_(torch.where(scale.isfinite(), scale, torch.nan))
-            wide = scale.unsqueeze(1)
-            ratios = blocks / torch.where(wide == 0, 1.0, wide)
-            lower = last_level_below(ratios.view(-1), self._root)
-            below, above = (levels.index_select(0, at).view_as(blocks).mul_(wide) for at in (lower, lower + 1))
-            chance = (blocks - below).div_(above.sub_(below))
-            noise = random_bits(seed, start, blocks.numel(), 24, values.device).to(torch.float32).mul_(2.0**-24)
+            self._encode_piece(part, codes, scales, seed, start)
             start += len(part)
-            up = noise.view_as(blocks) < chance
-            if self._root:
-                up.logical_or_(below == 0).logical_and_(blocks != 0)
-            codes.copy_(lower.add_(up.view(-1))[: len(part)])
+
+    def _encode_piece(
+        self, part: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, seed: int, start: int
+    ) -> None:
+        levels = dynamic_map(self._root, part.device)
+        blocks = torch.nn.functional.pad(part, (0, -len(part) % BLOCK)).view(-1, BLOCK)
+        least, most = blocks.aminmax(dim=1)
+        scale = torch.where(least < 0, torch.nan, most) if self._root else torch.maximum(most, -least)
+        scales.copy_(torch.where(scale.isfinite(), scale, torch.nan))
+        wide = scale.unsqueeze(1)
+        lower = last_level_below((blocks / torch.where(wide == 0, 1.0, wide)).view(-1), self._root)
+        below, above = (levels.index_select(0, at).view_as(blocks).mul_(wide) for at in (lower, lower + 1))
+        chance = (blocks - below).div_(above.sub_(below))
+        del above  # memory of a whole piece
+        noise = random_bits(seed, start, blocks.numel(), 24, part.device).to(torch.float32).mul_(2.0**-24)
+        up = noise.view_as(blocks) < chance
+        if self._root:
+            up.logical_or_(below == 0).logical_and_(blocks != 0)
+        codes.copy_(lower.add_(up.view(-1))[: len(part)])
 
     def decode(self, stored: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        levels = dynamic_map(self._root, values.device)
+        levels, piece = dynamic_map(self._root, values.device), piece_numel(values.device)
         for part, codes, scales in zip(
-            values.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // BLOCK), strict=True
+            values.split(piece), stored[0].split(piece), stored[1].split(piece // BLOCK), strict=True
         ):
             part.copy_(levels.index_select(0, codes.to(torch.int32)))
             part.mul_(scales.repeat_interleave(BLOCK)[: len(part)])
@@ -257,15 +271,17 @@ class CutOff(Master):
     planes = (Plane(torch.int16), Plane(torch.uint8, 8))
 
     def encode(self, master: torch.Tensor, stored: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        piece = piece_numel(master.device)
         for part, low, above in zip(
-            master.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // 8), strict=True
+            master.split(piece), stored[0].split(piece), stored[1].split(piece // 8), strict=True
         ):
             cut = cut_off(part, part.to(dtype)).clamp_(-_TIE, _TIE)  # NaN may exceed it
             low.copy_(cut)  # 2^15 becomes -2^15
             above.copy_(pack_bits((cut == _TIE).to(torch.uint8), 1))
 
     def decode(self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, master: torch.Tensor) -> None:
-        parts = (master.split(PIECE), weights.split(PIECE), stored[0].split(PIECE), stored[1].split(PIECE // 8))
+        piece = piece_numel(master.device)
+        parts = (master.split(piece), weights.split(piece), stored[0].split(piece), stored[1].split(piece // 8))
         for part, rounded, low, above in zip(*parts, strict=True):
             cut = low.to(torch.int32).add_(unpack_bits(above, len(part), 1).to(torch.int32).mul_(2 * _TIE))
             if moved:

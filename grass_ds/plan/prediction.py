@@ -15,7 +15,7 @@ from grass_ds.core.units import Unit
 from grass_ds.offload.build import count_host_buffers, state_layout
 from grass_ds.offload.chunk_files import file_bytes
 from grass_ds.offload.chunks import StateLayout
-from grass_ds.offload.codecs import PIECE
+from grass_ds.offload.codecs import PIECE, PIECE_BYTES
 from grass_ds.offload.state_format import StateFormat, choose_format
 from grass_ds.offload.state_template import MOMENT_KEYS
 from grass_ds.plan.activations import Activations, BlockBytes
@@ -27,8 +27,6 @@ from grass_ds.sampling.importance import Signal
 FP32 = 4
 STEP_BYTES = 12
 """Per element of a chunk in its step: its gradient in fp32 and two temporaries of AdamW."""
-CODEC_BYTES = 24
-"""Per element of a piece that is encoded or decoded: two copies in int64, or ratios, indices and masks; and some room."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ class SampledRun:
     def _step_workspace(self) -> int:
         """Memory of one chunk's step: AdamW's, or the conversion's beside the gradient."""
         chunk, form = self.layout.chunk_numel, next(iter(self.formats.values()))
-        converting = 0 if form.plain else FP32 * chunk + CODEC_BYTES * min(chunk, PIECE)
+        converting = 0 if form.plain else FP32 * chunk + PIECE_BYTES * min(chunk, PIECE)
         return max(STEP_BYTES * chunk, converting)
 
     # ---- gradients ----------------------------------------------------------------------------------------------------

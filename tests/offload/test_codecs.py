@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from helpers.live import LiveBytes
 
 from grass_ds.core.rounding import follow
 from grass_ds.offload.codecs import (
     BLOCK,
-    PIECE,
+    CPU_PIECE,
+    PIECE_BYTES,
     Bfloat16,
     Blocks,
     Codec,
@@ -85,7 +87,7 @@ def test_both_ties_of_an_even_weight_return() -> None:
     assert torch.equal(through_master(CutOff(), master, weights), master)
 
 
-@pytest.mark.parametrize("numel", [1, 7, 8, 9, 1000, PIECE, PIECE + 3])
+@pytest.mark.parametrize("numel", [1, 7, 8, 9, 1000, CPU_PIECE, CPU_PIECE + 3])
 def test_master_weights_of_any_length(numel: int) -> None:
     master = moments(numel)
     assert torch.equal(through_master(CutOff(), master, master.to(torch.bfloat16)), master)
@@ -113,7 +115,7 @@ def test_bytes_of_master_weights() -> None:
 
 
 @pytest.mark.parametrize("codec", MOMENTS, ids=lambda codec: type(codec).__name__)
-@pytest.mark.parametrize("numel", [1, 255, 256, 257, 5000, PIECE + 300])
+@pytest.mark.parametrize("numel", [1, 255, 256, 257, 5000, CPU_PIECE + 300])
 def test_what_was_decoded_returns_unchanged(codec: Codec, numel: int) -> None:
     """With another seed, too: a checkpoint in fp32 of what is stored loses nothing of it."""
     values = moments(numel).abs() if codec is MOMENTS[-1] else moments(numel)
@@ -282,7 +284,7 @@ def test_a_value_that_is_not_finite_shows_in_its_block_alone(value: float, root:
 
 @pytest.mark.parametrize("codec", [*MOMENTS, CutOff()], ids=lambda codec: type(codec).__name__)
 def test_a_shard_is_stored_alike_however_it_is_cut(codec: Codec | Master) -> None:
-    values, cut = moments(PIECE + 4 * BLOCK + 40).abs(), 3 * BLOCK
+    values, cut = moments(CPU_PIECE + 4 * BLOCK + 40).abs(), 3 * BLOCK
     whole, first, rest = (stored_by(codec, n) for n in (len(values), cut, len(values) - cut))
     for stored, part, start in ((whole, values, 0), (first, values[:cut], 0), (rest, values[cut:], cut)):
         if isinstance(codec, Master):
@@ -292,3 +294,20 @@ def test_a_shard_is_stored_alike_however_it_is_cut(codec: Codec | Master) -> Non
     for plane, all_of_it, begin, end in zip(codec.planes, whole, first, rest, strict=True):
         assert torch.equal(plane.of(all_of_it, 0, cut), begin)
         assert torch.equal(plane.of(all_of_it, cut, len(values) - cut), end)
+
+
+@pytest.mark.parametrize("codec", [*MOMENTS, CutOff()], ids=lambda codec: type(codec).__name__)
+def test_temporary_memory(codec: Codec | Master) -> None:
+    """The planner counts with it. Two pieces take as much as one."""
+    values = moments(2 * CPU_PIECE).abs()
+    stored, result, weights = stored_by(codec, len(values)), torch.empty_like(values), values.to(torch.bfloat16)
+    if isinstance(codec, Codec):
+        through(codec, values)  # makes the tables that are made once
+    with LiveBytes(ignore=[values, result, weights, *stored]) as live:
+        if isinstance(codec, Master):
+            codec.encode(values, stored, torch.bfloat16)
+            codec.decode(stored, weights, True, result)
+        else:
+            codec.encode(values, stored, 9)
+            codec.decode(stored, result)
+    assert live.peak <= PIECE_BYTES * CPU_PIECE + 32 * (CPU_PIECE // BLOCK)  # extremes and scales of the blocks
