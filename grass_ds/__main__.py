@@ -138,7 +138,8 @@ def _needs(options: argparse.Namespace) -> dict[str, Any]:
     from grass_ds.plan.search import plan
 
     if options.plan:
-        return read_needs(Path(options.plan))
+        needs = read_needs(Path(options.plan))
+        return needs if options.nvme_path is None else {**needs, "nvme_path": options.nvme_path}
     return plan(request_of(options, options.nvme_path)).needs
 
 

@@ -117,8 +117,8 @@ def check_layout(what: str, units: Sequence[Unit], saved: list[Any], weights_alo
     if ours != theirs if weights_alone else here != saved:
         other = "another model" if weights_alone else "other layers or param groups"
         raise ValueError(
-            f"{what} has {other} than this run: {listed(_differences(ours, theirs))}; resume with the model and "
-            "the optimizer that it was saved from"
+            f"{what} has {other} than this run: {listed(_differences(ours, theirs))}; resume with the model, the "
+            'optimizer and the sampler that it was saved from ("module" and "ist" have units of their own)'
         )
 
 

@@ -39,7 +39,7 @@ def check_plan(needs: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that this process may still get."""
+    """Bytes of host memory that a job can get here: what is free, and no more than the limit of this job."""
     limit = cgroup_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     available = psutil.virtual_memory().available
     return available if limit is None else min(limit, available)

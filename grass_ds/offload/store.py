@@ -151,11 +151,15 @@ class StateStore:
     # ---- in a step --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def on_device(self, chunk: Chunk, optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    def on_device(self, chunk: Chunk, optimizer: torch.optim.Optimizer, step: int) -> Iterator[nn.Parameter]:
         """Hold the chunk's state on the device, as ``optimizer``'s state of the yielded master [chunk.numel].
 
         The caller steps it; then the state is encoded, and the master weights, rounded, become the weights. All chunks
         of a unit must be stepped in order: the scalars they share (the step count) advance with the last.
+
+        Args:
+            step: of the run. What is rounded at random differs from step to step by it; not every optimizer counts its
+                own.
 
         Raises:
             OffloadError: a transfer failed, now or since the last step.
@@ -183,7 +187,7 @@ class StateStore:
             yield master
             scalars = _take_state(unit, optimizer.state.get(master, {}), moments)
             if not form.plain:
-                form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank, _steps(scalars)), chunk.start)
+                form.encode(planes, stored, unit.dtype, digest(unit.name, unit.rank, step), chunk.start)
             weights.copy_(planes[0])  # not before: weights and what is stored of their master weights belong together
             self._buffers.release(chunk)
             if chunk.last:
@@ -321,11 +325,6 @@ def unpack(stored: Mapping[str, Any], weights: torch.Tensor, scalars: Mapping[st
     if stored["master"] is not None:
         master = stored["master"][: len(weights)]
     return UnitState(master, dict(zip(moments, rest, strict=True)), dict(scalars))
-
-
-def _steps(scalars: Mapping[str, Any]) -> float:
-    """The step count, or 0 for an optimizer that has none."""
-    return float(scalars.get("step", 0))
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -46,7 +46,8 @@ def fit_active_layers(
     assert config.row_length is not None
     run = run_shape(ds_config, ranks, config.row_length, checkpointing)
     try:
-        shape = ModelShape(model.config, DTYPES[run.dtype])
+        eager = getattr(model.config, "_attn_implementation", None) == "eager"
+        shape = ModelShape(model.config, DTYPES[run.dtype], "eager" if eager else "sdpa")
 
         def plan(count: int) -> Prediction:
             return predict(shape, replace(run, grass=_with_layers(config, count)))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model by its config alone, on the meta device: its layers, its units and what it keeps for backward."""
 
+import copy
 import json
 from collections.abc import Collection
 from functools import cached_property
@@ -57,13 +58,15 @@ class ModelShape:
     Args:
         config: of transformers. It is not changed.
         dtype: of the weights.
+        attention: ``sdpa``, a fused kernel, or ``eager``, which keeps the scores of all pairs of tokens.
 
     Raises:
         ValueError: transformers has no causal language model for the config, or its layers cannot be found.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: Any, dtype: torch.dtype, attention: str = "sdpa") -> None:
+        self.config, self.dtype = copy.deepcopy(config), dtype
+        self.config._attn_implementation = attention
         self.model = self._build()
         self.layers = discover_layers(self.model)
         self._samples: dict[tuple[bool, bool], Any] = {}
@@ -72,12 +75,14 @@ class ModelShape:
         self._activations: dict[Any, Activations] = {}
 
     def _build(self) -> Any:
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         try:
+            # Not AutoModelForCausalLM.from_config, which partitions the model under a Trainer with ZeRO-3.
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
-        except (ValueError, RuntimeError) as error:
+                model = model_class(self.config)
+        except (KeyError, ValueError, RuntimeError) as error:
             reason = " ".join(f"{error}".split())[:200]
             raise ValueError(
                 f"--model: {type(self.config).__name__} makes no causal language model on the meta device: {reason}"

@@ -10,7 +10,7 @@ from grass_ds.plan.search import Plan, largest_gamma, largest_micro_batch, plan
 
 NEEDS = ("ranks", "device_bytes", "host_bytes", "disk_bytes", "nvme_path")
 NOTES = {
-    "weights": "in 16 bits, at rest; with ZeRO-3 this rank's part",
+    "weights": "at rest; with ZeRO-3 this rank's part",
     "gradients": "whole ones and shards of what trains",
     "optimizer state": "that stays on the device",
     "activations": "and logits",
@@ -74,10 +74,11 @@ def _lines(made: Plan, gamma: int, rows: int) -> list[str]:
     asked, found, seconds = made.request, made.prediction, made.seconds
     where = {"none": "on the device", "cpu": "in host memory", "nvme": "on disk"}[made.device]
     active = f", {asked.gamma} of {len(made.model.layers.blocks)} layers at a time"
+    form = "" if asked.method == "lora" else f" ({asked.state_format})"
     title = (
         f"{asked.model}: {made.model.numel / 1e9:.2f} B weights, {asked.method}"
         f"{active if asked.method in ('grass', 'lisa') else ''}, ZeRO-{made.stage} on {asked.ranks} x "
-        f"{asked.device_bytes / 1e9:.0f} GB, optimizer state {where} ({asked.state_format}); {asked.micro_batch} x "
+        f"{asked.device_bytes / 1e9:.0f} GB, optimizer state {where}{form}; {asked.micro_batch} x "
         f"{asked.sequence} tokens per device{', checkpointing' * asked.checkpointing}"
     )
     lines = [

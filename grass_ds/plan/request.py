@@ -11,6 +11,7 @@ METHODS = ("grass", "lisa", "full", "lora")
 FORMATS = ("fp32", "exact", "bf16", "8bit")
 DEVICES = ("auto", "none", "cpu", "nvme")
 DTYPES = ("bf16", "fp16", "fp32")
+ATTENTIONS = ("sdpa", "eager")
 
 
 def parse_size(argument: str, text: str) -> int:
@@ -57,6 +58,7 @@ class Request:
     offload: str = "auto"
     state_format: str = "fp32"
     dtype: str = "bf16"
+    attention: str = "sdpa"
     sequence: int = 1024
     micro_batch: int = 4
     accumulation: int = 1
@@ -75,6 +77,7 @@ class Request:
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number above 0")
         choices = {"method": METHODS, "offload": DEVICES, "state_format": FORMATS, "dtype": DTYPES}
+        choices["attention"] = ATTENTIONS
         for name, allowed in {**choices, "stage": (None, 1, 2, 3)}.items():
             if getattr(self, name) not in allowed:
                 shown = ", ".join("auto" if each is None else str(each) for each in allowed)
@@ -104,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     add("--offload", default="auto", help="where optimizer state is kept: cpu, nvme, none or auto")
     add("--state_format", default="fp32", help=f"one of {', '.join(FORMATS)}")
     add("--dtype", default="bf16", help="of the weights: bf16, fp16 or fp32")
+    add("--attention", default="sdpa", help="sdpa, a fused kernel (default; as flash_attention_2), or eager")
     add("--sequence", type=int, default=default["sequence"], help="tokens per row (default 1024)")
     add("--micro_batch", type=int, default=default["micro_batch"], help="rows per device (default 4)")
     add("--accumulation", type=int, default=1, help="micro-batches per step (default 1)")

@@ -124,7 +124,7 @@ def shortfalls(request: Request, found: Prediction) -> list[str]:
 
 def plan(request: Request) -> Plan:
     """The plan of a request. Raises ValueError: the model cannot be read or planned."""
-    return Plan(ModelShape(read_config(request.model), DTYPES[request.dtype]), request)
+    return Plan(ModelShape(read_config(request.model), DTYPES[request.dtype], request.attention), request)
 
 
 def ds_settings(request: Request, stage: int, device: str) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class Controller:
     def __init__(self, num_layers: int, **settings: Any) -> None:
         given = SamplingSettings(**settings)
         self._name, self._sampler = given.sampler, find_sampler(given.sampler)(num_layers, given)
+        if "generator" not in self._sampler.state_dict():
+            raise ValueError(f"sampler: the state_dict() of {given.sampler} lacks what super().state_dict() returns")
         if given.num_active_layers >= num_layers and not self._sampler.draws_weights:
             self._name = "full"
             self._sampler = find_sampler("full")(num_layers, replace(given, sampler_args={}))

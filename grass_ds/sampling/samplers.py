@@ -188,7 +188,7 @@ class OutlierSampler(Sampler):
 class CyclicSampler(Sampler):
     """BAdam: every layer once per cycle, in ascending, descending, newly shuffled or a given order.
 
-    ``probabilities`` are 1 / L: a layer's share of a cycle. A changed ``cyclic_order`` takes effect with the next one.
+    ``probabilities`` are a layer's share of a cycle: 1 / L, or 0 if a given order leaves it out. A changed ``cyclic_order`` takes effect with the next one.
     """
 
     def __init__(self, num_layers: int, settings: SamplingSettings) -> None:
@@ -201,6 +201,12 @@ class CyclicSampler(Sampler):
             raise ValueError(
                 f"cyclic_order = {list(order)}: name at least {self._count} of the layers 0 to {num_layers - 1}, each once"
             )
+
+    def probabilities(self, scores: Sequence[float] | None) -> tuple[float, ...]:
+        order = self.settings.cyclic_order
+        if isinstance(order, str):
+            return super().probabilities(scores)
+        return tuple((layer in order) / len(order) for layer in range(self.num_layers))
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """The next gamma layers of the cycle, ascending.

@@ -151,7 +151,9 @@ class GrassZeroOptimizer(OptimizerWrapper):
         """Step all active units; update the model if no rank failed."""
         with self._raise_on_all_ranks():
             for unit in self._active:
-                step_unit(unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store)
+                step_unit(
+                    unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store, self.controller.step
+                )
             for unit in self._expanded:
                 self._expand(unit)
         self._sync_weights(self._tracked)

@@ -106,7 +106,10 @@ class ResponseSuppression:
         if losses is not None:
             controller.learn(trials, losses)
         elif dist.get_rank() == 0:
-            logger.warning("grass_ds: no rank's last micro-batch has a token to learn: the scores stay as they are")
+            logger.warning(
+                "grass_ds: the loss of every rank's last micro-batch is not a number: none has a token to learn, or "
+                "training has diverged; the scores stay as they are"
+            )
 
     @torch.no_grad()
     def _losses(self, trials: Sequence[Sequence[int]]) -> list[float] | None:

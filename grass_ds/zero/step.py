@@ -27,16 +27,16 @@ class MissingGradientError(ValueError):
 
 
 def step_unit(
-    unit: Unit, gradient: torch.Tensor, factor: float, optimizer: torch.optim.Optimizer, store: StateStore
+    unit: Unit, gradient: torch.Tensor, factor: float, optimizer: torch.optim.Optimizer, store: StateStore, step: int
 ) -> None:
     """Step the unit's fp32 master weights chunk by chunk; its low-precision shard follows.
 
     The unit's param group holds one chunk during its step, and is otherwise empty. ``factor`` multiplies the averaged
-    ``gradient`` [shard_numel] in fp32: it undoes the loss scale and clips.
+    ``gradient`` [shard_numel] in fp32: it undoes the loss scale and clips. ``step``: see :meth:`StateStore.on_device`.
     """
     group = optimizer.param_groups[unit.group]
     for chunk in store.chunks(unit):
-        with store.on_device(chunk, optimizer) as master:
+        with store.on_device(chunk, optimizer, step) as master:
             part = chunk.of(gradient).to(torch.float32)
             master.grad = part.mul_(factor) if factor != 1.0 else part
             groups, optimizer.param_groups = optimizer.param_groups, [group]

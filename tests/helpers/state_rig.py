@@ -104,7 +104,7 @@ class Rig:
         self._optimizer.param_groups[0]["params"] = []
         self._noise = torch.Generator().manual_seed(rng.randrange(2**31))
         self.active: list[Unit] = []
-        self.next = self.draw()
+        self.next, self.steps = self.draw(), 0
 
     def draw(self) -> list[Unit]:
         layers = self.rng.sample(range(LAYERS), GAMMA)
@@ -125,8 +125,9 @@ class Rig:
         if self.rng.random() < interference:
             self.interfere()
         if self.rng.random() < 0.8:
+            self.steps += 1
             for unit in self.active:
-                step_unit(unit, gradients[unit], 1.0, self._optimizer, self.store)
+                step_unit(unit, gradients[unit], 1.0, self._optimizer, self.store, self.steps)
                 self.plain[unit].step(gradients[unit])
         self.store.end_step()
 

@@ -305,7 +305,7 @@ def test_a_step_that_raises_leaves_the_state_as_it_was(case: str, tmp_path: Path
         rig.play(periods=3)
         unit = next(unit for unit in rig.active if unit in rig.store)
         chunk = rig.store.chunks(unit)[0]
-        with pytest.raises(ZeroDivisionError), rig.store.on_device(chunk, torch.optim.AdamW([torch.zeros(1)])):
+        with pytest.raises(ZeroDivisionError), rig.store.on_device(chunk, torch.optim.AdamW([torch.zeros(1)]), 1):
             raise ZeroDivisionError
         rig.check()
         rig.play(periods=3)

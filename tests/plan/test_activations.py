@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured on the meta device, against tensors that are there, and against formulas written by hand."""
 
+import copy
 import gc
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from helpers.live import LiveBytes
 from torch import nn
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from grass_ds.plan.model_shape import ModelShape, read_config
 from grass_ds.zero.activation_checkpointing import fit_input_gradients
@@ -54,6 +56,34 @@ def test_blocks_add_up_to_what_forward_leaves(active: set[int], tied: bool, chec
         measured = forward_bytes(llama(tied=tied), active, {"model.norm.weight"}, checkpointing)
     # The positions, a few numbers of the loss, and the embedding's ids.
     assert measured == pytest.approx(expected, abs=3 * 8 * ROWS * TOKENS)
+
+
+def test_eager_attention_keeps_its_scores() -> None:
+    config = llama()
+    config._attn_implementation = "eager"
+    found = ModelShape(config, torch.bfloat16, "eager").activations(("norm",), ROWS, TOKENS, False, False)
+    expected = found.lowest[1].saved + found.trained[2].saved + found.frozen[3].saved + found.outside
+    measured = forward_bytes(config, {1, 2}, {"model.norm.weight"}, False)
+    assert measured == pytest.approx(expected, rel=1e-3)
+    fused = ModelShape(config, torch.bfloat16).activations(("norm",), ROWS, TOKENS, False, False)
+    assert found.frozen[3].saved - fused.frozen[3].saved >= 2 * ROWS * HEADS * TOKENS**2
+
+
+def test_the_config_of_the_model_that_trains_stays_as_it_is() -> None:
+    config = llama()
+    config._attn_implementation = "eager"
+    before = copy.deepcopy(config)
+    ModelShape(config, torch.bfloat16)
+    assert config.to_dict() == before.to_dict() and config._attn_implementation == "eager"
+
+
+def test_nothing_is_partitioned_under_a_trainer_with_zero3() -> None:
+    """It tells transformers to make models by ``deepspeed.zero.Init``, which wants a process group."""
+    kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert is_deepspeed_zero3_enabled()
+    model = ModelShape(llama(), torch.bfloat16).model
+    del kept
+    assert sum(param.numel() for param in model.parameters()) == LlamaForCausalLM(llama()).num_parameters()
 
 
 def test_a_block_keeps_what_the_formulas_say() -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, EntryPoints
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -84,3 +85,14 @@ def test_arguments_reach_the_sampler_and_unknown_ones_are_refused(package: str) 
     assert controller(package, sampler_args={"slope": 2.0}, num_active_layers=4).active_layers == (0, 1, 2, 3)
     with pytest.raises(ValueError, match="uniform has no argument slope; it has none"):
         Controller(4, **GrassConfig(sampler="uniform", sampler_args={"slope": 1}).controller_arguments())
+
+
+class Forgetful(Sampler):
+    def state_dict(self) -> dict[str, Any]:
+        return {"mine": 1}
+
+
+def test_a_state_without_that_of_the_base_class_is_refused_at_start() -> None:
+    config = GrassConfig(sampler=f"{__name__}.Forgetful")
+    with pytest.raises(ValueError, match=r"Forgetful lacks what super\(\)\.state_dict\(\) returns"):
+        Controller(4, **config.controller_arguments())

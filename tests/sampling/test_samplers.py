@@ -2,6 +2,7 @@
 """Draws: distinct layers, the right distribution, the same in any process, faithful resume."""
 
 import math
+import re
 from collections import Counter
 from itertools import permutations
 
@@ -237,6 +238,32 @@ def test_cyclic_trains_every_layer_equally_often(order, layers, gamma, seed):
         counts = [visits[i] for i in range(layers)]
         assert max(counts) - min(counts) <= 1 + (drawn * gamma % layers != 0)
     assert set(visits.values()) == {3 * gamma}
+
+
+@given(
+    order=st.lists(st.integers(0, 9), min_size=3, max_size=10, unique=True),
+    gamma=st.integers(1, 3),
+    before=st.integers(0, 12),
+)
+def test_a_given_order_is_followed_and_resumed(order, gamma, before):
+    """Layers in turn, those that it leaves out never: a literal queue. Resumed, the draws go on."""
+    sampler = make("cyclic", 10, gamma, cyclic_order=order)
+    assert sampler.probabilities(None) == tuple((layer in order) / len(order) for layer in range(10))
+    drawn = [sampler.draw(None) for _ in range(before)]
+    resumed = make("cyclic", 10, gamma, cyclic_order=order)
+    resumed.load_state_dict(sampler.state_dict())
+    drawn += [resumed.draw(None) for _ in range(12)]
+    times = Counter(layer for layers in drawn for layer in layers)
+    assert set(times) <= set(order) and all(len(set(layers)) == gamma for layers in drawn)
+    assert max(times[layer] for layer in order) - min(times[layer] for layer in order) <= 1
+    if gamma == 1:
+        assert [layer for (layer,) in drawn] == [order[i % len(order)] for i in range(before + 12)]
+
+
+@pytest.mark.parametrize("order", [[0], [0, 0], [0, 10]], ids=["too few", "twice", "none of them"])
+def test_an_order_that_cannot_work_is_refused(order):
+    with pytest.raises(ValueError, match=re.escape(f"cyclic_order = {order}: name at least 2 of the layers 0 to 9")):
+        make("cyclic", 10, 2, cyclic_order=order)
 
 
 def test_cyclic_orders():

@@ -150,6 +150,7 @@ KEEP, RESET = cyclic(PERIOD, state_on_switch="keep"), cyclic(PERIOD, state_on_sw
 UNIFORM = grass_block(sampler="uniform", num_active_layers=2, sample_period=1, state_on_switch="keep")
 GRASS = grass_block(sampler="grass", sample_period=2, state_on_switch="keep")
 MODULE = grass_block(sampler="module", module_budget=0.2, sample_period=2, state_on_switch="reset")  # of 28 matrices
+OUTLIER = grass_block(sampler="outlier", outlier_threshold=2.0, sample_period=2, state_on_switch="keep")
 # name -> (pool, settings, sampler's block, whether there are two param groups)
 EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "zero2-keep": ("two_ranks", {}, KEEP, False),
@@ -159,6 +160,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     "zero2-uniform-on-device": ("two_ranks", {"clip": 0.05}, {**UNIFORM, "offload": {"device": "none"}}, False),
     "zero2-grass-bf16": ("two_ranks", {"dtype": "bf16"}, GRASS, False),
     "zero1-bf16-two-groups-four-ranks": ("four_ranks", {"stage": 1, "dtype": "bf16"}, KEEP, True),
+    "zero1-outlier-bf16": ("two_ranks", {"stage": 1, "dtype": "bf16"}, OUTLIER, False),
     "zero2-module-two-groups": ("two_ranks", {"clip": 0.005}, MODULE, True),
     "zero1-module-bf16-gas3-keep": (
         "two_ranks",
@@ -178,6 +180,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool]] = {
     ),
     "zero3-uniform": ("two_ranks", {"stage": 3, "clip": 0.05}, UNIFORM, False),
     "zero3-grass-bf16": ("two_ranks", {"stage": 3, "dtype": "bf16"}, GRASS, False),
+    "zero3-outlier": ("two_ranks", {"stage": 3}, OUTLIER, False),
     "zero3-one-rank": ("one_rank", {"stage": 3, **GATHERED}, KEEP, False),
     "zero3-bf16-two-groups-four-ranks": ("four_ranks", {"stage": 3, "dtype": "bf16", **GATHERED}, KEEP, True),
 }
