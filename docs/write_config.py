@@ -27,8 +27,8 @@ Defaults marked [ours] are this project's choice, because the values of the pape
 [Short runs of a small model](../benchmarks/STUDIES.md) show what other values change: little.
 
 Ready configs are in `ds_configs/`: `quickstart.json`, `grass.json`, `zero1_grass.json`, `lisa.json`, `badam.json`,
-`ows.json`, `misa.json`, `ist.json` and `full.json`; with partitioned weights `zero3_grass.json`, `zero3_grass_nvme.json`, `zero3_lisa.json` and
-`zero3_full.json`.
+`ows.json`, `misa.json`, `ist.json` and `full.json`; with partitioned weights `zero3_grass.json`,
+`zero3_grass_nvme.json`, `zero3_lisa.json` and `zero3_full.json`.
 """
 
 OFFLOAD = """\

@@ -188,7 +188,8 @@ class OutlierSampler(Sampler):
 class CyclicSampler(Sampler):
     """BAdam: every layer once per cycle, in ascending, descending, newly shuffled or a given order.
 
-    ``probabilities`` are a layer's share of a cycle: 1 / L, or 0 if a given order leaves it out. A changed ``cyclic_order`` takes effect with the next one.
+    ``probabilities`` are a layer's share of a cycle: 1 / L, or 0 if a given order leaves it out. A changed
+    ``cyclic_order`` takes effect with the next cycle.
     """
 
     def __init__(self, num_layers: int, settings: SamplingSettings) -> None:

@@ -149,11 +149,10 @@ class GrassZeroOptimizer(OptimizerWrapper):
 
     def _update(self, factor: float) -> None:
         """Step all active units; update the model if no rank failed."""
+        step = self.controller.step
         with self._raise_on_all_ranks():
             for unit in self._active:
-                step_unit(
-                    unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store, self.controller.step
-                )
+                step_unit(unit, self.reducer.shards.pop(unit), factor, self.optimizer, self.store, step)
             for unit in self._expanded:
                 self._expand(unit)
         self._sync_weights(self._tracked)
