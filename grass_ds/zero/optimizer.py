@@ -253,8 +253,7 @@ class GrassZeroOptimizer(OptimizerWrapper):
                 param.requires_grad_(everywhere or unit.active or unit.expanded)
 
     def _check_agreement(self, what: str) -> None:
-        mine, fields = self.controller.fingerprint(), FINGERPRINT_FIELDS
-        check_ranks_agree(mine, what, self.dp_process_group, self.device, fields)
+        check_ranks_agree(self.controller.fingerprint(), what, self.dp_process_group, self.device, FINGERPRINT_FIELDS)
 
     # ---- what differs between the stages ----------------------------------------------------------------------------
 
