@@ -338,14 +338,16 @@ def test_doctor_plans_or_reads_a_plan(tmp_path: Path, size: int, code: int) -> N
     """In a process of its own: the exit code is the answer. One that needs more than any machine has does not fit."""
     file, needs = (
         tmp_path / "plan.json",
-        {**NEEDS, "ranks": 1, "device_bytes": size * 10**6, "host_bytes": size * 10**6},
+        {**NEEDS, "ranks": 1, "device_bytes": size * 10**6, "host_bytes": size * 10**6, "disk_bytes": 1},
     )
     file.write_text(json.dumps({"needs": needs}))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "grass_ds", "doctor", "--json", "--plan", str(file)]
+    command = [sys.executable, "-m", "grass_ds", "doctor", "--json", "--plan", str(file), "--nvme_path", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300, check=False)
-    statuses_of_plan = {f["status"] for f in json.loads(done.stdout)["findings"] if f["check"] == "plan"}
-    assert statuses_of_plan == {OK if code == 0 else FAIL}
+    of_plan = [finding for finding in json.loads(done.stdout)["findings"] if finding["check"] == "plan"]
+    statuses_of_plan = {finding["status"] for finding in of_plan}
+    assert any(finding["finding"].startswith(f"disk at {tmp_path}") for finding in of_plan)
+    assert (FAIL in statuses_of_plan) == bool(code)
     assert done.returncode >= code
 
 

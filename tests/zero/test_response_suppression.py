@@ -242,7 +242,10 @@ def without_tokens(config: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     seen = []
     for alone in (True, False):
         model = adapted()
-        with engine_for(config, model) as engine, logged("of every rank's last micro-batch is not a number") as messages:
+        with (
+            engine_for(config, model) as engine,
+            logged("of every rank's last micro-batch is not a number") as messages,
+        ):
             train(engine, REFRESH - 1)
             for micro in range(2):
                 ids = batch(REFRESH, micro, engine.global_rank)
