@@ -73,7 +73,12 @@ def test_samplers_are_compared_at_equal_seeds(tmp_path: Path) -> None:
     assert lines_under(title, choice) == [
         {"sampler": "outlier", "test loss": "7.000", "accuracy": "1.000", "seeds": "1"}
     ]
-    assert "- 8 layers at a time, learning rate 0.0002, 0.0004 for ist\n" in arithmetic[1]
+    assert "- 8 layers at a time, learning rate 0.0002, 0.0004 for ist\n" in arithmetic[3]
     (tmp_path / "samplers.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     sections = [line for line in render.results(tmp_path).splitlines() if line.startswith("## Samplers")]
-    assert sections == ["## Samplers: task `arithmetic`", "## Samplers: task `choice`"]
+    assert sections == ["## Samplers", "## Samplers: task `arithmetic`", "## Samplers: task `choice`"]
+    both = {
+        line["sampler"]: list(line.values()) for line in lines_under("Test loss on all tasks", tables.tables(rows))
+    }
+    assert both["outlier"] == ["outlier", mean, differs, between, "7.000"]
+    assert both["uniform"] == ["uniform", "1.750 ± 0.354", "", "", ""]
