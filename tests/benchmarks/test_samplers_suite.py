@@ -81,4 +81,4 @@ def test_samplers_are_compared_at_equal_seeds(tmp_path: Path) -> None:
         line["sampler"]: list(line.values()) for line in lines_under("Test loss on all tasks", tables.tables(rows))
     }
     assert both["outlier"] == ["outlier", mean, differs, between, "7.000"]
-    assert both["uniform"] == ["uniform", "1.750 ± 0.354", "", "", ""]
+    assert both["uniform"][:2] == ["uniform", "1.750 ± 0.354"]
