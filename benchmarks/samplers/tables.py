@@ -12,6 +12,12 @@ from benchmarks.report.table import conditions, interval, mean_deviation, table
 from benchmarks.samplers.suite import BASE, GAMMA, RATE, RATES, SAMPLERS
 from benchmarks.tasks import TASKS
 
+LOSSES: dict[str, Callable[[RowGroup], str]] = {
+    "test loss": lambda one: mean_deviation(one.values(_loss)),
+    f"test loss - {BASE}": lambda one: mean_deviation(_differences(one, _loss), "+"),
+    "95 % interval of the mean": lambda one: interval(_differences(one, _loss)),
+}
+
 
 def tables(rows: list[Row]) -> list[str]:
     """One table of all tasks, then a section per task with rows."""
@@ -27,15 +33,10 @@ def tables(rows: list[Row]) -> list[str]:
 
 def overview(by_task: Mapping[str, Sequence[Row]]) -> str:
     """Test losses, and differences from the base at equal seeds: a line per sampler."""
-    shown: dict[str, Callable[[RowGroup], str]] = {
-        "test loss": lambda one: mean_deviation(one.values(_loss)),
-        f"- {BASE}": lambda one: mean_deviation(_differences(one, _loss), "+"),
-        "95 % interval": lambda one: interval(_differences(one, _loss)),
-    }
     columns = {}
     for task, rows in by_task.items():
         groups = {one.setting.method: one for one in group_rows(rows)}
-        columns |= {f"`{task}`: {name}": partial(_cell, groups, show) for name, show in shown.items()}
+        columns |= {f"`{task}`: {name}": partial(_cell, groups, show) for name, show in LOSSES.items()}
     return table("Test loss on all tasks", SAMPLERS, {"sampler": str}, columns)
 
 
@@ -46,9 +47,7 @@ def _cell(groups: Mapping[str, RowGroup], show: Callable[[RowGroup], str], sampl
 def results(rows: Sequence[Row]) -> str:
     """Means over the seeds, and differences from the base at equal seeds."""
     columns = {
-        "test loss": lambda one: mean_deviation(one.values(_loss)),
-        f"test loss - {BASE}": lambda one: mean_deviation(_differences(one, _loss), "+"),
-        "95 % interval of the mean": lambda one: interval(_differences(one, _loss)),
+        **LOSSES,
         "accuracy": lambda one: mean_deviation(one.values(_accuracy)),
         f"accuracy - {BASE}": lambda one: mean_deviation(_differences(one, _accuracy), "+"),
         "seeds": lambda one: str(len(one.rows)),

@@ -30,7 +30,7 @@ The probability of b is fl((x - a) / (b - a)), which is 1 if x = b and 0 if x = 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -64,9 +64,16 @@ class Plane:
         return stored.narrow(0, start // self.per, self.numel(elements))
 
 
-def piece_numel(device: torch.device) -> int:
-    """Elements that are converted at a time."""
-    return CPU_PIECE if device.type == "cpu" else PIECE
+Pieces = Iterator[tuple[int, torch.Tensor, list[torch.Tensor]]]
+
+
+def pieces(values: torch.Tensor, planes: Sequence[Plane], stored: Sequence[torch.Tensor]) -> Pieces:
+    """What is converted at a time: position of the first element, the values, and what is stored of them per plane."""
+    assert [len(kept) for kept in stored] == [plane.numel(len(values)) for plane in planes]
+    at = 0
+    for part in values.split(CPU_PIECE if values.device.type == "cpu" else PIECE):
+        yield at, part, [plane.of(kept, at, len(part)) for plane, kept in zip(planes, stored, strict=True)]
+        at += len(part)
 
 
 class Codec(ABC):
@@ -112,10 +119,8 @@ class Bfloat16(Codec):
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], seed: int, start: int = 0) -> None:
         """Infinite values and NaN stay."""
-        piece = piece_numel(values.device)
-        for part, target in zip(values.split(piece), stored[0].split(piece), strict=True):
-            noise = random_bits(seed, start, len(part), 16, values.device)
-            start += len(part)
+        for at, part, (target,) in pieces(values, self.planes, stored):
+            noise = random_bits(seed, start + at, len(part), 16, values.device)
             high = noise.add_(part.view(torch.int32)).bitwise_right_shift_(16).to(torch.int16)
             target.copy_(torch.where(part.isfinite(), high.view(torch.bfloat16), part.to(torch.bfloat16)))
 
@@ -164,12 +169,8 @@ class Blocks(Codec):
         self._root = root
 
     def encode(self, values: torch.Tensor, stored: Sequence[torch.Tensor], seed: int, start: int = 0) -> None:
-        piece = piece_numel(values.device)
-        for part, codes, scales in zip(
-            values.split(piece), stored[0].split(piece), stored[1].split(piece // BLOCK), strict=True
-        ):
-            self._encode_piece(part, codes, scales, seed, start)
-            start += len(part)
+        for at, part, (codes, scales) in pieces(values, self.planes, stored):
+            self._encode_piece(part, codes, scales, seed, start + at)
 
     def _encode_piece(
         self, part: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, seed: int, start: int
@@ -191,10 +192,8 @@ class Blocks(Codec):
         codes.copy_(lower.add_(up.view(-1))[: len(part)])
 
     def decode(self, stored: Sequence[torch.Tensor], values: torch.Tensor) -> None:
-        levels, piece = dynamic_map(self._root, values.device), piece_numel(values.device)
-        for part, codes, scales in zip(
-            values.split(piece), stored[0].split(piece), stored[1].split(piece // BLOCK), strict=True
-        ):
+        levels = dynamic_map(self._root, values.device)
+        for _, part, (codes, scales) in pieces(values, self.planes, stored):
             part.copy_(levels.index_select(0, codes.to(torch.int32)))
             part.mul_(scales.repeat_interleave(BLOCK)[: len(part)])
 
@@ -271,18 +270,14 @@ class CutOff(Master):
     planes = (Plane(torch.int16), Plane(torch.uint8, 8))
 
     def encode(self, master: torch.Tensor, stored: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
-        piece = piece_numel(master.device)
-        for part, low, above in zip(
-            master.split(piece), stored[0].split(piece), stored[1].split(piece // 8), strict=True
-        ):
+        for _, part, (low, above) in pieces(master, self.planes, stored):
             cut = cut_off(part, part.to(dtype)).clamp_(-_TIE, _TIE)  # NaN may exceed it
             low.copy_(cut)  # 2^15 becomes -2^15
             above.copy_(pack_bits((cut == _TIE).to(torch.uint8), 1))
 
     def decode(self, stored: Sequence[torch.Tensor], weights: torch.Tensor, moved: bool, master: torch.Tensor) -> None:
-        piece = piece_numel(master.device)
-        parts = (master.split(piece), weights.split(piece), stored[0].split(piece), stored[1].split(piece // 8))
-        for part, rounded, low, above in zip(*parts, strict=True):
+        planes = (*self.planes, Plane(weights.dtype))
+        for _, part, (low, above, rounded) in pieces(master, planes, (*stored, weights)):
             cut = low.to(torch.int32).add_(unpack_bits(above, len(part), 1).to(torch.int32).mul_(2 * _TIE))
             if moved:
                 cut.clamp_(1 - _TIE, _TIE - 1)

@@ -241,7 +241,7 @@ class SampledRun:
         return self.run.width * gathered_numel(self.units, self.run, self.blocks, index, lowest)
 
     def _step_workspace(self) -> int:
-        """Memory of one chunk's step: AdamW's, or the conversion's beside the gradient."""
+        """Memory of one chunk's step: AdamW's, or the conversion's beside the gradient (a CPU needs less)."""
         chunk, form = self.layout.chunk_numel, next(iter(self.formats.values()))
         converting = 0 if form.plain else FP32 * chunk + PIECE_BYTES * min(chunk, PIECE)
         return max(STEP_BYTES * chunk, converting)

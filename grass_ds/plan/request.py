@@ -76,8 +76,13 @@ class Request:
         for name in ("link", "interconnect", "device_tflops"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number above 0")
-        choices = {"method": METHODS, "offload": DEVICES, "state_format": FORMATS, "dtype": DTYPES}
-        choices["attention"] = ATTENTIONS
+        choices = {
+            "method": METHODS,
+            "offload": DEVICES,
+            "state_format": FORMATS,
+            "dtype": DTYPES,
+            "attention": ATTENTIONS,
+        }
         for name, allowed in {**choices, "stage": (None, 1, 2, 3)}.items():
             if getattr(self, name) not in allowed:
                 shown = ", ".join("auto" if each is None else str(each) for each in allowed)
