@@ -9,12 +9,12 @@ from helpers.markdown import lines_of
 
 from benchmarks.case import Case, Request
 from benchmarks.frontier import suite, tables
-from benchmarks.frontier.suite import EXPANSIONS, PLAIN, RULE, SEEDS, Plan, Setting
+from benchmarks.frontier.suite import EXPANSIONS, RULE, SEARCHED, SEEDS, SETTLED, Plan, Setting, around
 from benchmarks.measure.engine import build, random_steps
 from benchmarks.models import load
 
-TWO = Setting("uniform", 2)
-RATE = RULE / 2
+EIGHT = Setting("uniform", 8)
+RATE = RULE / 8
 
 
 def row(one: Setting, lr: float, loss: float) -> dict[str, Any]:
@@ -23,15 +23,15 @@ def row(one: Setting, lr: float, loss: float) -> dict[str, Any]:
     return {"method": case.method, "grass": case.grass, "lr": lr, "seed": case.seed, "dev_loss": loss}
 
 
-def searched(losses: dict[float, float], one: Setting = TWO) -> list[dict[str, Any]]:
+def searched(losses: dict[float, float], one: Setting = EIGHT) -> list[dict[str, Any]]:
     return [row(one, lr, loss) for lr, loss in losses.items()]
 
 
 RATES = {RATE / 2: 2.0, RATE: 1.0, RATE * 2: 3.0}
 COEFFICIENTS = [
-    row(TWO._replace(expansion=value), RATE, loss) for value, loss in zip(EXPANSIONS, (3, 1, 2), strict=True)
+    row(EIGHT._replace(expansion=value), RATE, loss) for value, loss in zip(EXPANSIONS, (3, 1, 2), strict=True)
 ]
-BEST = TWO._replace(expansion=EXPANSIONS[1])
+BEST = EIGHT._replace(expansion=EXPANSIONS[1])
 
 
 def new(rows: list[dict[str, Any]], one: Setting) -> list[tuple[Setting, float]]:
@@ -45,10 +45,10 @@ def new(rows: list[dict[str, Any]], one: Setting) -> list[tuple[Setting, float]]
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([], [(TWO, lr) for lr in TWO.rates]),
-        (searched({RATE / 2: 1.0, RATE: 2.0, RATE * 2: 3.0}), [(TWO, RATE / 4)]),
-        (searched({RATE / 2: 3.0, RATE: 2.0, RATE * 2: 1.0}), [(TWO, RATE * 4)]),
-        (searched(RATES), [(TWO._replace(expansion=value), RATE) for value in EXPANSIONS]),
+        ([], [(EIGHT, lr) for lr in around(RATE)]),
+        (searched({RATE / 2: 1.0, RATE: 2.0, RATE * 2: 3.0}), [(EIGHT, RATE / 4)]),
+        (searched({RATE / 2: 3.0, RATE: 2.0, RATE * 2: 1.0}), [(EIGHT, RATE * 4)]),
+        (searched(RATES), [(EIGHT._replace(expansion=value), RATE) for value in EXPANSIONS]),
         (searched(RATES) + COEFFICIENTS, [(BEST._replace(depth=0), RATE)]),
         (
             searched(RATES) + COEFFICIENTS + [row(BEST._replace(depth=0), RATE, 9)],
@@ -57,29 +57,39 @@ def new(rows: list[dict[str, Any]], one: Setting) -> list[tuple[Setting, float]]
     ],
 )
 def test_one_thing_is_searched_for_after_another(rows: list[dict[str, Any]], expected: list[Any]) -> None:
-    assert new(rows, TWO) == expected
+    assert new(rows, EIGHT) == expected
 
 
 def test_lines_have_an_order_whatever_that_of_the_rows() -> None:
     for rows in (COEFFICIENTS, COEFFICIENTS[::-1]):
         tuning = Plan(searched(RATES) + rows).tuning
-        assert [one.expansion for one, _ in tuning if one.expansion and one.depth is None] == [*EXPANSIONS]
+        found = [
+            one.expansion for one, _ in tuning if one.gamma == EIGHT.gamma and one.expansion and one.depth is None
+        ]
+        assert found == [*EXPANSIONS]
 
 
 def test_a_settled_setting_runs_with_all_seeds() -> None:
     rows = searched(RATES) + COEFFICIENTS + [row(BEST._replace(depth=0), RATE, 9)]
     rows += searched({RATE / 2: 3.0, RATE * 2: 2.0}, BEST)
-    assert Plan(rows).settled == {TWO: RATE, BEST: RATE}
+    settled = SETTLED | {EIGHT: RATE, BEST: RATE}
+    assert Plan(rows).settled == settled
     runs = [case for case in suite.cases(Request(rows=rows)) if not case.tuning]
-    assert [(case.seed, case.grass.get("expansion")) for case in runs] == [
-        (seed, value) for seed in SEEDS for value in (None, BEST.expansion)
-    ]
-    (line,) = (line for line in lines_of(tables.rates(rows)) if (line["layers"], line["expansion"]) == ("2", "0.2"))
-    assert (line["0.0004"], line["0.0008"], line["0.0016"]) == ("3.000", "**1.000**", "2.000")
+    said = [(case.seed, suite.setting({"method": case.method, "grass": case.grass}), case.lr) for case in runs]
+    assert said == [(seed, one, lr) for seed in SEEDS for one, lr in settled.items()]
+    (line,) = (line for line in lines_of(tables.rates(rows)) if (line["layers"], line["expansion"]) == ("8", "0.2"))
+    assert (line["0.0001"], line["0.0002"], line["0.0004"]) == ("3.000", "**1.000**", "2.000")
+
+
+def test_few_layers_with_expansion_keep_their_rate() -> None:
+    one = Setting("uniform", 4)
+    rows = [row(one._replace(expansion=value), SETTLED[one], value) for value in (*EXPANSIONS, EXPANSIONS[0] / 2)]
+    rows.append(row(one._replace(expansion=EXPANSIONS[0] / 4), SETTLED[one], 9))
+    assert Plan(rows).settled[one._replace(expansion=EXPANSIONS[0] / 2)] == SETTLED[one]
 
 
 def test_a_row_says_its_setting() -> None:
-    for one in (*PLAIN, BEST, BEST._replace(depth=0)):
+    for one in (*SETTLED, *SEARCHED, BEST, BEST._replace(depth=0)):
         case = one.case(1e-4)
         assert suite.setting({"method": case.method, "grass": case.grass}) == one
 
