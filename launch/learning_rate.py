@@ -1,7 +1,8 @@
 """The learning rate of a run that is not given one, from what trains at a time.
 
 The rates are those of SmolLM2-135M in benchmarks/ (suite frontier): the best rate of layer sampling times the layers
-that train at a time was the same from 2 to all 30 layers. Larger models need lower ones; see docs/training.md.
+that train at a time was the same from 2 to 8 layers, and 1e-4 was as good or better for more. Larger models need lower
+ones; see docs/training.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 from grass_ds.config import GrassConfigError, parse_grass_block
 
 FULL, ADAPTERS = 1e-4, 4e-4
-PER_LAYER, LARGEST = 1.6e-3, 8e-4  # the latter from two layers down
+# By the layers at a time. The bounds hold for at most 2 and at least 16 layers.
+PER_LAYER, LARGEST, SMALLEST = 1.6e-3, 8e-4, 1e-4
 EVERYWHERE = 2e-4  # embeddings and head train at every step, beside a few layers
 
 
@@ -38,6 +40,6 @@ def default(ds_config: Mapping[str, Any], adapters: bool) -> float:
     if block.memory_budget is not None:
         raise GrassConfigError(
             f"grass.memory_budget: the default learning rate needs the number of layers; set --learning_rate to "
-            f"{PER_LAYER:g} / layers, and at most {LARGEST:g} ({LARGEST / 4:g} for 8 layers)"
+            f"{PER_LAYER:g} / layers, between {SMALLEST:g} and {LARGEST:g} ({LARGEST / 4:g} for 8 layers)"
         )
-    return min(PER_LAYER / block.num_active_layers, LARGEST)
+    return min(max(PER_LAYER / block.num_active_layers, SMALLEST), LARGEST)

@@ -28,6 +28,7 @@ def config(**grass: Any) -> dict[str, Any]:
         (config(), False, 8e-4),  # two layers
         (config(num_active_layers=1), False, 8e-4),
         (config(sampler="uniform", num_active_layers=8), False, 2e-4),
+        (config(sampler="uniform", num_active_layers=30), False, 1e-4),
         (config(sampler="uniform", num_active_layers=8, always_active=["norm"]), False, 2e-4),
         (config(sampler="uniform", num_active_layers=2, always_active=["embed"]), False, 2e-4),
         (config(sampler="module", num_active_layers=8), False, 8e-4),
@@ -38,9 +39,13 @@ def test_it_follows_what_trains(ds_config: dict[str, Any], adapters: bool, rate:
 
 
 def test_the_page_has_these_rates() -> None:
-    for rate in (learning_rate.FULL, learning_rate.EVERYWHERE, learning_rate.LARGEST, learning_rate.ADAPTERS):
-        assert f"| {rate:.0e}".replace("e-0", "e-") in PAGE or f"at most {rate:.0e}".replace("e-0", "e-") in PAGE
-    assert f"{learning_rate.PER_LAYER:.1e} / `num_active_layers`".replace("e-0", "e-") in PAGE
+    def text(rate: float, digits: int = 0) -> str:
+        return f"{rate:.{digits}e}".replace("e-0", "e-")
+
+    for rate in (learning_rate.FULL, learning_rate.EVERYWHERE, learning_rate.ADAPTERS):
+        assert f"| {text(rate)}" in PAGE
+    rule = f"{text(learning_rate.PER_LAYER, 1)} / `num_active_layers`"
+    assert f"{rule}, between {text(learning_rate.SMALLEST)} and {text(learning_rate.LARGEST)} |" in PAGE
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -66,5 +71,5 @@ def test_a_rate_that_is_given_is_taken(
 
 
 def test_a_number_of_layers_that_is_planned_later_needs_a_rate() -> None:
-    with pytest.raises(ValueError, match=r"set --learning_rate to 0\.0016 / layers, and at most 0\.0008"):
+    with pytest.raises(ValueError, match=r"set --learning_rate to 0\.0016 / layers, between 0\.0001 and 0\.0008"):
         learning_rate.default(config(memory_budget="22GB", row_length=512), False)
