@@ -42,7 +42,7 @@ def results(folder: Path = ROWS) -> str:
 
 def readme(folder: Path = ROWS) -> str:
     """README.md with its table replaced."""
-    table = readme_table(read_rows(folder / "cpu.jsonl"), read_rows(folder / "quality.jsonl"))
+    table = readme_table(*(read_rows(folder / f"{name}.jsonl") for name in ("frontier", "cpu", "compute")))
     return BLOCK.sub(lambda found: f"{found[1]}{table}{found[2]}", README.read_text())
 
 
@@ -55,4 +55,5 @@ if __name__ == "__main__":
         README.write_text(readme())
     else:
         (rows / RESULTS.name).write_text(results(rows))
-    figure.save(read_rows(rows / "frontier.jsonl"), rows.parent / "figures" / "frontier.png")
+    folder = FOLDER if rows == ROWS else rows
+    figure.save(read_rows(rows / "frontier.jsonl"), folder / "plots" / "frontier.png")

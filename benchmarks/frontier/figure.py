@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of suite ``frontier``: test loss over device memory, and over the time of a step."""
+"""The picture of suite ``frontier``: test loss over device memory, and over the arithmetic of a step."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.case import Row
 from benchmarks.frontier.suite import Setting
-from benchmarks.frontier.tables import device_bytes, reported
+from benchmarks.frontier.tables import device_bytes, reported, tflop
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 AXES: dict[str, Callable[[Row], float]] = {
     "device memory in bf16, GB (cost model)": lambda row: device_bytes(row) / 1e9,
-    "CPU seconds per step": lambda row: row["cpu_seconds"] / row["steps"],
+    "TFLOP per step (cost model)": tflop,
 }
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of suite ``frontier``."""
 
+import statistics
 from collections.abc import Sequence
 
 from benchmarks import cost_model
@@ -9,6 +10,7 @@ from benchmarks.frontier.suite import TUNING_SEED, Plan, Setting, setting
 from benchmarks.quality.suite import STEPS
 from benchmarks.report.table import Columns, conditions, mean, mean_deviation, median, table
 
+PICTURE = "![test loss over device memory, and over FLOPs](plots/frontier.png)"
 NAMES: Columns = {
     "method": lambda one: one.method,
     "layers": lambda one: "" if one.gamma is None else str(one.gamma),
@@ -20,7 +22,7 @@ NAMES: Columns = {
 
 def tables(rows: list[Row]) -> list[str]:
     text = f"task `arithmetic`, {STEPS} steps; {rows[0]['dev_rows']} development rows"
-    return ["## Frontier", conditions(rows, text), rates(rows), results(rows)]
+    return ["## Frontier", conditions(rows, text), rates(rows), results(rows), PICTURE if reported(rows) else ""]
 
 
 def rates(rows: Sequence[Row]) -> str:
@@ -46,7 +48,7 @@ def results(rows: Sequence[Row]) -> str:
         "test loss": lambda one: mean_deviation([row["test_loss"] for row in found[one]]),
         "development loss": lambda one: mean_deviation([row["dev_loss"] for row in found[one]]),
         "seeds": lambda one: str(len(found[one])),
-        "CPU s / step": lambda one: mean(row["cpu_seconds"] / row["steps"] for row in found[one]),
+        "TFLOP / step": lambda one: mean(map(tflop, found[one])),
         "device memory in bf16, GB": lambda one: median([device_bytes(row) for row in found[one]], 2, 1e-9),
         "peak RSS, GB": lambda one: median([row["peak_bytes"] for row in found[one]], 2, 1e-9),
         "weights with a gradient, M": lambda one: mean((row["trainable"] / 1e6 for row in found[one]), 1),
@@ -58,6 +60,12 @@ def reported(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
     """The rows of all seeds of each setting that is settled and has some."""
     measured = [row for row in rows if "test_loss" in row]
     return {one: mine for one in Plan(rows).settled if (mine := [row for row in measured if setting(row) == one])}
+
+
+def tflop(row: Row) -> float:
+    """10^12 floating-point operations of a step by the cost model, mean over the steps, probing included."""
+    active = row["active"] or [None]
+    return statistics.fmean(cost_model.flops(row, layers) for layers in active) / 1e12
 
 
 def device_bytes(row: Row) -> float:
