@@ -107,7 +107,7 @@ class Plan:
             for (one, lr), loss in self._losses.items()
             if one.expansion and (one.method, one.gamma, one.depth, lr) == ("uniform", gamma, None, rate)
         }
-        untried = beyond(EXPANSIONS, losses)
+        untried = [value for value in beyond(EXPANSIONS, losses) if value <= 1]  # the key's largest value
         self.tuning += [(Setting("uniform", gamma, value), rate) for value in sorted([*losses, *untried])]
         if untried:
             return

@@ -81,6 +81,11 @@ def test_a_settled_setting_runs_with_all_seeds() -> None:
     assert (line["0.0001"], line["0.0002"], line["0.0004"]) == ("3.000", "**1.000**", "2.000")
 
 
+def test_the_coefficient_stays_within_its_range() -> None:
+    rows = searched(RATES) + [row(EIGHT._replace(expansion=value), RATE, -value) for value in (*EXPANSIONS, 0.8)]
+    assert [one.expansion for one, _ in new(rows, EIGHT)] == [0.8]
+
+
 def test_few_layers_with_expansion_keep_their_rate() -> None:
     one = Setting("uniform", 4)
     rows = [row(one._replace(expansion=value), SETTLED[one], value) for value in (*EXPANSIONS, EXPANSIONS[0] / 2)]
