@@ -50,10 +50,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=ROWS, help="folder of the rows")
     rows = parser.parse_args().rows
-    if rows == ROWS:
-        RESULTS.write_text(results())
-        README.write_text(readme())
-    else:
-        (rows / RESULTS.name).write_text(results(rows))
     folder = FOLDER if rows == ROWS else rows
+    (folder / RESULTS.name).write_text(results(rows))
     figure.save(read_rows(rows / "frontier.jsonl"), folder / "plots" / "frontier.png")
+    if rows == ROWS:
+        README.write_text(readme())

@@ -22,7 +22,7 @@ NAMES: Columns = {
 
 def tables(rows: list[Row]) -> list[str]:
     text = f"task `arithmetic`, {STEPS} steps; {rows[0]['dev_rows']} development rows"
-    return ["## Frontier", conditions(rows, text), rates(rows), results(rows), PICTURE if reported(rows) else ""]
+    return ["## Frontier", conditions(rows, text), rates(rows), results(rows)]
 
 
 def rates(rows: Sequence[Row]) -> str:
@@ -41,8 +41,9 @@ def rates(rows: Sequence[Row]) -> str:
 
 
 def results(rows: Sequence[Row]) -> str:
-    """Losses and costs at the best rate."""
-    found = reported(rows)
+    """Losses and costs at the best rate, with their picture."""
+    if not (found := reported(rows)):
+        return ""
     columns = {
         "lr": lambda one: f"{found[one][0]['lr']:.3g}",
         "test loss": lambda one: mean_deviation([row["test_loss"] for row in found[one]]),
@@ -53,7 +54,7 @@ def results(rows: Sequence[Row]) -> str:
         "peak RSS, GB": lambda one: median([row["peak_bytes"] for row in found[one]], 2, 1e-9),
         "weights with a gradient, M": lambda one: mean((row["trainable"] / 1e6 for row in found[one]), 1),
     }
-    return table("Loss and cost", found, NAMES, columns)
+    return f"{table('Loss and cost', found, NAMES, columns)}\n\n{PICTURE}"
 
 
 def reported(rows: Sequence[Row]) -> dict[Setting, list[Row]]:

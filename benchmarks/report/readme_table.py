@@ -19,12 +19,12 @@ def readme_table(frontier: Sequence[Row], cpu: Sequence[Row], compute: Sequence[
     found = {one: rows for one, rows in reported(frontier).items() if one.method in NAMES and one.gamma in LAYERS}
     if not found:
         return ""
-    one, steps = frontier[0], {"little": cpu, "much": compute}
+    one, steps = frontier[0], {"few": cpu, "many": compute}
     columns = {
         "test loss, GSM8K": lambda one: mean_deviation([row["test_loss"] for row in found[one]]),
         "device memory": lambda one: f"{median([device_bytes(row) for row in found[one]], 2, 1e-9)} GB",
         **{
-            f"time / step, {amount} arithmetic": lambda one, rows=rows: median(_ratios(one, rows))
+            f"time / step, {amount} tokens": lambda one, rows=rows: median(_ratios(one, rows))
             for amount, rows in steps.items()
         },
     }
@@ -34,7 +34,7 @@ def readme_table(frontier: Sequence[Row], cpu: Sequence[Row], compute: Sequence[
     return (
         f"{table('', sorted(found, key=_order), {'method': _label}, columns)}\n\n"
         f"SmolLM2-135M, {one['dtype']}, {one['device'].upper()}. Loss: {one['steps']} steps, learning rates tuned, "
-        f"{each(frontier, 'micro_batch')} x {each(frontier, 'sequence')} tokens a step. Memory: by the cost model. "
+        f"{max(map(len, found.values()))} seeds, {each(frontier, 'micro_batch')} x {each(frontier, 'sequence')} tokens a step. Memory: by the cost model. "
         f"Time, of full fine-tuning: ranks x rows x tokens {sizes}, ZeRO-2.\n"
     )
 
@@ -55,9 +55,10 @@ def _ratios(one: Setting, rows: Sequence[Row]) -> list[float]:
 
 
 def _same_cost(one: Setting, row: Row) -> bool:
-    defaults = row_groups.setting(row) == row_groups.Setting(row["method"], 2)
-    if one.gamma is None or not defaults:
-        return defaults and row["method"] == one.method
+    if row_groups.setting(row) != row_groups.Setting(row["method"], 2):
+        return False
     other = setting(row)
+    if one.gamma is None:
+        return other.method == one.method
     same_work = (other.gamma or 2, bool(other.expansion), other.depth) == (one.gamma, bool(one.expansion), one.depth)
-    return same_work and row["method"] in ("grass", one.method)
+    return same_work and other.method in ("grass", one.method)
