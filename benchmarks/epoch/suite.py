@@ -24,6 +24,7 @@ RUNS: tuple[tuple[str, dict[str, float], float], ...] = (
     ("grass", {"num_active_layers": 8}, 2e-4),
     ("uniform", {"num_active_layers": 2, "expansion": 0.2, "expansion_depth": 0}, 8e-4),
     ("sign-sgd", {"num_active_layers": 30}, 2e-4),
+    ("uniform", {"num_active_layers": 8, "expansion": 0.8, "expansion_depth": 0}, 2e-4),
     ("cyclic", {"num_active_layers": 8}, 2e-4),
     ("uniform", {"num_active_layers": 15}, 2e-4),
     ("grass", {"num_active_layers": 15}, 2e-4),
