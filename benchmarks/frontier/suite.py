@@ -119,6 +119,8 @@ class Plan:
         self.tuning.append((deep, rate))
         if (deep, rate) in self._losses:
             best = min((chosen, deep), key=lambda one: self._losses[one, rate])
+            if best == deep:
+                self.settled[chosen] = rate  # costs less
             self._search_rate(best, around(rate))
 
 

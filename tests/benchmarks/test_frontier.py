@@ -81,6 +81,14 @@ def test_a_settled_setting_runs_with_all_seeds() -> None:
     assert (line["0.0001"], line["0.0002"], line["0.0004"]) == ("3.000", "**1.000**", "2.000")
 
 
+def test_if_deeper_layers_gain_both_depths_run_with_all_seeds() -> None:
+    deep = BEST._replace(depth=0)
+    rows = searched(RATES) + COEFFICIENTS + [row(deep, RATE, 0.5)]
+    assert {(BEST, RATE)} == {(one, lr) for one, lr in Plan(rows).settled.items() if one.expansion}
+    rows += searched({RATE / 2: 3.0, RATE * 2: 2.0}, deep)
+    assert {(BEST, RATE), (deep, RATE)} == {(one, lr) for one, lr in Plan(rows).settled.items() if one.expansion}
+
+
 def test_the_coefficient_stays_within_its_range() -> None:
     rows = searched(RATES) + [row(EIGHT._replace(expansion=value), RATE, -value) for value in (*EXPANSIONS, 0.8)]
     assert [one.expansion for one, _ in new(rows, EIGHT)] == [0.8]
