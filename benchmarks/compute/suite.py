@@ -10,8 +10,9 @@ from itertools import product
 from benchmarks.case import Case, Request
 
 TOKENS = {"micro_batch": 4, "sequence": 512}
-# Layers at a time and the coefficient of expansion.
-SAMPLED = ((2, 0.0), (8, 0.0), (2, 0.2), (8, 0.2))
+# Layers at a time, and keys of expansion.
+EXPANSIONS: tuple[dict[str, float], ...] = ({}, {"expansion": 0.2}, {"expansion": 0.2, "expansion_depth": 0})
+SAMPLED = tuple({"num_active_layers": gamma, **keys} for gamma, keys in product((2, 8), EXPANSIONS))
 # The lowest layer of a draw decides what it costs: several draws, as many steps each.
 STEPS, PERIOD = 6, 2
 
@@ -22,13 +23,11 @@ def cases(request: Request) -> Iterator[Case]:
     for seed, checkpointing in product(range(request.rounds), (False, True)):
         for method in ("full", "lora"):
             yield Case(**common, method=method, checkpointing=checkpointing, seed=seed, steps=3)
-        for gamma, expansion in SAMPLED:
-            block = {"probe_steps": 1, "sample_period": PERIOD, "num_active_layers": gamma}
-            more = {"expansion": expansion} if expansion else {}
+        for keys in SAMPLED:
             yield Case(
                 **common,
                 method="grass",
-                grass={**block, **more},
+                grass={"probe_steps": 1, "sample_period": PERIOD, **keys},
                 checkpointing=checkpointing,
                 seed=seed,
                 steps=STEPS,
