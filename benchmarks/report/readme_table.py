@@ -16,7 +16,11 @@ LAYERS = (None, 2, 8)
 
 def readme_table(frontier: Sequence[Row], cpu: Sequence[Row], compute: Sequence[Row]) -> str:
     """Lines of Markdown with the conditions below; empty without rows of ``frontier``."""
-    found = {one: rows for one, rows in reported(frontier).items() if one.method in NAMES and one.gamma in LAYERS}
+    found = {
+        one: rows
+        for one, rows in reported(frontier).items()
+        if one.method in NAMES and one.gamma in LAYERS and one.depth is None
+    }
     if not found:
         return ""
     one, steps = frontier[0], {"few": cpu, "many": compute}
