@@ -272,8 +272,6 @@ class GrassConfig(_Block):
         drawn = find_sampler(self.sampler)
         if drawn.draws_weights or drawn.adapters or not drawn.draws:
             raise ValueError(f'memory_budget has no effect with sampler "{self.sampler}": leave it out')
-        if self.expansion > 0:
-            raise ValueError("memory_budget with expansion is not planned yet: set num_active_layers instead")
         return self
 
     @field_validator("sampler")

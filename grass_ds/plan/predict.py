@@ -48,7 +48,7 @@ def predict(model: ModelShape, run: RunShape, active: Collection[int] | None = N
     parts = SampledRun(model, run, active)
     state, window = parts.state_and_window()
     host, disk = parts.host_and_disk()
-    units, lowest = parts.stepped_units(parts.active), parts.lowest(parts.active)
+    units, lowest = parts.tracked_units(parts.active), parts.lowest(parts.active)
     return Prediction(
         parts.weights(),
         state,
@@ -58,9 +58,9 @@ def predict(model: ModelShape, run: RunShape, active: Collection[int] | None = N
         parts.gradients(),
         host,
         disk,
-        parts.state_bytes(units),
+        parts.state_bytes(parts.stepped_units(parts.active)),
         _traffic(parts, units, lowest),
-        _flops(model, run, parts.active, lowest, [unit for unit in units if unit.layer is None]),
+        _flops(model, run, parts.active | parts.expanded, lowest, [unit for unit in units if unit.layer is None]),
     )
 
 

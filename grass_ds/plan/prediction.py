@@ -4,13 +4,15 @@
 [Note: Moments] Memory may peak at the loss, in the backward pass of any block, below the blocks or in the optimizer's
 step, while training or while probing. Each of these moments has its own activations, gradients and gathered weights;
 the plan is the largest. Which layers are active is random. Of all sets, that of the lowest layer and the highest ones
-needs most: every block keeps something for backward, and the gradients of the highest wait longest.
+needs most: every block keeps something for backward, and the gradients of the highest wait longest. With ``expansion``
+the inactive blocks above the lowest train, too, and leave signs instead of gradients.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grass_ds.core.signs import PER_BYTE
 from grass_ds.core.units import Unit
 from grass_ds.offload.build import count_host_buffers, state_layout
 from grass_ds.offload.chunk_files import file_bytes
@@ -23,10 +25,15 @@ from grass_ds.plan.gathering import gathered_numel, persistent_numel
 from grass_ds.plan.model_shape import ModelShape
 from grass_ds.plan.run_shape import RunShape
 from grass_ds.sampling.importance import Signal
+from grass_ds.zero.step import PIECE as SIGN_PIECE
 
 FP32 = 4
 STEP_BYTES = 12
 """Per element of a chunk in its step: its gradient in fp32 and two temporaries of AdamW."""
+SIGN_STEP_BYTES = 22
+"""Per element of a piece that takes a sign step, see :func:`grass_ds.zero.step.expand_unit`."""
+CODE_BYTES = 1
+"""Per element whose sign is packed, beside a copy of its gradient, see :func:`grass_ds.core.signs.pack_signs`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class SampledRun:
         self.gamma = self.controller.most_active
         highest = range(self.blocks - self.gamma + 1, self.blocks)
         self.active = {0, *highest} if active is None else set(active)
+        self.expanded = self._expanded(self.active)
         self.activations: Activations = model.activations(
             self.always, run.micro_batch, run.sequence, run.checkpointing, run.stage == 3
         )
@@ -142,6 +150,21 @@ class SampledRun:
         """Those that train with these layers."""
         return [unit for unit in self.units if unit.always or unit.layer in active]
 
+    def tracked_units(self, active: Collection[int], keeps: bool = True) -> list[Unit]:
+        """Those that have a gradient, in a step that trains these layers (``keeps``) or measures them."""
+        return self.stepped_units({*active, *(self.expanded if keeps else ())})
+
+    def _expanded(self, active: Collection[int]) -> set[int]:
+        """Blocks that take a sign step beside these."""
+        if self.grass.expansion == 0:
+            return set()
+        return set(range(min(*active, self._depth), self.blocks)) - set(active)
+
+    @property
+    def _depth(self) -> int:
+        """The block to which ``expansion`` has backward run in any case."""
+        return self.blocks if self.grass.expansion_depth is None else self.grass.expansion_depth
+
     def decoded(self) -> int:
         plain = all(form.plain for form in self.formats.values())
         return 0 if plain else FP32 * (1 + len(MOMENT_KEYS)) * self.layout.chunk_numel
@@ -168,9 +191,9 @@ class SampledRun:
         count = count_host_buffers(offload, self.layout, self.units, self.gamma)
         return count * self.layout.buffer_bytes, sum(file_bytes(unit, self.layout) for unit in self._trainable)
 
-    def lowest(self, active: Collection[int]) -> int:
+    def lowest(self, active: Collection[int], keeps: bool = True) -> int:
         """The block at which backward ends."""
-        return 0 if self.whole else min(active)
+        return 0 if self.whole else min(*active, self._depth) if keeps else min(active)
 
     # ---- moments ------------------------------------------------------------------------------------------------------
 
@@ -183,8 +206,9 @@ class SampledRun:
 
     def _of_step(self, active: set[int], keeps: bool) -> Iterator[Moment]:
         what = "" if keeps else "probing: "
-        units, lowest = self.stepped_units(active), self.lowest(active)
-        costs, head = self._costs(active), self._head_backward(units)
+        units, lowest = self.tracked_units(active, keeps), self.lowest(active, keeps)
+        costs, head = self._costs(active, keeps), self._head_backward(units)
+        trained = active | self.expanded if keeps else active
         below = [sum(cost.saved for cost in costs[:index]) for index in range(self.blocks + 1)]
         above = [unit for unit in units if unit.layer is None and unit.kind not in self.layers.below]
         loss = self.gradients_before(units, keeps)
@@ -194,20 +218,23 @@ class SampledRun:
             yield Moment(f"{what}head", below[-1] + head, held, self._gathered(self.blocks, lowest))
         for index in range(self.blocks - 1, lowest - 1, -1):
             done = [*above, *(unit for unit in units if unit.layer is not None and unit.layer >= index)]
-            held = self.gradients_at(units, done, keeps, current=index in active)
+            held = self.gradients_at(units, done, keeps, current=index in trained)
             activations = below[index] + costs[index].backward
+            if index in trained - active:
+                activations += (self.run.width + CODE_BYTES) * done[-1].shard_numel
             yield Moment(f"{what}backward of layer {index}", activations, held, self._gathered(index, lowest))
         if self.activations.below:
             held = self.gradients_at(units, units, keeps)
             yield Moment(f"{what}backward of embeddings", self.activations.below, held, self._gathered(0, 0))
         if keeps:
-            yield Moment("optimizer step", self._step_workspace(), self.run.width * _shards(units))
+            yield Moment("optimizer step", self._step_workspace(), sum(map(self._kept, units)))
 
-    def _costs(self, active: set[int]) -> list[BlockBytes]:
+    def _costs(self, active: set[int], keeps: bool) -> list[BlockBytes]:
         """Per block, as the active set has it."""
-        lowest, costs = self.lowest(active), []
+        lowest, costs = self.lowest(active, keeps), []
+        trained = active | self.expanded if keeps else active
         for index in range(self.blocks):
-            form = self.activations.trained if index in active else self.activations.frozen
+            form = self.activations.trained if index in trained else self.activations.frozen
             if index == lowest and not self.whole:
                 form = self.activations.lowest
             costs.append(form[index] if index >= lowest else BlockBytes(0, 0))
@@ -224,8 +251,8 @@ class SampledRun:
 
     def saved(self) -> int:
         """Activations that wait at the loss, while training or probing."""
-        sets = [self.active, *([probed] if (probed := self._probed) else [])]
-        return max(sum(cost.saved for cost in self._costs(active)) for active in sets) + self.activations.outside
+        steps = [(self.active, True), *([(probed, False)] if (probed := self._probed) else [])]
+        return max(sum(cost.saved for cost in self._costs(*step)) for step in steps) + self.activations.outside
 
     @property
     def _probed(self) -> set[int]:
@@ -244,7 +271,8 @@ class SampledRun:
         """Memory of one chunk's step: AdamW's, or the conversion's beside the gradient (a CPU needs less)."""
         chunk, form = self.layout.chunk_numel, next(iter(self.formats.values()))
         converting = 0 if form.plain else FP32 * chunk + PIECE_BYTES * min(chunk, PIECE)
-        return max(STEP_BYTES * chunk, converting)
+        signed = max((unit.shard_numel for unit in self.units if unit.layer in self.expanded), default=0)
+        return max(STEP_BYTES * chunk, converting, SIGN_STEP_BYTES * min(signed, SIGN_PIECE))
 
     # ---- gradients ----------------------------------------------------------------------------------------------------
 
@@ -263,7 +291,7 @@ class SampledRun:
         """While the last unit of ``done`` is reduced (or, if it is not ``current``, after it)."""
         held = self.gradients_before(units, keeps)
         if keeps and self.run.accumulation == 1:
-            held += self.run.width * _shards(done[:-1] if current else done)
+            held += sum(map(self._kept, done[:-1] if current else done))
         if not done or not current:
             return held
         last = done[-1]
@@ -271,11 +299,15 @@ class SampledRun:
             return held + self.run.width * last.shard_numel
         return held + self.run.width * (last.shard_numel + last.padded_numel)
 
+    def _kept(self, unit: Unit) -> int:
+        """Of a reduced gradient, until the step: this rank's shard, or its signs."""
+        return -(-unit.shard_numel // PER_BYTE) if unit.layer in self.expanded else self.run.width * unit.shard_numel
+
     def gradients(self) -> int:
         """The most that is held, while training or probing."""
         held = []
         for active, keeps in ((self.active, True), (self._probed, False)):
-            units = self.stepped_units(active) if active else []
+            units = self.tracked_units(active, keeps) if active else []
             held += [self.gradients_at(units, units[: n + 1], keeps) for n in range(len(units))]
         return max(held)
 

@@ -55,6 +55,7 @@ class Request:
     stage: int | None = None
     method: str = "grass"
     gamma: int = 2
+    expansion: float = 0.0
     offload: str = "auto"
     state_format: str = "fp32"
     dtype: str = "bf16"
@@ -73,6 +74,10 @@ class Request:
         for name in ("ranks", "gamma", "sequence", "micro_batch", "accumulation", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.expansion <= 1:
+            raise ValueError(f"--expansion {self.expansion}: must be a number from 0 to 1")
+        if self.expansion and self.method in ("full", "lora"):
+            raise ValueError(f"--expansion {self.expansion} with --method {self.method}: no layer is inactive there")
         for name in ("link", "interconnect", "device_tflops"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number above 0")
@@ -109,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     add("--stage", default="auto", help="of ZeRO: 1, 2, 3 or auto (default: 2, or 3 where only that fits)")
     add("--method", default="grass", help=f"one of {', '.join(METHODS)}")
     add("--gamma", type=int, default=default["gamma"], help="num_active_layers (default 2)")
+    add(
+        "--expansion", type=float, default=default["expansion"], help="sign steps of inactive layers (default 0: none)"
+    )
     add("--offload", default="auto", help="where optimizer state is kept: cpu, nvme, none or auto")
     add("--state_format", default="fp32", help=f"one of {', '.join(FORMATS)}")
     add("--dtype", default="bf16", help="of the weights: bf16, fp16 or fp32")

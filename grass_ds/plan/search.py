@@ -149,6 +149,8 @@ def ds_settings(request: Request, stage: int, device: str) -> dict[str, Any]:
     block: dict[str, Any] = {"sampler": {"lisa": "uniform"}.get(request.method, request.method)}
     if request.method != "full":
         block["num_active_layers"] = request.gamma
+    if request.expansion:
+        block["expansion"] = request.expansion
     if request.method == "lisa":
         block["always_active"] = ["embed", "norm", "head"]
     config["grass"] = {**block, "offload": offload}

@@ -85,6 +85,10 @@ def cells() -> dict[str, dict[str, Any]]:
     for stage in (1, 2):
         name = f"wide, ZeRO-{stage}, 2 micro-batches"
         found[name] = cell(stage, "fp32", "cpu", 2, True, "wide", accumulation=2)
+    for stage in (1, 2, 3):
+        found[f"wide, ZeRO-{stage}, expansion"] = cell(stage, "fp32", "cpu", 1, False, "wide", expansion=0.2)
+        more = {"expansion": 0.2, "expansion_depth": 0, "accumulation": 2}
+        found[f"deep, ZeRO-{stage}, expansion from layer 0"] = cell(stage, "8bit", "cpu", 2, True, "deep", **more)
     found["deep, ZeRO-3, gathered weights stay"] = cell(3, "exact", "cpu", 2, False, "deep", zero=KEEPING)
     return found
 

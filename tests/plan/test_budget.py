@@ -40,10 +40,10 @@ def block_of(config: dict[str, Any]) -> GrassConfig:
     return found
 
 
-def planned(count: int, ranks: int = 2) -> int:
-    """Bytes on the device with so many layers at a time."""
+def planned(count: int, ranks: int = 2, **keys: float) -> int:
+    """Bytes on the device with so many layers at a time, and these keys of the block."""
     config = copy.deepcopy(CONFIG)
-    config["grass"] = {**config["grass"], "num_active_layers": count}
+    config["grass"] = {**config["grass"], "num_active_layers": count, **keys}
     del config["grass"]["row_length"]
     shape = ModelShape(tiny_llama(layers=LAYERS).config, torch.bfloat16)
     return predict(shape, run_shape(config, ranks, ROW, False)).total
@@ -65,6 +65,18 @@ def test_the_largest_number_that_fits_is_taken(count: int) -> None:
         else:
             found, plan = fit_active_layers(model, block_of(config), config, 2)
             assert (found.num_active_layers, plan.total) == (expected, planned(expected))
+
+
+def test_sign_steps_are_counted() -> None:
+    """Layers that take them keep as much for backward as layers that train: here either none fits, or all do."""
+    model, size = tiny_llama(layers=LAYERS), planned(1, expansion=0.2)
+    assert planned(LAYERS - 1) < size == planned(LAYERS)
+    config = budgeted(f"{size / 1000:.3f}KB")
+    config["grass"]["expansion"] = 0.2
+    assert fit_active_layers(model, block_of(config), config, 2)[0].num_active_layers == LAYERS
+    config["grass"]["memory_budget"] = f"{(size - 1) / 1000:.3f}KB"
+    with pytest.raises(GrassConfigError, match="one layer at a time"):
+        fit_active_layers(model, block_of(config), config, 2)
 
 
 def test_a_batch_is_what_deepspeed_makes_of_it() -> None:
@@ -99,7 +111,6 @@ def test_checkpointing_leaves_room_for_more() -> None:
         ({"memory_budget": "1", "row_length": 4}, "expected a size above 0 with its unit, as in 24GB"),
         ({"memory_budget": "1GB", "row_length": 4, "num_active_layers": 2}, "leave one of them out"),
         ({"memory_budget": "1GB", "row_length": 4, "sampler": "module"}, 'no effect with sampler "module"'),
-        ({"memory_budget": "1GB", "row_length": 4, "expansion": 0.1}, "with expansion is not planned yet"),
     ],
 )
 def test_what_contradicts_itself_is_refused(block: dict[str, Any], said: str) -> None:

@@ -33,7 +33,7 @@ GROUPS = {
 }
 BY_DEFAULT = [
     *("deep, ZeRO-2, exact, nvme, gamma 3, checkpointing", "deep, ZeRO-3, 8bit, cpu, gamma 3, checkpointing"),
-    *("wide, ZeRO-3, probing", "deep, ZeRO-2, embeddings and head"),
+    *("wide, ZeRO-3, probing", "deep, ZeRO-2, embeddings and head", "wide, ZeRO-3, expansion"),
 ]
 
 
@@ -205,6 +205,17 @@ def test_methods_differ_as_they_train(method: str) -> None:
         more = {"grass": 0, "lisa": 2 * 4096 * 32000, "full": 2 * 4096 * 32000}[method]
         assert found.host - grass.host == pytest.approx((4 + 5 / 32) * more, rel=1e-6, abs=1)
         assert (found.flops > grass.flops) == (method != "grass")
+
+
+def test_sign_steps_need_no_state() -> None:
+    """Of the layers above the lowest active one; they keep more for backward, and compute their weight gradients."""
+    plain, expanded = (llama2(state_format="8bit", expansion=share) for share in (0.0, 0.2))
+    assert expanded.config["grass"] == {**plain.config["grass"], "expansion": 0.2}
+    one, other = plain.prediction, expanded.prediction
+    assert (one.host, one.stepped, one.weights) == (other.host, other.stepped, other.weights)
+    assert one.gradients < other.gradients
+    products = 30 * 2 * 4 * 1024 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert other.flops - one.flops == pytest.approx(products, rel=1e-3)  # norms count as matrices
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

@@ -26,13 +26,21 @@ def test_sizes() -> None:
 
 
 def test_every_argument_reaches_the_request() -> None:
-    words = "--host 64GB --nvme 1TB --stage 3 --method lisa --gamma 4 --offload nvme --state_format 8bit --dtype fp32"
+    words = "--host 64GB --nvme 1TB --stage 3 --method lisa --gamma 4 --expansion 0.2 --offload nvme --state_format 8bit --dtype fp32"
     rest = "--sequence 512 --micro_batch 2 --accumulation 3 --checkpointing --lora_rank 8 --reserve 2GB --link 10"
     found = parsed(
         *words.split(), *rest.split(), "--interconnect", "20", "--device_tflops", "50", "--attention", "eager"
     )
     sizes = {"device_bytes": 24 * GB, "host_bytes": 64 * GB, "nvme_bytes": 1000 * GB, "reserve": 2 * GB}
-    chosen = {"stage": 3, "method": "lisa", "gamma": 4, "offload": "nvme", "state_format": "8bit", "dtype": "fp32"}
+    chosen = {
+        "stage": 3,
+        "method": "lisa",
+        "gamma": 4,
+        "expansion": 0.2,
+        "offload": "nvme",
+        "state_format": "8bit",
+        "dtype": "fp32",
+    }
     rows = {
         "attention": "eager",
         "sequence": 512,
@@ -57,6 +65,8 @@ def test_every_argument_reaches_the_request() -> None:
         (["--attention", "flash_attention_2"], "--attention flash_attention_2: must be one of sdpa, eager"),
         (["--state_format", "4bit"], "--state_format 4bit: must be one of fp32, exact, bf16, 8bit"),
         (["--gamma", "0"], "--gamma 0: must be at least 1"),
+        (["--expansion", "2"], "--expansion 2.0: must be a number from 0 to 1"),
+        (["--expansion", "0.2", "--method", "lora"], "--expansion 0.2 with --method lora: no layer is inactive there"),
         (["--sequence", "0"], "--sequence 0: must be at least 1"),
         (["--micro_batch", "-1"], "--micro_batch -1: must be at least 1"),
         (["--link", "0"], "--link 0.0: must be a finite number above 0"),
