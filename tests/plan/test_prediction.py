@@ -216,6 +216,8 @@ def test_sign_steps_need_no_state() -> None:
     assert one.gradients < other.gradients
     products = 30 * 2 * 4 * 1024 * (4 * 4096**2 + 3 * 4096 * 11008)
     assert other.flops - one.flops == pytest.approx(products, rel=1e-3)  # norms count as matrices
+    page = (ROOT / "docs" / "planning.md").read_text()
+    assert f"With `--expansion 0.2` the first line needs {other.total / 1e9:.2f} GB on the device" in page
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
