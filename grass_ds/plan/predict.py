@@ -48,7 +48,7 @@ def predict(model: ModelShape, run: RunShape, active: Collection[int] | None = N
     parts = SampledRun(model, run, active)
     state, window = parts.state_and_window()
     host, disk = parts.host_and_disk()
-    units, lowest = parts.tracked_units(parts.active), parts.lowest(parts.active)
+    units, lowest = parts.units_of(parts.trained), parts.lowest(parts.trained)
     return Prediction(
         parts.weights(),
         state,
@@ -58,9 +58,9 @@ def predict(model: ModelShape, run: RunShape, active: Collection[int] | None = N
         parts.gradients(),
         host,
         disk,
-        parts.state_bytes(parts.stepped_units(parts.active)),
+        parts.state_bytes(parts.units_of(parts.active)),
         _traffic(parts, units, lowest),
-        _flops(model, run, parts.active | parts.expanded, lowest, [unit for unit in units if unit.layer is None]),
+        _flops(model, run, parts.trained, lowest, [unit for unit in units if unit.layer is None]),
     )
 
 
@@ -80,7 +80,7 @@ def _traffic(parts: SampledRun, units: Sequence[Unit], lowest: int) -> dict[str,
     }
 
 
-def _flops(model: ModelShape, run: RunShape, active: Collection[int], lowest: int, outside: Sequence[Unit]) -> int:
+def _flops(model: ModelShape, run: RunShape, trained: Collection[int], lowest: int, outside: Sequence[Unit]) -> int:
     """Of matrix products and attention in one step; a multiply-add counts twice, causal masks save nothing."""
     config, blocks = model.config, len(model.layers.blocks)
     product = 2 * run.tokens * max(model.layers.sizes)
@@ -90,7 +90,7 @@ def _flops(model: ModelShape, run: RunShape, active: Collection[int], lowest: in
     head = 2 * run.tokens * getattr(config, "vocab_size", 0) * config.hidden_size
     forward = blocks * (product + 2 * attention) + head
     passed = blocks - lowest
-    backward = head + passed * (product + 5 * attention) + len(active) * product
+    backward = head + passed * (product + 5 * attention) + len(trained) * product
     backward += head * any(unit.kind == ("embed" if model.layers.tied else "head") for unit in outside)
     if run.checkpointing:
         backward += passed * (product + 2 * attention)

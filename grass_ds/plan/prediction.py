@@ -119,7 +119,8 @@ class SampledRun:
         self.gamma = self.controller.most_active
         highest = range(self.blocks - self.gamma + 1, self.blocks)
         self.active = {0, *highest} if active is None else set(active)
-        self.expanded = self._expanded(self.active)
+        self.expanded = self._expanded()
+        self.trained = self.active | self.expanded
         self.activations: Activations = model.activations(
             self.always, run.micro_batch, run.sequence, run.checkpointing, run.stage == 3
         )
@@ -146,24 +147,16 @@ class SampledRun:
     def _trainable(self) -> list[Unit]:
         return [unit for unit in self.units if unit.ever_active]
 
-    def stepped_units(self, active: Collection[int]) -> list[Unit]:
-        """Those that train with these layers."""
-        return [unit for unit in self.units if unit.always or unit.layer in active]
+    def units_of(self, layers: Collection[int]) -> list[Unit]:
+        """Of these layers, and those that are always active."""
+        return [unit for unit in self.units if unit.always or unit.layer in layers]
 
-    def tracked_units(self, active: Collection[int], keeps: bool = True) -> list[Unit]:
-        """Those that have a gradient, in a step that trains these layers (``keeps``) or measures them."""
-        return self.stepped_units({*active, *(self.expanded if keeps else ())})
-
-    def _expanded(self, active: Collection[int]) -> set[int]:
-        """Blocks that take a sign step beside these."""
+    def _expanded(self) -> set[int]:
+        """Inactive blocks that take a sign step."""
         if self.grass.expansion == 0:
             return set()
-        return set(range(min(*active, self._depth), self.blocks)) - set(active)
-
-    @property
-    def _depth(self) -> int:
-        """The block to which ``expansion`` has backward run in any case."""
-        return self.blocks if self.grass.expansion_depth is None else self.grass.expansion_depth
+        depths = [self.grass.expansion_depth, *self.active]
+        return set(range(min(depth for depth in depths if depth is not None), self.blocks)) - self.active
 
     def decoded(self) -> int:
         plain = all(form.plain for form in self.formats.values())
@@ -174,7 +167,7 @@ class SampledRun:
         offload = self.grass.offload
         if offload.device == "none":
             return self.state_bytes(self._trainable), self.decoded()
-        stepped = self.stepped_units(self.active)
+        stepped = self.units_of(self.active)
         if offload.residency == "period":
             switching = [unit for unit in self._trainable if not unit.always and unit.layer not in self.active]
             coming = sorted(switching, key=lambda unit: -unit.shard_numel)[: self.gamma]
@@ -191,24 +184,23 @@ class SampledRun:
         count = count_host_buffers(offload, self.layout, self.units, self.gamma)
         return count * self.layout.buffer_bytes, sum(file_bytes(unit, self.layout) for unit in self._trainable)
 
-    def lowest(self, active: Collection[int], keeps: bool = True) -> int:
-        """The block at which backward ends."""
-        return 0 if self.whole else min(*active, self._depth) if keeps else min(active)
+    def lowest(self, trained: Collection[int]) -> int:
+        """The block at which backward ends, if these have a gradient."""
+        return 0 if self.whole else min(trained)
 
     # ---- moments ------------------------------------------------------------------------------------------------------
 
     def moments(self) -> Iterator[Moment]:
         """Of a step that trains, and of one that probes if the sampler does."""
-        yield from self._of_step(self.active, keeps=True)
+        yield from self._of_step(self.trained, keeps=True)
         if self._probed:
             again = self.grass.reprobe_period > 0
             yield from (replace(moment, has_state=again) for moment in self._of_step(self._probed, keeps=False))
 
-    def _of_step(self, active: set[int], keeps: bool) -> Iterator[Moment]:
+    def _of_step(self, trained: set[int], keeps: bool) -> Iterator[Moment]:
         what = "" if keeps else "probing: "
-        units, lowest = self.tracked_units(active, keeps), self.lowest(active, keeps)
-        costs, head = self._costs(active, keeps), self._head_backward(units)
-        trained = active | self.expanded if keeps else active
+        units, lowest = self.units_of(trained), self.lowest(trained)
+        costs, head = self._costs(trained), self._head_backward(units)
         below = [sum(cost.saved for cost in costs[:index]) for index in range(self.blocks + 1)]
         above = [unit for unit in units if unit.layer is None and unit.kind not in self.layers.below]
         loss = self.gradients_before(units, keeps)
@@ -220,7 +212,7 @@ class SampledRun:
             done = [*above, *(unit for unit in units if unit.layer is not None and unit.layer >= index)]
             held = self.gradients_at(units, done, keeps, current=index in trained)
             activations = below[index] + costs[index].backward
-            if index in trained - active:
+            if keeps and index in self.expanded:
                 activations += (self.run.width + CODE_BYTES) * done[-1].shard_numel
             yield Moment(f"{what}backward of layer {index}", activations, held, self._gathered(index, lowest))
         if self.activations.below:
@@ -229,10 +221,9 @@ class SampledRun:
         if keeps:
             yield Moment("optimizer step", self._step_workspace(), sum(map(self._kept, units)))
 
-    def _costs(self, active: set[int], keeps: bool) -> list[BlockBytes]:
-        """Per block, as the active set has it."""
-        lowest, costs = self.lowest(active, keeps), []
-        trained = active | self.expanded if keeps else active
+    def _costs(self, trained: set[int]) -> list[BlockBytes]:
+        """Per block, if these have a gradient."""
+        lowest, costs = self.lowest(trained), []
         for index in range(self.blocks):
             form = self.activations.trained if index in trained else self.activations.frozen
             if index == lowest and not self.whole:
@@ -251,8 +242,8 @@ class SampledRun:
 
     def saved(self) -> int:
         """Activations that wait at the loss, while training or probing."""
-        steps = [(self.active, True), *([(probed, False)] if (probed := self._probed) else [])]
-        return max(sum(cost.saved for cost in self._costs(*step)) for step in steps) + self.activations.outside
+        sets = [self.trained, *([probed] if (probed := self._probed) else [])]
+        return max(sum(cost.saved for cost in self._costs(trained)) for trained in sets) + self.activations.outside
 
     @property
     def _probed(self) -> set[int]:
@@ -306,8 +297,8 @@ class SampledRun:
     def gradients(self) -> int:
         """The most that is held, while training or probing."""
         held = []
-        for active, keeps in ((self.active, True), (self._probed, False)):
-            units = self.tracked_units(active, keeps) if active else []
+        for trained, keeps in ((self.trained, True), (self._probed, False)):
+            units = self.units_of(trained) if trained else []
             held += [self.gradients_at(units, units[: n + 1], keeps) for n in range(len(units))]
         return max(held)
 
