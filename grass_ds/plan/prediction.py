@@ -25,13 +25,11 @@ from grass_ds.plan.gathering import gathered_numel, persistent_numel
 from grass_ds.plan.model_shape import ModelShape
 from grass_ds.plan.run_shape import RunShape
 from grass_ds.sampling.importance import Signal
-from grass_ds.zero.step import PIECE as SIGN_PIECE
+from grass_ds.zero import step as sign_step
 
 FP32 = 4
 STEP_BYTES = 12
 """Per element of a chunk in its step: its gradient in fp32 and two temporaries of AdamW."""
-SIGN_STEP_BYTES = 22
-"""Per element of a piece that takes a sign step, see :func:`grass_ds.zero.step.expand_unit`."""
 CODE_BYTES = 1
 """Per element whose sign is packed, beside a copy of its gradient, see :func:`grass_ds.core.signs.pack_signs`."""
 
@@ -263,7 +261,7 @@ class SampledRun:
         chunk, form = self.layout.chunk_numel, next(iter(self.formats.values()))
         converting = 0 if form.plain else FP32 * chunk + PIECE_BYTES * min(chunk, PIECE)
         signed = max((unit.shard_numel for unit in self.units if unit.layer in self.expanded), default=0)
-        return max(STEP_BYTES * chunk, converting, SIGN_STEP_BYTES * min(signed, SIGN_PIECE))
+        return max(STEP_BYTES * chunk, converting, sign_step.PIECE_BYTES * min(signed, sign_step.PIECE))
 
     # ---- gradients ----------------------------------------------------------------------------------------------------
 

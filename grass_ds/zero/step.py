@@ -20,6 +20,7 @@ from grass_ds.offload.store import StateStore
 from grass_ds.zero.gradients import GradientReducer, squared_norm
 
 PIECE = 2**20  # elements of a shard that take their sign step together; another size would draw other random numbers
+PIECE_BYTES = 22  # of temporary memory per element of a piece
 
 
 class MissingGradientError(ValueError):
@@ -51,7 +52,7 @@ def step_unit(
 def expand_unit(unit: Unit, signs: torch.Tensor, rate: float, generator: torch.Generator) -> None:
     """Move an inactive unit's low-precision shard by ``rate`` against the signs of its gradient, see ``pack_signs``.
 
-    Rounding needs 22 bytes per element, so one piece at a time.
+    Rounding needs :data:`PIECE_BYTES`, so one piece at a time.
     """
     for weights, packed in zip(unit.shard.split(PIECE), signs.split(PIECE // PER_BYTE), strict=True):
         moved = weights.to(packed.device)

@@ -26,22 +26,24 @@ def test_sizes() -> None:
 
 
 def test_every_argument_reaches_the_request() -> None:
-    words = "--host 64GB --nvme 1TB --stage 3 --method lisa --gamma 4 --expansion 0.2 --offload nvme --state_format 8bit --dtype fp32"
+    words = "--host 64GB --nvme 1TB --stage 3 --method lisa --gamma 4 --offload nvme --state_format 8bit --dtype fp32"
     rest = "--sequence 512 --micro_batch 2 --accumulation 3 --checkpointing --lora_rank 8 --reserve 2GB --link 10"
     found = parsed(
-        *words.split(), *rest.split(), "--interconnect", "20", "--device_tflops", "50", "--attention", "eager"
+        *words.split(),
+        *rest.split(),
+        "--interconnect",
+        "20",
+        "--device_tflops",
+        "50",
+        "--attention",
+        "eager",
+        "--expansion",
+        "0.2",
     )
     sizes = {"device_bytes": 24 * GB, "host_bytes": 64 * GB, "nvme_bytes": 1000 * GB, "reserve": 2 * GB}
-    chosen = {
-        "stage": 3,
-        "method": "lisa",
-        "gamma": 4,
-        "expansion": 0.2,
-        "offload": "nvme",
-        "state_format": "8bit",
-        "dtype": "fp32",
-    }
+    chosen = {"stage": 3, "method": "lisa", "gamma": 4, "offload": "nvme", "state_format": "8bit", "dtype": "fp32"}
     rows = {
+        "expansion": 0.2,
         "attention": "eager",
         "sequence": 512,
         "micro_batch": 2,
