@@ -17,6 +17,7 @@ PRECISION: dict[str, dict[str, Any]] = {
     "fp16": {"fp16": {"enabled": True, "loss_scale": 0}},
     "fp32": {},
 }
+LAYERS = 2  # at a time, where a case names no number
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ METHODS: dict[str, Method] = {
         "LISA by toggling `requires_grad` (public callbacks), 2 layers + everything else", toggles=True
     ),
     "badam-package": Method("BAdam (its own package), 1 layer", package="badam"),
-    "grass": Method("grass, 2 layers + final norm (default)", {"sampler": "grass"}),
+    "grass": Method("grass, 2 layers + final norm", {"sampler": "grass"}),
     "grass-sharp": Method(
         "grass at temperature 0.25, 2 layers + final norm", {"sampler": "grass", "temperature": 0.25}
     ),
@@ -96,7 +97,7 @@ def grass_block(case: Case) -> dict[str, Any] | None:
     block = METHODS[case.method].grass
     if block is None:
         return None
-    block = {**block, "seed": case.seed, **case.grass}
+    block = {"num_active_layers": LAYERS, **block, "seed": case.seed, **case.grass}
     if case.offload is not None:
         path = {"nvme_path": case.disk} if OFFLOADS[case.offload]["device"] == "nvme" else {}
         block["offload"] = {**OFFLOADS[case.offload], **path, **block.get("offload", {})}

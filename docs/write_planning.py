@@ -93,7 +93,7 @@ def examples() -> str:
 
 
 def formats() -> str:
-    """Host memory and traffic of the formats: Llama-2-7B, gamma 2, one rank."""
+    """Host memory and traffic of the formats: Llama-2-7B, gamma 8, one rank."""
     from grass_ds.plan.model_shape import ModelShape, read_config
     from grass_ds.plan.request import FORMATS, Request
     from grass_ds.plan.search import Plan

@@ -137,9 +137,10 @@ class GrassConfig(_Block):
     fine-tuning). Others: an entry point of the group ``grass_ds.samplers``, or the path of a class as in
     ``my_package.my_module.MySampler``."""
 
-    num_active_layers: int = Field(2, ge=1)
-    """Layers that train at a time (paper: gamma). If it is at least the number of layers, all layers train and nothing
-    is sampled. Parameters outside the layers follow ``always_active`` all the same. Not read by ``module``."""
+    num_active_layers: int = Field(8, ge=1)
+    """Layers that train at a time (paper: gamma). More layers mean less loss and more memory and time
+    (``docs/training.md``). If it is at least the number of layers, all layers train and nothing is sampled. Parameters
+    outside the layers follow ``always_active`` all the same. Not read by ``module``. [ours]"""
 
     memory_budget: str | None = None
     """Device memory that the tensors of a rank may take, as in ``22GB``; leave about 1 GB of the device to its driver

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 import grass_ds
 from benchmarks.baselines import LayerToggle, SignSGD, badam_engine
 from benchmarks.case import Case
-from benchmarks.methods import METHODS, ds_config, grass_config, prepare_model
+from benchmarks.methods import LAYERS, METHODS, ds_config, grass_config, prepare_model
 from grass_ds.sampling.controller import Controller
 from launch import distributed
 
@@ -50,7 +50,7 @@ def build(case: Case, model: Any) -> tuple[Any, LayerToggle | None]:
     engine = grass_ds.initialize(model=model, optimizer=optimizer, model_parameters=trainable, config=config)[0]
     if not METHODS[case.method].toggles:
         return engine, None
-    count, period = case.grass.get("num_active_layers", 2), case.grass.get("sample_period", 20)
+    count, period = case.grass.get("num_active_layers", LAYERS), case.grass.get("sample_period", 20)
     return engine, LayerToggle(engine, count, period, case.seed)
 
 

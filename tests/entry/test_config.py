@@ -195,5 +195,5 @@ def test_a_disabled_block_is_checked_all_the_same() -> None:
 @pytest.mark.parametrize("sampler", ["grass", "static", "outlier", "uniform", "cyclic", "full"])
 def test_every_accepted_config_builds_a_controller(sampler: str) -> None:
     config = GrassConfig(sampler=sampler)
-    controller = Controller(4, **config.controller_arguments())
+    controller = Controller(12, **config.controller_arguments())
     assert (controller.phase.value == "probe") == (sampler in ("grass", "static", "outlier"))

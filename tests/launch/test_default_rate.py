@@ -25,7 +25,8 @@ def config(**grass: Any) -> dict[str, Any]:
         (config(sampler="ist", num_active_layers=8), True, 4e-4),
         (config(enabled=False), False, 1e-4),
         (config(sampler="full"), False, 1e-4),
-        (config(), False, 8e-4),  # two layers
+        (config(), False, 2e-4),  # 8 layers
+        (config(num_active_layers=2), False, 8e-4),
         (config(num_active_layers=1), False, 8e-4),
         (config(sampler="uniform", num_active_layers=8), False, 2e-4),
         (config(sampler="uniform", num_active_layers=30), False, 1e-4),
@@ -55,7 +56,7 @@ def test_every_method_has_one(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "in_file", "rate"), [([], "auto", 8e-4), (["--learning_rate", "0.5"], "auto", 0.5), ([], 0.25, 0.25)]
+    ("more", "in_file", "rate"), [([], "auto", 2e-4), (["--learning_rate", "0.5"], "auto", 0.5), ([], 0.25, 0.25)]
 )
 def test_a_rate_that_is_given_is_taken(
     tmp_path: Path, more: list[str], in_file: Any, rate: float, without_ranks: None

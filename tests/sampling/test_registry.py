@@ -71,7 +71,7 @@ def test_others_are_refused_with_the_reason(package: str, name: str, message: st
 
 
 def controller(package: str, **settings: object) -> Controller:
-    config = GrassConfig(sampler=f"{package}.TopFirst", **settings)
+    config = GrassConfig(sampler=f"{package}.TopFirst", **{"num_active_layers": 2, **settings})
     return Controller(4, **config.controller_arguments())
 
 
