@@ -261,7 +261,8 @@ class SampledRun:
         chunk, form = self.layout.chunk_numel, next(iter(self.formats.values()))
         converting = 0 if form.plain else FP32 * chunk + PIECE_BYTES * min(chunk, PIECE)
         signed = max((unit.shard_numel for unit in self.units if unit.layer in self.expanded), default=0)
-        return max(STEP_BYTES * chunk, converting, sign_step.PIECE_BYTES * min(signed, sign_step.PIECE))
+        signing = sign_step.PIECE_BYTES[self.model.dtype] * min(signed, sign_step.PIECE)
+        return max(STEP_BYTES * chunk, converting, signing)
 
     # ---- gradients ----------------------------------------------------------------------------------------------------
 

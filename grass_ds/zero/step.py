@@ -20,7 +20,8 @@ from grass_ds.offload.store import StateStore
 from grass_ds.zero.gradients import GradientReducer, squared_norm
 
 PIECE = 2**20  # elements of a shard that take their sign step together; another size would draw other random numbers
-PIECE_BYTES = 22  # of temporary memory per element of a piece
+# Of temporary memory per element of a piece, by the dtype of the weights.
+PIECE_BYTES = {torch.float32: 8, torch.bfloat16: 10, torch.float16: 22}
 
 
 class MissingGradientError(ValueError):

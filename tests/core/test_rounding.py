@@ -77,6 +77,15 @@ def test_weights_without_a_change_stay_where_they_are(dtype: torch.dtype) -> Non
     assert torch.equal(moved, values)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+    weights = torch.tensor([float("inf"), -float("inf"), float("nan"), -float("nan")] * 500).to(dtype)
+    nan = weights.isnan()
+    add_rounded_stochastically(weights, torch.full((2000,), -1e-4), generator())
+    assert not weights.isfinite().any()
+    assert weights[nan].isnan().all()
+
+
 def test_zeros_stay_where_float32_has_no_subnormal_numbers() -> None:
     weights = torch.zeros(16, dtype=torch.bfloat16)
     if not torch.set_flush_denormal(True):
