@@ -242,20 +242,11 @@ def two_steps(config: dict[str, Any]) -> tuple[list[float], int]:
 @pytest.mark.dist
 @pytest.mark.parametrize(("method", "stage"), [("lisa", 2), ("grass", 3), ("full", 1)])
 def test_a_written_config_trains(two_ranks: RankPool, tmp_path: Path, method: str, stage: int) -> None:
-    file, arguments = tmp_path / "ds.json", ["--stage", str(stage), "--state_format", "8bit", "--sequence", "16"]
-    model = [
-        "--model",
-        str(tiny(tmp_path)),
-        "--gpus",
-        "2x2GB",
-        "--method",
-        method,
-        "--micro_batch",
-        "2",
-        "--gamma",
-        "2",
-    ]
-    assert main(["plan", *model, *arguments, "--write", str(file)]) == 0
+    file = tmp_path / "ds.json"
+    text = (
+        f"--gpus 2x2GB --stage {stage} --method {method} --gamma 2 --state_format 8bit --sequence 16 --micro_batch 2"
+    )
+    assert main(["plan", "--model", str(tiny(tmp_path)), *text.split(), "--write", str(file)]) == 0
     config = json.loads(file.read_text())
     block = parse_grass_block(config)
     assert block is not None
