@@ -14,6 +14,7 @@ BASE = "uniform"
 # Names of methods.METHODS, one per line.
 SAMPLERS = (
     BASE,
+    "stratified",
     "grass",
     "static",
     "outlier",
