@@ -72,8 +72,11 @@ METHODS: dict[str, Method] = {
         "LISA (ours), 2 layers + final norm + head + embeddings", {"sampler": "uniform", "always_active": EVERYTHING}
     ),
     "stratified": Method(
-        "one layer of each of 2 parts of the depth + final norm",
-        {"sampler": "benchmarks.levers.draws.StratifiedSampler"},
+        "uniform, a layer of each of as many parts of the depth + final norm",
+        {"sampler": "uniform", "stratified": True},
+    ),
+    "grass-stratified": Method(
+        "grass, a layer of each of as many parts of the depth + final norm", {"sampler": "grass", "stratified": True}
     ),
     "window": Method("2 neighbours + final norm", {"sampler": "benchmarks.levers.draws.WindowSampler"}),
     "weighted": Method(

@@ -138,9 +138,13 @@ class GrassConfig(_Block):
     ``my_package.my_module.MySampler``."""
 
     num_active_layers: int = Field(8, ge=1)
-    """Layers that train at a time (paper: gamma). More layers mean less loss and more memory and time
-    (``docs/training.md``). If it is at least the number of layers, all layers train and nothing is sampled. Parameters
-    outside the layers follow ``always_active`` all the same. Not read by ``module``. [ours]"""
+    """Layers that train at a time (paper: gamma); more mean less loss, more memory and more time. If it is at least the
+    number of layers, all layers train and nothing is sampled. Parameters outside the layers follow ``always_active``
+    all the same. Not read by ``module``. [ours]"""
+
+    stratified: bool = False
+    """A draw takes one layer from each of ``num_active_layers`` equal parts of the depth, with the sampler's chances
+    inside a part. Samplers ``uniform``, ``grass``, ``static``, ``outlier`` and ``ist`` only."""
 
     memory_budget: str | None = None
     """Device memory that the tensors of a rank may take, as in ``22GB``; leave about 1 GB of the device to its driver

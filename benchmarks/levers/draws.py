@@ -3,19 +3,10 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
 from grass_ds.sampling.samplers import Sampler
-
-
-class StratifiedSampler(Sampler):
-    """One layer from each of gamma equal parts of the depth, so that every draw covers it."""
-
-    def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
-        bounds = [part * self.num_layers // self._count for part in range(self._count + 1)]
-        return tuple(int(torch.randint(low, high, (), generator=self._generator)) for low, high in pairwise(bounds))
 
 
 class WindowSampler(Sampler):

@@ -16,6 +16,7 @@ SAMPLERS = (
     BASE,
     "stratified",
     "grass",
+    "grass-stratified",
     "static",
     "outlier",
     "cyclic",

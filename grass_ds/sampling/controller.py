@@ -52,7 +52,7 @@ class Controller:
             raise ValueError(f"sampler: the state_dict() of {given.sampler} lacks what super().state_dict() returns")
         if given.num_active_layers >= num_layers and not self._sampler.draws_weights:
             self._name = "full"
-            self._sampler = find_sampler("full")(num_layers, replace(given, sampler_args={}))
+            self._sampler = find_sampler("full")(num_layers, replace(given, sampler_args={}, stratified=False))
         reprobe_period = given.reprobe_period if self._sampler.needs_scores and self._sampler.adaptive else 0
         self._schedule = Schedule(given.probe_steps, given.sample_period, given.refresh_period, reprobe_period)
         self._num_layers = num_layers

@@ -9,7 +9,7 @@ import math
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ class SamplingSettings:
     score_normalization: str
     cyclic_order: str | Sequence[int]
     seed: int
+    stratified: bool = False
     sampler_args: Mapping[str, Any] = field(default_factory=dict)
     module_budget: float = 1.0
     sizes: Sequence[int] = ()  # elements of each layer, which the model has rather than the block; (): all alike
@@ -67,7 +68,8 @@ class Sampler:
         num_layers, settings: L, and the keys of the block.
 
     Raises:
-        ValueError: a key of ``sampler_args`` is not in ``accepts``, or an adaptive sampler needs another signal.
+        ValueError: a key of ``sampler_args`` is not in ``accepts``, an adaptive sampler needs another signal, or
+            ``stratified`` is set for a sampler with a :meth:`draw` of its own.
     """
 
     accepts: ClassVar[Sequence[str]] = ()  # keys of "sampler_args"
@@ -87,6 +89,8 @@ class Sampler:
             raise ValueError(
                 f"sampler: {settings.sampler} is adaptive, but only gradients are measured while training"
             )
+        if settings.stratified and type(self).draw is not Sampler.draw:
+            raise ValueError(f"stratified has no effect with sampler {settings.sampler}: leave it out")
         if unknown := sorted(set(settings.sampler_args) - set(self.accepts)):
             known = f"it has {', '.join(self.accepts)}" if self.accepts else "it has none"
             raise ValueError(f"sampler_args: {settings.sampler} has no argument {', '.join(unknown)}; {known}")
@@ -102,6 +106,13 @@ class Sampler:
         return 1.0
 
     @property
+    def strata(self) -> list[range]:
+        """The layers of which a draw takes one each, in ascending order; of a single stratum it takes gamma."""
+        parts = self._count if self.settings.stratified else 1
+        bounds = [part * self.num_layers // parts for part in range(parts + 1)]
+        return [range(low, high) for low, high in pairwise(bounds)]
+
+    @property
     def draws_next(self) -> bool:
         """Whether the next draw comes after one step, whatever ``sample_period`` says."""
         return False
@@ -111,7 +122,7 @@ class Sampler:
         return self.settings.ema_alpha
 
     def logits(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        """One per layer; their softmax is the chance of each to be picked first.
+        """One per layer; their softmax, within a stratum, is the chance of each to be picked first.
 
         Args:
             scores: importance m_l of every layer; None before there are measurements.
@@ -119,12 +130,16 @@ class Sampler:
         return (0.0,) * self.num_layers
 
     def probabilities(self, scores: Sequence[float] | None) -> tuple[float, ...]:
-        """Chance of each layer to be picked first in the next draw; sums to 1."""
-        return softmax(self.logits(scores))
+        """Chance of each layer to be picked first in the next draw, all strata being alike; sums to 1."""
+        logits, strata = self.logits(scores), self.strata
+        return tuple(chance / len(strata) for part in strata for chance in softmax([logits[i] for i in part]))
 
     def draw(self, scores: Sequence[float] | None) -> tuple[int, ...]:
         """The next active set: distinct layer indices, ascending. Advances the sampler's own state."""
-        return tuple(sorted(draw_without_replacement(self.logits(scores), self._count, self._generator)))
+        logits, strata = self.logits(scores), self.strata
+        count = self._count // len(strata)
+        drawn = (draw_without_replacement([logits[i] for i in part], count, self._generator) for part in strata)
+        return tuple(sorted(part[i] for part, found in zip(strata, drawn, strict=True) for i in found))
 
     @property
     def learned(self) -> tuple[float, ...] | None:

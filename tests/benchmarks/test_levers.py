@@ -10,7 +10,7 @@ from helpers.markdown import lines_under
 
 from benchmarks.case import Case, Request
 from benchmarks.levers import suite, tables
-from benchmarks.levers.draws import StratifiedSampler, WeightedSampler, WindowSampler
+from benchmarks.levers.draws import WeightedSampler, WindowSampler
 from benchmarks.levers.suite import BASE, GAMMA, LONG, PERIODS, RAMP, RATE, Lever
 from benchmarks.methods import grass_config
 from benchmarks.quality.suite import SEEDS, STEPS
@@ -24,16 +24,6 @@ MEASURED = {"kind": "scores", "rms": [1.0, 3.0] * 15, "l1": [3.0, 1.0] * 15}
 def settings(count: int, **arguments: Any) -> SamplingSettings:
     given = GrassConfig(num_active_layers=count, seed=3).controller_arguments()
     return SamplingSettings(**{**given, "sampler_args": arguments})
-
-
-@pytest.mark.parametrize(("layers", "count"), [(30, 8), (7, 3), (4, 4)])
-def test_a_stratified_draw_has_one_layer_of_each_part(layers: int, count: int) -> None:
-    sampler = StratifiedSampler(layers, settings(count))
-    drawn = [sampler.draw(None) for _ in range(200)]
-    bounds = [part * layers // count for part in range(count + 1)]
-    for one in drawn:
-        assert all(low <= layer < high for layer, low, high in zip(one, bounds, bounds[1:], strict=False))
-    assert {layer for one in drawn for layer in one} == set(range(layers))
 
 
 def test_a_window_has_neighbours_and_reaches_both_ends() -> None:

@@ -46,7 +46,8 @@ def test_cases_differ_in_sampler_seed_task_and_the_rate_of_adapters() -> None:
 def test_a_case_has_the_block_of_its_sampler(case: Case) -> None:
     block = grass_config(case)
     assert block is not None and (METHODS[case.method].grass or {})["sampler"] == block.sampler
-    assert block.sampler == case.method
+    names = {"stratified": ("uniform", True), "grass-stratified": ("grass", True)}
+    assert (block.sampler, block.stratified) == names.get(case.method, (case.method, False))
     assert (block.num_active_layers, block.seed) == (GAMMA, case.seed)
     assert {name: getattr(block, name) for name in SETTINGS} == SETTINGS
 

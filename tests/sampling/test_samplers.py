@@ -227,6 +227,39 @@ def test_scores_decide_the_grass_draw_and_not_the_uniform_one():
     assert {uniform.draw(scores) for _ in range(100)} == {(0,), (1,), (2,), (3,)}
 
 
+@pytest.mark.parametrize("name", ["uniform", "grass", "static", "outlier", "ist"])
+@given(case=cases)
+def test_stratified_takes_one_layer_of_each_part_of_the_depth(name, case):
+    layers, gamma, scores, seed, _ = case
+    sampler = make(name, layers, gamma, seed=seed, stratified=True)
+    parts = min(gamma, layers)
+    part_of = [part for part in range(parts) for _ in range(part * layers // parts, (part + 1) * layers // parts)]
+    assert len(part_of) == layers
+    for _ in range(4):
+        assert [part_of[layer] for layer in sampler.draw(scores)] == [*range(parts)]
+    chances = sampler.probabilities(scores)
+    for part in range(parts):
+        inside = [chances[layer] for layer in range(layers) if part_of[layer] == part]
+        assert sum(inside) == pytest.approx(1 / parts, abs=1e-12)
+
+
+def test_inside_a_part_the_samplers_chances_hold():
+    """5 layers in 2 parts; the difference of two scores decides, whatever the others are."""
+    sampler = make("grass", 5, 2, score_normalization="none", stratified=True)
+    scores, runs = [0.0, 1.0, 7.0, 0.0, 7.5], 4000
+    draws = Counter(layer for _ in range(runs) for layer in sampler.draw(scores))
+    expected = [*softmax(scores[:2]), *softmax(scores[2:])]
+    assert sampler.probabilities(scores) == pytest.approx([chance / 2 for chance in expected])
+    for layer, chance in enumerate(expected):  # six standard deviations of a binomial
+        assert abs(draws[layer] - runs * chance) <= 6 * math.sqrt(runs * chance * (1 - chance)) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["cyclic", "module", "full"])
+def test_stratified_is_refused_where_a_draw_has_other_rules(name):
+    with pytest.raises(ValueError, match=f"stratified has no effect with sampler {name}: leave it out"):
+        make(name, 4, 2, stratified=True)
+
+
 @pytest.mark.parametrize("order", CYCLIC_ORDERS)
 @given(layers=st.integers(2, 9), gamma=st.integers(1, 8), seed=st.integers(0, 1000))
 def test_cyclic_trains_every_layer_equally_often(order, layers, gamma, seed):
