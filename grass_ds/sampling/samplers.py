@@ -90,7 +90,7 @@ class Sampler:
                 f"sampler: {settings.sampler} is adaptive, but only gradients are measured while training"
             )
         if settings.stratified and type(self).draw is not Sampler.draw:
-            raise ValueError(f"stratified has no effect with sampler {settings.sampler}: leave it out")
+            raise ValueError(f"stratified: sampler {settings.sampler} draws by rules of its own; leave it out")
         if unknown := sorted(set(settings.sampler_args) - set(self.accepts)):
             known = f"it has {', '.join(self.accepts)}" if self.accepts else "it has none"
             raise ValueError(f"sampler_args: {settings.sampler} has no argument {', '.join(unknown)}; {known}")

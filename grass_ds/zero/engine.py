@@ -157,8 +157,9 @@ class GrassEngine(CheckpointingEngine):
             f"; inactive layers from the lowest active one{deeper} up take sign steps of {config.expansion:g} x lr"
         )
         logger.warning(
-            f"grass_ds: {config.sampler} over {drawn} at {layers.path}, {'up to ' * by_weight}{most} active at a time "
-            f"({share:.2%} of the weights), learning rate {', '.join(f'{float(rate):g}' for rate in rates)}; "
+            f"grass_ds: {config.sampler}{', stratified' * config.stratified} over {drawn} at {layers.path}, "
+            f"{'up to ' * by_weight}{most} active at a time ({share:.2%} of the weights), "
+            f"learning rate {', '.join(f'{float(rate):g}' for rate in rates)}; "
             f"always active: {', '.join(on) or 'nothing'}; never trained: {', '.join(off) or 'nothing'}; "
             f"gradients are {clipped}{expanded if config.expansion else ''}"
         )

@@ -197,3 +197,10 @@ def test_every_accepted_config_builds_a_controller(sampler: str) -> None:
     config = GrassConfig(sampler=sampler)
     controller = Controller(12, **config.controller_arguments())
     assert (controller.phase.value == "probe") == (sampler in ("grass", "static", "outlier"))
+
+
+def test_the_key_reaches_the_draw() -> None:
+    for gamma, parts in ((4, [0, 1, 2, 3]), (8, [*range(8)])):
+        config = GrassConfig(sampler="uniform", num_active_layers=gamma, stratified=True)
+        controller = Controller(8, **config.controller_arguments())
+        assert [layer * gamma // 8 for layer in controller.active_layers] == parts

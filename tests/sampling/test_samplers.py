@@ -256,7 +256,7 @@ def test_inside_a_part_the_samplers_chances_hold():
 
 @pytest.mark.parametrize("name", ["cyclic", "module", "full"])
 def test_stratified_is_refused_where_a_draw_has_other_rules(name):
-    with pytest.raises(ValueError, match=f"stratified has no effect with sampler {name}: leave it out"):
+    with pytest.raises(ValueError, match=f"stratified: sampler {name} draws by rules of its own; leave it out"):
         make(name, 4, 2, stratified=True)
 
 
