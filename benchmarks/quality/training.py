@@ -67,6 +67,9 @@ def _train(case: Case, model: Any, exam: Exam, collate: Collator) -> Row:
 
 
 def _ramp(engine: Any, steps: int, period: int) -> None:
-    """Lower the rate of the coming step, the less the longer ago the draw was; the scheduler sets it anew each time."""
+    """Lower the rate of the coming step, the less the longer ago the draw was; the scheduler sets it anew each time.
+
+    For samplers that do not probe.
+    """
     for group in engine.optimizer.param_groups:
-        group["lr"] *= min(1.0, (engine.grass.step % period + 1) / steps)
+        group["lr"] *= min(1.0, (engine.global_steps % period + 1) / steps)

@@ -66,10 +66,10 @@ def test_cases_change_one_thing() -> None:
 
 
 def test_the_rate_rises_again_after_a_draw() -> None:
-    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), grass=SimpleNamespace(step=0))
+    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"lr": 1.0}]), global_steps=0)
     factors = []
     for step in range(8):
-        engine.grass.step = step
+        engine.global_steps = step
         engine.optimizer.param_groups[0]["lr"] = 1.0  # the scheduler sets it
         _ramp(engine, 2, 4)
         factors.append(engine.optimizer.param_groups[0]["lr"])
