@@ -15,6 +15,7 @@ def add_rounded_stochastically(weights: torch.Tensor, change: torch.Tensor, gene
     it is rounded up with the probability that makes the mean exact, else down. float32 weights are rounded as ever.
 
     Args:
+        weights: [n]; ``change``: float32 [n].
         generator: on the device of ``weights``; equal states give equal results.
     """
     exact = weights.to(torch.float32).add_(change)

@@ -54,7 +54,7 @@ class Request:
     nvme_path: str = "$SLURM_TMPDIR"
     stage: int | None = None
     method: str = "grass"
-    gamma: int = 8
+    gamma: int = 8  # that of the key; its module needs torch, without which the doctor reports, too
     expansion: float = 0.0
     offload: str = "auto"
     state_format: str = "fp32"
@@ -113,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
     add("--nvme", metavar="1TB", help="free space on a local disk for optimizer state")
     add("--stage", default="auto", help="of ZeRO: 1, 2, 3 or auto (default: 2, or 3 where only that fits)")
     add("--method", default="grass", help=f"one of {', '.join(METHODS)}")
-    add("--gamma", type=int, default=default["gamma"], help="num_active_layers (default 8)")
+    add("--gamma", type=int, default=default["gamma"], help=f"num_active_layers (default {default['gamma']})")
     add(
         "--expansion", type=float, default=default["expansion"], help="sign steps of inactive layers (default 0: none)"
     )

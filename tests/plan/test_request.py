@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from grass_ds.config import GrassConfig
 from grass_ds.plan.request import Request, add_arguments, parse_gpus, parse_size, request_of
 from grass_ds.plan.search import largest
 
@@ -23,6 +24,10 @@ def test_sizes() -> None:
     assert parse_size("--host", "80 GiB") == 80 * 2**30
     assert parse_gpus("2x24GB") == (2, 24 * GB)
     assert parse_gpus("80gib") == (1, 80 * 2**30)
+
+
+def test_the_number_of_layers_is_the_default_of_the_key() -> None:
+    assert parsed().gamma == GrassConfig().num_active_layers
 
 
 def test_every_argument_reaches_the_request() -> None:
