@@ -24,10 +24,10 @@ RUNS: tuple[tuple[str, dict[str, float], float], ...] = (
     ("sign-sgd", {"num_active_layers": 30}, 2e-4),
     ("uniform", {"num_active_layers": 8}, 2e-4),
     ("grass", {"num_active_layers": 8}, 2e-4),
-    ("uniform", {"num_active_layers": 2, "expansion": 0.2}, 8e-4),
     ("cyclic", {"num_active_layers": 8}, 2e-4),
     ("uniform", {"num_active_layers": 15}, 2e-4),
     ("grass", {"num_active_layers": 15}, 2e-4),
+    ("uniform", {"num_active_layers": 2, "expansion": 0.2}, 8e-4),
 )
 REPEATED = ("uniform", "grass", "lora")  # with all seeds
 
