@@ -7,7 +7,7 @@ from benchmarks.case import Row
 from benchmarks.epoch.suite import ROWS_PER_STEP, RUNS, STEPS
 from benchmarks.frontier.suite import setting
 from benchmarks.frontier.tables import NAMES
-from benchmarks.report.table import conditions, mean, mean_deviation, median, table
+from benchmarks.report.table import conditions, hardware, mean, mean_deviation, median, table
 
 
 def tables(rows: list[Row]) -> list[str]:
@@ -26,6 +26,7 @@ def tables(rows: list[Row]) -> list[str]:
             for source in rows[0]["accuracy"]
         },
         "seeds": lambda line: str(len(line[1])),
+        "CPU": lambda line: hardware(line[1], among=rows),
         "CPU hours": lambda line: mean(row["cpu_seconds"] / 3600 for row in line[1]),
         "peak RSS, GB": lambda line: median([row["peak_bytes"] for row in line[1]], 2, 1e-9),
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from benchmarks.case import Row
 from benchmarks.levers.suite import BASE, GAMMA, LONG, RATE, TASK, Lever, draws, periods
 from benchmarks.report.row_groups import pairs_by_seed
-from benchmarks.report.table import conditions, interval, mean, mean_deviation, table
+from benchmarks.report.table import conditions, hardware, interval, mean, mean_deviation, table
 
 
 def tables(rows: list[Row]) -> list[str]:
@@ -35,6 +35,7 @@ def compare(title: str, levers: Sequence[Lever], rows: Sequence[Row]) -> str:
         "test loss": lambda name: mean_deviation([row["test_loss"] for row in found[name]]),
         "- the first": lambda name: mean_deviation(differences(name), "+"),
         "95 % interval of the mean": lambda name: interval(differences(name)),
+        "CPU": lambda name: hardware(found[name], among=rows),
         "CPU s / step": lambda name: mean(row["cpu_seconds"] / row["steps"] for row in found[name]),
         "seeds": lambda name: str(len(found[name])) if found[name] else "",
     }

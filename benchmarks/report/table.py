@@ -50,6 +50,11 @@ def each(rows: Iterable[Row], key: str, separator: str = " / ") -> str:
     return separator.join(str(value) for value in sorted({row[key] for row in rows}))
 
 
+def hardware(rows: Iterable[Row], among: Iterable[Row]) -> str:
+    """Where the rows ran; empty if all rows ``among`` which they stand ran on one kind."""
+    return each(rows, "hardware") if len({row["hardware"] for row in among}) > 1 else ""
+
+
 # ---- figures; empty where there is nothing to show -----------------------------------------------------------------
 
 

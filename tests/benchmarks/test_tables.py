@@ -13,7 +13,7 @@ from benchmarks.cpu import tables as cpu_tables
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.offload import tables as offload_tables
 from benchmarks.report.row_groups import group_rows, setting
-from benchmarks.report.table import table
+from benchmarks.report.table import hardware, table
 
 
 def row(method: str = "grass", stage: int = 2, seconds: tuple[float, ...] = (1.0,), **changed: Any) -> dict[str, Any]:
@@ -51,6 +51,13 @@ def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_model, "traffic", lambda row, active: {"reduce_scatter": 3_000_004})
     monkeypatch.setattr(cost_model, "memory", lambda row, active: {"total": 10e6})
     monkeypatch.setattr(cost_model, "seconds", lambda row: [row["plain"]] * len(row["seconds"]))
+
+
+def test_hardware_is_named_where_rows_of_several_kinds_stand_together() -> None:
+    first, second = row(), row(hardware="other")
+    assert hardware([first], among=[first, first]) == ""
+    assert hardware([first], among=[first, second]) == "any"
+    assert hardware([second, first], among=[first, second]) == "any / other"
 
 
 def test_results_and_readme_match_their_rows_in_short_cells() -> None:
