@@ -106,6 +106,8 @@ def main() -> None:
     args = parse()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".torch_extensions"))
+    for name, value in SUITES[args.suite].environment.items():
+        os.environ.setdefault(name, value)
     file = args.rows / f"{args.suite}.jsonl"
     for folder in (args.rows, args.nvme_path):
         folder.mkdir(exist_ok=True)

@@ -95,6 +95,7 @@ def conditions(case: Case) -> Row:
         "device": get_accelerator().device_name(),
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
+        "glibc": os.environ.get("GLIBC_TUNABLES", ""),
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 

@@ -36,7 +36,13 @@ def tables(rows: list[Row]) -> list[str]:
         "live tensors, GB": lambda one: median(one.values(live_peak), 2, 1e-9),
         "of the cost model": lambda one: median_range(one.values(memory_ratio)),
     }
-    return ["## Where arithmetic rules", conditions(rows), table("A step of 4 x 512 tokens", lines, names, columns)]
+    kept = all(row.get("glibc") for row in rows)
+    memory = f"freed memory {'stays with the process' if kept else 'returns to the operating system'}"
+    return [
+        "## Where arithmetic rules",
+        conditions(rows, memory),
+        table("A step of 4 x 512 tokens", lines, names, columns),
+    ]
 
 
 def _key(row: Row) -> tuple[bool, Setting]:

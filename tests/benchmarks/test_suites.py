@@ -2,7 +2,9 @@
 """The suites: cases run for real on a tiny model, every case can be run, rows and precisions are what they say."""
 
 import json
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from benchmarks.offload import tables as offload_tables
 from benchmarks.offload.suite import OFFLOADS
 from benchmarks.quality.suite import PARTS, SETTINGS, quality_case
 from benchmarks.quality.tables import tables as quality_tables
-from benchmarks.suites import SUITES
+from benchmarks.suites import KEEPS_MEMORY, SUITES
 from benchmarks.tasks import TASKS, Exam
 from benchmarks.worker import MEASUREMENTS
 from grass_ds.precision import Rates
@@ -145,6 +147,22 @@ def test_every_case_can_be_run_and_is_the_key_of_its_row(suite: str) -> None:
 def test_rows_that_are_there_are_cases_of_their_suite(suite: str) -> None:
     rows = read_rows(ROWS / f"{suite}.jsonl")
     assert {Case.parse(row["cell"]).text() for row in rows} <= {case.text() for case in cases(suite, rounds=3)}
+
+
+@pytest.mark.parametrize("user", [None, "glibc.malloc.arena_max=1"])
+def test_ranks_of_the_suites_that_say_so_keep_freed_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str | None
+) -> None:
+    name, value = next(iter(KEEPS_MEMORY.items()))
+    monkeypatch.setattr(os, "environ", {key: of for key, of in os.environ.items() if key != name})
+    if user is not None:
+        os.environ[name] = user
+    monkeypatch.setattr(run, "choose_precision", lambda *args: "bf16")
+    for suite, expected in (("cpu", user), ("compute", user or value)):
+        folders = ["--rows", str(tmp_path), "--nvme-path", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["run.py", "--suite", suite, "--limit", "0", *folders])
+        run.main()
+        assert os.environ.get(name) == expected
 
 
 def test_measuring_needs_no_reporting() -> None:
