@@ -51,8 +51,10 @@ def each(rows: Iterable[Row], key: str, separator: str = " / ") -> str:
 
 
 def hardware(rows: Iterable[Row], among: Iterable[Row]) -> str:
-    """Where the rows ran; empty if all rows ``among`` which they stand ran on one kind."""
-    return each(rows, "hardware") if len({row["hardware"] for row in among}) > 1 else ""
+    """Names of the processors of the rows; empty if all rows ``among`` which they stand ran on one kind."""
+    if len({row["hardware"] for row in among}) == 1:
+        return ""
+    return " / ".join(sorted({row["hardware"].split(",")[0] for row in rows}))
 
 
 # ---- figures; empty where there is nothing to show -----------------------------------------------------------------

@@ -54,7 +54,7 @@ def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hardware_is_named_where_rows_of_several_kinds_stand_together() -> None:
-    first, second = row(), row(hardware="other")
+    first, second = row(), row(hardware="other, 2 cores, 24 GiB")
     assert hardware([first], among=[first, first]) == ""
     assert hardware([first], among=[first, second]) == "any"
     assert hardware([second, first], among=[first, second]) == "any / other"
