@@ -12,7 +12,7 @@ from benchmarks.frontier.suite import Setting, setting
 from benchmarks.frontier.tables import NAMES
 from benchmarks.report import row_groups
 from benchmarks.report.row_groups import RowGroup, live_peak, memory_ratio, step_seconds
-from benchmarks.report.table import Columns, conditions, median, median_range, table
+from benchmarks.report.table import Columns, conditions, each, median, median_range, table
 
 DRAWS = 1000
 
@@ -36,11 +36,10 @@ def tables(rows: list[Row]) -> list[str]:
         "live tensors, GB": lambda one: median(one.values(live_peak), 2, 1e-9),
         "of the cost model": lambda one: median_range(one.values(memory_ratio)),
     }
-    kept = all(row.get("glibc") for row in rows)
-    memory = f"freed memory {'stays with the process' if kept else 'returns to the operating system'}"
+    allocator = each(rows, "glibc").replace("glibc.malloc.", "").replace(":", ", ") or "defaults"
     return [
         "## Where arithmetic rules",
-        conditions(rows, memory),
+        conditions(rows, f"glibc.malloc: {allocator}"),
         table("A step of 4 x 512 tokens", lines, names, columns),
     ]
 
